@@ -1,0 +1,7 @@
+"""`python -m fastgan CMD`."""
+
+import sys
+
+from fastgan.commands import main
+
+sys.exit(main())

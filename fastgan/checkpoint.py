@@ -1,0 +1,160 @@
+"""What is stored: checkpoints of a run, written whole or not at all, read without unpickling anything.
+
+    RUN/checkpoints/kimg-000123.456/
+        generator.safetensors   moving average of the generator's weights: what samples are drawn from
+        training.safetensors    both networks, both optimisers' state, random state of every rank
+        checkpoint.json         schema, variant, networks, images seen, size and hash of the files above
+
+The folder is written under another name, flushed to disk and renamed, which is atomic: a crash at any moment leaves the
+checkpoint before it, and what carries the final name is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgan.errors import ArgumentError
+
+SCHEMA = 1
+_GENERATOR, _TRAINING, _META = "generator.safetensors", "training.safetensors", "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files have been verified."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    def generator(self) -> dict[str, Tensor]:
+        """State of the averaged generator, CPU tensors."""
+        return load_file(self.path / _GENERATOR)
+
+    def training(self) -> dict[str, dict[str, Tensor]]:
+        """Everything else by group: "generator", "discriminator", "optimiser_g", "optimiser_d", "random"."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, value in load_file(self.path / _TRAINING).items():
+            group, name = key.split(":", 1)
+            groups.setdefault(group, {})[name] = value
+        return groups
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Force a file or a folder's entries to disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder; its renames are journalled
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def existing(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(p for p in folder(run).glob("kimg-*") if (p / _META).is_file())
+
+
+def save(
+    run: Path,
+    meta: dict[str, Any],
+    generator: dict[str, Tensor],
+    training: dict[str, dict[str, Tensor]],
+    keep: int,
+) -> Path:
+    """Write a checkpoint of `run` and drop all but the newest `keep`.
+
+    Args:
+        meta: plain values; "images" (real images seen) names the checkpoint.
+        generator, training: as `Checkpoint` gives them back.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        OSError: the disk is full or not writable; what was written so far is removed, older checkpoints stay.
+    """
+    final = folder(run) / f"kimg-{meta['images'] / 1000:010.3f}"
+    partial = final.with_name(f".writing-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file(_storable(generator), partial / _GENERATOR)
+        flat = {f"{group}:{name}": tensor for group, tensors in training.items() for name, tensor in tensors.items()}
+        save_file(_storable(flat), partial / _TRAINING)
+        files = {}
+        for name in (_GENERATOR, _TRAINING):
+            _flush(partial / name)
+            files[name] = {"bytes": (partial / name).stat().st_size, "sha256": _hash(partial / name)}
+        (partial / _META).write_text(json.dumps({"schema": SCHEMA, **meta, "files": files}, indent=1))
+        _flush(partial / _META)
+        _flush(partial)
+        if final.exists():
+            # Only a run resumed from an older checkpoint comes here again; the new one is the same state.
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in existing(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def read(path: Path, flag: str) -> Checkpoint:
+    """Open the checkpoint in folder `path`, or the newest one of run `path`, and verify its files.
+
+    Raises:
+        ArgumentError: there is none, its schema is another, or a file is missing, truncated or changed.
+    """
+    if not (path / _META).is_file():
+        found = existing(path)
+        if not found:
+            raise ArgumentError(flag, str(path), "it may be a run with a checkpoint, or a folder in its checkpoints/")
+        path = found[-1]
+    try:
+        meta = json.loads((path / _META).read_text())
+        files = meta["files"]
+        schema = meta["schema"]
+    except (ValueError, KeyError, TypeError):
+        raise ArgumentError(flag, str(path), f"its {_META} is damaged; {_older(path)}") from None
+    if schema != SCHEMA:
+        raise ArgumentError(flag, str(path), f"its schema is {schema}, this version reads {SCHEMA}")
+    for name, expected in files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size != expected["bytes"]:
+            raise ArgumentError(
+                flag, str(path), f"{name} is truncated ({size} of {expected['bytes']} bytes); {_older(path)}"
+            )
+        if _hash(file) != expected["sha256"]:
+            raise ArgumentError(flag, str(path), f"{name} has changed since it was written; {_older(path)}")
+    return Checkpoint(path, meta)
+
+
+def _older(path: Path) -> str:
+    older = [p for p in existing(path.parent.parent) if p.name < path.name]
+    return f"the checkpoint before it is {older[-1]}" if older else "there is no older one"

@@ -1,0 +1,50 @@
+"""What all commands share: how they are found, and how they fail."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from fastgan import __version__
+from fastgan.errors import ArgumentError
+
+COMMANDS = {
+    "train": "train one of eight GAN variants",
+    "sample": "draw images from a trained generator",
+    "doctor": "print versions, devices, backends, and what is missing",
+}
+
+
+def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Turn an `ArgumentError` into one line on stderr and exit code 2, said by the first rank alone."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str]) -> int:
+        try:
+            return main(argv)
+        except ArgumentError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"fastgan: {error}", file=sys.stderr, flush=True)
+            return 2
+
+    return wrapped
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`fastgan CMD ...`, also `python -m fastgan CMD ...`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f"fastgan.{argv[0]}").main(argv[1:])
+    if argv and argv[0] in ("--version", "-V"):
+        print(f"fastgan {__version__}")
+        return 0
+    usage = "usage: fastgan COMMAND ...\n\n" + "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
+    usage += "\n\nfastgan COMMAND --help shows the options of a command."
+    if not argv or argv[0] in ("--help", "-h"):
+        print(usage)
+        return 0
+    print(f"fastgan: command: was {argv[0]!r}; it may be {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2

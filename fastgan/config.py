@@ -1,0 +1,367 @@
+"""What was asked for: one typed record of a run, its file form, and the checks that need no data and no device.
+
+Precedence: the preset of the variant, then `--config FILE`, then flags. The same record is written to a run's
+`config.yaml` and read back by `--resume`, `fastgan sample` and `fastgan.load`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fastgan.errors import ArgumentError
+
+SCHEMA = 1
+
+ModelName = Literal["mlp", "dcgan", "sagan", "pggan"]
+LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge"]
+RegulariserName = Literal["none", "weight-clipping", "gradient-penalty", "wasserstein-divergence"]
+Norm = Literal["batch", "none"]
+
+
+class _Strict:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Networks(_Strict):
+    """Networks."""
+
+    model: ModelName = "dcgan"
+    """Generator and discriminator."""
+    latent: int = 128
+    """Size of the latent vector."""
+    width: int = 64
+    """Channels at the highest resolution (dcgan, sagan) or units of a hidden layer (mlp)."""
+    max_width: int = 1024
+    """Limit of the doubling of channels towards 4x4 (dcgan, sagan)."""
+    fmap_base: int = 8192
+    """Feature maps at resolution r are min(2 fmap_base / r, fmap_max) (pggan)."""
+    fmap_max: int = 512
+    """Most feature maps at any resolution (pggan)."""
+    norm_g: Norm = "batch"
+    """Normalisation in the generator (dcgan)."""
+    norm_d: Norm = "batch"
+    """Normalisation in the discriminator (dcgan); none is what a gradient penalty asks for."""
+    attention_at: int | None = None
+    """Width of the feature map, in pixels, that gets self-attention (sagan); None: 32, or half a smaller image."""
+    conditional: bool = False
+    """Give both networks the class labels of the data (sagan)."""
+    fused_scale: bool = True
+    """Change the scale inside the convolution (pggan), as the authors' code; else convolve, activate, pool."""
+
+
+@dataclass(frozen=True)
+class Objective(_Strict):
+    """Loss and regulariser."""
+
+    loss: LossName = "minimax"
+    """Adversarial loss."""
+    regulariser: RegulariserName = "none"
+    """What constrains the discriminator besides its loss."""
+    label_fake: float = 0.0
+    """Least squares: a, the discriminator's target for fake images."""
+    label_real: float = 1.0
+    """Least squares: b, the discriminator's target for real images."""
+    label_generator: float = 1.0
+    """Least squares: c, the generator's target for its images."""
+    clip: float = 0.01
+    """Weight clipping: every weight of the critic stays in [-clip, clip]."""
+    penalty_weight: float = 10.0
+    """Gradient penalty: its coefficient."""
+    divergence_k: float = 2.0
+    """Wasserstein divergence: k, its coefficient."""
+    divergence_p: float = 6.0
+    """Wasserstein divergence: p, the power of the gradient's norm."""
+    drift: float = 0.0
+    """Coefficient of the mean squared score of real images, which keeps the scores near zero."""
+
+
+@dataclass(frozen=True)
+class Optimiser(_Strict):
+    """Optimiser."""
+
+    optimiser: Literal["adam", "rmsprop", "sgd"] = "adam"
+    """Of both networks."""
+    lr_g: float = 2e-4
+    """Learning rate of the generator."""
+    lr_d: float = 2e-4
+    """Learning rate of the discriminator."""
+    beta1: float = 0.5
+    """Adam's first coefficient; the momentum of sgd."""
+    beta2: float = 0.999
+    """Adam's second coefficient; the smoothing of rmsprop."""
+    n_critic: int = 1
+    """Discriminator steps for each generator step."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of the generator's weights, for each generator step."""
+    ema_warmup: bool = False
+    """Start with a short average: decay min(ema_decay, (1 + t) / (10 + t)) at generator step t."""
+
+
+@dataclass(frozen=True)
+class Schedule(_Strict):
+    """Schedule."""
+
+    resolution: int = 64
+    """Size of the images in pixels, a power of two."""
+    kimg: float = 1000.0
+    """Length of the run in thousands of real images shown to the discriminator."""
+    batch: int = 64
+    """Images of a discriminator step, over all ranks."""
+    batch_at: dict[int, int] = field(default_factory=dict)
+    """Smaller batches from a resolution on, as pairs `RESOLUTION BATCH ...` (pggan)."""
+    accumulation: int = 1
+    """Micro-batches in which each rank takes its share of a batch."""
+    fade_kimg: float | None = None
+    """Length of a fade-in (pggan); None: half of an equal share of --kimg."""
+    stable_kimg: float | None = None
+    """Length of the training after a fade-in, before the next growth (pggan); None: as fade_kimg."""
+
+
+@dataclass(frozen=True)
+class Data(_Strict):
+    """Data."""
+
+    data: str = "digits"
+    """digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT or synthetic."""
+    channels: int | None = None
+    """Channels of the images, 1 or 3; None: those of the data."""
+    mirror: bool = False
+    """Flip half of the real images left to right."""
+    workers: int = 2
+    """Threads that decode images where the data does not fit in memory."""
+
+
+@dataclass(frozen=True)
+class Run(_Strict):
+    """Run."""
+
+    out: str | None = None
+    """Run directory; None: runs/VARIANT-TIME."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and every random number of a sample."""
+    checkpoint_kimg: float | None = None
+    """Between checkpoints; None: a twentieth of --kimg, at most 200."""
+    sample_kimg: float | None = None
+    """Between sample grids; None: as checkpoints."""
+    log_kimg: float | None = None
+    """Between log lines; None: a hundredth of --kimg, at most 4."""
+    keep: int = 3
+    """Checkpoints to keep, the newest ones."""
+    samples: int = 64
+    """Images in a sample grid."""
+
+
+@dataclass(frozen=True)
+class System(_Strict):
+    """Machine."""
+
+    engine: Literal["auto", "deepspeed", "torch"] = "auto"
+    """auto: deepspeed under a launcher, torch in a process of its own."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's ZeRO stage."""
+    deepspeed_config: str | None = None
+    """DeepSpeed configuration file; None: one is built from these flags."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision, by autocast; parameters and optimiser state are always float32."""
+    penalty_precision: Literal["auto", "fp32"] = "auto"
+    """fp32: no autocast in the critic's passes of a penalty; its gradient and norm are float32 either way."""
+    tf32: bool = False
+    """Let float32 products on a GPU use TF32."""
+    deterministic: bool = False
+    """Only deterministic kernels: the same machine gives the same bits."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Of images and convolution weights; auto: channels_last on a GPU, contiguous on a CPU."""
+    sync_bn: bool = False
+    """Batch-norm statistics over all ranks (GPU only)."""
+    threads: int | None = None
+    """CPU threads of each rank; None: what torch chooses."""
+
+
+@dataclass(frozen=True)
+class Config(_Strict):
+    """Everything a run is made from."""
+
+    networks: Networks = Networks()
+    objective: Objective = Objective()
+    optimiser: Optimiser = Optimiser()
+    schedule: Schedule = field(default_factory=Schedule)
+    data: Data = Data()
+    run: Run = Run()
+    system: System = System()
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def replace(config: Config, **sections: dict[str, Any]) -> Config:
+    """`config` with some values of some sections changed: replace(config, schedule={"kimg": 5.0})."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict of `config`, by section, without the schema version."""
+    return dataclasses.asdict(config)
+
+
+def merge(base: Config, values: dict[str, Any], where: str) -> Config:
+    """`base` overlaid with a nested dict as read from a file named `where`.
+
+    Raises:
+        ArgumentError: an unknown section or key, or a value of the wrong type.
+    """
+    merged = to_dict(base)
+    for section, content in values.items():
+        if section not in merged:
+            raise ArgumentError(where, section, f"a section may be {', '.join(merged)}")
+        if not isinstance(content, dict):
+            raise ArgumentError(f"{where}: {section}", content, "it may be a mapping of keys to values")
+        for key in content:
+            if key not in merged[section]:
+                near = difflib.get_close_matches(str(key), merged[section], n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it may be {', '.join(merged[section])}"
+                raise ArgumentError(f"{where}: unknown key in {section}", key, hint)
+        merged[section].update(content)
+    return from_dict(merged, where)
+
+
+def from_dict(values: dict[str, Any], where: str) -> Config:
+    """The `Config` of a complete nested dict; `where` names its origin in errors."""
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ArgumentError(f"{where}: {name}", first["input"], first["msg"].lower()) from None
+
+
+def read_yaml(path: Path, flag: str) -> dict[str, Any]:
+    """The content of a configuration file without its schema and variant keys checked away.
+
+    Raises:
+        ArgumentError: the file cannot be read, is no YAML mapping, or has another schema version.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ArgumentError(flag, str(path), f"it may be a readable YAML file ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ArgumentError(flag, str(path), f"it is no YAML file ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise ArgumentError(flag, str(path), "it may be a YAML mapping of sections")
+    schema = content.pop("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise ArgumentError(f"{path}: schema", schema, f"this version reads schema {SCHEMA}")
+    return content
+
+
+def write_yaml(config: Config, variant: str, preset: str, path: Path) -> None:
+    content = {"schema": SCHEMA, "variant": variant, "preset": preset, **to_dict(config)}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def _require(condition: bool, flag: str, was: object, may_be: str) -> None:
+    if not condition:
+        raise ArgumentError(flag, was, may_be)
+
+
+def batch_at(schedule: Schedule, resolution: int) -> int:
+    """Images of a discriminator step at `resolution`: the smallest entry of `batch_at` at or below it, or `batch`."""
+    limits = [size for at, size in schedule.batch_at.items() if at <= resolution]
+    return min([schedule.batch, *limits])
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot run, whatever the data and the machine.
+
+    Raises:
+        ArgumentError: naming the flag, its value and what it may be.
+    """
+    n, o, s, r, m = config.networks, config.objective, config.schedule, config.run, config.system
+    smallest = 4 if n.model == "pggan" else 8
+    powers = [2**i for i in range(2, 11) if 2**i >= smallest]
+    _require(s.resolution in powers, "--resolution", s.resolution, f"it may be {', '.join(map(str, powers))}")
+    positive = {
+        "latent": n.latent,
+        "width": n.width,
+        "max-width": n.max_width,
+        "fmap-base": n.fmap_base,
+        "fmap-max": n.fmap_max,
+        "n-critic": config.optimiser.n_critic,
+        "batch": s.batch,
+        "accumulation": s.accumulation,
+        "keep": r.keep,
+        "samples": r.samples,
+    }
+    for flag, value in positive.items():
+        _require(value >= 1, f"--{flag}", value, "it may be 1 or more")
+    above_zero = {
+        "kimg": s.kimg,
+        "lr-g": config.optimiser.lr_g,
+        "lr-d": config.optimiser.lr_d,
+        "clip": o.clip,
+        "checkpoint-kimg": r.checkpoint_kimg,
+        "sample-kimg": r.sample_kimg,
+        "log-kimg": r.log_kimg,
+    }
+    for flag, amount in above_zero.items():
+        _require(amount is None or (math.isfinite(amount) and amount > 0), f"--{flag}", amount, "it may be above 0")
+    for flag, length in {"fade-kimg": s.fade_kimg, "stable-kimg": s.stable_kimg}.items():
+        _require(length is None or length >= 0, f"--{flag}", length, "it may be 0 or more")
+    for flag, rate in {
+        "beta1": config.optimiser.beta1,
+        "beta2": config.optimiser.beta2,
+        "ema-decay": config.optimiser.ema_decay,
+    }.items():
+        _require(0 <= rate < 1, f"--{flag}", rate, "it may be at least 0 and below 1")
+    _require(r.seed >= 0, "--seed", r.seed, "it may be 0 or more")
+    _require(config.data.channels in (None, 1, 3), "--channels", config.data.channels, "it may be 1 or 3")
+    _require(
+        all(k in powers and v >= 1 for k, v in s.batch_at.items()),
+        "--batch-at",
+        s.batch_at,
+        "it may be pairs of a resolution and a batch of 1 or more",
+    )
+    if n.model == "sagan":
+        at = [4, *[p for p in powers if p < s.resolution]]
+        _require(
+            n.attention_at in (None, *at),
+            "--attention-at",
+            n.attention_at,
+            f"it may be {', '.join(map(str, at))} at {s.resolution} px",
+        )
+        smallest_width = min(n.width, n.max_width)
+        _require(smallest_width >= 8, "--width", smallest_width, "it may be 8 or more in sagan")
+    _require(not n.conditional or n.model == "sagan", "--conditional", True, "only --model sagan takes labels")
+    if n.model == "pggan":
+        _require(
+            2 * n.fmap_base // s.resolution >= 1,
+            "--fmap-base",
+            n.fmap_base,
+            f"it may be {s.resolution // 2} or more at {s.resolution} px",
+        )
+    penalised = o.regulariser in ("gradient-penalty", "wasserstein-divergence")
+    _require(
+        not (m.zero == 3 and penalised),
+        "--zero",
+        3,
+        f"it may be 0, 1 or 2 with --regulariser {o.regulariser}: ZeRO 3 cannot run a second derivative",
+    )
+    _require(
+        m.engine != "torch" or (m.zero == 0 and m.deepspeed_config is None),
+        "--engine",
+        "torch",
+        "it may be deepspeed with --zero or --deepspeed-config",
+    )

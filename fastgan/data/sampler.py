@@ -1,0 +1,78 @@
+"""Which image is seen at a position of the run; positions count samples over all ranks from its start."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastgan.errors import ArgumentError
+
+_WORD = 2**64
+
+
+class Sampler:
+    """Every image once per epoch, in an order that depends on `(seed, epoch)` only.
+
+    Position k is image `order(k // size)[k % size]`: there is no state, so a resume needs one number, and the
+    number of ranks or workers changes nothing.
+
+    Raises: ArgumentError if `size` is below 1.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        if size < 1:
+            raise ArgumentError("size", size, "it may be 1 or more images")
+        self.size = size
+        self.seed = seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The shuffle of one epoch: int64 [size]. The last two made are kept.
+
+        Sorting the generator's raw words, instead of `Generator.permutation`: NumPy keeps the streams of its
+        bit generators over versions, but not the methods of `Generator`, and a resume needs the same order.
+        """
+        if epoch not in self._orders:
+            # Two, because a batch, or the prefetch of the next one, may reach over the end of an epoch.
+            while len(self._orders) > 1:
+                del self._orders[next(iter(self._orders))]
+            key = np.array([self.seed % _WORD, epoch], dtype=np.uint64)
+            words = np.random.Philox(key=key).random_raw(self.size)
+            self._orders[epoch] = np.argsort(words, kind="stable").astype(np.int64, copy=False)
+        return self._orders[epoch]
+
+    def indices(self, positions: np.ndarray | range) -> np.ndarray:
+        """The images at `positions` (int, [n], any order): int64 [n].
+
+        Raises: ArgumentError if a position is negative.
+        """
+        at = np.asarray(positions, dtype=np.int64)
+        if at.size and at.min() < 0:
+            raise ArgumentError("positions", int(at.min()), "they may be 0 or more")
+        epochs, within = np.divmod(at, self.size)
+        out = np.empty_like(at)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            out[here] = self.order(int(epoch))[within[here]]
+        return out
+
+
+def rank_positions(start: int, batch: int, rank: int, world: int) -> np.ndarray:
+    """The positions of one rank's share of the global batch `[start, start + batch)`: int64 [batch / world].
+
+    The share is strided: start + rank, start + rank + world, ... Minibatch standard deviation (Karras 2018,
+    sec. 3) puts samples i, i + n/g, i + 2n/g, ... of a batch of n in one group of g. With strided shares,
+    each group of a rank is exactly one group of the global batch (g dividing n / world), so what is trained
+    does not depend on the number of ranks; contiguous shares would group other images together.
+
+    Raises: ArgumentError if `batch` does not divide by `world`, or `start`, `batch`, `rank` or `world` is out
+    of range.
+    """
+    if world < 1:
+        raise ArgumentError("world", world, "it may be 1 or more ranks")
+    if not 0 <= rank < world:
+        raise ArgumentError("rank", rank, f"it may be 0 to {world - 1}")
+    if start < 0:
+        raise ArgumentError("start", start, "it may be 0 or more")
+    if batch < 1 or batch % world:
+        raise ArgumentError("--batch", batch, f"it may be a multiple of {world}, the ranks that share it")
+    return np.arange(start + rank, start + batch, world, dtype=np.int64)

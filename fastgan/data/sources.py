@@ -1,0 +1,455 @@
+"""What `--data` may name: a set of images that can be read one by one, at any resolution up to the target.
+
+Files from others are data: nothing here is unpickled. Pillow, scikit-learn and torchvision are imported where
+they are used, so that a missing one stops only what needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastgan.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_KINDS = "it may be digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT or synthetic"
+_CIFAR_RECORD = 1 + 3 * 32 * 32
+logger = logging.getLogger(__name__)
+
+
+class Source(ABC):
+    """A fixed set of images.
+
+    `name`: the kind, as in `--data`; `path`: where it lies, or None. `channels`, `resolution` (the target,
+    px). `labels`: int64 [N] or None; `num_classes`: 0 without labels. `fingerprint`: 16 hex digits that
+    change when the data does, whatever folder it lies in. `skipped`: (file, reason) for files that are no
+    images. Reading is safe from several threads.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        resolution: int,
+        channels: int,
+        labels: np.ndarray | None,
+        num_classes: int,
+        fingerprint: str,
+        path: Path | None = None,
+        skipped: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.channels = channels
+        self.resolution = resolution
+        self.labels = labels
+        self.num_classes = num_classes
+        self.fingerprint = fingerprint
+        self.skipped = list(skipped)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _target(self, index: int) -> np.ndarray:
+        """One image at the target resolution: uint8 [C, resolution, resolution]."""
+
+    def read(self, index: int, resolution: int) -> np.ndarray:
+        """One image: uint8 [C, resolution, resolution], area-averaged from the target size.
+
+        Raises: ArgumentError if `resolution` is no power of two from 4 to the target, or the file cannot be
+        decoded; IndexError if `index` is outside [0, N).
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        self.check_resolution(resolution)
+        return area_average(self._target(index), resolution)
+
+    def check_resolution(self, resolution: int) -> None:
+        """Raises: ArgumentError if images cannot be read at `resolution`."""
+        if not _is_resolution(resolution) or resolution > self.resolution:
+            may_be = f"it may be a power of two from 4 to {self.resolution}"
+            raise ArgumentError("--resolution", resolution, may_be)
+
+
+def open_source(spec: str, resolution: int, channels: int | None = None, seed: int = 0) -> Source:
+    """Open what `--data` says, checked as far as that is cheap.
+
+    spec: digits | folder:PATH | cifar10:ROOT | mnist:ROOT | celeba:ROOT | synthetic. resolution: the target,
+    a power of two from 4. channels: None for the source's own; a folder converts to 1 or 3, synthetic images
+    have any number. seed: of the synthetic images.
+
+    Raises: ArgumentError for an unknown spec, a missing or unusable file, a package that cannot be imported,
+    or a channel count or resolution the source does not have.
+    """
+    kind, _, place = spec.partition(":")
+    if not _is_resolution(resolution):
+        raise ArgumentError("--resolution", resolution, "it may be a power of two from 4")
+    opener = {"folder": _folder, "cifar10": _cifar10, "mnist": _mnist, "celeba": _celeba}.get(kind)
+    if spec not in ("digits", "synthetic") and (opener is None or not place):
+        raise ArgumentError("--data", spec, _KINDS)
+    _need("PIL.Image", "pillow", spec)
+    if spec == "digits":
+        return _digits(spec, resolution, channels)
+    if opener is None:
+        return _synthetic(resolution, channels, seed)
+    path = Path(place).expanduser()
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "is missing"
+        raise ArgumentError("--data", spec, f"{path} {found}; it may be a folder")
+    return opener(spec, path, resolution, channels)
+
+
+def area_average(images: np.ndarray, resolution: int) -> np.ndarray:
+    """Shrink uint8 [..., R, R] to [..., resolution, resolution]: the mean of each square block, rounded.
+
+    In integers, so that it gives the same bytes for one image and for a stack, on any machine.
+    """
+    block = images.shape[-1] // resolution
+    if block == 1:
+        return images
+    total = np.full((*images.shape[:-2], resolution, resolution), block * block // 2, dtype=np.uint32)
+    for row in range(block):
+        for column in range(block):
+            total += images[..., row::block, column::block]
+    total //= block * block
+    return total.astype(np.uint8)
+
+
+class _ArraySource(Source):
+    """Images held in memory at their own size, resized when read. images: uint8 [N, C, h, w]."""
+
+    def __init__(
+        self, name: str, images: np.ndarray, labels: np.ndarray, resolution: int, path: Path | None = None
+    ) -> None:
+        digest = hashlib.sha256(f"{name} {images.shape} ".encode())
+        digest.update(np.ascontiguousarray(images).data)
+        digest.update(np.ascontiguousarray(labels).data)
+        super().__init__(
+            name,
+            resolution=resolution,
+            channels=images.shape[1],
+            labels=labels,
+            num_classes=10,
+            fingerprint=digest.hexdigest()[:16],
+            path=path,
+        )
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def _target(self, index: int) -> np.ndarray:
+        from PIL import Image
+
+        planes = (Image.fromarray(plane) for plane in self._images[index])
+        return np.stack([np.asarray(_square(plane, self.resolution)) for plane in planes])
+
+
+class _FileSource(Source):
+    """One image file per image, decoded when read. files: paths relative to `path`, in order."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        files: list[str],
+        labels: np.ndarray | None,
+        num_classes: int,
+        resolution: int,
+        channels: int,
+        skipped: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        digest = hashlib.sha256(f"{name} {len(files)}".encode())
+        for file in files:
+            digest.update(f"\0{file}\0{(path / file).stat().st_size}".encode(errors="surrogateescape"))
+        super().__init__(
+            name,
+            resolution=resolution,
+            channels=channels,
+            labels=labels,
+            num_classes=num_classes,
+            fingerprint=digest.hexdigest()[:16],
+            path=path,
+            skipped=skipped,
+        )
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def _target(self, index: int) -> np.ndarray:
+        file = self.path / self._files[index] if self.path else Path(self._files[index])
+        try:
+            pixels = np.array(_decode(file, self.resolution, "L" if self.channels == 1 else "RGB"))
+        except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+            reason = f"the image cannot be decoded ({_first_line(error)}); remove the file or replace it"
+            raise ArgumentError("--data", str(file), reason) from error
+        planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        return np.ascontiguousarray(planes)
+
+
+def _digits(spec: str, resolution: int, channels: int | None) -> Source:
+    """scikit-learn's copy of the UCI handwritten digits: 1,797 images of 8 x 8 with values 0 to 16."""
+    _require_channels("digits", 1, channels)
+    digits = _need("sklearn.datasets", "scikit-learn", spec).load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    return _ArraySource("digits", images, digits.target.astype(np.int64), resolution)
+
+
+def _synthetic(resolution: int, channels: int | None, seed: int) -> Source:
+    """2,048 smooth random pictures for speed runs: 8 x 8 noise, enlarged when read; labels cycle 0 to 9."""
+    channels = 3 if channels is None else channels
+    if channels < 1:
+        raise ArgumentError("--channels", channels, "synthetic may have 1 or more")
+    words = np.random.Philox(key=np.array([seed % 2**64, 0], dtype=np.uint64)).random_raw(2048 * channels * 8)
+    images = words.astype("<u8").view(np.uint8).reshape(2048, channels, 8, 8)
+    return _ArraySource("synthetic", images, np.arange(2048, dtype=np.int64) % 10, resolution)
+
+
+def _cifar10(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
+    """The 50,000 training images, from the binary version: the "python version" is a set of pickles."""
+    _require_channels("cifar10", 3, channels)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    inner = root / "cifar-10-batches-bin"
+    path = inner if inner.is_dir() else root
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        wanted = f"{inner} must hold the binary version, cifar-10-binary.tar.gz unpacked"
+        wanted += f"; missing: {', '.join(missing)}"
+        if (root / "cifar-10-batches-py").is_dir():
+            wanted += "; cifar-10-batches-py is the pickled version, and nothing is unpickled"
+        raise ArgumentError("--data", spec, wanted)
+    parts = []
+    for name in names:
+        part = np.fromfile(path / name, dtype=np.uint8)
+        if not part.size or part.size % _CIFAR_RECORD or part[::_CIFAR_RECORD].max() > 9:
+            reason = f"{path / name} may hold records of {_CIFAR_RECORD} bytes, each led by a label of 0 to 9"
+            raise ArgumentError("--data", spec, reason)
+        parts.append(part.reshape(-1, _CIFAR_RECORD))
+    records = np.concatenate(parts)
+    images = records[:, 1:].reshape(-1, 3, 32, 32)
+    return _ArraySource("cifar10", images, records[:, 0].astype(np.int64), resolution, path)
+
+
+def _mnist(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
+    """The 60,000 training images, through torchvision's idx readers.
+
+    Not through its `MNIST` class, which prefers an old `processed/training.pt`, a pickle.
+    """
+    _require_channels("mnist", 1, channels)
+    inner = root / "MNIST" / "raw"
+    path = inner if inner.is_dir() else root
+    files = [path / "train-images-idx3-ubyte", path / "train-labels-idx1-ubyte"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        wanted = f"{inner} must hold train-images-idx3-ubyte and train-labels-idx1-ubyte, unpacked from .gz"
+        raise ArgumentError("--data", spec, f"{wanted}; missing: {', '.join(missing)}")
+    torchvision = _need("torchvision.datasets.mnist", "torchvision", spec)
+    try:
+        images = torchvision.read_image_file(str(files[0])).numpy()
+        labels = torchvision.read_label_file(str(files[1])).numpy()
+    except Exception as error:  # torchvision asserts, and torch raises RuntimeError on a short file
+        reason = f"the idx files in {path} cannot be read ({_first_line(error)}); copy them anew"
+        raise ArgumentError("--data", spec, reason) from error
+    if not len(images) or len(images) != len(labels) or labels.max() > 9:
+        found = f"{path} holds {len(images)} images and {len(labels)} labels"
+        raise ArgumentError("--data", spec, f"{found}; it may hold as many of both, labels 0 to 9")
+    return _ArraySource("mnist", images[:, None], labels.astype(np.int64), resolution, path)
+
+
+def _celeba(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
+    """All 202,599 aligned faces, without labels; torchvision's `CelebA` reads text and checks its md5."""
+    _require_channels("celeba", 3, channels)
+    celeba = _need("torchvision.datasets", "torchvision", spec).CelebA
+    path = root / celeba.base_folder
+    try:
+        names = list(celeba(str(root), split="all", target_type=[], download=False).filename)
+    except Exception as error:  # RuntimeError for missing files, ValueError and others for damaged ones
+        lists = [name for _, _, name in celeba.file_list if not name.endswith((".zip", ".7z"))]
+        missing = [name for name in ("img_align_celeba", *lists) if not (path / name).exists()]
+        wanted = f"{path} must hold the folder img_align_celeba and {', '.join(lists)}"
+        other = f"one differs from the published file ({_first_line(error)})"
+        found = f"missing: {', '.join(missing)}" if missing else other
+        raise ArgumentError("--data", spec, f"{wanted}; {found}") from error
+    try:
+        return _FileSource("celeba", path / "img_align_celeba", names, None, 0, resolution, 3)
+    except OSError as error:
+        raise ArgumentError("--data", spec, f"all {len(names)} images must be there ({error})") from error
+
+
+class _Checked(NamedTuple):
+    """What opening one file of a folder told: `reason` is "" for an image."""
+
+    file: str
+    reason: str
+    mode: str
+    size: tuple[int, int]
+
+
+def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Source:
+    """Every image below `path`, ordered by relative name; labels are the ranks of first-level subfolders."""
+    if channels not in (None, 1, 3):
+        raise ArgumentError("--channels", channels, "a folder may be read with 1 or 3")
+    skipped: list[tuple[str, str]] = []
+    files = _walk(path, skipped)
+    # Opening waits for the disk more than it computes, so more threads than cores pay.
+    with ThreadPoolExecutor(8) as pool:
+        checked = list(pool.map(lambda file: _check(path, file), files))
+    images = [one for one in checked if not one.reason]
+    skipped += [(one.file, one.reason) for one in checked if one.reason]
+    if not images:
+        found = "it is empty"
+        if skipped:
+            found = f"none of its {len(skipped):,} files is an image (first: {': '.join(skipped[0])})"
+        raise ArgumentError("--data", spec, f"{path} may be a folder with images below it; {found}")
+    small = [one for one in images if min(one.size) < resolution]
+    if small:
+        width, height = min((one.size for one in small), key=min)
+        count = f"{len(small):,} of {len(images):,} images are smaller than {resolution} px"
+        logger.warning("%s: %s and are enlarged; the smallest is %d x %d", spec, count, width, height)
+    if channels is None:
+        channels = 1 if all(_is_grey(one.mode) for one in images) else 3
+    names = [one.file for one in images]
+    labels, num_classes = None, 0
+    if all("/" in name for name in names):
+        classes, ranks = np.unique([name.partition("/")[0] for name in names], return_inverse=True)
+        labels, num_classes = ranks.astype(np.int64), len(classes)
+    return _FileSource("folder", path, names, labels, num_classes, resolution, channels, skipped)
+
+
+def _walk(path: Path, skipped: list[tuple[str, str]]) -> list[str]:
+    """The files below `path`, relative, "/" between parts, sorted; hidden ones (.DS_Store) are left out."""
+    files: list[str] = []
+    seen: set[str] = set()
+
+    def unreadable(error: OSError) -> None:
+        skipped.append((str(error.filename), error.strerror or str(error)))
+
+    # Links are followed, as data sets are often put together by them; `seen` ends a circle.
+    for at, folders, names in os.walk(path, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(at)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(at).relative_to(path)
+        files += [(inside / name).as_posix() for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def _check(path: Path, file: str) -> _Checked:
+    """Look at one file without decoding it, where that is enough to tell that it is whole."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not (path / file).is_file():  # opening a named pipe would wait forever
+        return _Checked(file, "no file", "", (0, 0))
+    try:
+        with Image.open(path / file) as image:
+            mode, size, kind = image.mode, image.size, image.format
+            image.verify()
+        # `verify` finds nothing in a JPEG. A download cut short lacks the end mark; some cameras write more
+        # after it, so only a file without one is decoded to know.
+        if kind in ("JPEG", "MPO") and not _ends_whole(path / file):
+            with Image.open(path / file) as image:
+                image.load()
+    except UnidentifiedImageError:
+        return _Checked(file, "no image format Pillow knows", "", (0, 0))
+    except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
+        logger.debug("%s is skipped", path / file, exc_info=True)
+        return _Checked(file, _first_line(error), "", (0, 0))
+    return _Checked(file, "", mode, size)
+
+
+def _ends_whole(file: Path) -> bool:
+    with file.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1024))
+        return b"\xff\xd9" in stream.read()
+
+
+def _decode(file: Path, side: int, mode: str) -> Image.Image:
+    """One file as a `side` x `side` image of `mode` L or RGB: upright, its centre square, resized."""
+    from PIL import Image, ImageOps
+
+    image: Image.Image
+    with Image.open(file) as image:
+        shortest = min(image.size)
+        if shortest >= 4 * side:
+            # A JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8; the filter does the last halving.
+            width, height = (2 * side * length // shortest for length in image.size)
+            image.draft(None, (width, height))
+        image.load()
+        with suppress(Exception):  # a damaged EXIF block says nothing about the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        return _square(_convert(image, mode), side)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """Any Pillow mode to L or RGB. 16-bit grey is scaled, transparency laid over white."""
+    from PIL import Image
+
+    if image.mode[0] in "IF":
+        # I;16 and its kin, I (16 bits in 32), F (0 to 1, or to 255): Pillow's own convert clips at 255.
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        top = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1
+        image = Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    """The centre square of `image`, resized; Pillow's filters widen when shrinking, so nothing aliases."""
+    from PIL.Image import Resampling
+
+    width, height = image.size
+    shortest = min(width, height)
+    left, top = (width - shortest) // 2, (height - shortest) // 2
+    if shortest == side:
+        return image.crop((left, top, left + side, top + side))
+    # Enlarging with Lanczos rings visibly around strokes, bicubic hardly.
+    smooth = Resampling.LANCZOS if shortest > side else Resampling.BICUBIC
+    return image.resize((side, side), smooth, box=(left, top, left + shortest, top + shortest))
+
+
+def _is_grey(mode: str) -> bool:
+    return mode in ("1", "L", "LA", "F") or mode.startswith("I")
+
+
+def _is_resolution(resolution: int) -> bool:
+    return resolution >= 4 and resolution & (resolution - 1) == 0
+
+
+def _require_channels(name: str, own: int, asked: int | None) -> None:
+    if asked not in (None, own):
+        has = "1 channel" if own == 1 else f"{own} channels"
+        raise ArgumentError("--channels", asked, f"{name} has {has}; it may be {own}")
+
+
+def _need(module: str, package: str, spec: str) -> Any:
+    """Import `module`, or say in one line that `spec` needs `package` and why there is none."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        # Not only ImportError: a torchvision built for another torch fails with any of these.
+        reason = f"it needs {package}, which cannot be imported ({_first_line(error)}); pip install {package}"
+        raise ArgumentError("--data", spec, reason) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,98 @@
+"""What is here and what is not: `fastgan doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # see train.py
+
+from dataclasses import dataclass
+
+from fastgan import __version__
+from fastgan.commands import command
+
+# distribution -> (what it is for, the command that installs it)
+_PACKAGES = {
+    "torch": ("everything", "pip install torch"),
+    "triton": ("GPU kernels", "pip install triton"),
+    "numpy": ("everything", "pip install numpy"),
+    "deepspeed": ("training with a launcher, many processes, ZeRO", "pip install 'fastgan[train]'"),
+    "torchvision": ("--data mnist and celeba", "pip install 'fastgan[train]'"),
+    "scikit-learn": ("--data digits", "pip install 'fastgan[train]'"),
+    "pillow": ("image files", "pip install 'fastgan[train]'"),
+    "safetensors": ("checkpoints", "pip install 'fastgan[train]'"),
+    "tensorboard": ("TensorBoard events", "pip install 'fastgan[train]'"),
+}
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Print versions, devices, which backend each op would use and why, and what is missing."""
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torchvision_fault() -> str | None:
+    """A torchvision built for another torch installs but does not import."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+@command
+def main(argv: list[str]) -> int:
+    import tyro
+
+    tyro.cli(Doctor, args=argv, prog="fastgan doctor")
+    print(f"fastgan {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    missing = []
+    for name, (purpose, install) in _PACKAGES.items():
+        version = _version(name)
+        print(f"  {name:13} {version or 'missing':14} {purpose}")
+        if version is None and not (name == "triton" and platform.system() != "Linux"):
+            missing.append(f"{name} ({purpose}): {install}")
+    import torch
+
+    fault = _torchvision_fault() if _version("torchvision") else None
+    if fault:
+        missing.append(
+            f"torchvision is installed but does not import ({fault}): pip install --force-reinstall torchvision"
+        )
+    print("devices")
+    print(f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            print(
+                f"  cuda:{i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+                f"sm_{properties.major}{properties.minor}"
+            )
+    else:
+        built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch has no CUDA"
+        print(f"  no GPU: {built}, and finds no device")
+    print("ops")
+    from fastgan import ops
+    from fastgan.ops.backend import OPS
+
+    for op in OPS:
+        name, reason = next(iter(ops.backends(op).items()))
+        print(f"  {op:29} {name}: {reason}")
+    print("missing" if missing else "nothing is missing")
+    for line in missing:
+        print(f"  {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

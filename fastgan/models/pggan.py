@@ -1,0 +1,163 @@
+"""Progressive networks of Karras et al. 2018, "Progressive growing of GANs", table 2 and appendix A.
+
+A network is built for the resolution of a stage, with every level below it; a grown network loads the state of the
+smaller one by name. The feature map at resolution r has min(2 `fmap_base` / r, `fmap_max`) channels.
+
+`fade` is static: with it the newest level is blended with the one below by the buffer `alpha` (0: the old resolution
+alone, 1: the new), without it the newest level stands alone and the blend costs nothing. `set_alpha` sets both.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgan import ops
+from fastgan.nn import EqualizedConv2d, EqualizedLinear, MinibatchStdDev
+
+
+def _fmaps(resolution: int, fmap_base: int, fmap_max: int) -> int:
+    return min(2 * fmap_base // resolution, fmap_max)
+
+
+def _resolutions(resolution: int) -> list[int]:
+    return [2**i for i in range(2, int(math.log2(resolution)) + 1)]
+
+
+def _activate(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.2)
+
+
+class Progressive(nn.Module):
+    """What both networks share: the stage, its fade-in, and which toRGB/fromRGB layers it trains."""
+
+    alpha: Tensor
+
+    def __init__(self, resolution: int) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.fade = False
+        self.register_buffer("alpha", torch.ones(()))
+
+    def set_alpha(self, alpha: float) -> None:
+        """Blend the newest level in by `alpha`; from 1 on it stands alone."""
+        self.alpha.fill_(alpha)
+        self.fade = alpha < 1.0 and self.resolution > 4
+
+    def _freeze_idle(self, rgb: nn.ModuleDict) -> None:
+        """Levels two or more below the newest keep their RGB layer in the file but take no part in the stage."""
+        for size, layer in rgb.items():
+            layer.requires_grad_(int(size) * 2 >= self.resolution)
+
+
+class _GeneratorBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, fused_scale: bool) -> None:
+        super().__init__()
+        self.fused_scale = fused_scale
+        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, resample="up" if fused_scale else "none")
+        self.conv2 = EqualizedConv2d(out_channels, out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x if self.fused_scale else ops.interpolate_nearest(x))
+        x = ops.pixel_norm(_activate(x))
+        return ops.pixel_norm(_activate(self.conv2(x)))
+
+
+class Generator(Progressive):
+    """latent [N, latent] -> images [N, C, R, R], unbounded (the data's range is [-1, 1])."""
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        channels: int,
+        latent: int,
+        fmap_base: int = 8192,
+        fmap_max: int = 512,
+        fused_scale: bool = True,
+    ) -> None:
+        super().__init__(resolution)
+        self.latent = latent
+
+        def fmaps(size: int) -> int:
+            return _fmaps(size, fmap_base, fmap_max)
+
+        # The authors divide this layer's gain by 4 so that its scale is that of a convolution.
+        self.input = EqualizedLinear(latent, fmaps(4) * 16, gain=math.sqrt(2.0) / 4.0)
+        self.conv = EqualizedConv2d(fmaps(4), fmaps(4), 3)
+        self.blocks = nn.ModuleDict()
+        self.to_rgb = nn.ModuleDict()
+        for size in _resolutions(resolution):
+            if size > 4:
+                self.blocks[str(size)] = _GeneratorBlock(fmaps(size // 2), fmaps(size), fused_scale)
+            self.to_rgb[str(size)] = EqualizedConv2d(fmaps(size), channels, 1, gain=1.0)
+        self._freeze_idle(self.to_rgb)
+
+    def forward(self, latent: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = self.input(ops.pixel_norm(latent)).unflatten(1, (-1, 4, 4))
+        x = ops.pixel_norm(_activate(x))
+        x = ops.pixel_norm(_activate(self.conv(x)))
+        below = x
+        for block in self.blocks.values():
+            below, x = x, block(x)
+        image = self.to_rgb[str(self.resolution)](x)
+        if self.fade:
+            old = ops.interpolate_nearest(self.to_rgb[str(self.resolution // 2)](below))
+            image = torch.lerp(old, image, self.alpha.to(image.dtype))
+        return image
+
+
+class _DiscriminatorBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, fused_scale: bool) -> None:
+        super().__init__()
+        self.fused_scale = fused_scale
+        self.conv1 = EqualizedConv2d(in_channels, in_channels, 3)
+        self.conv2 = EqualizedConv2d(in_channels, out_channels, 3, resample="down" if fused_scale else "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _activate(self.conv2(_activate(self.conv1(x))))
+        return x if self.fused_scale else ops.avg_pool2d(x)
+
+
+class Discriminator(Progressive):
+    """images [N, C, R, R] -> scores [N]."""
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        channels: int,
+        fmap_base: int = 8192,
+        fmap_max: int = 512,
+        fused_scale: bool = True,
+    ) -> None:
+        super().__init__(resolution)
+
+        def fmaps(size: int) -> int:
+            return _fmaps(size, fmap_base, fmap_max)
+
+        self.from_rgb = nn.ModuleDict()
+        self.blocks = nn.ModuleDict()
+        for size in _resolutions(resolution)[::-1]:
+            self.from_rgb[str(size)] = EqualizedConv2d(channels, fmaps(size), 1)
+            if size > 4:
+                self.blocks[str(size)] = _DiscriminatorBlock(fmaps(size), fmaps(size // 2), fused_scale)
+        self.stddev = MinibatchStdDev()
+        self.conv = EqualizedConv2d(fmaps(4) + 1, fmaps(4), 3)
+        self.dense = EqualizedLinear(fmaps(4) * 16, fmaps(2))
+        self.output = EqualizedLinear(fmaps(2), 1, gain=1.0)
+        self._freeze_idle(self.from_rgb)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = _activate(self.from_rgb[str(self.resolution)](images))
+        for size, block in self.blocks.items():
+            x = block(x)
+            if self.fade and int(size) == self.resolution:
+                old = _activate(self.from_rgb[str(self.resolution // 2)](ops.avg_pool2d(images)))
+                x = torch.lerp(old, x, self.alpha.to(x.dtype))
+        x = _activate(self.conv(self.stddev(x)))
+        x = _activate(self.dense(x.flatten(1)))
+        return self.output(x).squeeze(1)

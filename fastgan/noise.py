@@ -1,0 +1,67 @@
+"""Random numbers that belong to a sample, computed from (seed, stream, sample index) alone.
+
+A latent, an interpolation weight or a fake label must not depend on the rank that draws it, on the number of
+ranks or on what was drawn before: the same run on one process or on eight, stopped and resumed or not, sees the
+same numbers. A counter-based generator gives that: the 64-bit finaliser of SplitMix64 (Steele, Lea and Flood,
+"Fast splittable pseudorandom number generators", 2014) over the counter, in int64 tensor arithmetic, so that it
+runs on the samples' device and reads nothing back to the host.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK64 = (1 << 64) - 1
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits as the unsigned 64-bit `value`: torch has no uint64 arithmetic."""
+    value &= _MASK64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's `>>` on int64 carries the sign along."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _bits(seed: int, stream: str, index: Tensor, size: int) -> Tensor:
+    """64 random bits for each sample and position: int64 [N, size] for `index` int64 [N]."""
+    key = (seed * _GOLDEN + zlib.crc32(stream.encode()) * 0xD1342543DE82EF95) & _MASK64
+    per_sample = _mix(index.to(torch.int64) * _signed(_GOLDEN) + _signed(key))
+    counter = torch.arange(1, size + 1, device=index.device, dtype=torch.int64) * _signed(_GOLDEN)
+    return _mix(per_sample[:, None] + counter)
+
+
+def _unit(bits24: Tensor) -> Tensor:
+    """24 bits to float32 in the open interval (0, 1)."""
+    return (bits24.to(torch.float32) + 0.5) * 2.0**-24
+
+
+def uniform(seed: int, stream: str, index: Tensor, size: int) -> Tensor:
+    """Uniform on (0, 1), float32 [N, size], for sample indices `index` (int64 [N]) of the named stream."""
+    return _unit(_shift_right(_bits(seed, stream, index, size), 40))
+
+
+def normal(seed: int, stream: str, index: Tensor, size: int) -> Tensor:
+    """Standard normal, float32 [N, size], by the Box-Muller transform; arguments as in `uniform`."""
+    bits = _bits(seed, stream, index, (size + 1) // 2)
+    radius = torch.sqrt(-2.0 * torch.log(_unit(_shift_right(bits, 40))))
+    angle = (2.0 * math.pi) * _unit(bits & 0xFFFFFF)
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :size]
+
+
+def integers(seed: int, stream: str, index: Tensor, high: int) -> Tensor:
+    """Uniform integers in [0, high), int64 [N]: one for each sample index."""
+    return (_shift_right(_bits(seed, stream, index, 1)[:, 0], 32) * high) >> 32

@@ -1,0 +1,21 @@
+"""Losses and regularisers: pure functions, orthogonal to the networks."""
+
+from fastgan.objectives.losses import Loss, hinge, least_squares, minimax, wasserstein
+from fastgan.objectives.regularisers import (
+    clip_weights,
+    gradient_penalty,
+    wasserstein_divergence,
+    zero_centered_penalty,
+)
+
+__all__ = [
+    "Loss",
+    "clip_weights",
+    "gradient_penalty",
+    "hinge",
+    "least_squares",
+    "minimax",
+    "wasserstein",
+    "wasserstein_divergence",
+    "zero_centered_penalty",
+]

@@ -1,0 +1,70 @@
+"""Adversarial losses: pure functions of scores, in float32.
+
+A loss is a pair: of the discriminator from its scores on real and fake images, of the generator from the scores of its
+images. Scores are [N], unbounded (logits); each loss is the mean over samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Loss(NamedTuple):
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+
+
+def minimax(saturating: bool = False) -> Loss:
+    """-log D(x) - log(1 - D(G(z))) with D the sigmoid of the score (Goodfellow et al. 2014, eq. 1).
+
+    The generator maximises log D(G(z)) (section 3's remedy for vanishing gradients), or with `saturating` minimises
+    log(1 - D(G(z))), the game as first stated.
+    """
+
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+    def generator(fake: Tensor) -> Tensor:
+        return -F.softplus(fake).mean() if saturating else F.softplus(-fake).mean()
+
+    return Loss(discriminator, generator)
+
+
+def least_squares(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
+    """Half squared distances to the labels a (fake), b (real) and c (for the generator) (Mao et al. 2017, eq. 2)."""
+
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:
+        return 0.5 * ((real - b).square().mean() + (fake - a).square().mean())
+
+    def generator(fake: Tensor) -> Tensor:
+        return 0.5 * (fake - c).square().mean()
+
+    return Loss(discriminator, generator)
+
+
+def wasserstein() -> Loss:
+    """Difference of mean scores (Arjovsky et al. 2017, eq. 2); what keeps the critic Lipschitz is a regulariser."""
+
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:
+        return fake.mean() - real.mean()
+
+    def generator(fake: Tensor) -> Tensor:
+        return -fake.mean()
+
+    return Loss(discriminator, generator)
+
+
+def hinge() -> Loss:
+    """max(0, 1 - D(x)) + max(0, 1 + D(G(z))) (Lim and Ye 2017; Zhang et al. 2018, eq. 4)."""
+
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:
+        return F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean()
+
+    def generator(fake: Tensor) -> Tensor:
+        return -fake.mean()
+
+    return Loss(discriminator, generator)

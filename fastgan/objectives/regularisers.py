@@ -1,0 +1,25 @@
+"""What constrains a critic besides its loss. The penalties live in `fastgan.ops`, for projects that want only those."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgan.ops import gradient_penalty, wasserstein_divergence, zero_centered_penalty
+
+__all__ = ["clip_weights", "gradient_penalty", "wasserstein_divergence", "zero_centered_penalty"]
+
+
+def clip_weights(optimiser: torch.optim.Optimizer, limit: float) -> None:
+    """Clamp every weight `optimiser` holds to [-limit, limit] after each of its steps (Arjovsky et al. 2017, alg. 1).
+
+    It hangs on the optimiser and not on the network because under ZeRO the optimiser owns the master copy: weights
+    clamped in the network alone would be overwritten by the next step.
+    """
+
+    def clamp(optimiser: torch.optim.Optimizer, *_: object) -> None:
+        with torch.no_grad():
+            for group in optimiser.param_groups:
+                torch._foreach_clamp_min_(group["params"], -limit)
+                torch._foreach_clamp_max_(group["params"], limit)
+
+    optimiser.register_step_post_hook(clamp)

@@ -1,0 +1,22 @@
+"""Operations of generative adversarial networks, usable without the rest of the package: torch is all they need."""
+
+from fastgan.ops.attention import scaled_dot_product_attention
+from fastgan.ops.backend import backends
+from fastgan.ops.conv import avg_pool2d, conv2d_downsample, interpolate_nearest, upsample_conv2d
+from fastgan.ops.minibatch_stddev import minibatch_stddev
+from fastgan.ops.penalty import gradient_penalty, wasserstein_divergence, zero_centered_penalty
+from fastgan.ops.pixel_norm import pixel_norm
+
+__all__ = [
+    "avg_pool2d",
+    "backends",
+    "conv2d_downsample",
+    "gradient_penalty",
+    "interpolate_nearest",
+    "minibatch_stddev",
+    "pixel_norm",
+    "scaled_dot_product_attention",
+    "upsample_conv2d",
+    "wasserstein_divergence",
+    "zero_centered_penalty",
+]

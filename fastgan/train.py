@@ -1,0 +1,278 @@
+"""Train one of eight GAN variants: `deepspeed fastgan/train.py --variant pggan`, torchrun or `fastgan train`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+    # Run as a script, Python puts this folder first on the path, where its files would hide other top-level modules.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import dataclasses
+import signal
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from fastgan import __version__
+from fastgan.commands import command
+from fastgan.config import Config, check, merge, read_yaml, write_yaml
+from fastgan.errors import ArgumentError
+from fastgan.variants import VARIANTS, Preset
+
+if TYPE_CHECKING:
+    from fastgan.checkpoint import Checkpoint
+    from fastgan.data import Source
+    from fastgan.training.world import World
+
+
+DEFAULT_VARIANT = "pggan"
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Config):
+    """Train a GAN on images: with no argument, a progressive GAN on scikit-learn's handwritten digits."""
+
+    variant: str = DEFAULT_VARIANT
+    """gan, dcgan, lsgan, wgan, wgan-gp, wgan-div, sagan or pggan."""
+    preset: str | None = None
+    """paper (the published recipe) or digits (small); None: digits for --data digits, else paper."""
+    config: str | None = None
+    """YAML file over the preset and under the flags; a run's config.yaml is one."""
+    resume: str | None = None
+    """A run or checkpoint folder to go on with; auto: the run in --out, or the variant's newest, if there is one."""
+    dry_run: bool = False
+    """Print the plan and exit."""
+    local_rank: Annotated[int, tyro.conf.Suppress] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A parsed command line."""
+
+    config: Config
+    variant: str
+    preset: str
+    resume: Path | None
+    dry_run: bool
+
+
+def _first_pass(argv: list[str]) -> argparse.Namespace:
+    """The flags that decide what the defaults of all others are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--variant", "--preset", "--config", "--data", "--resume", "--out"):
+        parser.add_argument(flag)
+    return parser.parse_known_args(argv)[0]
+
+
+def _newest_run(out: str | None, variant: str) -> Path | None:
+    """The run that `--resume auto` means."""
+    if out is not None:
+        return Path(out) if (Path(out) / "config.yaml").is_file() else None
+    runs = [path.parent for path in Path("runs").glob(f"{variant}-*/config.yaml")]
+    return max(runs, key=lambda run: run.stat().st_mtime, default=None)
+
+
+def _run_of(resume: str) -> Path:
+    """The run directory of `--resume`, which may also name a checkpoint inside it."""
+    path = Path(resume)
+    for run in (path, path.parent.parent):
+        if (run / "config.yaml").is_file():
+            return run
+    raise ArgumentError("--resume", resume, "it may be a run directory, a checkpoint in one, or auto")
+
+
+def parse(argv: list[str]) -> Request:
+    """The run that a command line asks for: preset, then file, then flags.
+
+    Raises:
+        ArgumentError: a value that cannot be; SystemExit: --help, or a flag that does not exist.
+    """
+    first = _first_pass(argv)
+    layers: list[tuple[dict[str, Any], str]] = []
+    if first.config:
+        layers.append((read_yaml(Path(first.config), "--config"), first.config))
+    asked_variant = first.variant or next((str(values["variant"]) for values, _ in layers if "variant" in values), None)
+    resume: Path | None = None
+    if first.resume == "auto":
+        resume = _newest_run(first.out, asked_variant or DEFAULT_VARIANT)
+    elif first.resume:
+        resume = Path(first.resume)
+    if resume is not None:
+        run = _run_of(str(resume))
+        stored = read_yaml(run / "config.yaml", "--resume")
+        if asked_variant not in (None, stored.get("variant")):
+            raise ArgumentError("--variant", asked_variant, f"the run {run} is of {stored.get('variant')}")
+        layers.insert(0, (stored, str(run / "config.yaml")))
+    chosen = {"data": "digits", "variant": DEFAULT_VARIANT, "preset": None}
+    for values, _ in layers:
+        for key in ("variant", "preset"):
+            chosen[key] = values.pop(key, chosen[key])
+        section = values.get("data")
+        chosen["data"] = section.get("data", chosen["data"]) if isinstance(section, dict) else chosen["data"]
+    variant = first.variant or chosen["variant"]
+    if variant not in VARIANTS:
+        raise ArgumentError("--variant", variant, f"it may be {', '.join(VARIANTS)}")
+    preset = first.preset or chosen["preset"]
+    if preset is None:
+        preset = "digits" if (first.data or chosen["data"]) == "digits" else "paper"
+    if preset not in ("paper", "digits"):
+        raise ArgumentError("--preset", preset, "it may be paper or digits")
+    kind: Preset = "paper" if preset == "paper" else "digits"
+    base = VARIANTS[variant].config(kind)
+    for values, where in layers:
+        base = merge(base, values, where)
+    defaults = Train(
+        **{f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}, variant=variant, preset=first.preset
+    )
+    asked = tyro.cli(Train, args=argv, default=defaults, prog="fastgan train", config=(tyro.conf.OmitArgPrefixes,))
+    config = Config(**{f.name: getattr(asked, f.name) for f in dataclasses.fields(Config)})
+    check(config)
+    return Request(config, variant, preset, resume, asked.dry_run)
+
+
+def _run_directory(request: Request, world: World) -> Path:
+    """Where the run is written: refused before anything is, if it holds another run or cannot be written."""
+    if request.resume is not None:
+        run = _run_of(str(request.resume))
+        if request.config.run.out not in (None, str(run)) and Path(str(request.config.run.out)) != run:
+            raise ArgumentError("--out", request.config.run.out, f"it may be left out: --resume goes on in {run}")
+        return run
+    name = request.config.run.out or f"runs/{request.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = Path(world.broadcast(name))
+    if (run / "config.yaml").exists():
+        raise ArgumentError("--out", str(run), f"it already has a run; go on with --resume {run}, or name another")
+    if run.exists() and not run.is_dir():
+        raise ArgumentError("--out", str(run), "it may be a folder")
+    return run
+
+
+def _create(run: Path, request: Request, world: World) -> None:
+    """Make the run directory on the first rank, and let every rank know whether that worked."""
+    failure = None
+    if world.main:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            write_yaml(request.config, request.variant, request.preset, run / "config.yaml")
+        except OSError as error:
+            failure = error.strerror
+    failure = world.broadcast(failure)
+    if failure:
+        raise ArgumentError("--out", str(run), f"it may be a folder that can be written ({failure})")
+
+
+def _open_source(config: Config, world: World) -> Source:
+    from fastgan import data
+
+    source = data.open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
+    if world.main and source.skipped:
+        for file, reason in source.skipped[:10]:
+            print(f"skipped {file}: {reason}", file=sys.stderr)
+        print(f"skipped {len(source.skipped)} files that are no images; {len(source)} images remain", file=sys.stderr)
+    if config.networks.conditional and source.num_classes == 0:
+        raise ArgumentError("--conditional", True, f"{config.data.data} has no labels; it may be left out")
+    return source
+
+
+def _machine(config: Config) -> None:
+    """Process-wide settings of torch."""
+    import torch
+
+    if config.system.threads is not None:
+        torch.set_num_threads(config.system.threads)
+    # Squares of vanishing gradients in the optimisers are denormal, and a CPU computes with those 50 times slower. The
+    # setting is one of the thread and inherited by the threads it starts, so it must come before any tensor work.
+    torch.set_flush_denormal(True)
+    torch.backends.cuda.matmul.allow_tf32 = config.system.tf32
+    torch.backends.cudnn.allow_tf32 = config.system.tf32
+    if config.system.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True
+
+
+@command
+def main(argv: list[str]) -> int:
+    began = time.monotonic()
+    request = parse(argv)
+    config = request.config
+    if request.dry_run:
+        from fastgan.training.plan import describe
+
+        print(describe(request.variant, request.preset, config, int(os.environ.get("WORLD_SIZE", "1"))))
+        return 0
+    if "RANK" not in os.environ:
+        print(f"fastgan {__version__}: {request.variant}, {request.preset} preset; loading torch", flush=True)
+    from fastgan import checkpoint
+    from fastgan.training import world as processes
+    from fastgan.training.trainer import NonFiniteError, Trainer, check_batches
+
+    _machine(config)
+    world = processes.start(
+        config.system.engine,
+        config.system.device,
+        zero=config.system.zero,
+        deepspeed_config=config.system.deepspeed_config,
+    )
+    try:
+        if config.system.sync_bn and world.device.type != "cuda":
+            raise ArgumentError("--sync-bn", True, "it needs GPUs; it may be left out on a CPU")
+        check_batches(config, world.size)
+        run = _run_directory(request, world)
+        source = _open_source(config, world)
+        stored: Checkpoint | None = None
+        if request.resume is not None:
+            stored = checkpoint.read(request.resume, "--resume") if _has_checkpoint(request.resume) else None
+            if stored is not None and stored.meta["variant"] != request.variant:
+                raise ArgumentError(
+                    "--resume",
+                    str(request.resume),
+                    f"it is a checkpoint of {stored.meta['variant']}, and --variant says {request.variant}",
+                )
+        trainer = Trainer(config, request.variant, world, source, run, stored)
+        _create(run, request, world)
+        if world.main:
+            print(f"{trainer.pipeline.describe()}", flush=True)
+            print(
+                f"engine {world.engine} ({world.reason}), {world.size} x {world.device.type}, run {run}"
+                + (f", going on at {trainer.images / 1000:g} kimg" if stored else ""),
+                flush=True,
+            )
+        try:
+            stopped = trainer.run()
+        except NonFiniteError as error:
+            if world.main:
+                print(f"fastgan: {error}", file=sys.stderr, flush=True)
+            return 1
+        if world.main:
+            seen, took = f"{trainer.images / 1000:g} kimg", f"{(time.monotonic() - began) / 60:.1f} minutes"
+            if stopped:
+                name = signal.Signals(stopped).name
+                print(f"stopped by {name} at {seen} after {took}; go on with: fastgan train --resume {run}", flush=True)
+            else:
+                samples = run / "samples"
+                print(f"done: {seen} in {took}; samples in {samples}, more with: fastgan sample {run}", flush=True)
+        return 0
+    finally:
+        processes.stop()
+
+
+def _has_checkpoint(resume: Path) -> bool:
+    """Whether there is anything to read: a run stopped before its first checkpoint starts again from its beginning."""
+    from fastgan import checkpoint
+
+    return (
+        (resume / "checkpoint.json").is_file()
+        or bool(checkpoint.existing(resume))
+        or not (resume / "config.yaml").is_file()
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

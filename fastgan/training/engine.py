@@ -1,0 +1,266 @@
+"""What owns a network's optimiser: DeepSpeed, or plain torch in one process.
+
+Both keep parameters and optimiser state in float32 and give their state in one form, a tensor for each parameter's
+name and quantity, so that a checkpoint does not depend on the engine, the ZeRO stage or the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastgan.errors import ArgumentError
+
+OptimiserFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Fragment(NamedTuple):
+    """Part of a parameter for which this rank holds optimiser state: `holder[start:start + numel]` of the flattened
+    tensor that the optimiser knows is `parameter[at:at + numel]` of the flattened parameter `name`."""
+
+    name: str
+    parameter: nn.Parameter
+    holder: Tensor
+    start: int
+    at: int
+    numel: int
+
+
+class Engine(Protocol):
+    """One network and its optimiser.
+
+    `backward` takes the mean loss of a micro-batch; `step` is called after every micro-batch and moves the weights
+    after the last of an accumulation.
+    """
+
+    module: nn.Module
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Optimiser state, "parameter/quantity" -> CPU tensor; a collective: every rank calls it."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave, on this engine or another."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def _collect(
+    module: nn.Module, fragments: list[Fragment], optimiser: torch.optim.Optimizer, shared: bool
+) -> dict[str, Tensor]:
+    """Optimiser state by parameter name; `shared` when each rank holds only some fragments.
+
+    Every rank runs the same collectives in the same order, so the quantities are agreed on first.
+    """
+    quantities: dict[str, bool] = {}
+    for fragment in fragments:
+        for key, value in optimiser.state.get(fragment.holder, {}).items():
+            quantities[key] = value.ndim > 0
+    if shared:
+        gathered: list[dict[str, bool] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, quantities)
+        quantities = {key: value for part in gathered if part for key, value in part.items()}
+    by_name: dict[str, list[Fragment]] = {}
+    for fragment in fragments:
+        by_name.setdefault(fragment.name, []).append(fragment)
+    state: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for key in sorted(quantities):
+            flat = torch.zeros(parameter.numel() if quantities[key] else 1, device=parameter.device)
+            found = torch.zeros(1, device=parameter.device)
+            for fragment in by_name.get(name, []):
+                value = optimiser.state.get(fragment.holder, {}).get(key)
+                if value is None:
+                    continue
+                found += 1
+                if value.ndim:
+                    piece = value.flatten()[fragment.start : fragment.start + fragment.numel]
+                    flat[fragment.at : fragment.at + fragment.numel] = piece
+                else:
+                    flat[0] = value
+            if shared:
+                dist.all_reduce(flat)
+                dist.all_reduce(found)
+            if found.item() == 0:
+                continue
+            if not quantities[key]:
+                flat = flat / found  # a step count: every holder has the same
+            state[f"{name}/{key}"] = (flat.view_as(parameter) if quantities[key] else flat[0]).clone().cpu()
+    return state
+
+
+def _restore(fragments: list[Fragment], optimiser: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, quantity = key.rsplit("/", 1)
+        by_name.setdefault(name, {})[quantity] = value
+    for fragment in fragments:
+        held = optimiser.state[fragment.holder]
+        for quantity, value in by_name.get(fragment.name, {}).items():
+            if value.ndim == 0 and fragment.parameter.ndim >= 0 and quantity == "step":
+                # Fused optimisers keep the count beside the parameter, the others on the host.
+                fused = optimiser.param_groups[0].get("fused")
+                held[quantity] = value.clone().to(fragment.holder.device if fused else "cpu")
+                continue
+            if quantity not in held:
+                held[quantity] = torch.zeros_like(fragment.holder)
+            # Written in the holder's own memory format, not through a flattened copy.
+            if fragment.numel == fragment.holder.numel() and fragment.holder.shape == value.shape:
+                held[quantity].copy_(value)
+            else:
+                piece = value.to(fragment.holder.device).flatten()[fragment.at : fragment.at + fragment.numel]
+                held[quantity].view(-1)[fragment.start : fragment.start + fragment.numel] = piece
+
+
+def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+class TorchEngine:
+    """Plain torch, for one process: what macOS and Windows use, and a laptop that wants no launcher."""
+
+    def __init__(self, module: nn.Module, optimiser: OptimiserFactory, accumulation: int) -> None:
+        self.module = module
+        self._named = _trainable(module)
+        self._optimiser = optimiser([p for _, p in self._named])
+        self._accumulation = accumulation
+        self._micro = 0
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self._accumulation if self._accumulation > 1 else loss).backward()
+
+    def step(self) -> None:
+        self._micro += 1
+        if self._micro % self._accumulation == 0:
+            self._optimiser.step()
+            self._optimiser.zero_grad(set_to_none=True)
+
+    def _fragments(self) -> list[Fragment]:
+        return [Fragment(name, p, p, 0, 0, p.numel()) for name, p in self._named]
+
+    def state(self) -> dict[str, Tensor]:
+        return _collect(self.module, self._fragments(), self._optimiser, shared=False)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        _restore(self._fragments(), self._optimiser, state)
+
+    def close(self) -> None:
+        pass
+
+
+class DeepSpeedEngine:
+    """DeepSpeed with ZeRO 0, 1 or 2 (3 without a second derivative).
+
+    The step calls `module` and never the engine's own forward: under a gradient penalty the engine's forward hooks
+    would see the inner gradient as a backward of their own and fail.
+    """
+
+    def __init__(self, module: nn.Module, optimiser: OptimiserFactory, config: dict[str, Any]) -> None:
+        import deepspeed
+
+        named = _trainable(module)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimiser([p for _, p in named]), config=config, dist_init_required=False
+        )
+        self.module = self._engine.module
+        self._stage = self._engine.zero_optimization_stage()
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def _base(self) -> torch.optim.Optimizer:
+        optimiser = self._engine.optimizer
+        return optimiser.optimizer if self._stage else optimiser
+
+    def _fragments(self) -> list[Fragment]:
+        named = _trainable(self.module)
+        if not self._stage:
+            return [Fragment(name, p, p, 0, 0, p.numel()) for name, p in named]
+        partitions = self._engine.optimizer.single_partition_of_fp32_groups
+        fragments = []
+        for name, p in named:
+            mapping = getattr(p, "_hp_mapping", None)
+            if mapping is None:
+                continue
+            ours, theirs = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            holder = partitions[mapping.param_group_index]
+            fragments.append(Fragment(name, p, holder, theirs.start, ours.start, ours.numel))
+        return fragments
+
+    def state(self) -> dict[str, Tensor]:
+        self._refuse_stage_3()
+        return _collect(self.module, self._fragments(), self._base(), shared=self._stage > 0)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self._refuse_stage_3()
+        _restore(self._fragments(), self._base(), state)
+
+    def _refuse_stage_3(self) -> None:
+        if self._stage == 3:
+            raise ArgumentError("--zero", 3, "it may be 0, 1 or 2: checkpoints of ZeRO 3 are not supported")
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_REFUSED = {
+    "optimizer": "the optimiser is set by --optimiser, --lr-g and --lr-d",
+    "scheduler": "learning rates are set by --lr-g and --lr-d",
+    "fp16": "half precision is set by --precision",
+    "bf16": "half precision is set by --precision",
+    "torch_autocast": "half precision is set by --precision",
+}
+
+
+def deepspeed_config(path: str | None, *, zero: int, micro_batch: int, accumulation: int, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: the user's file, or a sane one, with the sizes of this run.
+
+    Raises:
+        ArgumentError: the file cannot be read, or sets what is this package's to set.
+    """
+    sizes = dict(zip(_OURS, (micro_batch * accumulation * world, micro_batch, accumulation), strict=True))
+    config: dict[str, Any] = {
+        "zero_optimization": {"stage": zero},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    if path is not None:
+        try:
+            given = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ArgumentError("--deepspeed-config", path, f"it may be a readable JSON file ({error})") from None
+        for key, why in _REFUSED.items():
+            section = given.get(key)
+            if section and not (isinstance(section, dict) and section.get("enabled") is False):
+                raise ArgumentError("--deepspeed-config", path, f"its {key!r} may be left out: {why}")
+        for key, ours in sizes.items():
+            if given.get(key, "auto") not in ("auto", ours):
+                raise ArgumentError(
+                    f"--deepspeed-config: {key}",
+                    given[key],
+                    f"it may be left out, or {ours} as --batch and --accumulation say",
+                )
+        stage = given.get("zero_optimization", {}).get("stage", zero)
+        if zero not in (0, stage):
+            raise ArgumentError("--zero", zero, f"it may be left out, or {stage} as {path} says")
+        config.update(given)
+    config.update(sizes)
+    return config

@@ -1,0 +1,145 @@
+"""What a run says: a progress bar or lines, metrics.jsonl, TensorBoard events, sample grids."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def save_grid(images: Tensor, path: Path, *, size: int | None = None) -> None:
+    """Write images [N, C, R, R] in [-1, 1] as one PNG, near-square, row by row, replacing `path` atomically.
+
+    `size` enlarges each image to that many pixels by repetition, so that grids of a growing network compare.
+    """
+    from PIL import Image
+
+    n, c, r, _ = images.shape
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    scale = max(1, (size or r) // r)
+    pixels = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    r *= scale
+    sheet = torch.zeros(c, rows * r, columns * r, dtype=torch.uint8)
+    for i in range(n):
+        y, x = divmod(i, columns)
+        sheet[:, y * r : (y + 1) * r, x * r : (x + 1) * r] = pixels[i]
+    array = sheet[0].numpy() if c == 1 else sheet.permute(1, 2, 0).numpy()
+    partial = path.with_name(f".{path.name}.part")
+    Image.fromarray(array).save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+class Log:
+    """Progress and metrics of a run; silent on every rank but the first.
+
+    Args:
+        run: the run directory.
+        active: whether this rank speaks.
+        total: images of the whole run; seen: images already seen when this process starts.
+    """
+
+    def __init__(self, run: Path, *, active: bool, total: int, seen: int) -> None:
+        self._active = active
+        self._total = total
+        self._bar: Any = None
+        self._events: Any = None
+        if not active:
+            return
+        self._path = run / "metrics.jsonl"
+        self._drop_rows_after(seen)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total / 1000,
+                initial=seen / 1000,
+                unit="kimg",
+                dynamic_ncols=True,
+                smoothing=0.1,
+                bar_format="{l_bar}{bar}| {n:.1f}/{total:.0f} kimg [{elapsed}<{remaining}{postfix}]",
+            )
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.line("TensorBoard events are off: tensorboard is not installed (pip install 'fastgan[train]')")
+        else:
+            self._events = SummaryWriter(str(run / "tensorboard"), purge_step=seen)
+
+    def _drop_rows_after(self, seen: int) -> None:
+        """A run that goes on from an older checkpoint writes the rows after it again."""
+        if not self._path.exists():
+            return
+        rows = self._path.read_text().splitlines(keepends=True)
+        kept = []
+        for row in rows:
+            try:
+                if row.endswith("\n") and json.loads(row)["images"] <= seen:
+                    kept.append(row)
+            except (ValueError, KeyError, TypeError):
+                continue  # the row a kill cut short
+        if len(kept) != len(rows):
+            partial = self._path.with_suffix(".part")
+            partial.write_text("".join(kept))
+            os.replace(partial, self._path)
+
+    def line(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def advance(self, images: int) -> None:
+        """Move the bar to `images` seen; cheap, called at every step."""
+        if self._bar is not None:
+            self._bar.update(images / 1000 - self._bar.n)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Log one interval; `row` has images, resolution, alpha, images_per_second and the losses."""
+        if not self._active:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._events is not None:
+            for name, value in row.items():
+                if name != "images":
+                    self._events.add_scalar(name, value, row["images"])
+        shown = f"G {row.get('loss_g', math.nan):.3f} D {row['loss_d']:.3f}"
+        stage = f"{row['resolution']} px" + (f" alpha {row['alpha']:.2f}" if row["alpha"] < 1 else "")
+        speed = row["images_per_second"]
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{speed:.0f} img/s, {shown}, {stage}")
+        else:
+            left = _duration((self._total - row["images"]) / max(speed, 1e-9))
+            self.line(
+                f"{row['images'] / 1000:9.1f}/{self._total / 1000:.0f} kimg  {speed:7.1f} img/s  {shown}  {stage}  "
+                f"{left} left"
+            )
+
+    def images(self, images: Tensor, path: Path, seen: int, size: int) -> None:
+        if not self._active:
+            return
+        path.parent.mkdir(exist_ok=True)
+        save_grid(images, path, size=size)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._events is not None:
+            self._events.close()

@@ -1,0 +1,118 @@
+"""What a run would do, without doing it: `--dry-run`."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastgan import models
+from fastgan.config import Config, batch_at
+from fastgan.models.pggan import Progressive
+from fastgan.training.step import Step
+from fastgan.training.trainer import build_step, check_batches, network_values, plan
+
+_STATE_COPIES = {"adam": 2, "rmsprop": 1, "sgd": 1}
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Peak of the bytes alive in tensors made inside, counted on the meta device, where nothing is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._known:
+                self._known.add(key)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._release, key, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _activation_bytes(step: Step, batch: int, channels: int, resolution: int) -> int:
+    """Peak bytes of one discriminator step or one generator step beyond the networks, on `batch` images."""
+    with torch.device("meta"):
+        real = torch.empty(batch, channels, resolution, resolution)
+        positions = torch.arange(batch)
+        labels = torch.zeros(batch, dtype=torch.int64)
+    peaks = []
+    for run in (lambda: step.discriminator_loss(real, positions, labels), lambda: step.generator_loss(positions)):
+        with _LiveBytes() as counter:
+            run()[0].backward()
+        peaks.append(counter.peak)
+        for module in (step.generator, step.discriminator):
+            module.zero_grad()
+    return max(peaks)
+
+
+def describe(variant: str, preset: str, config: Config, world: int) -> str:
+    """The plan of a run as text: networks, objective, stages with batch and memory for each rank.
+
+    Memory is counted by running a step on tensors without storage: parameters, gradients, optimiser state, the moving
+    average, and the peak of what a step keeps; workspaces of convolution libraries come on top.
+
+    Raises:
+        ArgumentError: a batch that does not divide.
+    """
+    from fastgan.data import open_source
+
+    check_batches(config, world)
+    source = open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
+    o, objective, s = config.optimiser, config.objective, config.schedule
+    lines = [
+        f"{variant}, {preset} preset: {s.kimg:g} kimg of {source.name} ({len(source):,} images) to {s.resolution} px",
+        f"objective: {objective.loss}, regulariser {objective.regulariser}"
+        + (f", drift {objective.drift:g}" if objective.drift else ""),
+        f"optimiser: {o.optimiser}, lr {o.lr_g:g} (G) {o.lr_d:g} (D), {o.n_critic} D steps for each G step, "
+        f"EMA {o.ema_decay:g}",
+        f"machine: {world} rank{'s' if world > 1 else ''}, ZeRO {config.system.zero}, {config.system.precision}",
+        "",
+        f"{'px':>5} {'from kimg':>10} {'fade until':>10} {'to kimg':>8} {'batch':>6} {'per rank':>9} "
+        f"{'G params':>11} {'D params':>11} {'memory/rank':>12}",
+    ]
+    for stage in plan(config):
+        values = network_values(
+            config.networks, resolution=stage.resolution, channels=source.channels, num_classes=source.num_classes
+        )
+        with torch.device("meta"):
+            generator, discriminator = models.build(**values)
+        for module in (generator, discriminator):
+            if isinstance(module, Progressive):
+                module.set_alpha(stage.alpha(stage.start))
+        step = build_step(config, generator, discriminator, source.num_classes)
+        batch = batch_at(s, stage.resolution)
+        micro = batch // (world * s.accumulation)
+        g, d = _parameters(generator), _parameters(discriminator)
+        shards = world if config.system.zero else 1
+        held = (2 * (g + d) + g + _STATE_COPIES[o.optimiser] * (g + d) / shards) * 4
+        total = held + _activation_bytes(step, micro, source.channels, stage.resolution)
+        lines.append(
+            f"{stage.resolution:5d} {stage.start / 1000:10g} {stage.fade_end / 1000:10g} {stage.end / 1000:8g} "
+            f"{batch:6d} {micro:9d} {g:11,d} {d:11,d} {total / 2**30:8.2f} GiB"
+        )
+    reached = plan(config)[-1].resolution
+    if reached < s.resolution:
+        lines.append(f"warning: {s.kimg:g} kimg end at {reached} px; raise --kimg, or lower --fade-kimg, --stable-kimg")
+    return "\n".join(lines)

@@ -1,0 +1,567 @@
+"""The training loop: stages, steps, moving average, checkpoints, logs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastgan import __version__, checkpoint, models, noise, objectives
+from fastgan import data as data_room
+from fastgan.checkpoint import Checkpoint
+from fastgan.config import Config, Networks, batch_at
+from fastgan.errors import ArgumentError
+from fastgan.models.pggan import Progressive
+from fastgan.training.ema import Ema
+from fastgan.training.engine import DeepSpeedEngine, Engine, OptimiserFactory, TorchEngine, deepspeed_config
+from fastgan.training.finite import FiniteCheck
+from fastgan.training.growth import Stage, inherit, stage_at, stages
+from fastgan.training.log import Log
+from fastgan.training.step import Meters, Regulariser, Step
+from fastgan.training.world import World
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was not finite; the message names the step, the tensor and the last good checkpoint."""
+
+
+def network_values(networks: Networks, *, resolution: int, channels: int, num_classes: int) -> dict[str, Any]:
+    """What `models.build` needs to make the networks of a stage; stored in checkpoints."""
+    values = dataclasses.asdict(networks)
+    values["num_classes"] = num_classes if values.pop("conditional") else 0
+    return {**values, "resolution": resolution, "channels": channels}
+
+
+def plan(config: Config) -> list[Stage]:
+    """The stages of a run."""
+    s = config.schedule
+    return stages(
+        s.resolution,
+        s.kimg,
+        progressive=config.networks.model == "pggan",
+        fade_kimg=s.fade_kimg,
+        stable_kimg=s.stable_kimg,
+    )
+
+
+def check_batches(config: Config, world_size: int) -> None:
+    """Every stage's batch must divide over ranks and micro-batches.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    parts = world_size * config.schedule.accumulation
+    for stage in plan(config):
+        batch = batch_at(config.schedule, stage.resolution)
+        if batch % parts:
+            raise ArgumentError(
+                "--batch",
+                batch,
+                f"at {stage.resolution} px it may be a multiple of {parts} "
+                f"({world_size} ranks x {config.schedule.accumulation} micro-batches)",
+            )
+
+
+def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, num_classes: int) -> Step:
+    """The step that `config` asks for on two networks."""
+    o = config.objective
+    loss = {
+        "minimax": objectives.minimax(),
+        "minimax-saturating": objectives.minimax(saturating=True),
+        "least-squares": objectives.least_squares(o.label_fake, o.label_real, o.label_generator),
+        "wasserstein": objectives.wasserstein(),
+        "hinge": objectives.hinge(),
+    }[o.loss]
+    penalty: tuple[float, Regulariser] | None = None
+    if o.regulariser == "gradient-penalty":
+        penalty = (o.penalty_weight, objectives.gradient_penalty)
+    elif o.regulariser == "wasserstein-divergence":
+        divergence = functools.partial(objectives.wasserstein_divergence, k=o.divergence_k, p=o.divergence_p)
+        penalty = (1.0, divergence)
+    precision = config.system.precision
+    return Step(
+        generator,
+        discriminator,
+        loss=loss,
+        penalty=penalty,
+        drift=o.drift,
+        num_classes=num_classes if config.networks.conditional else 0,
+        seed=config.run.seed,
+        precision=precision,
+        penalty_precision="fp32" if config.system.penalty_precision == "fp32" else precision,
+    )
+
+
+def optimiser_factory(config: Config, *, discriminator: bool) -> OptimiserFactory:
+    """Makes the optimiser of one network from its parameters; fused forms, which read nothing back to the host."""
+    o = config.optimiser
+    lr = o.lr_d if discriminator else o.lr_g
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimiser: torch.optim.Optimizer
+        if o.optimiser == "adam":
+            optimiser = torch.optim.Adam(parameters, lr=lr, betas=(o.beta1, o.beta2), eps=1e-8, fused=True)
+        elif o.optimiser == "rmsprop":
+            optimiser = torch.optim.RMSprop(parameters, lr=lr, alpha=o.beta2)
+        else:
+            optimiser = torch.optim.SGD(parameters, lr=lr, momentum=o.beta1, fused=True)
+        if discriminator and config.objective.regulariser == "weight-clipping":
+            objectives.clip_weights(optimiser, config.objective.clip)
+        return optimiser
+
+    return make
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for the parameters of `module` inside: none are computed, and no engine hook fires."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+class _Interrupt:
+    """SIGINT and SIGTERM as a request to stop after the step, agreed on by all ranks without stalling any.
+
+    Each step's agreement is collected at the next one, so that its all-reduce (over gloo, of one host integer)
+    overlaps the step. A second SIGINT interrupts at once.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.signal: int | None = None
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._flag = torch.zeros((), dtype=torch.int32)
+        self._work: Any = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._work is not None:
+            self._work.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self) -> bool:
+        """Whether the ranks agreed at the step before to stop now; called by all at every step."""
+        if self._group is None:
+            return self.signal is not None
+        stop = False
+        if self._work is not None:
+            self._work.wait()
+            stop = bool(self._flag.item())
+        self._flag.fill_(int(self.signal is not None))
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return stop
+
+
+class Trainer:
+    """A run from its configuration to its last checkpoint.
+
+    Args:
+        config: checked by `fastgan.config.check`.
+        variant: name, for the record.
+        world: this process among the others.
+        source: the images.
+        run: the run directory; it exists and holds config.yaml.
+        resume: checkpoint to go on from.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        variant: str,
+        world: World,
+        source: data_room.Source,
+        run: Path,
+        resume: Checkpoint | None = None,
+    ) -> None:
+        self.config, self.variant, self.world, self.source, self.run_path = config, variant, world, source, run
+        self.stages = plan(config)
+        self.total = round(config.schedule.kimg * 1000)
+        self.images = 0
+        self.steps = 0
+        self.meters = Meters()
+        self.pipeline = data_room.open(
+            source,
+            resolution=self.stages[0].resolution,
+            seed=config.run.seed,
+            device=world.device,
+            mirror=config.data.mirror,
+            workers=config.data.workers,
+        )
+        self._logged_at = (time.monotonic(), 0)
+        self._last_good: Path | None = None
+        self._engines: tuple[Engine, Engine] | None = None
+        if resume is None:
+            self._enter(self.stages[0].resolution)
+        else:
+            self._restore(resume)
+
+    # --- stages -----------------------------------------------------------------------------------------------------
+
+    def _build(self, resolution: int) -> tuple[nn.Module, nn.Module]:
+        """Fresh networks of a stage, the same on every rank: drawn from (seed, resolution), whatever came before."""
+        values = network_values(
+            self.config.networks,
+            resolution=resolution,
+            channels=self.source.channels,
+            num_classes=self.source.num_classes,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.run.seed * 4096 + resolution)
+            generator, discriminator = models.build(**values)
+        if self.config.system.sync_bn:
+            generator = nn.SyncBatchNorm.convert_sync_batchnorm(generator)
+            discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+        self.networks = values
+        return generator, discriminator
+
+    def _place(self, module: nn.Module) -> nn.Module:
+        return module.to(self.world.device).to(memory_format=self.memory_format)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        asked = self.config.system.memory_format
+        if asked == "auto":
+            asked = "channels_last" if self.world.device.type == "cuda" else "contiguous"
+        return torch.channels_last if asked == "channels_last" else torch.contiguous_format
+
+    def _enter(
+        self,
+        resolution: int,
+        state: dict[str, dict[str, Tensor]] | None = None,
+        ema_steps: int = 0,
+        grown: bool = False,
+    ) -> None:
+        """Build the networks of a stage and start their engines.
+
+        `state` has "generator", "discriminator" and "ema" of the stage itself, or with `grown` of the one below.
+        """
+        generator, discriminator = self._build(resolution)
+        if state is not None:
+            for module, name in ((generator, "generator"), (discriminator, "discriminator")):
+                if grown:
+                    inherit(module, state[name])
+                else:
+                    module.load_state_dict(state[name])
+        generator, discriminator = self._place(generator), self._place(discriminator)
+        ema = Ema(generator, self.config.optimiser.ema_decay, self.config.optimiser.ema_warmup)
+        if state is not None:
+            if grown:
+                inherit(ema.module, state["ema"])
+            else:
+                ema.module.load_state_dict(state["ema"])
+        ema.steps.fill_(ema_steps)
+        self.ema = ema
+        self.finite = FiniteCheck(self.world.device)
+        self.finite.watch("discriminator", discriminator)
+        self.finite.watch("generator", generator)
+        self._engines = (self._engine(generator, False, resolution), self._engine(discriminator, True, resolution))
+        generator, discriminator = self._engines[0].module, self._engines[1].module
+        self.step = build_step(self.config, generator, discriminator, self.source.num_classes)
+        self.resolution = resolution
+        self.pipeline.set_resolution(resolution)
+
+    def _engine(self, module: nn.Module, discriminator: bool, resolution: int) -> Engine:
+        make = optimiser_factory(self.config, discriminator=discriminator)
+        s = self.config.schedule
+        if self.world.engine == "torch":
+            return TorchEngine(module, make, s.accumulation)
+        settings = deepspeed_config(
+            self.config.system.deepspeed_config,
+            zero=self.config.system.zero,
+            micro_batch=batch_at(s, resolution) // (s.accumulation * self.world.size),
+            accumulation=s.accumulation,
+            world=self.world.size,
+        )
+        return DeepSpeedEngine(module, make, settings)
+
+    def _modules(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.step.generator, self.step.discriminator, self.ema.module
+
+    def _close_engines(self) -> None:
+        if self._engines is not None:
+            for engine in self._engines:
+                engine.close()
+            self._engines = None
+
+    def _grow(self, resolution: int) -> None:
+        """Networks of the next resolution with the weights of this one; the optimisers start fresh (Karras 2018)."""
+        names = ("generator", "discriminator", "ema")
+        state = {
+            name: {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+            for name, module in zip(names, self._modules(), strict=True)
+        }
+        self._read_finite()
+        self._close_engines()
+        self._enter(resolution, state, int(self.ema.steps.item()), grown=True)
+
+    def _set_alpha(self, stage: Stage) -> None:
+        alpha = stage.alpha(self.images)
+        for module in self._modules():
+            if isinstance(module, Progressive):
+                module.set_alpha(alpha)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def _micro_batches(self, batch: int) -> Iterator[data_room.Batch]:
+        """This rank's micro-batches of the global batch that begins at `self.images`.
+
+        Rank r's micro-batch a is slice a * world + r of world * accumulation strided slices, so that the same global
+        batch is cut the same way whether ranks or accumulation do it.
+        """
+        accumulation = self.config.schedule.accumulation
+        parts = self.world.size * accumulation
+        for a in range(accumulation):
+            slice_ = a * self.world.size + self.world.rank
+            yield self.pipeline.batch(self.images, batch, rank=slice_, world=parts)
+
+    def _discriminator_step(self, batch: int) -> list[Tensor]:
+        assert self._engines is not None
+        engine = self._engines[1]
+        positions = []
+        for micro in self._micro_batches(batch):
+            real = micro.images.to(memory_format=self.memory_format)
+            discriminator = self.step.discriminator
+            if isinstance(discriminator, Progressive) and discriminator.fade:
+                real = data_room.fade(real, discriminator.alpha)
+            loss, seen = self.step.discriminator_loss(real, micro.positions, micro.labels)
+            engine.backward(loss)
+            self.finite.loss("loss of the discriminator", loss)
+            self.finite.close_step()
+            engine.step()
+            self.meters.add(seen)
+            positions.append(micro.positions)
+        self.images += batch
+        return positions
+
+    def _generator_step(self, positions: list[Tensor]) -> None:
+        assert self._engines is not None
+        engine = self._engines[0]
+        with _frozen(self.step.discriminator):
+            for micro in positions:
+                loss, seen = self.step.generator_loss(micro)
+                engine.backward(loss)
+                self.finite.loss("loss of the generator", loss)
+                self.finite.close_step()
+                engine.step()
+                self.meters.add(seen)
+        self.ema.update(self.step.generator)
+
+    def train_step(self) -> None:
+        """`n_critic` discriminator steps and one generator step, at the stage that the images seen ask for."""
+        stage = stage_at(self.stages, self.images)
+        while self.resolution < stage.resolution:
+            self._grow(self.resolution * 2)
+        self._set_alpha(stage)
+        self.finite.begin_step(self.steps)
+        batch = batch_at(self.config.schedule, self.resolution)
+        positions: list[Tensor] = []
+        for _ in range(self.config.optimiser.n_critic):
+            positions = self._discriminator_step(batch)
+        self._generator_step(positions)
+        self.steps += 1
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def _read_finite(self) -> None:
+        """Raises NonFiniteError on every rank if anything was not finite on any."""
+        bad = self.finite.first_bad(self.world.minimum(self.finite.pending().clone()))
+        if bad is not None:
+            good = f"the last good checkpoint is {self._last_good}" if self._last_good else "there is no checkpoint yet"
+            raise NonFiniteError(f"step {bad[0]}: {bad[1]} was not finite; {good}")
+
+    def _random_state(self) -> dict[str, Tensor]:
+        states: list[Any] = [torch.get_rng_state()]
+        if self.world.size > 1:
+            states = [None] * self.world.size
+            dist.all_gather_object(states, torch.get_rng_state())
+        return {f"rank{i}": state for i, state in enumerate(states)}
+
+    def save(self) -> Path:
+        """Checkpoint the run; a collective.
+
+        Raises:
+            NonFiniteError: something was not finite, so that nothing after the bad step is ever saved.
+        """
+        self._read_finite()
+        assert self._engines is not None
+        training = {
+            "generator": dict(self.step.generator.state_dict()),
+            "discriminator": dict(self.step.discriminator.state_dict()),
+            "optimiser_g": self._engines[0].state(),
+            "optimiser_d": self._engines[1].state(),
+            "random": self._random_state(),
+        }
+        meta = {
+            "version": __version__,
+            "variant": self.variant,
+            "networks": self.networks,
+            "images": self.images,
+            "steps": self.steps,
+            "ema_steps": int(self.ema.steps.item()),
+            "resolution": self.resolution,
+            "world_size": self.world.size,
+            "seed": self.config.run.seed,
+            "data": self.pipeline.state_dict(),
+        }
+        failure = None
+        if self.world.main:
+            try:
+                self._last_good = checkpoint.save(
+                    self.run_path, meta, dict(self.ema.module.state_dict()), training, self.config.run.keep
+                )
+            except OSError as error:
+                failure = str(error)
+        failure, self._last_good = self.world.broadcast((failure, self._last_good))
+        if failure is not None:
+            good = f"the last good one is {self._last_good}" if self._last_good else "there is none yet"
+            raise ArgumentError("--out", str(self.run_path), f"the checkpoint could not be written ({failure}); {good}")
+        assert self._last_good is not None
+        return self._last_good
+
+    def _restore(self, resume: Checkpoint) -> None:
+        meta = resume.meta
+        expected = network_values(
+            self.config.networks,
+            resolution=meta["resolution"],
+            channels=self.source.channels,
+            num_classes=self.source.num_classes,
+        )
+        for key, value in meta["networks"].items():
+            if expected.get(key) != value:
+                raise ArgumentError(
+                    f"--{key.replace('_', '-')}", expected.get(key), f"the checkpoint {resume.path} has {value!r}"
+                )
+        if meta["resolution"] not in [stage.resolution for stage in self.stages]:
+            raise ArgumentError(
+                "--resolution",
+                self.config.schedule.resolution,
+                f"the checkpoint {resume.path} is at {meta['resolution']} px",
+            )
+        if meta["seed"] != self.config.run.seed:
+            raise ArgumentError("--seed", self.config.run.seed, f"the checkpoint {resume.path} has {meta['seed']}")
+        self.pipeline.load_state_dict(meta["data"])
+        self.images, self.steps = meta["images"], meta["steps"]
+        training = resume.training()
+        self._enter(meta["resolution"], {**training, "ema": resume.generator()}, meta["ema_steps"])
+        assert self._engines is not None
+        self._engines[0].load_state(training.get("optimiser_g", {}))
+        self._engines[1].load_state(training.get("optimiser_d", {}))
+        if meta["world_size"] == self.world.size:
+            torch.set_rng_state(training["random"][f"rank{self.world.rank}"])
+        self._last_good = resume.path
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> int | None:
+        """Train to the end, or to a signal, which is then returned; a checkpoint is written either way.
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite.
+        """
+        interval = self._intervals()
+        log = Log(self.run_path, active=self.world.main, total=self.total, seen=self.images)
+        self._logged_at = (time.monotonic(), self.images)
+        try:
+            with _Interrupt(self.world) as interrupt:
+                while self.images < self.total:
+                    before = self.images
+                    self.train_step()
+                    log.advance(self.images)
+
+                    def due(kimg: float, before: int = before) -> bool:
+                        return int(self.images / (1000 * kimg)) > int(before / (1000 * kimg))
+
+                    if due(interval["log"]) or self.images >= self.total:
+                        self._log(log)
+                    if due(interval["sample"]):
+                        self._sample(log)
+                    stop = interrupt.agreed()
+                    if stop or (due(interval["checkpoint"]) and self.images < self.total):
+                        self.save()
+                    if stop:
+                        return interrupt.signal or signal.SIGTERM
+            self._sample(log)
+            self.save()
+            return None
+        finally:
+            log.close()
+            self._close_engines()
+
+    def _intervals(self) -> dict[str, float]:
+        run, kimg = self.config.run, self.config.schedule.kimg
+        every = run.checkpoint_kimg or min(kimg / 20, 200.0)
+        return {
+            "checkpoint": every,
+            "sample": run.sample_kimg or every,
+            "log": run.log_kimg or min(kimg / 100, 4.0),
+        }
+
+    def _log(self, log: Log) -> None:
+        self._read_finite()
+        names, means = self.meters.means()
+        values = (self.world.sum(means) / self.world.size).tolist()
+        self.meters.clear()
+        now, (then, images) = time.monotonic(), self._logged_at
+        self._logged_at = (now, self.images)
+        stage = stage_at(self.stages, self.images)
+        log.metrics(
+            {
+                "images": self.images,
+                "step": self.steps,
+                "resolution": self.resolution,
+                "alpha": stage.alpha(self.images) if stage.resolution == self.resolution else 1.0,
+                "images_per_second": (self.images - images) / max(now - then, 1e-9),
+                **dict(zip(names, values, strict=True)),
+            }
+        )
+
+    def _sample(self, log: Log) -> None:
+        if self.world.main:
+            images = sample_images(
+                self.ema.module, self.config.run.samples, self.config.run.seed, self.networks["num_classes"]
+            )
+            path = self.run_path / "samples" / f"kimg-{self.images / 1000:010.3f}.png"
+            log.images(images, path, self.images, self.config.schedule.resolution)
+
+
+@torch.no_grad()
+def sample_images(generator: nn.Module, n: int, seed: int, num_classes: int, batch: int = 64) -> Tensor:
+    """`n` images [n, C, R, R], float32 in [-1, 1] on the CPU; sample i depends on (seed, i) alone.
+
+    With classes, labels go round: sample i has label i mod `num_classes`.
+    """
+    device = next(generator.parameters()).device
+    images = []
+    for start in range(0, n, batch):
+        index = torch.arange(start, min(start + batch, n), device=device)
+        latent = noise.normal(seed, "sample", index, generator.latent)  # type: ignore[arg-type]
+        labels = index % num_classes if num_classes else None
+        images.append(generator(latent, labels).float().clamp(-1, 1).cpu())
+    return torch.cat(images)

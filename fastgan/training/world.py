@@ -1,0 +1,147 @@
+"""The processes of a run: who this one is, where it computes, and what it says to the others."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgan.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`; `engine` is deepspeed or torch, `reason` says why."""
+
+    rank: int
+    size: int
+    device: torch.device
+    engine: str
+    reason: str
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def minimum(self, tensor: Tensor) -> Tensor:
+        """Elementwise minimum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, a small plain object, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, srun with its variables) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def deepspeed_missing() -> str | None:
+    """Why DeepSpeed cannot be used here, or None."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return "deepspeed is not installed (pip install 'fastgan[train]')"
+    return None
+
+
+def quiet_deepspeed() -> None:
+    """Import DeepSpeed without its chatter, and without compiling anything at start.
+
+    On a CPU `init_distributed` would build a shared-memory collective with ninja and a compiler, 10 to 40 seconds of
+    silence before the first step, and fail where either is missing; gloo does its work.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    assert deepspeed
+
+
+def _pick_engine(asked: str, needed: str | None) -> tuple[str, str]:
+    missing = deepspeed_missing()
+    if asked == "auto":
+        if needed:
+            asked, reason = "deepspeed", needed
+        elif launched():
+            asked, reason = "deepspeed", "started by a launcher"
+        else:
+            return "torch", "one process without a launcher"
+    else:
+        reason = "--engine"
+    if asked == "deepspeed" and missing:
+        if reason == "started by a launcher" and int(os.environ["WORLD_SIZE"]) == 1:
+            return "torch", missing
+        raise ArgumentError("--engine", asked, f"{missing}; one process alone may use torch")
+    return asked, reason
+
+
+def start(engine: str, device: str, *, zero: int = 0, deepspeed_config: str | None = None) -> World:
+    """Join the processes of this run.
+
+    Raises:
+        ArgumentError: the device or the engine asked for is not here, or torch's engine is asked of many processes.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("--device", device, "it may be cpu: torch sees no GPU here")
+    needed = "--zero" if zero else "--deepspeed-config" if deepspeed_config else None
+    name, reason = _pick_engine(engine, needed)
+    size = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    if name == "torch" and size > 1:
+        raise ArgumentError("--engine", name, f"it may be deepspeed with {size} processes")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(place)
+    if name == "deepspeed":
+        quiet_deepspeed()
+        import deepspeed
+
+        if not launched():
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        if not dist.is_initialized():
+            with contextlib.redirect_stdout(None):
+                deepspeed.init_distributed(
+                    dist_backend="nccl" if use_cuda else "gloo",
+                    auto_mpi_discovery=False,
+                    timeout=datetime.timedelta(minutes=10),
+                    verbose=False,
+                )
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return World(rank, size, place, name, reason)
+
+
+def stop() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,190 @@
+"""The eight variants as typed data: each is networks, objective, optimiser and schedule, in two presets.
+
+`paper` is the recipe as published, at its widths and schedule; `digits` is small and tuned for scikit-learn's digits
+on a CPU, and is what runs when no data is named. A new variant is a new entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fastgan.config import Config, Data, Networks, Objective, Optimiser, Schedule
+
+Preset = Literal["paper", "digits"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a variant decides; the rest of a `Config` is the user's."""
+
+    networks: Networks
+    objective: Objective
+    optimiser: Optimiser
+    schedule: Schedule
+
+    def but(self, **sections: dict[str, Any]) -> Recipe:
+        """This recipe with some values changed: but(schedule={"kimg": 100.0})."""
+        return replace(self, **{name: replace(getattr(self, name), **values) for name, values in sections.items()})
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    paper: Recipe
+    digits: Recipe
+    reference: str
+
+    def config(self, preset: Preset) -> Config:
+        recipe: Recipe = getattr(self, preset)
+        return Config(
+            networks=recipe.networks,
+            objective=recipe.objective,
+            optimiser=recipe.optimiser,
+            schedule=recipe.schedule,
+            data=Data(),
+        )
+
+
+_GAN = Recipe(
+    # The authors' MNIST networks: 1200 rectifiers, then 240 maxout units of 5 pieces.
+    Networks(model="mlp", latent=100, width=1200),
+    Objective(loss="minimax"),
+    Optimiser(optimiser="sgd", lr_g=0.1, lr_d=0.1, beta1=0.5),
+    Schedule(resolution=32, kimg=10_000, batch=128),
+)
+_DCGAN = Recipe(
+    Networks(model="dcgan", latent=100, width=128, max_width=1024),
+    Objective(loss="minimax"),
+    Optimiser(lr_g=2e-4, lr_d=2e-4, beta1=0.5),
+    Schedule(resolution=64, kimg=5_000, batch=128),
+)
+_LSGAN = _DCGAN.but(objective={"loss": "least-squares"}, optimiser={"lr_g": 1e-3, "lr_d": 1e-3}, schedule={"batch": 64})
+_WGAN = _DCGAN.but(
+    objective={"loss": "wasserstein", "regulariser": "weight-clipping", "clip": 0.01},
+    optimiser={"optimiser": "rmsprop", "lr_g": 5e-5, "lr_d": 5e-5, "beta2": 0.99, "n_critic": 5},
+    schedule={"batch": 64, "kimg": 25_000},
+)
+_WGAN_GP = _WGAN.but(
+    networks={"norm_d": "none", "latent": 128},
+    objective={"regulariser": "gradient-penalty", "penalty_weight": 10.0},
+    optimiser={"optimiser": "adam", "lr_g": 1e-4, "lr_d": 1e-4, "beta1": 0.0, "beta2": 0.9},
+)
+_WGAN_DIV = _WGAN_GP.but(
+    objective={"regulariser": "wasserstein-divergence", "divergence_k": 2.0, "divergence_p": 6.0},
+)
+_SAGAN = Recipe(
+    Networks(model="sagan", latent=128, width=64, max_width=1024),
+    Objective(loss="hinge"),
+    Optimiser(lr_g=1e-4, lr_d=4e-4, beta1=0.0, beta2=0.9),
+    Schedule(resolution=128, kimg=256_000, batch=256),
+)
+_PGGAN = Recipe(
+    Networks(model="pggan", latent=512, fmap_base=8192, fmap_max=512),
+    Objective(loss="wasserstein", regulariser="gradient-penalty", penalty_weight=10.0, drift=0.001),
+    Optimiser(lr_g=1e-3, lr_d=1e-3, beta1=0.0, beta2=0.99),
+    Schedule(
+        resolution=1024,
+        kimg=12_000,
+        batch=128,
+        batch_at={32: 64, 64: 32, 128: 16, 256: 8, 512: 4},
+        fade_kimg=600,
+        stable_kimg=600,
+    ),
+)
+
+_SMALL: dict[str, Any] = {"latent": 64, "width": 32, "max_width": 64}
+_QUICK: dict[str, Any] = {"ema_decay": 0.99, "ema_warmup": True}
+
+VARIANTS: dict[str, Variant] = {
+    v.name: v
+    for v in (
+        Variant(
+            "gan",
+            _GAN,
+            _GAN.but(
+                networks={"latent": 64, "width": 256},
+                optimiser={"optimiser": "adam", "lr_g": 2e-4, "lr_d": 2e-4, "beta1": 0.5, **_QUICK},
+                schedule={"resolution": 16, "kimg": 600, "batch": 64},
+            ),
+            "Goodfellow et al. 2014, Generative adversarial nets",
+        ),
+        Variant(
+            "dcgan",
+            _DCGAN,
+            _DCGAN.but(
+                networks=_SMALL,
+                optimiser=_QUICK,
+                schedule={"resolution": 16, "kimg": 300, "batch": 64},
+            ),
+            "Radford et al. 2015, Unsupervised representation learning with deep convolutional GANs",
+        ),
+        Variant(
+            "lsgan",
+            _LSGAN,
+            _LSGAN.but(
+                networks=_SMALL,
+                optimiser={"lr_g": 2e-4, "lr_d": 2e-4, **_QUICK},
+                schedule={"resolution": 16, "kimg": 300, "batch": 64},
+            ),
+            "Mao et al. 2017, Least squares generative adversarial networks",
+        ),
+        Variant(
+            "wgan",
+            _WGAN,
+            _WGAN.but(
+                networks=_SMALL,
+                optimiser={"lr_g": 5e-4, "lr_d": 5e-4, **_QUICK},
+                schedule={"resolution": 16, "kimg": 500, "batch": 64},
+            ),
+            "Arjovsky et al. 2017, Wasserstein GAN",
+        ),
+        Variant(
+            "wgan-gp",
+            _WGAN_GP,
+            _WGAN_GP.but(
+                networks=_SMALL,
+                optimiser={"lr_g": 5e-4, "lr_d": 5e-4, "beta1": 0.0, "beta2": 0.9, **_QUICK},
+                schedule={"resolution": 16, "kimg": 400, "batch": 64},
+            ),
+            "Gulrajani et al. 2017, Improved training of Wasserstein GANs",
+        ),
+        Variant(
+            "wgan-div",
+            _WGAN_DIV,
+            _WGAN_DIV.but(
+                networks=_SMALL,
+                optimiser={"lr_g": 5e-4, "lr_d": 5e-4, "beta1": 0.0, "beta2": 0.9, **_QUICK},
+                schedule={"resolution": 16, "kimg": 400, "batch": 64},
+            ),
+            "Wu et al. 2018, Wasserstein divergence for GANs",
+        ),
+        Variant(
+            "sagan",
+            _SAGAN,
+            _SAGAN.but(
+                networks={"latent": 64, "width": 32, "max_width": 64},
+                optimiser=_QUICK,
+                schedule={"resolution": 16, "kimg": 150, "batch": 32},
+            ),
+            "Zhang et al. 2018, Self-attention generative adversarial networks",
+        ),
+        Variant(
+            "pggan",
+            _PGGAN,
+            _PGGAN.but(
+                networks={"latent": 64, "fmap_base": 256, "fmap_max": 64},
+                optimiser={"ema_decay": 0.99, "ema_warmup": True, "lr_g": 2e-3, "lr_d": 2e-3},
+                schedule={
+                    "resolution": 32,
+                    "kimg": 240,
+                    "batch": 32,
+                    "batch_at": {},
+                    "fade_kimg": None,
+                    "stable_kimg": None,
+                },
+            ),
+            "Karras et al. 2018, Progressive growing of GANs for improved quality, stability, and variation",
+        ),
+    )
+}
