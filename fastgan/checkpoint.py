@@ -53,6 +53,11 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest(meta: dict[str, Any]) -> str:
+    """Hash of a record as it comes back from JSON."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(meta)), sort_keys=True).encode()).hexdigest()
+
+
 def _flush(path: Path) -> None:
     """Force a file or a folder's entries to disk."""
     if os.name == "nt" and path.is_dir():
@@ -98,7 +103,8 @@ def save(
     """
     final = folder(run) / f"kimg-{meta['images'] / 1000:010.3f}"
     partial = final.with_name(f".writing-{final.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in folder(run).glob(".*-kimg-*"):
+        shutil.rmtree(left, ignore_errors=True)  # by a process that was killed while it wrote or deleted
     try:
         partial.mkdir(parents=True)
         save_file(_storable(generator), partial / _GENERATOR)
@@ -108,19 +114,22 @@ def save(
         for name in (_GENERATOR, _TRAINING):
             _flush(partial / name)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": _hash(partial / name)}
-        (partial / _META).write_text(json.dumps({"schema": SCHEMA, **meta, "files": files}, indent=1))
+        record = {"schema": SCHEMA, **meta, "files": files}
+        (partial / _META).write_text(json.dumps({**record, "sha256": _digest(record)}, indent=1))
         _flush(partial / _META)
         _flush(partial)
-        if final.exists():
-            # Only a run resumed from an older checkpoint comes here again; the new one is the same state.
-            shutil.rmtree(final)
+        # Only a run resumed from an older checkpoint finds its place taken, by the same state.
+        replaced = final.rename(final.with_name(f".replaced-{final.name}")) if final.exists() else None
         partial.rename(final)
         _flush(final.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for old in existing(run)[:-keep]:
-        shutil.rmtree(old)
+        # Renamed first, so that a kill halfway through leaves nothing that looks like a checkpoint.
+        shutil.rmtree(old.rename(old.with_name(f".dropped-{old.name}")))
     return final
 
 
@@ -137,15 +146,18 @@ def read(path: Path, flag: str) -> Checkpoint:
         path = found[-1]
     try:
         meta = json.loads((path / _META).read_text())
-        files = meta["files"]
-        schema = meta["schema"]
-    except (ValueError, KeyError, TypeError):
+        digest, files, schema = meta.pop("sha256"), meta["files"], meta["schema"]
+        if schema == SCHEMA and digest != _digest(meta):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ArgumentError(flag, str(path), f"its {_META} is damaged; {_older(path)}") from None
     if schema != SCHEMA:
         raise ArgumentError(flag, str(path), f"its schema is {schema}, this version reads {SCHEMA}")
     for name, expected in files.items():
         file = path / name
-        size = file.stat().st_size if file.is_file() else 0
+        if not file.is_file():
+            raise ArgumentError(flag, str(path), f"{name} is missing; {_older(path)}")
+        size = file.stat().st_size
         if size != expected["bytes"]:
             raise ArgumentError(
                 flag, str(path), f"{name} is truncated ({size} of {expected['bytes']} bytes); {_older(path)}"
@@ -156,5 +168,6 @@ def read(path: Path, flag: str) -> Checkpoint:
 
 
 def _older(path: Path) -> str:
+    path = path.resolve()
     older = [p for p in existing(path.parent.parent) if p.name < path.name]
     return f"the checkpoint before it is {older[-1]}" if older else "there is no older one"

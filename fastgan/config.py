@@ -312,14 +312,30 @@ def check(config: Config) -> None:
         "lr-g": config.optimiser.lr_g,
         "lr-d": config.optimiser.lr_d,
         "clip": o.clip,
+        "divergence-p": o.divergence_p,
         "checkpoint-kimg": r.checkpoint_kimg,
         "sample-kimg": r.sample_kimg,
         "log-kimg": r.log_kimg,
     }
     for flag, amount in above_zero.items():
         _require(amount is None or (math.isfinite(amount) and amount > 0), f"--{flag}", amount, "it may be above 0")
-    for flag, length in {"fade-kimg": s.fade_kimg, "stable-kimg": s.stable_kimg}.items():
-        _require(length is None or length >= 0, f"--{flag}", length, "it may be 0 or more")
+    _require(1 <= round(1000 * s.kimg) < 10**9, "--kimg", s.kimg, "it may be at least 0.001 and below 1,000,000")
+    not_negative = {
+        "fade-kimg": s.fade_kimg,
+        "stable-kimg": s.stable_kimg,
+        "penalty-weight": o.penalty_weight,
+        "divergence-k": o.divergence_k,
+        "drift": o.drift,
+    }
+    for flag, amount in not_negative.items():
+        _require(amount is None or (math.isfinite(amount) and amount >= 0), f"--{flag}", amount, "it may be 0 or more")
+    for flag, label in {
+        "label-fake": o.label_fake,
+        "label-real": o.label_real,
+        "label-generator": o.label_generator,
+    }.items():
+        _require(math.isfinite(label), f"--{flag}", label, "it may be a finite number")
+    _require(m.threads is None or m.threads >= 1, "--threads", m.threads, "it may be 1 or more")
     for flag, rate in {
         "beta1": config.optimiser.beta1,
         "beta2": config.optimiser.beta2,

@@ -9,8 +9,8 @@ runs on the samples' device and reads nothing back to the host.
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 
 import torch
 from torch import Tensor
@@ -36,17 +36,21 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def _key(seed: int, stream: str) -> int:
+    """A 64-bit key of seed and stream. Hashed, since added to a counter nearby seeds would be shifts of each other."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {stream}".encode(), digest_size=8).digest(), "little", signed=True)
+
+
 def _bits(seed: int, stream: str, index: Tensor, size: int) -> Tensor:
     """64 random bits for each sample and position: int64 [N, size] for `index` int64 [N]."""
-    key = (seed * _GOLDEN + zlib.crc32(stream.encode()) * 0xD1342543DE82EF95) & _MASK64
-    per_sample = _mix(index.to(torch.int64) * _signed(_GOLDEN) + _signed(key))
+    per_sample = _mix(index.to(torch.int64) * _signed(_GOLDEN) + _key(seed, stream))
     counter = torch.arange(1, size + 1, device=index.device, dtype=torch.int64) * _signed(_GOLDEN)
     return _mix(per_sample[:, None] + counter)
 
 
 def _unit(bits24: Tensor) -> Tensor:
-    """24 bits to float32 in the open interval (0, 1)."""
-    return (bits24.to(torch.float32) + 0.5) * 2.0**-24
+    """24 bits, of which 23 are used, to float32 in the open interval (0, 1): with 24 the largest would round to 1."""
+    return ((bits24 >> 1).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def uniform(seed: int, stream: str, index: Tensor, size: int) -> Tensor:

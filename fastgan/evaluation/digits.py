@@ -48,7 +48,7 @@ def classifier() -> tuple[nn.Module, float]:
 
     Trained from a fixed seed in a few seconds, without touching the caller's random state.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),

@@ -124,7 +124,7 @@ class Discriminator(nn.Module):
         num_classes: int = 0,
     ) -> None:
         super().__init__()
-        # The block that leaves the image works at half its size and has the width of that size in the generator.
+        # A block has the width of the size it reads; the last one, which keeps the size, that of 4x4.
         widths = _widths(resolution, width, max_width)
         attention_at = attention_at or min(32, resolution // 2)
         self.blocks = nn.ModuleDict()
@@ -132,8 +132,8 @@ class Discriminator(nn.Module):
         before, size = channels, resolution
         while size > 4:
             size //= 2
-            after = widths[2 * size] if size > 4 else widths[4]
-            self.blocks[str(size)] = _DiscriminatorBlock(before, after, down=True, first=before == channels)
+            after = widths[2 * size]
+            self.blocks[str(size)] = _DiscriminatorBlock(before, after, down=True, first=2 * size == resolution)
             if size == attention_at:
                 self.attention[str(size)] = SelfAttention2d(after)
             before = after

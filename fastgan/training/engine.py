@@ -145,6 +145,10 @@ class TorchEngine:
     def step(self) -> None:
         self._micro += 1
         if self._micro % self._accumulation == 0:
+            for _, p in self._named:
+                if p.grad is None:
+                    # As DeepSpeed does, so that a layer no longer in use ages alike in both engines.
+                    p.grad = torch.zeros_like(p)
             self._optimiser.step()
             self._optimiser.zero_grad(set_to_none=True)
 
@@ -241,6 +245,8 @@ def deepspeed_config(path: str | None, *, zero: int, micro_batch: int, accumulat
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
+        # DeepSpeed clips the norm to 1 unless told not to, which would make its result another than plain torch's.
+        "gradient_clipping": 0.0,
     }
     if path is not None:
         try:

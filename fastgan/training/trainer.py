@@ -201,6 +201,8 @@ class Trainer:
         resume: Checkpoint | None = None,
     ) -> None:
         self.config, self.variant, self.world, self.source, self.run_path = config, variant, world, source, run
+        # Nothing of a step draws from torch's own generator, but a network of the user's may.
+        torch.manual_seed(config.run.seed)
         self.stages = plan(config)
         self.total = round(config.schedule.kimg * 1000)
         self.images = 0

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastgan.data import open_source
+from fastgan.evaluation.digits import DigitReport, classifier, report
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Tensor, np.ndarray]:
+    source = open_source("digits", 16)
+    assert source.labels is not None
+    pixels = np.stack([source.read(i, 16) for i in range(0, len(source), 4)])
+    return torch.from_numpy(pixels).float() / 127.5 - 1, source.labels[::4]
+
+
+def test_classifier_is_accurate_and_leaves_the_random_state_alone() -> None:
+    classifier.cache_clear()
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    with torch.no_grad():  # as `report` calls it
+        network, accuracy = classifier()
+    assert accuracy >= 0.97
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not network.training
+    assert classifier()[0] is network  # trained once
+
+
+def test_real_digits(real: tuple[Tensor, np.ndarray]) -> None:
+    images, labels = real
+    said = report(images)
+    assert sum(said.counts) == len(images) and len(said.counts) == 10
+    assert said.confident > 0.9
+    truth = np.bincount(labels, minlength=10)
+    assert np.abs(truth - said.counts).sum() <= 0.04 * len(images)
+    assert min(said.counts) > 0
+    assert str(said).startswith("10 of 10 digits, 9")
+
+
+@pytest.mark.parametrize("digit", [0, 7])
+def test_one_digit(real: tuple[Tensor, np.ndarray], digit: int) -> None:
+    images, labels = real
+    said = report(images[labels == digit])
+    assert said.counts[digit] >= 0.95 * (labels == digit).sum()
+
+
+def test_other_sizes_and_channels(real: tuple[Tensor, np.ndarray]) -> None:
+    images, _ = real
+    expected = report(images).counts
+    large = torch.nn.functional.interpolate(images, scale_factor=2, mode="bilinear").expand(-1, 3, -1, -1)
+    said = report(large)
+    assert sum(abs(a - b) for a, b in zip(said.counts, expected, strict=True)) <= 0.04 * len(images)
+
+
+def test_noise_is_not_taken_for_all_digits_with_confidence() -> None:
+    images = torch.rand(400, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    said = report(images)
+    assert said.confident < 0.9 or max(said.counts) > 200
+
+
+def test_report_reads_as_a_line() -> None:
+    assert str(DigitReport([5, 0, 1, 0, 0, 0, 0, 0, 0, 2], 0.875)) == (
+        "3 of 10 digits, 87.5% confident, counts [5, 0, 1, 0, 0, 0, 0, 0, 0, 2]"
+    )

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastgan import objectives, ops
+from fastgan.objectives import clip_weights
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam])
+def test_clip_weights_clamps_after_each_step(make: type[torch.optim.Optimizer]) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 3), nn.Linear(3, 1)]
+    optimiser = make([{"params": layers[0].parameters()}, {"params": layers[1].parameters()}], lr=0.5)  # type: ignore[call-arg]
+    clip_weights(optimiser, 0.05)
+    before = layers[0].weight.detach().clone()
+    assert before.abs().max() > 0.05  # nothing is clamped before a step
+    for _ in range(2):
+        optimiser.zero_grad()
+        layers[1](layers[0](torch.ones(2, 4))).sum().backward()
+        optimiser.step()
+        for parameter in [*layers[0].parameters(), *layers[1].parameters()]:
+            assert parameter.abs().max() <= 0.05
+            assert parameter.requires_grad and parameter.is_leaf
+    assert max(p.abs().max().item() for p in layers[0].parameters()) == pytest.approx(0.05)
+
+
+def test_clip_weights_leaves_small_weights_alone() -> None:
+    weight = nn.Parameter(torch.tensor([0.003, -0.004, 0.5, -0.5]))
+    optimiser = torch.optim.SGD([weight], lr=0.001)
+    clip_weights(optimiser, 0.01)
+    weight.grad = torch.ones(4)
+    optimiser.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([0.002, -0.005, 0.01, -0.01]))
+
+
+def test_clip_weights_touches_only_its_optimiser() -> None:
+    mine, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    clip_weights(torch.optim.SGD([mine], lr=0.1), 0.01)
+    second = torch.optim.SGD([other], lr=0.1)
+    other.grad = torch.zeros(2)
+    second.step()
+    assert torch.equal(other.detach(), torch.ones(2)) and torch.equal(mine.detach(), torch.ones(2))
+
+
+def test_penalties_are_those_of_ops() -> None:
+    for name in ("gradient_penalty", "wasserstein_divergence", "zero_centered_penalty"):
+        assert getattr(objectives, name) is getattr(ops, name)

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+from fastgan.ops import gradient_penalty, wasserstein_divergence, zero_centered_penalty
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def zero_centered(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, weight: Tensor) -> Tensor:
+    """`zero_centered_penalty` with the signature of the other two."""
+    return zero_centered_penalty(critic, torch.lerp(real, fake, weight[:, None].to(real.dtype)))
+
+
+Penalty = Callable[..., Tensor]
+PENALTIES: dict[str, Penalty] = {
+    "gradient penalty": gradient_penalty,
+    "gradient penalty to 0": functools.partial(gradient_penalty, target=0.0),
+    "divergence p=6": wasserstein_divergence,
+    "divergence p=2": functools.partial(wasserstein_divergence, p=2),
+    "divergence p=3": functools.partial(wasserstein_divergence, p=3, k=0.5),
+    "zero-centred": zero_centered,
+}
+each_penalty = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES.keys())
+
+
+def of_norms(name: str, norms: Tensor) -> Tensor:
+    """The penalty called `name` of the norms [N], written out."""
+    each = {
+        "gradient penalty": (norms - 1) ** 2,
+        "gradient penalty to 0": norms**2,
+        "divergence p=6": 2 * norms**6,
+        "divergence p=2": 2 * norms**2,
+        "divergence p=3": 0.5 * norms**3,
+        "zero-centred": norms**2,
+    }[name]
+    return each.sum() / len(norms)
+
+
+def critic_of(w1: Tensor, b1: Tensor, w2: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(x @ w1.T + b1) @ w2
+
+
+def norms_of(w1: Tensor, b1: Tensor, w2: Tensor, x: Tensor) -> Tensor:
+    """|d critic_of / dx|, [N], with the derivative taken on paper."""
+    slope = 1 - torch.tanh(x @ w1.T + b1) ** 2
+    return torch.sqrt((((slope * w2) @ w1) ** 2).sum(dim=1))
+
+
+def setting() -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor]:
+    """Weights of two layers, real, fake and interpolation weights."""
+    weights = (random(4, 3, seed=1), random(4, seed=2), random(4, seed=3))
+    return weights, random(5, 3, seed=4), random(5, 3, seed=5), torch.linspace(0, 1, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_value_matches_the_derivative_on_paper(name: str) -> None:
+    weights, real, fake, t = setting()
+    actual = PENALTIES[name](functools.partial(critic_of, *weights), real, fake, weight=t)
+    x = real + t[:, None] * (fake - real)
+    torch.testing.assert_close(actual, of_norms(name, norms_of(*weights, x)))
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_weight_gradient_matches_finite_differences(name: str) -> None:
+    """The composite that goes wrong in silence when a backward is not differentiable: the seed of the inner gradient
+    is a constant, so nothing raises, and the terms through it are merely missing."""
+    weights, real, fake, t = setting()
+    weights = tuple(w.requires_grad_() for w in weights)
+    value = PENALTIES[name](functools.partial(critic_of, *weights), real, fake, weight=t)
+    gradients = torch.autograd.grad(value, weights)
+    x = real + t[:, None] * (fake - real)
+    step = 1e-6
+    for i, weight in enumerate(weights):
+        expected = torch.empty_like(weight)
+        for j in range(weight.numel()):
+            sides = []
+            for sign in (1, -1):
+                moved = [w.detach().clone() for w in weights]
+                moved[i].view(-1)[j] += sign * step
+                sides.append(of_norms(name, norms_of(*moved, x)).item())
+            expected.view(-1)[j] = (sides[0] - sides[1]) / (2 * step)
+        torch.testing.assert_close(gradients[i], expected, rtol=1e-6, atol=1e-7)
+
+
+@each_penalty
+def test_gradcheck_through_modules(penalty: Penalty) -> None:
+    """Through convolution, attention, minibatch statistics and leaky rectifiers, with respect to every weight."""
+    from fastgan import ops
+
+    real, fake = random(3, 2, 4, 4, seed=1), random(3, 2, 4, 4, seed=2)
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+
+    def value(w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        def critic(x: Tensor) -> Tensor:
+            y = torch.nn.functional.leaky_relu(ops.conv2d_downsample(x.view(3, 2, 4, 4), w1), 0.2)
+            y = ops.pixel_norm(y)
+            rows = y.flatten(2).transpose(1, 2)
+            y = y + ops.scaled_dot_product_attention(rows @ w2, rows, rows).transpose(1, 2).view_as(y)
+            return ops.minibatch_stddev(y, 3).flatten(1) @ w3
+
+        return penalty(critic, real.flatten(1), fake.flatten(1), weight=t)
+
+    weights = (random(2, 2, 3, 3, seed=3), random(2, 2, seed=4), random(12, seed=5))
+    assert gradcheck(value, tuple(w.requires_grad_() for w in weights))
+
+
+def test_linear_critic() -> None:
+    """The gradient of a linear critic is its weight, whatever x is."""
+    w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    real, fake = random(6, 2), random(6, 2, seed=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def critic(x: Tensor) -> Tensor:
+        return x @ w + 7.0
+
+    penalty = gradient_penalty(critic, real, fake, generator=generator)
+    assert penalty.item() == pytest.approx(16.0)  # (5 - 1)^2
+    (slope,) = torch.autograd.grad(penalty, w)
+    torch.testing.assert_close(slope, 2 * (5 - 1) / 5 * w.detach())
+    assert gradient_penalty(critic, real, fake, target=5.0).item() == pytest.approx(0.0, abs=1e-20)
+    assert wasserstein_divergence(critic, real, fake).item() == pytest.approx(2 * 5**6)
+    assert wasserstein_divergence(critic, real, fake, k=0.5, p=3).item() == pytest.approx(0.5 * 5**3)
+    assert zero_centered_penalty(critic, real).item() == pytest.approx(25.0)
+
+
+def test_scores_may_be_a_column() -> None:
+    _, real, fake, t = setting()
+    row, column = random(3, seed=6), random(3, seed=6)[:, None]
+    for penalty in PENALTIES.values():
+        expected = penalty(lambda x: (x @ row).tanh(), real, fake, weight=t)
+        torch.testing.assert_close(penalty(lambda x: (x @ column).tanh(), real, fake, weight=t), expected)
+
+
+@each_penalty
+def test_zero_gradient_gives_no_nan(penalty: Penalty) -> None:
+    """A critic that is flat at some samples: there the norm has derivative 0, elsewhere its own."""
+    real = torch.tensor([[-1.0, -2.0], [1.0, 2.0]], dtype=torch.float64)
+    t = torch.zeros(2, dtype=torch.float64)
+    w = torch.tensor([[0.5, 0.25], [1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+
+    def score(x: Tensor) -> Tensor:
+        return torch.relu(x @ w.T).sum(dim=1)  # the first sample is on the flat side of both units
+
+    both = penalty(score, real, real, weight=t)
+    (slope,) = torch.autograd.grad(both, w)
+    assert torch.isfinite(both) and torch.isfinite(slope).all()
+    (alone,) = torch.autograd.grad(penalty(score, real[1:], real[1:], weight=t[1:]), w)
+    torch.testing.assert_close(slope, alone / 2)
+    assert alone.abs().max() > 0
+
+
+@each_penalty
+def test_zero_weights_give_no_nan(penalty: Penalty) -> None:
+    """|g| = 0 where g does depend on the weights: the square root alone has an infinite slope there."""
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    _, real, fake, t = setting()
+    value = penalty(lambda x: x @ w, real, fake, weight=t)
+    (slope,) = torch.autograd.grad(value, w)
+    assert torch.equal(slope, torch.zeros_like(w))
+    assert value.item() == (1.0 if penalty is gradient_penalty else 0.0)
+
+
+@each_penalty
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_critic_gives_a_float32_penalty(penalty: Penalty, input_dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(8, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+    real, fake = torch.randn(6, 8).to(input_dtype), torch.randn(6, 8).to(input_dtype)
+    t = torch.rand(6)
+    dtypes = []
+
+    def score(x: Tensor) -> Tensor:
+        scores = critic(x)
+        dtypes.append(scores.dtype)
+        return scores
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = penalty(score, real, fake, weight=t)
+    assert dtypes == [torch.bfloat16]
+    assert value.dtype == torch.float32
+    slopes = torch.autograd.grad(value, list(critic.parameters()), allow_unused=True)
+    assert slopes[-1] is None or slopes[-1].abs().max() == 0  # the last bias
+    assert all(s is not None and torch.isfinite(s).all() and s.dtype == torch.float32 for s in slopes[:-1])
+    exact = penalty(critic, real.float(), fake.float(), weight=t)
+    torch.testing.assert_close(value, exact, rtol=0.1, atol=0.02)
+
+
+def test_large_gradients_do_not_overflow_half_precision() -> None:
+    """1000^2 is beyond float16; the norm must be taken after the cast."""
+    w = torch.full((4,), 1000.0, dtype=torch.float16)
+    x = torch.ones(2, 4, dtype=torch.float16)
+    assert zero_centered_penalty(lambda t: t * w, x).item() == 4e6
+    assert gradient_penalty(lambda t: t * w, x, x).item() == 1999.0**2
+
+
+@pytest.mark.parametrize("penalty", [gradient_penalty, wasserstein_divergence])
+def test_weight_and_generator(penalty: Penalty) -> None:
+    weights, real, fake, _ = setting()
+    critic = functools.partial(critic_of, *weights)
+
+    def seeded(seed: int) -> Tensor:
+        return penalty(critic, real, fake, generator=torch.Generator().manual_seed(seed))
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert seeded(5).item() == seeded(5).item() != seeded(6).item()
+    assert torch.equal(torch.get_rng_state(), state)
+    drawn = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    assert penalty(critic, real, fake, weight=drawn).item() == seeded(5).item()
+    # 0 is real, 1 is fake, and the shape of the weights does not matter.
+    ends = torch.zeros(5), torch.ones(5, 1)
+    only_real = penalty(critic, real, real, weight=torch.full((5,), 0.3))
+    torch.testing.assert_close(penalty(critic, real, fake, weight=ends[0]), only_real)
+    only_fake = penalty(critic, fake, fake, weight=torch.full((5,), 0.3))
+    torch.testing.assert_close(penalty(critic, real, fake, weight=ends[1]), only_fake)
+
+
+def test_interpolation_is_one_weight_for_a_whole_image() -> None:
+    seen = []
+
+    def critic(x: Tensor) -> Tensor:
+        seen.append(x.detach())
+        return x.flatten(1).sum(dim=1)
+
+    real, fake = torch.zeros(4, 2, 3, 3), torch.ones(4, 2, 3, 3)
+    gradient_penalty(critic, real, fake, generator=torch.Generator().manual_seed(0))
+    (x,) = seen
+    flat = x.flatten(1)
+    assert torch.equal(flat, flat[:, :1].expand_as(flat))
+    assert len(set(flat[:, 0].tolist())) == 4 and flat.min() >= 0 and flat.max() <= 1
+
+
+@each_penalty
+def test_critic_is_called_once_and_no_gradient_reaches_the_images(penalty: Penalty) -> None:
+    calls = []
+    weights, real, fake, t = setting()
+    weights = tuple(w.requires_grad_() for w in weights)
+    real.requires_grad_()
+    fake.requires_grad_()
+
+    def critic(x: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return critic_of(*weights, x)
+
+    penalty(critic, real, fake, weight=t).backward()
+    assert calls == [(5, 3)]
+    assert real.grad is None and fake.grad is None
+    assert all(w.grad is not None for w in weights)
+
+
+@pytest.mark.parametrize("penalty", [gradient_penalty, wasserstein_divergence])
+def test_refusals(penalty: Penalty) -> None:
+    real = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"fake: had shape \(3, 3\); it may be \(4, 3\), as real"):
+        penalty(lambda x: x.sum(1), real, torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="weight: had 3 elements; it may have 4, one for each sample"):
+        penalty(lambda x: x.sum(1), real, real, weight=torch.zeros(3))

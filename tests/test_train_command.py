@@ -1,0 +1,241 @@
+"""The train command as a user meets it: what it refuses, in one line, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import fastgan
+from fastgan import checkpoint, commands, doctor, sample, train
+from fastgan.config import Config
+from fastgan.errors import ArgumentError
+from fastgan.training.trainer import check_batches
+from fastgan.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--width 8 --max-width 8 --latent 4 --batch 8 --resolution 8 --kimg 0.064 --samples 4".split()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "images"
+    path.mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 0, 255 - 20 * i)).save(path / f"{i}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert train.main(["--variant", "dcgan", *TINY, "--out", str(path)]) == 0
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str], *words: str) -> None:
+    """The command exits with 2, says one line with these words, and writes nothing into the working folder."""
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1, error
+    for word in words:
+        assert word in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--variant", "stylegan"], ("--variant", "stylegan", "pggan")),
+        (["--preset", "tiny"], ("--preset", "tiny", "paper")),
+        (["--resolution", "48"], ("--resolution", "48", "64")),
+        (["--variant", "dcgan", "--resolution", "4"], ("--resolution", "4", "8")),
+        (["--resolution", "2048"], ("--resolution", "2048", "1024")),
+        (["--batch", "0"], ("--batch", "0", "1 or more")),
+        (["--kimg", "-3"], ("--kimg", "-3")),
+        (["--data", "nothing"], ("--data", "nothing", "folder:PATH")),
+        (["--data", "folder:missing"], ("--data", "missing")),
+        (["--channels", "3"], ("--channels", "3", "digits")),
+        (["--batch", "9", "--accumulation", "2"], ("--batch", "9", "multiple of 2")),
+        (["--zero", "3"], ("--zero", "3", "second derivative")),
+        (["--engine", "torch", "--zero", "1"], ("--engine", "deepspeed")),
+        (["--sync-bn"], ("--sync-bn", "GPU")),
+        (["--config", "missing.yaml"], ("--config", "missing.yaml")),
+        (["--resume", "missing"], ("--resume", "missing")),
+        (["--out", "/dev/null/run", *TINY], ("--out", "/dev/null/run")),
+        (["--conditional"], ("--conditional", "sagan")),
+        (["--variant", "sagan", "--attention-at", "12"], ("--attention-at", "12")),
+    ],
+)
+def test_refused(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, tmp_path, argv, *words)
+
+
+def test_cuda_without_a_gpu_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(capsys, tmp_path, ["--device", "cuda", "--out", str(tmp_path / "run")], "--device", "cuda", "cpu")
+
+
+def test_batch_that_does_not_divide_over_ranks() -> None:
+    config = VARIANTS["dcgan"].config("digits")
+    check_batches(config, 2)
+    with pytest.raises(ArgumentError, match=r"--batch: was 64; .* multiple of 3 \(3 ranks"):
+        check_batches(config, 3)
+
+
+def test_folder_with_no_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(capsys, tmp_path, ["--data", f"folder:{empty}", "--out", str(tmp_path / "r")], "--data", str(empty))
+    (empty / "notes.txt").write_text("no image")
+    refused(capsys, tmp_path, ["--data", f"folder:{empty}", "--out", str(tmp_path / "r")], "--data", str(empty))
+
+
+def test_files_that_are_no_images_are_named_and_counted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path
+) -> None:
+    (folder / "broken.png").write_bytes(b"\x89PNG not really")
+    out = tmp_path / "run"
+    assert train.main(["--variant", "dcgan", "--data", f"folder:{folder}", *TINY, "--out", str(out)]) == 0
+    error = capsys.readouterr().err
+    assert "skipped broken.png" in error and "skipped 1 file" in error and "12 images remain" in error
+    assert fastgan.load(out).sample(2).shape == (2, 3, 8, 8)
+
+
+def test_unknown_key_and_schema_in_a_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optimiser: {lr_q: 1}")
+    refused(capsys, tmp_path, ["--config", str(file)], "lr_q", "lr_")
+    file.write_text("schema: 99")
+    refused(capsys, tmp_path, ["--config", str(file)], "schema", "99")
+    file.write_text("optimiser: {lr_g: fast}")
+    refused(capsys, tmp_path, ["--config", str(file)], "lr_g", "fast")
+
+
+def test_precedence_preset_file_flags(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("variant: lsgan\noptimiser: {lr_g: 0.5, lr_d: 0.25}\nschedule: {batch: 16}")
+    request = train.parse(["--config", str(file), "--lr-d", "0.125"])
+    assert (request.variant, request.preset) == ("lsgan", "digits")
+    o = request.config.optimiser
+    assert (o.lr_g, o.lr_d, o.beta1) == (0.5, 0.125, 0.5)
+    assert request.config.schedule.batch == 16
+    assert train.parse(["--data", "synthetic"]).preset == "paper"
+    assert train.parse(["--data", "synthetic", "--preset", "digits"]).preset == "digits"
+
+
+def test_a_second_run_in_the_same_folder(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    refused(capsys, run, ["--variant", "dcgan", *TINY, "--out", str(run)], "--out", "already has a run", "--resume")
+
+
+def test_truncated_checkpoint(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    newest = checkpoint.existing(copy)[-1]
+    file = newest / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    refused(capsys, copy, ["--resume", str(copy)], "--resume", "training.safetensors", "truncated")
+
+
+def test_what_a_run_leaves(run: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["schema"] == 1 and config["variant"] == "dcgan" and config["schedule"]["kimg"] == 0.064
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["images"] == 64 and {"loss_g", "loss_d", "images_per_second"} <= rows[-1].keys()
+    assert list((run / "tensorboard").glob("events*"))
+    with Image.open(sorted((run / "samples").glob("*.png"))[-1]) as grid:
+        assert grid.size == (16, 16)
+    assert checkpoint.existing(run)
+
+
+def test_load_and_sample(run: Path) -> None:
+    trained = fastgan.load(run)
+    images = trained.sample(16, seed=0)
+    assert images.shape == (16, 1, 8, 8) and images.dtype == torch.float32
+    assert images.abs().max() <= 1
+    assert torch.allclose(trained.sample(4, seed=0), images[:4], atol=1e-6)
+    assert not torch.allclose(trained.sample(4, seed=1), images[:4])
+    with pytest.raises(ValueError, match="n: was 0"):
+        trained.sample(0)
+
+
+def test_sample_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "grid.png"
+    assert sample.main([str(run), "--n", "9", "--out", str(out)]) == 0
+    with Image.open(out) as grid:
+        assert grid.size == (24, 24) and len(grid.getcolors() or []) > 1
+    assert sample.main([str(run), "--n", "16", "--interpolate", "--out", str(out)]) == 0
+    for argv, word in (
+        ([str(tmp_path)], "RUN"),
+        ([str(run), "--n", "0"], "--n"),
+        ([str(run), "--out", str(tmp_path / "x" / "y.png")], "--out"),
+        ([str(run), "--out", "picture.jpg"], "--out"),
+    ):
+        capsys.readouterr()
+        assert sample.main(argv) == 2
+        error = capsys.readouterr().err
+        assert word in error and len(error.splitlines()) == 1
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data", "synthetic", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    last = next(line for line in text.splitlines() if line.startswith(" 1024"))
+    assert "23,086,795" in last and "23,087,249" in last and "GiB" in last
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    for word in ("torch", "deepspeed", "cpu:", "pixel_norm", "scaled_dot_product_attention"):
+        assert word in text
+
+
+def test_fastgan_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["--help"]) == 0
+    assert "train" in capsys.readouterr().out
+    assert commands.main(["trian"]) == 2
+    assert "trian" in capsys.readouterr().err
+    assert commands.main(["train", "--variant", "x"]) == 2
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_every_command_by_module_and_by_file(command: str, tmp_path: Path) -> None:
+    for start in (["-m", "fastgan", command], [str(ROOT / "fastgan" / f"{command}.py")]):
+        line = [sys.executable, *start, "--help"]
+        result = subprocess.run(line, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "usage" in result.stdout
+
+
+def test_help_groups_flags_and_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--variant", "wgan", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for section in Config.__dataclass_fields__:
+        assert f"{section} options" in text
+    assert "(default: weight-clipping)" in " ".join(text.replace("│", " ").split())
