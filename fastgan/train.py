@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import signal
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -47,7 +47,6 @@ class Train(Config):
     """A run or checkpoint folder to go on with; auto: the run in --out, or the variant's newest, if there is one."""
     dry_run: bool = False
     """Print the plan and exit."""
-    local_rank: Annotated[int, tyro.conf.Suppress] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +91,7 @@ def parse(argv: list[str]) -> Request:
     Raises:
         ArgumentError: a value that cannot be; SystemExit: --help, or a flag that does not exist.
     """
+    argv = [flag for flag in argv if not flag.startswith("--local_rank=")]  # DeepSpeed's launcher; the variable serves
     first = _first_pass(argv)
     layers: list[tuple[dict[str, Any], str]] = []
     if first.config:
@@ -107,6 +107,8 @@ def parse(argv: list[str]) -> Request:
         stored = read_yaml(run / "config.yaml", "--resume")
         if asked_variant not in (None, stored.get("variant")):
             raise ArgumentError("--variant", asked_variant, f"the run {run} is of {stored.get('variant')}")
+        if isinstance(stored.get("run"), dict):
+            stored["run"].pop("out", None)  # a run goes on where it is now, moved or not
         layers.insert(0, (stored, str(run / "config.yaml")))
     chosen = {"data": "digits", "variant": DEFAULT_VARIANT, "preset": None}
     for values, _ in layers:
