@@ -18,7 +18,7 @@ from fastgan import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PGGAN = (
-    "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 16 --kimg 2.4 --checkpoint-kimg 0.2 "
+    "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 16 --kimg 1.2 --checkpoint-kimg 0.1 "
     "--keep 50 --samples 4 --deterministic --threads 1"
 ).split()
 SAGAN = (
@@ -70,7 +70,7 @@ def test_killed_and_resumed_is_bit_identical(whole: Path, tmp_path: Path, after:
     wait_for(run, after, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not checkpoint.existing(run)[-1].name.endswith("2.400")
+    assert not checkpoint.existing(run)[-1].name.endswith("1.200")
     result = train("--resume", str(run))
     assert result.returncode == 0, result.stderr
     assert "going on at" in result.stdout
@@ -137,7 +137,7 @@ def test_longer_run_goes_on_from_a_finished_one(whole: Path, tmp_path: Path) -> 
 
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    flags = ("--kimg", "2.6", "--fade-kimg", "0.4", "--stable-kimg", "0.4")
+    flags = ("--kimg", "1.3", "--fade-kimg", "0.2", "--stable-kimg", "0.2")
     result = train("--resume", str(run), *flags)
     assert result.returncode == 0, result.stderr
-    assert checkpoint.read(run, "run").meta["images"] == 2600
+    assert checkpoint.read(run, "run").meta["images"] == 1304
