@@ -93,8 +93,12 @@ _PGGAN = Recipe(
     ),
 )
 
+# What the digits presets share. Runs are short: a moving average of the paper's length starts shorter and grows.
 _SMALL: dict[str, Any] = {"latent": 64, "width": 32, "max_width": 64}
-_QUICK: dict[str, Any] = {"ema_decay": 0.99, "ema_warmup": True}
+_QUICK: dict[str, Any] = {"ema_decay": 0.999, "ema_warmup": True}
+# One critic step, not five, for each generator step: at this size a generator that moves five times as often reaches
+# better digits in the same minutes (about 79% recognised against 69%), and a longer beta2 steadies its larger steps.
+_ONE_CRITIC: dict[str, Any] = {"lr_g": 1e-3, "lr_d": 1e-3, "beta2": 0.99, "n_critic": 1, **_QUICK}
 
 VARIANTS: dict[str, Variant] = {
     v.name: v
@@ -144,8 +148,8 @@ VARIANTS: dict[str, Variant] = {
             _WGAN_GP,
             _WGAN_GP.but(
                 networks=_SMALL,
-                optimiser={"lr_g": 5e-4, "lr_d": 5e-4, "beta1": 0.0, "beta2": 0.9, **_QUICK},
-                schedule={"resolution": 16, "kimg": 400, "batch": 64},
+                optimiser=_ONE_CRITIC,
+                schedule={"resolution": 16, "kimg": 500, "batch": 64},
             ),
             "Gulrajani et al. 2017, Improved training of Wasserstein GANs",
         ),
@@ -154,8 +158,8 @@ VARIANTS: dict[str, Variant] = {
             _WGAN_DIV,
             _WGAN_DIV.but(
                 networks=_SMALL,
-                optimiser={"lr_g": 5e-4, "lr_d": 5e-4, "beta1": 0.0, "beta2": 0.9, **_QUICK},
-                schedule={"resolution": 16, "kimg": 400, "batch": 64},
+                optimiser=_ONE_CRITIC,
+                schedule={"resolution": 16, "kimg": 500, "batch": 64},
             ),
             "Wu et al. 2018, Wasserstein divergence for GANs",
         ),
@@ -163,9 +167,9 @@ VARIANTS: dict[str, Variant] = {
             "sagan",
             _SAGAN,
             _SAGAN.but(
-                networks={"latent": 64, "width": 32, "max_width": 64},
-                optimiser=_QUICK,
-                schedule={"resolution": 16, "kimg": 150, "batch": 32},
+                networks={"latent": 64, "width": 16, "max_width": 64},
+                optimiser={"lr_g": 5e-4, "lr_d": 1e-3, **_QUICK},
+                schedule={"resolution": 16, "kimg": 130, "batch": 64},
             ),
             "Zhang et al. 2018, Self-attention generative adversarial networks",
         ),
@@ -174,10 +178,10 @@ VARIANTS: dict[str, Variant] = {
             _PGGAN,
             _PGGAN.but(
                 networks={"latent": 64, "fmap_base": 256, "fmap_max": 64},
-                optimiser={"ema_decay": 0.99, "ema_warmup": True, "lr_g": 2e-3, "lr_d": 2e-3},
+                optimiser={"lr_g": 2e-3, "lr_d": 2e-3, **_QUICK},
                 schedule={
                     "resolution": 32,
-                    "kimg": 240,
+                    "kimg": 220,
                     "batch": 32,
                     "batch_at": {},
                     "fade_kimg": None,

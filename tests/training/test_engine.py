@@ -1,0 +1,131 @@
+"""Engines: accumulation, state by name, DeepSpeed's configuration, and who may use which."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastgan.errors import ArgumentError
+from fastgan.training import world as processes
+from fastgan.training.engine import TorchEngine, deepspeed_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"micro_batch": 4, "accumulation": 2, "world": 2}
+
+
+def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.1, fused=True)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def test_accumulated_micro_batches_equal_the_batch() -> None:
+    x = torch.randn(8, 3)
+    whole, parts = TorchEngine(network(), adam, 1), TorchEngine(network(), adam, 2)
+    for _ in range(3):
+        whole.backward(whole.module(x).square().mean())
+        whole.step()
+        for half in x.split(4):
+            parts.backward(parts.module(half).square().mean())
+            parts.step()
+    for a, b in zip(whole.module.parameters(), parts.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_state_goes_on_in_another_engine() -> None:
+    x = torch.randn(8, 3)
+
+    def steps(engine: TorchEngine, n: int) -> None:
+        for _ in range(n):
+            engine.backward(engine.module(x).square().mean())
+            engine.step()
+
+    straight = TorchEngine(network(), adam, 1)
+    steps(straight, 5)
+    first = TorchEngine(network(), adam, 1)
+    steps(first, 2)
+    state = first.state()
+    assert set(state) == {
+        f"{name}/{key}" for name, _ in network().named_parameters() for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+    second = TorchEngine(first.module, adam, 1)
+    second.load_state(state)
+    steps(second, 3)
+    for a, b in zip(straight.module.parameters(), second.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parameters_without_gradient_count_as_zero() -> None:
+    module = nn.ModuleDict({"used": nn.Linear(2, 1), "idle": nn.Linear(2, 1)})
+    engine = TorchEngine(module, adam, 1)
+    before = module["idle"].weight.detach().clone()
+    engine.backward(module["used"](torch.ones(1, 2)).sum())
+    engine.step()
+    assert torch.equal(module["idle"].weight, before)
+    assert engine.state()["idle.weight/step"] == 1
+
+
+def test_built_configuration() -> None:
+    config = deepspeed_config(None, zero=1, **SIZES)
+    assert config["zero_optimization"]["stage"] == 1
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (16, 4)
+    assert config["gradient_clipping"] == 0.0  # DeepSpeed's own default clips, plain torch does not
+
+
+@pytest.mark.parametrize(
+    ("content", "zero", "words"),
+    [
+        ({"optimizer": {"type": "Adam"}}, 0, "--optimiser"),
+        ({"bf16": {"enabled": True}}, 0, "--precision"),
+        ({"train_batch_size": 7}, 0, "train_batch_size"),
+        ({"zero_optimization": {"stage": 2}}, 1, "--zero"),
+        ("not json", 0, "readable JSON"),
+    ],
+)
+def test_file_that_contradicts_the_run(tmp_path: Path, content: object, zero: int, words: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ArgumentError, match=words):
+        deepspeed_config(str(file), zero=zero, **SIZES)
+
+
+def test_file_is_honoured(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    content = {"gradient_clipping": 0.5, "zero_optimization": {"stage": 2}, "train_batch_size": "auto"}
+    file.write_text(json.dumps({**content, "bf16": {"enabled": False}}))
+    config = deepspeed_config(str(file), zero=0, **SIZES)
+    assert config["gradient_clipping"] == 0.5 and config["zero_optimization"]["stage"] == 2
+    assert config["train_batch_size"] == 16
+
+
+def test_file_given_to_the_command(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    flags = "--variant wgan-gp --width 8 --max-width 8 --latent 4 --batch 8 --resolution 8 --kimg 0.064 --samples 4"
+    line = [sys.executable, str(ROOT / "fastgan" / "train.py"), *flags.split(), "--deepspeed_config", str(file)]
+    result = subprocess.run([*line, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert "engine deepspeed (--deepspeed-config)" in result.stdout
+
+
+def test_torch_engine_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ArgumentError, match=r"--engine.*2 processes"):
+        processes.start("torch", "cpu")
+
+
+def test_missing_deepspeed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "deepspeed_missing", lambda: "deepspeed is not installed")
+    with pytest.raises(ArgumentError, match="deepspeed is not installed"):
+        processes.start("deepspeed", "cpu")
+    assert processes.start("auto", "cpu").engine == "torch"
