@@ -181,7 +181,7 @@ class System(_Strict):
     deterministic: bool = False
     """Only deterministic kernels: the same machine gives the same bits."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """Of images and convolution weights; auto: channels_last on a GPU, contiguous on a CPU."""
+    """Of images and convolution weights; auto: channels_last."""
     sync_bn: bool = False
     """Batch-norm statistics over all ranks (GPU only)."""
     threads: int | None = None

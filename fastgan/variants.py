@@ -147,9 +147,9 @@ VARIANTS: dict[str, Variant] = {
             "wgan-gp",
             _WGAN_GP,
             _WGAN_GP.but(
-                networks=_SMALL,
+                networks={**_SMALL, "width": 16},
                 optimiser=_ONE_CRITIC,
-                schedule={"resolution": 16, "kimg": 500, "batch": 64},
+                schedule={"resolution": 32, "kimg": 300, "batch": 64},
             ),
             "Gulrajani et al. 2017, Improved training of Wasserstein GANs",
         ),
@@ -181,7 +181,7 @@ VARIANTS: dict[str, Variant] = {
                 optimiser={"lr_g": 2e-3, "lr_d": 2e-3, **_QUICK},
                 schedule={
                     "resolution": 32,
-                    "kimg": 220,
+                    "kimg": 170,
                     "batch": 32,
                     "batch_at": {},
                     "fade_kimg": None,
