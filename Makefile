@@ -10,8 +10,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: train test test-all lint clean
 
+# DeepSpeed's launcher uses every GPU of this host; it is installed on Linux alone.
 train: .venv/installed
-	$(BIN)/deepspeed fastgan/train.py --variant $(VARIANT) $(ARGS)
+	@if [ -x $(BIN)/deepspeed ]; then set -x; $(BIN)/deepspeed fastgan/train.py --variant $(VARIANT) $(ARGS); \
+	else set -x; $(BIN)/fastgan train --variant $(VARIANT) $(ARGS); fi
 
 test: lint
 	$(PYTEST)

@@ -11,6 +11,7 @@ checkpoint before it, and what carries the final name is complete.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -120,10 +122,18 @@ def save(
         _flush(partial)
         # Only a run resumed from an older checkpoint finds its place taken, by the same state.
         replaced = final.rename(final.with_name(f".replaced-{final.name}")) if final.exists() else None
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(final)
+            raise
         _flush(final.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
+    except SafetensorError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(errno.EIO, str(error)) from error  # what a full disk is to safetensors
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

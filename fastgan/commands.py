@@ -19,7 +19,10 @@ COMMANDS = {
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Turn an `ArgumentError` into one line on stderr and exit code 2, said by the first rank alone."""
+    """Turn an `ArgumentError` into one line on stderr and exit code 2, said by the first rank alone.
+
+    A missing package is said with the command that installs it; an interrupt ends quietly.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: list[str]) -> int:
@@ -29,6 +32,12 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             if os.environ.get("RANK", "0") == "0":
                 print(f"fastgan: {error}", file=sys.stderr, flush=True)
             return 2
+        except ModuleNotFoundError as error:
+            print(f"fastgan: {error.name} is not installed; pip install 'fastgan[train]'", file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt:
+            print("fastgan: interrupted", file=sys.stderr, flush=True)
+            return 130
 
     return wrapped
 
@@ -37,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     """`fastgan CMD ...`, also `python -m fastgan CMD ...`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return importlib.import_module(f"fastgan.{argv[0]}").main(argv[1:])
+        return command(lambda rest: importlib.import_module(f"fastgan.{argv[0]}").main(rest))(argv[1:])
     if argv and argv[0] in ("--version", "-V"):
         print(f"fastgan {__version__}")
         return 0

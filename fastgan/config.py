@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -268,8 +269,11 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
 
 
 def write_yaml(config: Config, variant: str, preset: str, path: Path) -> None:
+    """Write `config` so that `read_yaml` and `merge` give it back; `path` is replaced whole or not at all."""
     content = {"schema": SCHEMA, "variant": variant, "preset": preset, **to_dict(config)}
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(yaml.safe_dump(content, sort_keys=False))
+    os.replace(partial, path)
 
 
 def _require(condition: bool, flag: str, was: object, may_be: str) -> None:
@@ -281,6 +285,13 @@ def batch_at(schedule: Schedule, resolution: int) -> int:
     """Images of a discriminator step at `resolution`: the smallest entry of `batch_at` at or below it, or `batch`."""
     limits = [size for at, size in schedule.batch_at.items() if at <= resolution]
     return min([schedule.batch, *limits])
+
+
+def zero3_fault(regulariser: str) -> str:
+    """Why ZeRO 3 is refused."""
+    if regulariser in ("gradient-penalty", "wasserstein-divergence"):
+        return f"ZeRO 3 cannot run the second derivative of --regulariser {regulariser}"
+    return "the moving average and the checkpoints need whole parameters, which ZeRO 3 takes apart"
 
 
 def check(config: Config) -> None:
@@ -368,13 +379,7 @@ def check(config: Config) -> None:
             n.fmap_base,
             f"it may be {s.resolution // 2} or more at {s.resolution} px",
         )
-    penalised = o.regulariser in ("gradient-penalty", "wasserstein-divergence")
-    _require(
-        not (m.zero == 3 and penalised),
-        "--zero",
-        3,
-        f"it may be 0, 1 or 2 with --regulariser {o.regulariser}: ZeRO 3 cannot run a second derivative",
-    )
+    _require(m.zero != 3, "--zero", 3, f"it may be 0, 1 or 2: {zero3_fault(o.regulariser)}")
     _require(
         m.engine != "torch" or (m.zero == 0 and m.deepspeed_config is None),
         "--engine",

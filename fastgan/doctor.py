@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -9,8 +10,6 @@ import sys
 
 if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # see train.py
-
-from dataclasses import dataclass
 
 from fastgan import __version__
 from fastgan.commands import command
@@ -25,13 +24,12 @@ _PACKAGES = {
     "scikit-learn": ("--data digits", "pip install 'fastgan[train]'"),
     "pillow": ("image files", "pip install 'fastgan[train]'"),
     "safetensors": ("checkpoints", "pip install 'fastgan[train]'"),
+    "pydantic": ("configuration", "pip install 'fastgan[train]'"),
+    "pyyaml": ("configuration", "pip install 'fastgan[train]'"),
+    "tqdm": ("the progress bar", "pip install 'fastgan[train]'"),
+    "tyro": ("the command line", "pip install 'fastgan[train]'"),
     "tensorboard": ("TensorBoard events", "pip install 'fastgan[train]'"),
 }
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """Print versions, devices, which backend each op would use and why, and what is missing."""
 
 
 def _version(distribution: str) -> str | None:
@@ -52,9 +50,7 @@ def _torchvision_fault() -> str | None:
 
 @command
 def main(argv: list[str]) -> int:
-    import tyro
-
-    tyro.cli(Doctor, args=argv, prog="fastgan doctor")
+    argparse.ArgumentParser(prog="fastgan doctor", description=__doc__).parse_args(argv)
     print(f"fastgan {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     missing = []
     for name, (purpose, install) in _PACKAGES.items():

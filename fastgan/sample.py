@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ class TrainedGenerator:
             raise ValueError(f"n: was {n}; it may be 1 or more")
         if seed < 0:
             raise ValueError(f"seed: was {seed}; it may be 0 or more")
-        return sample_images(self.module, n, seed, self.num_classes)
+        return sample_images(self.module, n, seed, self.meta["networks"])
 
     def interpolate(self, rows: int, columns: int, seed: int = 0) -> Tensor:
         """`rows` walks of `columns` images each between two random latents, float32 [rows * columns, C, R, R].
@@ -59,6 +60,7 @@ class TrainedGenerator:
         import torch
 
         from fastgan import noise
+        from fastgan.training.trainer import generate
 
         device = next(self.module.parameters()).device
         latent: int = self.module.latent  # type: ignore[assignment]
@@ -71,9 +73,7 @@ class TrainedGenerator:
         labels = None
         if self.num_classes:
             labels = (torch.arange(rows, device=device) % self.num_classes).repeat_interleave(columns)
-        with torch.no_grad():
-            images = self.module(walk.flatten(0, 1), labels)
-        return images.float().clamp(-1, 1).cpu()
+        return generate(self.module, walk.flatten(0, 1), labels, self.meta["networks"]["resolution"])
 
 
 def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
@@ -104,7 +104,7 @@ class Sample:
     seed: int = 0
     """Of the latents; sample i depends on (seed, i) alone."""
     interpolate: bool = False
-    """Each row walks between two latents."""
+    """Each row walks between two latents; rows are filled, so that there may be a few images more."""
     out: str | None = None
     """File to write; None: RUN/sample-seed0.png and the like."""
     device: str = "cpu"
@@ -120,21 +120,27 @@ def main(argv: list[str]) -> int:
         raise ArgumentError("--seed", asked.seed, "it may be 0 or more")
     if asked.device not in ("cpu", "cuda"):
         raise ArgumentError("--device", asked.device, "it may be cpu or cuda")
+    import torch
+
     from fastgan.training.log import save_grid
 
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("--device", asked.device, "it may be cpu: torch sees no GPU here")
     trained = load(asked.run, asked.device)
     kind = "interpolation" if asked.interpolate else "sample"
-    folder = next(p for p in (Path(asked.run), Path(asked.run).parent.parent) if (p / "config.yaml").is_file())
+    run = Path(asked.run)
+    folder = next((p for p in (run, run.parent.parent) if (p / "config.yaml").is_file()), run)
     out = Path(asked.out) if asked.out else folder / f"{kind}-seed{asked.seed}.png"
     if out.suffix.lower() != ".png":
         raise ArgumentError("--out", str(out), "it may be a file that ends in .png")
     if asked.interpolate:
-        columns = max(2, round(asked.n**0.5))
-        images = trained.interpolate(max(1, asked.n // columns), columns, asked.seed)
+        columns = max(2, math.ceil(asked.n**0.5))  # whole walks: --n is rounded up to fill the last row
+        images = trained.interpolate(math.ceil(asked.n / columns), columns, asked.seed)
     else:
+        columns = None
         images = trained.sample(asked.n, asked.seed)
     try:
-        save_grid(images, out)
+        save_grid(images, out, columns=columns)
     except OSError as error:
         raise ArgumentError("--out", str(out), f"it may be a file that can be written ({error.strerror})") from None
     print(

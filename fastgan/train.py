@@ -207,13 +207,15 @@ def main(argv: list[str]) -> int:
     if request.dry_run:
         from fastgan.training.plan import describe
 
-        print(describe(request.variant, request.preset, config, int(os.environ.get("WORLD_SIZE", "1"))))
+        text = describe(request.variant, request.preset, config, int(os.environ.get("WORLD_SIZE", "1")))
+        if os.environ.get("RANK", "0") == "0":
+            print(text)
         return 0
     if "RANK" not in os.environ:
         print(f"fastgan {__version__}: {request.variant}, {request.preset} preset; loading torch", flush=True)
     from fastgan import checkpoint
     from fastgan.training import world as processes
-    from fastgan.training.trainer import NonFiniteError, Trainer, check_batches
+    from fastgan.training.trainer import NonFiniteError, Trainer, check_stages
 
     _machine(config)
     world = processes.start(
@@ -225,12 +227,19 @@ def main(argv: list[str]) -> int:
     try:
         if config.system.sync_bn and world.device.type != "cuda":
             raise ArgumentError("--sync-bn", True, "it needs GPUs; it may be left out on a CPU")
-        check_batches(config, world.size)
+        check_stages(config, world.size)
         run = _run_directory(request, world)
         source = _open_source(config, world)
         stored: Checkpoint | None = None
         if request.resume is not None:
             stored = checkpoint.read(request.resume, "--resume") if _has_checkpoint(request.resume) else None
+            newest = checkpoint.existing(run)[-1:]
+            if stored is not None and newest and not newest[0].samefile(stored.path):
+                raise ArgumentError(
+                    "--resume",
+                    str(request.resume),
+                    f"the run has a newer one, {newest[0]}; to go on from here, copy the run without what is newer",
+                )
             if stored is not None and stored.meta["variant"] != request.variant:
                 raise ArgumentError(
                     "--resume",
@@ -248,10 +257,16 @@ def main(argv: list[str]) -> int:
             )
         try:
             stopped = trainer.run()
-        except NonFiniteError as error:
+        except NonFiniteError as error:  # raised by all ranks together
             if world.main:
                 print(f"fastgan: {error}", file=sys.stderr, flush=True)
             return 1
+        except (ArgumentError, OSError) as error:
+            if world.size == 1:
+                raise ArgumentError("--out", str(run), str(error)) from None if isinstance(error, OSError) else error
+            # One rank alone may be here, while the others wait in a collective: say why, and let the launcher end them.
+            print(f"fastgan: rank {world.rank}: {error}", file=sys.stderr, flush=True)
+            os._exit(2)
         if world.main:
             seen, took = f"{trainer.images / 1000:g} kimg", f"{(time.monotonic() - began) / 60:.1f} minutes"
             if stopped:

@@ -16,7 +16,7 @@ import fastgan
 from fastgan import checkpoint, commands, doctor, sample, train
 from fastgan.config import Config
 from fastgan.errors import ArgumentError
-from fastgan.training.trainer import check_batches
+from fastgan.training.trainer import check_stages
 from fastgan.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,9 +95,9 @@ def test_cuda_without_a_gpu_is_refused(
 
 def test_batch_that_does_not_divide_over_ranks() -> None:
     config = VARIANTS["dcgan"].config("digits")
-    check_batches(config, 2)
+    check_stages(config, 2)
     with pytest.raises(ArgumentError, match=r"--batch: was 64; .* multiple of 3 \(3 ranks"):
-        check_batches(config, 3)
+        check_stages(config, 3)
 
 
 def test_folder_with_no_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

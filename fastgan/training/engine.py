@@ -65,8 +65,8 @@ def _collect(
     """
     quantities: dict[str, bool] = {}
     for fragment in fragments:
-        for key, value in optimiser.state.get(fragment.holder, {}).items():
-            quantities[key] = value.ndim > 0
+        for key in optimiser.state.get(fragment.holder, {}):
+            quantities[key] = key != "step"  # the one quantity that is a number and not one for each weight
     if shared:
         gathered: list[dict[str, bool] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, quantities)
@@ -86,7 +86,7 @@ def _collect(
                 if value is None:
                     continue
                 found += 1
-                if value.ndim:
+                if quantities[key]:
                     piece = value.flatten()[fragment.start : fragment.start + fragment.numel]
                     flat[fragment.at : fragment.at + fragment.numel] = piece
                 else:
@@ -110,7 +110,7 @@ def _restore(fragments: list[Fragment], optimiser: torch.optim.Optimizer, state:
     for fragment in fragments:
         held = optimiser.state[fragment.holder]
         for quantity, value in by_name.get(fragment.name, {}).items():
-            if value.ndim == 0 and fragment.parameter.ndim >= 0 and quantity == "step":
+            if quantity == "step":
                 # Fused optimisers keep the count beside the parameter, the others on the host.
                 fused = optimiser.param_groups[0].get("fused")
                 held[quantity] = value.clone().to(fragment.holder.device if fused else "cpu")
@@ -166,7 +166,7 @@ class TorchEngine:
 
 
 class DeepSpeedEngine:
-    """DeepSpeed with ZeRO 0, 1 or 2 (3 without a second derivative).
+    """DeepSpeed with ZeRO 0, 1 or 2.
 
     The step calls `module` and never the engine's own forward: under a gradient penalty the engine's forward hooks
     would see the inner gradient as a backward of their own and fail.
@@ -208,16 +208,10 @@ class DeepSpeedEngine:
         return fragments
 
     def state(self) -> dict[str, Tensor]:
-        self._refuse_stage_3()
         return _collect(self.module, self._fragments(), self._base(), shared=self._stage > 0)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self._refuse_stage_3()
         _restore(self._fragments(), self._base(), state)
-
-    def _refuse_stage_3(self) -> None:
-        if self._stage == 3:
-            raise ArgumentError("--zero", 3, "it may be 0, 1 or 2: checkpoints of ZeRO 3 are not supported")
 
     def close(self) -> None:
         self._engine.destroy()
@@ -253,6 +247,8 @@ def deepspeed_config(path: str | None, *, zero: int, micro_batch: int, accumulat
             given = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise ArgumentError("--deepspeed-config", path, f"it may be a readable JSON file ({error})") from None
+        if not isinstance(given, dict):
+            raise ArgumentError("--deepspeed-config", path, "it may be a JSON object")
         for key, why in _REFUSED.items():
             section = given.get(key)
             if section and not (isinstance(section, dict) and section.get("enabled") is False):
@@ -264,9 +260,11 @@ def deepspeed_config(path: str | None, *, zero: int, micro_batch: int, accumulat
                     given[key],
                     f"it may be left out, or {ours} as --batch and --accumulation say",
                 )
-        stage = given.get("zero_optimization", {}).get("stage", zero)
+        stage = (given.get("zero_optimization") or {}).get("stage", zero)
         if zero not in (0, stage):
             raise ArgumentError("--zero", zero, f"it may be left out, or {stage} as {path} says")
+        if stage == 3:
+            raise ArgumentError("--deepspeed-config", path, "its ZeRO stage may be 0, 1 or 2 (see --zero)")
         config.update(given)
     config.update(sizes)
     return config

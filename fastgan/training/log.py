@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def save_grid(images: Tensor, path: Path, *, size: int | None = None) -> None:
+def save_grid(images: Tensor, path: Path, *, size: int | None = None, columns: int | None = None) -> None:
     """Write images [N, C, R, R] in [-1, 1] as one PNG, near-square, row by row, replacing `path` atomically.
 
     `size` enlarges each image to that many pixels by repetition, so that grids of a growing network compare.
@@ -21,7 +21,7 @@ def save_grid(images: Tensor, path: Path, *, size: int | None = None) -> None:
     from PIL import Image
 
     n, c, r, _ = images.shape
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     scale = max(1, (size or r) // r)

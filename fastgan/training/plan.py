@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgan import models
-from fastgan.config import Config, batch_at
+from fastgan.config import Config, batch_at, replace
 from fastgan.models.pggan import Progressive
 from fastgan.training.step import Step
-from fastgan.training.trainer import build_step, check_batches, network_values, plan
+from fastgan.training.trainer import build_step, check_stages, network_values, plan
 
 _STATE_COPIES = {"adam": 2, "rmsprop": 1, "sgd": 1}
 
@@ -71,14 +71,14 @@ def describe(variant: str, preset: str, config: Config, world: int) -> str:
     """The plan of a run as text: networks, objective, stages with batch and memory for each rank.
 
     Memory is counted by running a step on tensors without storage: parameters, gradients, optimiser state, the moving
-    average, and the peak of what a step keeps; workspaces of convolution libraries come on top.
+    average, and the peak of what a step keeps, all in float32; workspaces of convolution libraries come on top.
 
     Raises:
         ArgumentError: a batch that does not divide.
     """
     from fastgan.data import open_source
 
-    check_batches(config, world)
+    check_stages(config, world)
     source = open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
     o, objective, s = config.optimiser, config.objective, config.schedule
     lines = [
@@ -101,7 +101,9 @@ def describe(variant: str, preset: str, config: Config, world: int) -> str:
         for module in (generator, discriminator):
             if isinstance(module, Progressive):
                 module.set_alpha(stage.alpha(stage.start))
-        step = build_step(config, generator, discriminator, source.num_classes)
+        # Without storage there is no autocast: under bf16 the count is an upper bound.
+        full = replace(config, system={"precision": "fp32", "penalty_precision": "fp32"})
+        step = build_step(full, generator, discriminator, source.num_classes)
         batch = batch_at(s, stage.resolution)
         micro = batch // (world * s.accumulation)
         g, d = _parameters(generator), _parameters(discriminator)

@@ -54,22 +54,30 @@ def plan(config: Config) -> list[Stage]:
     )
 
 
-def check_batches(config: Config, world_size: int) -> None:
-    """Every stage's batch must divide over ranks and micro-batches.
+def check_stages(config: Config, world_size: int) -> None:
+    """Every stage's batch must divide over ranks and micro-batches, and DeepSpeed's file must fit every stage.
 
     Raises:
         ArgumentError: it does not.
     """
-    parts = world_size * config.schedule.accumulation
+    s, system = config.schedule, config.system
+    parts = world_size * s.accumulation
     for stage in plan(config):
-        batch = batch_at(config.schedule, stage.resolution)
+        batch = batch_at(s, stage.resolution)
         if batch % parts:
             raise ArgumentError(
                 "--batch",
                 batch,
                 f"at {stage.resolution} px it may be a multiple of {parts} "
-                f"({world_size} ranks x {config.schedule.accumulation} micro-batches)",
+                f"({world_size} ranks x {s.accumulation} micro-batches)",
             )
+        deepspeed_config(
+            system.deepspeed_config,
+            zero=system.zero,
+            micro_batch=batch // parts,
+            accumulation=s.accumulation,
+            world=world_size,
+        )
 
 
 def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, num_classes: int) -> Step:
@@ -159,7 +167,8 @@ class _Interrupt:
         if self._work is not None:
             self._work.wait()
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # A launcher repeats its signal; what follows one that was obeyed must not cut the way out short.
+            signal.signal(number, handler if self.signal is None else signal.SIG_IGN)
 
     def _receive(self, number: int, _: object) -> None:
         if self.signal == number == signal.SIGINT:
@@ -469,6 +478,13 @@ class Trainer:
                 self.config.schedule.resolution,
                 f"the checkpoint {resume.path} is at {meta['resolution']} px",
             )
+        if stage_at(self.stages, meta["images"]).resolution < meta["resolution"]:
+            raise ArgumentError(
+                "--kimg",
+                self.config.schedule.kimg,
+                f"it would move the growth of a run that is at {meta['resolution']} px; give the old run's stages too, "
+                "with --fade-kimg and --stable-kimg",
+            )
         if meta["seed"] != self.config.run.seed:
             raise ArgumentError("--seed", self.config.run.seed, f"the checkpoint {resume.path} has {meta['seed']}")
         self.pipeline.load_state_dict(meta["data"])
@@ -512,11 +528,12 @@ class Trainer:
                         self.save()
                     if stop:
                         return interrupt.signal or signal.SIGTERM
-            self._sample(log)
-            self.save()
+                self._sample(log)
+                self.save()
             return None
         finally:
             log.close()
+            self.pipeline.close()
             self._close_engines()
 
     def _intervals(self) -> dict[str, float]:
@@ -549,24 +566,29 @@ class Trainer:
 
     def _sample(self, log: Log) -> None:
         if self.world.main:
-            images = sample_images(
-                self.ema.module, self.config.run.samples, self.config.run.seed, self.networks["num_classes"]
-            )
+            images = sample_images(self.ema.module, self.config.run.samples, self.config.run.seed, self.networks)
             path = self.run_path / "samples" / f"kimg-{self.images / 1000:010.3f}.png"
             log.images(images, path, self.images, self.config.schedule.resolution)
 
 
 @torch.no_grad()
-def sample_images(generator: nn.Module, n: int, seed: int, num_classes: int, batch: int = 64) -> Tensor:
+def generate(generator: nn.Module, latent: Tensor, labels: Tensor | None, resolution: int) -> Tensor:
+    """Images of latents [N, latent]: float32 [N, C, R, R] in [-1, 1] on the CPU, made few at a time if large."""
+    batch = max(1, min(64, 2**20 // resolution**2))
+    parts = []
+    for i in range(0, len(latent), batch):
+        images = generator(latent[i : i + batch], None if labels is None else labels[i : i + batch])
+        parts.append(images.float().clamp(-1, 1).cpu())
+    return torch.cat(parts)
+
+
+def sample_images(generator: nn.Module, n: int, seed: int, networks: dict[str, Any]) -> Tensor:
     """`n` images [n, C, R, R], float32 in [-1, 1] on the CPU; sample i depends on (seed, i) alone.
 
-    With classes, labels go round: sample i has label i mod `num_classes`.
+    `networks` are the `network_values` of the generator. With classes, labels go round: sample i has label
+    i mod `num_classes`.
     """
-    device = next(generator.parameters()).device
-    images = []
-    for start in range(0, n, batch):
-        index = torch.arange(start, min(start + batch, n), device=device)
-        latent = noise.normal(seed, "sample", index, generator.latent)  # type: ignore[arg-type]
-        labels = index % num_classes if num_classes else None
-        images.append(generator(latent, labels).float().clamp(-1, 1).cpu())
-    return torch.cat(images)
+    index = torch.arange(n, device=next(generator.parameters()).device)
+    latent = noise.normal(seed, "sample", index, generator.latent)  # type: ignore[arg-type]
+    labels = index % networks["num_classes"] if networks["num_classes"] else None
+    return generate(generator, latent, labels, networks["resolution"])

@@ -50,13 +50,9 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
 
 def launched() -> bool:
-    """Whether a launcher (deepspeed, torchrun, srun with its variables) started this process."""
+    """Whether a launcher that sets RANK and WORLD_SIZE (deepspeed, torchrun) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -67,13 +63,13 @@ def deepspeed_missing() -> str | None:
     return None
 
 
-def quiet_deepspeed() -> None:
-    """Import DeepSpeed without its chatter, and without compiling anything at start.
+def quiet_deepspeed(device: str) -> None:
+    """Import DeepSpeed for `device` (cpu or cuda), without its chatter and without compiling anything at start.
 
     On a CPU `init_distributed` would build a shared-memory collective with ninja and a compiler, 10 to 40 seconds of
     silence before the first step, and fail where either is missing; gloo does its work.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ["DS_ACCELERATOR"] = device
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     import logging
 
@@ -122,9 +118,15 @@ def start(engine: str, device: str, *, zero: int = 0, deepspeed_config: str | No
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ArgumentError(
+                "--device",
+                "cuda",
+                f"this host has {torch.cuda.device_count()} GPUs, and a rank {local_rank} of its own",
+            )
         torch.cuda.set_device(place)
     if name == "deepspeed":
-        quiet_deepspeed()
+        quiet_deepspeed(place.type)
         import deepspeed
 
         if not launched():

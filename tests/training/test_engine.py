@@ -88,6 +88,8 @@ def test_built_configuration() -> None:
         ({"bf16": {"enabled": True}}, 0, "--precision"),
         ({"train_batch_size": 7}, 0, "train_batch_size"),
         ({"zero_optimization": {"stage": 2}}, 1, "--zero"),
+        ({"zero_optimization": {"stage": 3}}, 0, "stage may be 0, 1 or 2"),
+        ([], 0, "JSON object"),
         ("not json", 0, "readable JSON"),
     ],
 )

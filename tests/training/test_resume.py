@@ -132,6 +132,18 @@ def test_resume_of_another_variant_or_setting_is_refused(whole: Path) -> None:
         assert len(result.stderr.splitlines()) == 1 and words in result.stderr
 
 
+def test_older_checkpoint_of_a_run_is_refused(whole: Path) -> None:
+    older = checkpoint.existing(whole)[2]
+    result = train("--resume", str(older))
+    assert result.returncode == 2 and "newer" in result.stderr, result.stderr
+    assert len(checkpoint.existing(whole)) > 3
+
+
+def test_longer_run_that_would_move_the_growth_is_refused(whole: Path) -> None:
+    result = train("--resume", str(whole), "--kimg", "30")
+    assert result.returncode == 2 and "--fade-kimg" in result.stderr, result.stderr
+
+
 def test_longer_run_goes_on_from_a_finished_one(whole: Path, tmp_path: Path) -> None:
     import shutil
 
