@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,19 @@ def test_half_a_file_from_a_failing_write_is_removed(tmp_path: Path, monkeypatch
         patch.setattr(checkpoint, "save_file", half)
         with pytest.raises(Crash):
             save(tmp_path, 2000, seed=2)
+    assert leftovers(tmp_path) == [] and is_good(tmp_path, 1)
+
+
+def test_a_write_that_the_system_refuses_is_an_oserror(tmp_path: Path) -> None:
+    """safetensors has an exception of its own for a full disk; a limit on file size makes it raise it."""
+    save(tmp_path, 1000, seed=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(OSError):
+            save(tmp_path, 2000, seed=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert leftovers(tmp_path) == [] and is_good(tmp_path, 1)
 
 
