@@ -45,7 +45,7 @@ def test_digits_is_the_same_method_in_small(name: str) -> None:
     paper, digits = VARIANTS[name].paper, VARIANTS[name].digits
     assert digits.objective == paper.objective
     assert digits.networks.model == paper.networks.model
-    assert digits.optimiser.n_critic == paper.optimiser.n_critic
+    assert digits.optimiser.n_critic in (1, paper.optimiser.n_critic)  # see _ONE_CRITIC in variants.py
     assert digits.schedule.resolution <= 32 < paper.schedule.resolution or name == "gan"
     assert digits.schedule.kimg < paper.schedule.kimg
 
