@@ -17,8 +17,14 @@ from fastgan.train import parse
 from fastgan.training import world as processes
 from fastgan.training.trainer import Trainer
 
-request = parse(["--variant", "pggan", "--data", "synthetic", "--preset", "paper"])
-source = data.open_source("synthetic", 1024, 3)
+from PIL import Image
+
+images = Path(sys.argv[1]) / "images"
+images.mkdir()
+for i in range(8):
+    Image.effect_noise((1024, 1024), 64).convert("RGB").save(images / f"{i}.png", compress_level=1)
+request = parse(["--variant", "pggan", "--data", f"folder:{images}"])
+source = data.open_source(f"folder:{images}", 1024, 3)
 world = processes.World(0, 1, torch.device("cpu"), "torch", "test")
 trainer = Trainer(request.config, "pggan", world, source, Path(sys.argv[1]))
 trainer.images = 9_300_000  # in the middle of the last fade-in
