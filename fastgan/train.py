@@ -262,8 +262,10 @@ def main(argv: list[str]) -> int:
                 print(f"fastgan: {error}", file=sys.stderr, flush=True)
             return 1
         except (ArgumentError, OSError) as error:
+            if world.size == 1 and isinstance(error, ArgumentError):
+                raise
             if world.size == 1:
-                raise ArgumentError("--out", str(run), str(error)) from None if isinstance(error, OSError) else error
+                raise ArgumentError("--out", str(run), f"it could not be written ({error})") from None
             # One rank alone may be here, while the others wait in a collective: say why, and let the launcher end them.
             print(f"fastgan: rank {world.rank}: {error}", file=sys.stderr, flush=True)
             os._exit(2)

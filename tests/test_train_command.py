@@ -145,6 +145,22 @@ def test_a_second_run_in_the_same_folder(capsys: pytest.CaptureFixture[str], run
     refused(capsys, run, ["--variant", "dcgan", *TINY, "--out", str(run)], "--out", "already has a run", "--resume")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(ArgumentError("--data", "a.png", "it is cut short"), "--data: was 'a.png'"), (OSError(28, "No space"), "--out")],
+)
+def test_an_error_while_training_keeps_its_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastgan.training.trainer.Trainer.run", fail)
+    assert train.main(["--variant", "dcgan", *TINY, "--out", str(tmp_path / "run")]) == 2
+    text = capsys.readouterr().err.strip()
+    assert words in text and len(text.splitlines()) == 1
+
+
 def test_truncated_checkpoint(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
     import shutil
 
