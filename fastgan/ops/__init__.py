@@ -1,7 +1,7 @@
 """Operations of generative adversarial networks, usable without the rest of the package: torch is all they need."""
 
 from fastgan.ops.attention import scaled_dot_product_attention
-from fastgan.ops.backend import backends
+from fastgan.ops.backend import backends, use_backend
 from fastgan.ops.conv import avg_pool2d, conv2d_downsample, interpolate_nearest, upsample_conv2d
 from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.penalty import gradient_penalty, wasserstein_divergence, zero_centered_penalty
@@ -17,6 +17,7 @@ __all__ = [
     "pixel_norm",
     "scaled_dot_product_attention",
     "upsample_conv2d",
+    "use_backend",
     "wasserstein_divergence",
     "zero_centered_penalty",
 ]

@@ -7,6 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from fastgan.ops.backend import Op
+
+OP = Op("scaled_dot_product_attention")
+
 
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
     """softmax(scale * query key^T) value, in plain matrix products: differentiable to any order on any device.

@@ -1,30 +1,148 @@
-"""Which implementation of an op runs, and why.
+"""Which implementation of an op runs, and why: one mechanism for every op of the package.
 
-Every op has a plain PyTorch form, its reference and its fallback. Kernels register here beside it.
+Each op has a plain PyTorch form, `torch`, its reference and its fallback, and beside it the kernels that exist:
+`chunked` (PyTorch, little memory), `cpp` (C++ on CPUs), `cuda` and `triton` (GPUs). An op's file lists them in the
+order they are preferred. The first that can run the given inputs, and is worth it there, runs; `backend=` of a call
+or `use_backend` around it asks for one by name, and then what cannot run raises instead of giving way to another.
 """
 
 from __future__ import annotations
 
-OPS = (
-    "scaled_dot_product_attention",
-    "pixel_norm",
-    "minibatch_stddev",
-    "upsample_conv2d",
-    "conv2d_downsample",
-    "avg_pool2d",
-    "interpolate_nearest",
-    "gradient_penalty",
-    "wasserstein_divergence",
-    "zero_centered_penalty",
-)
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+NAMES = ("torch", "chunked", "cpp", "cuda", "triton")
+
+# Called with the tensors of one call, or with none to ask about the machine alone; the answer is None, or why not.
+Judge = Callable[..., str | None]
+
+_asked: ContextVar[Mapping[str, str]] = ContextVar("fastgan_backend", default=MappingProxyType({}))  # "*": every op
 
 
-def backends(op: str) -> dict[str, str]:
-    """What can run `op`: backend name -> reason, the one that would run first.
+def _always(*inputs: Tensor) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op.
+
+    Args:
+        able: why it cannot run these inputs on this machine; None when it can.
+        worth: why it is not the default for them though it can run them (a crossover that was measured).
+        note: what it is, for people.
+    """
+
+    able: Judge = _always
+    worth: Judge = _always
+    note: str = ""
+
+
+REFERENCE = Implementation(note="the reference, in plain PyTorch")
+
+OPS: dict[str, Op] = {}
+
+
+class Op:
+    """The implementations of one op, in order of preference; the last is `torch`, which runs anything."""
+
+    def __init__(self, name: str, implementations: dict[str, Implementation] | None = None) -> None:
+        self.name = name
+        self.implementations = {**(implementations or {}), "torch": REFERENCE}
+        assert set(self.implementations) <= set(NAMES)
+        OPS[name] = self
+
+    def choose(self, backend: str | None, *inputs: Tensor) -> str:
+        """Name of the implementation that runs `inputs`; `backend` is the caller's wish, or None.
+
+        Raises:
+            ValueError: the wish, or that of `use_backend`, names no implementation of this op or one that cannot run.
+        """
+        if backend is None and (torch.compiler.is_compiling() or _transformed()):
+            # A compiler fuses plain PyTorch itself and takes no second derivative; torch.func needs plain PyTorch.
+            return "torch"
+        # What use_backend names but this op lacks is no error: it stands around calls of many ops.
+        wish = backend or _asked.get().get(self.name) or self._known(_asked.get().get("*"))
+        if wish is None:
+            return next(name for name in self.implementations if self._reason(name, *inputs) is None)
+        if wish not in self.implementations:
+            raise ValueError(f"backend: was {wish!r}; for {self.name} it may be {', '.join(self.implementations)}")
+        reason = self.implementations[wish].able(*inputs)
+        if reason is not None:
+            able = [name for name, it in self.implementations.items() if it.able(*inputs) is None]
+            raise ValueError(f"backend: was {wish!r}, but {reason}; here it may be {', '.join(able)}")
+        return wish
+
+    def explain(self, *inputs: Tensor) -> dict[str, str]:
+        """Implementation -> what it is and why it would run or not, beginning with the one that would run."""
+        chosen = self.choose(None, *inputs)
+        found = {}
+        for name in (chosen, *self.implementations):
+            it = self.implementations[name]
+            reason = it.able(*inputs)
+            if name == chosen:
+                found[name] = it.note
+            elif reason is not None:
+                found[name] = f"{it.note}; cannot run: {reason}"
+            elif name not in found:
+                found[name] = f"{it.note}; can run, not the default: {it.worth(*inputs) or f'{chosen} comes first'}"
+        return found
+
+    def _known(self, name: str | None) -> str | None:
+        return name if name in self.implementations else None
+
+    def _reason(self, name: str, *inputs: Tensor) -> str | None:
+        it = self.implementations[name]
+        return it.able(*inputs) or it.worth(*inputs)
+
+
+def _transformed() -> bool:
+    """Inside torch.func.grad, vmap and the like, which autograd Functions without a rule for them cannot enter."""
+    stack = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+    return stack is not None and stack() is not None
+
+
+def backends(op: str, *inputs: Tensor) -> dict[str, str]:
+    """What can run `op` and why: implementation -> reason, beginning with the one that would run.
+
+    Args:
+        op: name of a function of `fastgan.ops`.
+        inputs: the tensors of a call, in its order; without them only the machine is judged.
 
     Raises:
         ValueError: `op` is no op of this package.
     """
     if op not in OPS:
         raise ValueError(f"op: was {op!r}; it may be one of {', '.join(OPS)}")
-    return {"torch": "the reference in PyTorch; no kernel exists for this op yet"}
+    return OPS[op].explain(*inputs)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None = None, /, **ops: str) -> Iterator[None]:
+    """Run ops in the named implementation inside a `with` block, in this thread.
+
+    `use_backend("torch")` asks it of every op that has such an implementation, `use_backend(pixel_norm="cpp")` of one;
+    a call's own `backend=` comes first. Second derivatives run where their forward did. `torch.compile` does not see
+    it: there the plain PyTorch form is compiled unless the call itself says `backend=`.
+
+    Raises:
+        ValueError: an unknown implementation or op. An op that cannot run as asked raises when it is called.
+    """
+    for name in (backend, *ops.values()):
+        if name is not None and name not in NAMES:
+            raise ValueError(f"backend: was {name!r}; it may be one of {', '.join(NAMES)}")
+    for name in ops:
+        if name not in OPS:
+            raise ValueError(f"op: was {name!r}; it may be one of {', '.join(OPS)}")
+    # A name for every op replaces whatever was asked further out.
+    token = _asked.set({"*": backend, **ops} if backend else {**_asked.get(), **ops})
+    try:
+        yield
+    finally:
+        _asked.reset(token)

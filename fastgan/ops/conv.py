@@ -11,6 +11,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgan.ops.backend import Op
+
+for _name in ("upsample_conv2d", "conv2d_downsample", "avg_pool2d", "interpolate_nearest"):
+    Op(_name)
+
 
 def _box_kernel(w: Tensor) -> Tensor:
     """The 4x4 kernel that is `w` [O, I, 3, 3] convolved with a 2x2 box of ones."""

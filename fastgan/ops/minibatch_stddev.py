@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgan.ops.backend import Op
+
+OP = Op("minibatch_stddev")
+
 
 def minibatch_stddev(x: Tensor, group_size: int = 4, num_features: int = 1, eps: float = 1e-8) -> Tensor:
     """Append maps that tell a discriminator how much the samples of a group differ.

@@ -15,6 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastgan.ops.backend import Op
+
+for _name in ("gradient_penalty", "wasserstein_divergence", "zero_centered_penalty"):
+    Op(_name)
+
 Critic = Callable[[Tensor], Tensor]
 
 

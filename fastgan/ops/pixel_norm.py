@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgan.ops.backend import Op
+
+OP = Op("pixel_norm")
+
 
 def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
     """x / sqrt(mean over channels of x^2 + eps).

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgan.ops import backends, scaled_dot_product_attention
+from fastgan.ops import scaled_dot_product_attention
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -77,14 +77,3 @@ def test_refusals() -> None:
         scaled_dot_product_attention(q, k[:, :3], v)
     with pytest.raises(ValueError, match="value: had length 2; it may be 3, as in key"):
         scaled_dot_product_attention(q, k, v[:2])
-
-
-def test_backends() -> None:
-    from fastgan import ops
-    from fastgan.ops.backend import OPS
-
-    assert set(OPS) == {name for name in ops.__all__ if name != "backends"}
-    for op in OPS:
-        assert "torch" in backends(op)
-    with pytest.raises(ValueError, match="op: was 'softmax'; it may be one of scaled_dot_product_attention"):
-        backends("softmax")

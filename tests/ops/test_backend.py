@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgan import ops
+from fastgan.ops import backend
+from fastgan.ops.backend import Implementation, Op
+
+
+@pytest.fixture
+def op() -> Iterator[Op]:
+    """A kernel for float32, one that is worth it from 100 elements on, one that this machine lacks."""
+
+    def float32_only(*inputs: Tensor) -> str | None:
+        wrong = [str(x.dtype) for x in inputs if x.dtype != torch.float32]
+        return f"it takes float32, not {wrong[0]}" if wrong else None
+
+    def large(*inputs: Tensor) -> str | None:
+        return "plain PyTorch is faster below 100 elements" if sum(x.numel() for x in inputs) < 100 else None
+
+    yield Op(
+        "an_op",
+        {
+            "triton": Implementation(able=lambda *inputs: "there is no GPU", note="Triton"),
+            "cpp": Implementation(able=float32_only, worth=large, note="C++"),
+        },
+    )
+    del backend.OPS["an_op"]
+
+
+SMALL, LARGE, DOUBLE = torch.zeros(3), torch.zeros(300), torch.zeros(300, dtype=torch.float64)
+
+
+def test_the_first_that_can_and_is_worth_it_runs(op: Op) -> None:
+    assert op.choose(None, LARGE) == "cpp"
+    assert op.choose(None, SMALL) == "torch"
+    assert op.choose(None, DOUBLE) == "torch"
+
+
+def test_a_wish_is_met_or_raises(op: Op) -> None:
+    assert op.choose("cpp", SMALL) == "cpp"
+    assert op.choose("torch", LARGE) == "torch"
+    with pytest.raises(ValueError, match=r"^backend: was 'triton', but there is no GPU; here it may be cpp, torch$"):
+        op.choose("triton", LARGE)
+    with pytest.raises(ValueError, match=r"^backend: was 'cpp', but it takes float32, not torch.float64; .* torch$"):
+        op.choose("cpp", DOUBLE)
+    with pytest.raises(ValueError, match=r"^backend: was 'gpu'; for an_op it may be triton, cpp, torch$"):
+        op.choose("gpu", LARGE)
+
+
+def test_use_backend_reaches_every_op_that_has_it(op: Op) -> None:
+    other = ops.backend.OPS["gradient_penalty"]
+    with ops.use_backend("cpp"):
+        assert op.choose(None, SMALL) == "cpp"
+        assert other.choose(None, SMALL) == "torch"
+        assert op.choose("torch", LARGE) == "torch"
+        with ops.use_backend(an_op="torch"):
+            assert op.choose(None, LARGE) == "torch"
+            with ops.use_backend("cpp"):
+                assert op.choose(None, SMALL) == "cpp"
+        with pytest.raises(ValueError, match="backend: was 'cpp'"):
+            op.choose(None, DOUBLE)
+    assert op.choose(None, SMALL) == "torch"
+
+
+def test_use_backend_ends_with_an_exception_and_names_are_checked(op: Op) -> None:
+    with pytest.raises(RuntimeError, match="mine"), ops.use_backend(an_op="torch"):
+        raise RuntimeError("mine")
+    assert op.choose(None, LARGE) == "cpp"
+    with (
+        pytest.raises(ValueError, match=r"backend: was 'flash'; it may be one of torch, chunked"),
+        ops.use_backend("flash"),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"op: was 'softmax'; it may be one of"), ops.use_backend(softmax="torch"):
+        pass
+
+
+def test_explanations_begin_with_what_runs_and_give_reasons(op: Op) -> None:
+    found = ops.backends("an_op", SMALL)
+    assert list(found) == ["torch", "triton", "cpp"]
+    assert found["triton"] == "Triton; cannot run: there is no GPU"
+    assert found["cpp"] == "C++; can run, not the default: plain PyTorch is faster below 100 elements"
+    assert ops.backends("an_op", LARGE) == {
+        "cpp": "C++",
+        "triton": "Triton; cannot run: there is no GPU",
+        "torch": "the reference, in plain PyTorch; can run, not the default: cpp comes first",
+    }
+    with pytest.raises(ValueError, match=r"op: was 'softmax'; it may be one of .*pixel_norm"):
+        ops.backends("softmax")
+
+
+def test_transforms_and_the_compiler_get_plain_pytorch(op: Op) -> None:
+    seen = []
+
+    def f(x: Tensor) -> Tensor:
+        seen.append(op.choose(None, x))
+        return x.sum()
+
+    torch.func.grad(f)(LARGE)
+    torch.vmap(f)(torch.zeros(2, 300))
+    assert seen == ["torch", "torch"]
+
+    def g(x: Tensor) -> Tensor:
+        return x + 1 if op.choose(None, x) == "torch" else x + 2
+
+    assert torch.compile(g, backend="eager", fullgraph=True)(LARGE)[0] == 1
+
+
+def test_every_public_op_can_be_asked_about() -> None:
+    public = {name for name in ops.__all__ if name not in ("backends", "use_backend")}
+    assert public == set(backend.OPS)
+    assert all("torch" in ops.backends(name) for name in public)
