@@ -2,7 +2,15 @@
 
 from fastgan.ops.attention import scaled_dot_product_attention
 from fastgan.ops.backend import backends, use_backend
-from fastgan.ops.conv import avg_pool2d, conv2d_downsample, interpolate_nearest, upsample_conv2d
+from fastgan.ops.conv import (
+    avg_pool2d,
+    conv2d,
+    conv2d_downsample,
+    conv_transpose2d,
+    interpolate_nearest,
+    linear,
+    upsample_conv2d,
+)
 from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.penalty import gradient_penalty, wasserstein_divergence, zero_centered_penalty
 from fastgan.ops.pixel_norm import pixel_norm
@@ -10,9 +18,12 @@ from fastgan.ops.pixel_norm import pixel_norm
 __all__ = [
     "avg_pool2d",
     "backends",
+    "conv2d",
     "conv2d_downsample",
+    "conv_transpose2d",
     "gradient_penalty",
     "interpolate_nearest",
+    "linear",
     "minibatch_stddev",
     "pixel_norm",
     "scaled_dot_product_attention",

@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and why: one mechanism for every op of the package.
 
 Each op has a plain PyTorch form, `torch`, its reference and its fallback, and beside it the kernels that exist:
-`chunked` (PyTorch, little memory), `cpp` (C++ on CPUs), `cuda` and `triton` (GPUs). An op's file lists them in the
+`lean` (PyTorch's kernels under our autograd), `chunked` (PyTorch, little memory), `cpp` (C++ on CPUs), `cuda` and
+`triton` (GPUs). An op's file lists them in the
 order they are preferred. The first that can run the given inputs, and is worth it there, runs; `backend=` of a call
 or `use_backend` around it asks for one by name, and then what cannot run raises instead of giving way to another.
 """
@@ -17,7 +18,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-NAMES = ("torch", "chunked", "cpp", "cuda", "triton")
+NAMES = ("torch", "lean", "chunked", "cpp", "cuda", "triton")
 
 # Called with the tensors of one call, or with none to ask about the machine alone; the answer is None, or why not.
 Judge = Callable[..., str | None]
@@ -45,6 +46,8 @@ class Implementation:
 
 
 REFERENCE = Implementation(note="the reference, in plain PyTorch")
+
+LEAN = Implementation(note="PyTorch's kernels; second derivatives that are zero are skipped")
 
 OPS: dict[str, Op] = {}
 

@@ -1,4 +1,10 @@
-"""Convolutions fused with a change of scale, and the two scale changes themselves.
+"""Convolutions and the two changes of scale, lean under double backward.
+
+A convolution is linear in its input and in its weight, so its derivatives of every order are made of three maps: the
+convolution itself, the gradient of its input and the gradient of its weight. Below, each is an autograd Function whose
+derivatives are the other two, each computed by PyTorch's native kernel and only where the engine asks for it. PyTorch's
+own double backward takes the weight's gradient as a convolution with batch and channels exchanged, which is slower, and
+averaging's sends zeros back through every layer before it (see docs/penalties.md).
 
 Nearest-neighbour upsampling by 2 and 2x2 averaging are convolutions with a 2x2 box. Followed (or preceded) by a 3x3
 convolution they make one 4x4 kernel: the sum of the 3x3 kernel at four offsets. One strided convolution then does the
@@ -8,13 +14,301 @@ downsampling form. Progressive GANs were published with this form in the authors
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
-from fastgan.ops.backend import Op
+from fastgan.ops.autograd import asked, autocast, node_of
+from fastgan.ops.backend import LEAN, Op
 
-for _name in ("upsample_conv2d", "conv2d_downsample", "avg_pool2d", "interpolate_nearest"):
+Ints = int | tuple[int, ...]
+
+CONV2D = Op("conv2d", {"lean": LEAN})
+CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN})
+AVG_POOL2D = Op("avg_pool2d", {"lean": LEAN})
+for _name in ("upsample_conv2d", "conv2d_downsample", "interpolate_nearest", "linear"):
     Op(_name)
+
+_convolution = torch.ops.aten.convolution.default
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
+
+class _Geometry(NamedTuple):
+    """All that a convolution is besides its tensors, in the order in which ATen takes it."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+class _Conv(Function):
+    """y = x * w + bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w)
+        ctx.geometry = geometry
+        return _convolution(x, w, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
+        if gy is None:
+            return None, None, None, None
+        x, w = ctx.saved_tensors
+        want = [asked(ctx, i) for i in range(3)]
+        if not torch.is_grad_enabled():
+            sizes = [gy.shape[1]] if want[2] else None
+            return *_convolution_backward(gy, x, w, sizes, *ctx.geometry, want), None
+        gx = _input_gradient(gy, w, x, ctx.geometry) if want[0] else None
+        gw = _weight_gradient(gy, x, w, ctx.geometry) if want[1] else None
+        return gx, gw, gy.sum((0, 2, 3)) if want[2] else None, None
+
+
+class _InputGradient(Function):
+    """Gradient of x, linear in `gy` and in `w`; `x` lends its shape and memory format."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, w: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gy, w)
+        ctx.geometry = geometry
+        return _convolution_backward(gy, x, w, None, *geometry, [True, False, False])[0]
+
+    @staticmethod
+    def backward(ctx: Any, ggx: Tensor | None) -> tuple[Any, ...]:
+        if ggx is None:
+            return None, None, None, None
+        gy, w = ctx.saved_tensors
+        ggy = _conv(ggx, w, None, ctx.geometry) if asked(ctx, 0) else None
+        gw = _weight_gradient(gy, ggx, w, ctx.geometry) if asked(ctx, 1) else None
+        return ggy, gw, None, None
+
+
+class _WeightGradient(Function):
+    """Gradient of w, linear in `gy` and in `x`; `w` lends its shape and memory format."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gy, x)
+        ctx.geometry = geometry
+        return _convolution_backward(gy, x, w, None, *geometry, [False, True, False])[1]
+
+    @staticmethod
+    def backward(ctx: Any, ggw: Tensor | None) -> tuple[Any, ...]:
+        if ggw is None:
+            return None, None, None, None
+        gy, x = ctx.saved_tensors
+        ggy = _conv(x, ggw, None, ctx.geometry) if asked(ctx, 0) else None
+        gx = _input_gradient(gy, ggw, x, ctx.geometry) if asked(ctx, 1) else None
+        return ggy, gx, None, None
+
+
+def _conv(x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+    return _Conv.apply(node_of(x), node_of(w), None if bias is None else node_of(bias), geometry)
+
+
+def _input_gradient(gy: Tensor, w: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
+    return _InputGradient.apply(node_of(gy), node_of(w), x.detach(), geometry)
+
+
+def _weight_gradient(gy: Tensor, x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
+    return _WeightGradient.apply(node_of(gy), node_of(x), w.detach(), geometry)
+
+
+def _pair(name: str, value: Any) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) not in (1, 2) or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{name}: was {value!r}; it may be an integer or a pair of them")
+    return values * 2 if len(values) == 1 else values
+
+
+def _check(x: Tensor, w: Tensor, bias: Tensor | None, groups: int, transposed: bool) -> None:
+    """What would otherwise fail in the middle of a kernel, in another op's words."""
+    for name, tensor in (("weight", w), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name}: was {tensor.dtype}; it may be {x.dtype}, as input")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: was on {tensor.device}; it may be on {x.device}, as input")
+    if x.ndim not in (3, 4):
+        raise ValueError(f"input: had {x.ndim} dimensions; it may be [N, C, H, W] or [C, H, W]")
+    if groups < 1 or x.shape[-3] % groups:
+        raise ValueError(f"groups: was {groups}; it may be a divisor of the {x.shape[-3]} channels of input")
+    channels = x.shape[-3] if transposed else x.shape[-3] // groups
+    if w.ndim != 4 or w.shape[0 if transposed else 1] != channels or w.shape[0] % groups:
+        form = f"[{channels}, O/groups, kH, kW]" if transposed else f"[O, {channels}, kH, kW] with groups dividing O"
+        raise ValueError(f"weight: had shape {tuple(w.shape)}; it may be {form}")
+    outputs = w.shape[1] * groups if transposed else w.shape[0]
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias: had shape {tuple(bias.shape)}; it may be [{outputs}]")
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`torch.nn.functional.conv2d`, differentiable to any order at the least number of convolutions.
+
+    Args:
+        input: [N, I, H, W] or [I, H, W]; weight: [O, I / groups, kH, kW]; bias: [O] or None; one floating dtype, or
+            any under autocast.
+        stride, padding, dilation, groups: as in torch; padding may be "valid" or, with stride 1, "same".
+        backend: "lean" (the default) or "torch", PyTorch's own function.
+
+    Returns:
+        [N, O, H', W'] or [O, H', W'].
+
+    Raises:
+        TypeError: a dtype differs from the input's.
+        ValueError: shapes, devices or geometry do not fit.
+
+    A bias has no gradient from a penalty on the input's gradient and gets None, not zeros: `autograd.grad` with respect
+    to it needs `allow_unused=True`; `.backward()` leaves its `.grad` alone.
+    """
+    _check(input, weight, bias, groups, transposed=False)
+    if isinstance(padding, str):
+        if padding not in ("valid", "same"):
+            raise ValueError(f"padding: was {padding!r}; it may be numbers, 'valid' or 'same'")
+        if padding == "same" and _pair("stride", stride) != (1, 1):
+            raise ValueError(f"padding: was 'same' with stride {stride}; it may be with stride 1 only")
+    if CONV2D.choose(backend, input, weight) == "torch" or not _tracked(input, weight, bias):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
+    if isinstance(padding, str):
+        total = (
+            [0, 0] if padding == "valid" else [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+        )
+        # Where the sum is odd, the one more goes to the right and the bottom, as in torch.
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2)) if any(t % 2 for t in total) else input
+        paddings = tuple(t // 2 for t in total)
+    else:
+        paddings = _pair("padding", padding)
+    geometry = _Geometry(strides, paddings, dilations, False, (0, 0), groups)
+    return _batched(input, weight, bias, geometry)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose2d`, differentiable to any order at the least number of convolutions.
+
+    Arguments as in torch, with weight [I, O / groups, kH, kW]; dtypes, `backend`, what raises and what a bias gets from
+    a penalty as in `conv2d`.
+    """
+    _check(input, weight, bias, groups, transposed=True)
+    if CONV_TRANSPOSE2D.choose(backend, input, weight) == "torch" or not _tracked(input, weight, bias):
+        return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    geometry = _Geometry(
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("dilation", dilation),
+        True,
+        _pair("output_padding", output_padding),
+        groups,
+    )
+    return _batched(input, weight, bias, geometry)
+
+
+def _tracked(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _batched(x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+    x, w, bias = autocast(x, w, bias)
+    return _conv(x[None], w, bias, geometry)[0] if x.ndim == 3 else _conv(x, w, bias, geometry)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` itself, so that a critic's layers come from one place.
+
+    PyTorch's double backward of it is at the floor already: four matrix products in a penalty with weight gradients.
+    """
+    return F.linear(input, weight, bias)
+
+
+class _AvgPool(Function):
+    """Mean over k x k squares; its adjoint spreads each value over its square, divided by k^2, and so on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.k, ctx.size = k, x.shape[-2:]
+        return F.avg_pool2d(x, k)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
+        return (None if gy is None else _AvgPoolAdjoint.apply(gy, ctx.k, ctx.size)), None
+
+
+class _AvgPoolAdjoint(Function):
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, k: int, size: tuple[int, int]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.k = k
+        gx = F.interpolate(gy * (1.0 / k**2), scale_factor=k, mode="nearest")
+        # Rows and columns beyond the last whole square took no part.
+        return F.pad(gx, (0, size[1] - gx.shape[-1], 0, size[0] - gx.shape[-2]))
+
+    @staticmethod
+    def backward(ctx: Any, ggx: Tensor | None) -> tuple[Any, ...]:
+        return (None if ggx is None else _AvgPool.apply(ggx, ctx.k)), None, None
+
+
+def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -> Tensor:
+    """Mean over non-overlapping squares, linear to autograd too: nothing is sent backward in second order.
+
+    `torch.nn.functional.avg_pool2d` sends zeros there, back through every layer before it.
+
+    Args:
+        x: [N, C, H, W], any floating dtype; kernel_size: k, side of the squares.
+        backend: "lean" (the default) or "torch", PyTorch's own function.
+
+    Returns:
+        [N, C, H // k, W // k].
+
+    Raises:
+        ValueError: `x` is not 4-dimensional or smaller than a square, or `kernel_size` is below 1.
+    """
+    if kernel_size < 1:
+        raise ValueError(f"kernel_size: was {kernel_size}; it may be 1 or more")
+    if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
+        raise ValueError(f"x: had shape {tuple(x.shape)}; it may be [N, C, H, W], H and W at least {kernel_size}")
+    if AVG_POOL2D.choose(backend, x) == "torch" or not _tracked(x):
+        return F.avg_pool2d(x, kernel_size)
+    return _AvgPool.apply(x, kernel_size)
+
+
+def interpolate_nearest(x: Tensor, scale_factor: int = 2) -> Tensor:
+    """Repeat each pixel `scale_factor` times in both directions: [N, C, H, W] -> [N, C, sH, sW].
+
+    PyTorch's own derivatives of it are linear already: it sends nothing backward in second order.
+    """
+    return F.interpolate(x, scale_factor=scale_factor, mode="nearest")
 
 
 def _box_kernel(w: Tensor) -> Tensor:
@@ -23,7 +317,7 @@ def _box_kernel(w: Tensor) -> Tensor:
     return w[..., 1:, 1:] + w[..., :-1, 1:] + w[..., 1:, :-1] + w[..., :-1, :-1]
 
 
-def _check(x: Tensor, w: Tensor) -> None:
+def _check_scaled(x: Tensor, w: Tensor) -> None:
     if x.ndim != 4:
         raise ValueError(f"x: had {x.ndim} dimensions; it may be [N, I, H, W]")
     if w.ndim != 4 or w.shape[2:] != (3, 3) or w.shape[1] != x.shape[1]:
@@ -42,10 +336,10 @@ def upsample_conv2d(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: `x` is not 4-dimensional, or `w` does not fit it.
     """
-    _check(x, w)
+    _check_scaled(x, w)
     # A transposed convolution mirrors its kernel, hence the flip; its weight is [I, O, 4, 4].
     kernel = _box_kernel(w).flip(2, 3).transpose(0, 1)
-    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+    return conv_transpose2d(x, kernel, bias, stride=2, padding=1)
 
 
 def conv2d_downsample(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -60,17 +354,7 @@ def conv2d_downsample(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tenso
     Raises:
         ValueError: `x` is not 4-dimensional or has an odd size, or `w` does not fit it.
     """
-    _check(x, w)
+    _check_scaled(x, w)
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"x: had size {tuple(x.shape[2:])}; height and width may be even")
-    return F.conv2d(x, _box_kernel(w) * 0.25, bias, stride=2, padding=1)
-
-
-def avg_pool2d(x: Tensor, kernel_size: int = 2) -> Tensor:
-    """Mean over non-overlapping `kernel_size` squares: [N, C, H, W] -> [N, C, H/k, W/k]."""
-    return F.avg_pool2d(x, kernel_size)
-
-
-def interpolate_nearest(x: Tensor, scale_factor: int = 2) -> Tensor:
-    """Repeat each pixel `scale_factor` times in both directions: [N, C, H, W] -> [N, C, sH, sW]."""
-    return F.interpolate(x, scale_factor=scale_factor, mode="nearest")
+    return conv2d(x, _box_kernel(w) * 0.25, bias, stride=2, padding=1)

@@ -1,13 +1,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgan.ops import avg_pool2d, conv2d_downsample, interpolate_nearest, upsample_conv2d
+from fastgan.ops import (
+    avg_pool2d,
+    conv2d,
+    conv2d_downsample,
+    conv_transpose2d,
+    interpolate_nearest,
+    linear,
+    upsample_conv2d,
+    use_backend,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -103,3 +117,244 @@ def test_refusals(op: Callable[..., torch.Tensor]) -> None:
 def test_conv2d_downsample_refuses_odd_sizes(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"x: had size \(\d, \d\); height and width may be even"):
         conv2d_downsample(torch.zeros(1, 2, *size), torch.zeros(2, 2, 3, 3))
+
+
+class Products(TorchDispatchMode):
+    """Convolution-sized products that run inside: an input gradient and a weight gradient count one each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.aten.convolution.default:
+            self.count += 1
+        elif op is torch.ops.aten.convolution_backward.default:
+            self.count += sum(args[-1][:2])
+        return op(*args, **(kwargs or {}))
+
+
+def derivatives(op: Callable[..., Tensor], inputs: list[Tensor], order: int) -> list[Tensor]:
+    """Values and derivatives of a function that curves in every input, up to `order`, each through the one before."""
+    y = op(*inputs)
+    found = [y]
+    value = (y * y).sum()
+    for i in range(order):
+        gradients = torch.autograd.grad(value, inputs, create_graph=i + 1 < order)
+        found += gradients
+        value = sum(((g * g).sum() for g in gradients), torch.zeros((), dtype=y.dtype))
+    return found
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> dict[str, Any]:
+    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    return {
+        "n": draw(st.integers(1, 3)),
+        "groups": draw(st.sampled_from([1, 1, 2])),
+        "i": draw(st.integers(1, 3)),
+        "o": draw(st.integers(1, 3)),
+        "kernel": draw(pair),
+        "size": draw(st.tuples(st.integers(5, 8), st.integers(5, 8))),
+        "stride": draw(st.one_of(st.integers(1, 2), pair)),
+        "padding": draw(st.one_of(st.integers(0, 1), st.tuples(st.integers(0, 1), st.integers(0, 1)))),
+        "dilation": draw(st.one_of(st.just(1), st.just((1, 2)))),
+        "bias": draw(st.booleans()),
+        "layout": draw(st.sampled_from(["contiguous", "channels_last", "sliced", "expanded"])),
+    }
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = x.repeat(1, 1, 1, 2)[..., ::2]
+    elif layout == "expanded":
+        x = x[:1].expand_as(x)
+    return x.detach().requires_grad_()
+
+
+@given(geometries(), st.booleans())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_equals_torch_to_third_order(g: dict[str, Any], transposed: bool) -> None:
+    i, o, groups = g["i"] * g["groups"], g["o"] * g["groups"], g["groups"]
+    x = laid_out(random(g["n"], i, *g["size"]), g["layout"])
+    weight = random(i if transposed else o, (o if transposed else i) // groups, *g["kernel"], seed=1).requires_grad_()
+    inputs = [x, weight] + ([random(o, seed=2).requires_grad_()] if g["bias"] else [])
+    how = {"stride": g["stride"], "padding": g["padding"], "dilation": g["dilation"], "groups": groups}
+    ours, theirs = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
+    for actual, expected in zip(
+        derivatives(lambda *t: ours(*t, **how), inputs, 3),
+        derivatives(lambda *t: theirs(*t, **how), inputs, 3),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 4)])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(kernel: tuple[int, int], padding: str) -> None:
+    x, w = random(2, 3, 6, 7).requires_grad_(), random(4, 3, *kernel, seed=1).requires_grad_()
+    torch.testing.assert_close(conv2d(x, w, padding=padding), F.conv2d(x, w, padding=padding))
+
+
+def test_output_padding_and_unbatched_input() -> None:
+    x, w = random(2, 3, 4, 5).requires_grad_(), random(3, 2, 3, 3, seed=1).requires_grad_()
+    how: dict[str, Any] = {"stride": 2, "padding": 1, "output_padding": (1, 0)}
+    torch.testing.assert_close(conv_transpose2d(x, w, **how), F.conv_transpose2d(x, w, **how))
+    torch.testing.assert_close(conv_transpose2d(x[0], w, **how), F.conv_transpose2d(x[0], w, **how))
+    assert gradgradcheck(lambda *t: conv_transpose2d(*t, **how), (x[:1, :, :2, :2].detach().requires_grad_(), w))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradcheck(transposed: bool) -> None:
+    inputs = tuple(t.requires_grad_() for t in (random(2, 2, 3, 4), random(2, 2, 2, 3, seed=1), random(2, seed=2)))
+
+    def op(*t: Tensor) -> Tensor:
+        return (conv_transpose2d if transposed else conv2d)(*t, stride=2, padding=1)
+
+    assert gradcheck(op, inputs)
+    assert gradgradcheck(op, inputs)
+
+
+def test_only_what_is_asked_is_computed() -> None:
+    x, w1, w2 = (
+        t.requires_grad_() for t in (random(1, 2, 5, 5), random(3, 2, 3, 3, seed=1), random(1, 3, 3, 3, seed=2))
+    )
+    score = conv2d(conv2d(x, w1), w2).sum()
+    with Products() as inner:
+        (gradient,) = torch.autograd.grad(score, x, create_graph=True)
+    assert inner.count == 2  # two input gradients, and not the weights' that PyTorch's own skips too
+    with Products() as outer:
+        torch.autograd.grad(gradient.square().sum(), [w1, w2])
+    assert outer.count == 3  # two weight gradients, and the cotangent through the first layer alone
+    with Products() as one:
+        torch.autograd.grad(conv2d(x.detach(), w1).sum(), w1)
+    assert one.count == 2  # the forward and one weight gradient
+
+
+def test_a_bias_has_no_gradient_from_a_penalty() -> None:
+    x, w, b = (
+        random(1, 2, 4, 4).requires_grad_(),
+        random(1, 2, 3, 3, seed=1).requires_grad_(),
+        random(1).requires_grad_(),
+    )
+    (gradient,) = torch.autograd.grad(conv2d(x, w, b).sum(), x, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), [w, b], allow_unused=True)[1] is None
+
+
+@pytest.mark.parametrize("op", [conv2d, conv_transpose2d])
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs(op: Callable[..., Tensor]) -> None:
+    x, w = torch.randn(2, 4, 6, 6, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = op(x, w)
+        (gradient,) = torch.autograd.grad(y.float().sum(), x, create_graph=True)
+    assert y.dtype == torch.bfloat16 and gradient.dtype == torch.float32
+    gradient.square().sum().backward()
+    assert w.grad is not None and w.grad.dtype == torch.float32
+    reference = w.detach().requires_grad_()
+    (full,) = torch.autograd.grad(op(x, reference).sum(), x, create_graph=True)
+    full.square().sum().backward()
+    assert reference.grad is not None
+    assert (w.grad - reference.grad).norm() < 0.02 * reference.grad.norm()
+
+
+@pytest.mark.parametrize("op", [conv2d, conv_transpose2d])
+def test_keeps_channels_last_in_every_order(op: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(8, 8, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    y = op(x, w, padding=1)
+    (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (ggx,) = torch.autograd.grad(gx.square().sum(), x)
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, gx, ggx))
+
+
+def test_compiles_and_transforms() -> None:
+    x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
+    expected = torch.autograd.grad(conv2d(x, w.requires_grad_()).square().sum(), w)[0]
+    compiled = torch.compile(conv2d, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, w).square().sum(), w)[0], expected)
+    torch.testing.assert_close(torch.func.grad(lambda t: conv2d(x, t).square().sum())(w.detach()), expected)
+    each = torch.vmap(lambda t: conv2d(t, w.detach()))(x)
+    torch.testing.assert_close(each, conv2d(x, w).detach())
+
+
+def test_no_samples() -> None:
+    x, w = torch.zeros(0, 3, 4, 4, requires_grad=True), torch.ones(2, 3, 3, 3, requires_grad=True)
+    y = conv2d(x, w)
+    assert y.shape == (0, 2, 2, 2)
+    y.sum().backward()
+    assert w.grad is not None and w.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 4), (1, 1, 7, 5), (2, 2, 3, 2)])
+@pytest.mark.parametrize("k", [2, 3])
+def test_avg_pool2d_equals_torch_and_sends_nothing_backward(shape: tuple[int, ...], k: int) -> None:
+    x = random(*shape).requires_grad_()
+    if min(shape[2:]) < k:
+        with pytest.raises(ValueError, match=r"x: had shape .*; it may be \[N, C, H, W\], H and W at least 3"):
+            avg_pool2d(x, k)
+        return
+    for actual, expected in zip(
+        derivatives(lambda t: avg_pool2d(t, k), [x], 2), derivatives(lambda t: F.avg_pool2d(t, k), [x], 2), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+    seed = torch.ones_like(avg_pool2d(x, k)).requires_grad_()
+    (gradient,) = torch.autograd.grad(avg_pool2d(x, k), x, seed, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), [seed, x], allow_unused=True)[1] is None
+    with use_backend("torch"):
+        (gradient,) = torch.autograd.grad(avg_pool2d(x, k), x, seed, create_graph=True)
+        assert torch.autograd.grad(gradient.square().sum(), [seed, x], allow_unused=True)[1] is not None
+
+
+def test_linear_is_at_the_floor() -> None:
+    """Four matrix products for each layer in a penalty with weight gradients."""
+
+    class Matmuls(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return op(*args, **(kwargs or {}))
+
+    x, w1, w2 = (t.requires_grad_() for t in (random(5, 4), random(3, 4, seed=1), random(2, 3, seed=2)))
+    with Matmuls() as seen:
+        (gradient,) = torch.autograd.grad(linear(linear(x, w1), w2).square().sum(), x, create_graph=True)
+        torch.autograd.grad(gradient.sum(), [w1, w2])
+    curved = seen.count
+    with Matmuls() as seen:
+        (gradient,) = torch.autograd.grad(linear(linear(x, w1), w2).sum(), x, create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), [w1, w2])
+    assert seen.count <= 8 < curved
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        (
+            {"weight": torch.zeros(4, 2, 3, 3)},
+            ValueError,
+            r"weight: had shape \(4, 2, 3, 3\); it may be \[O, 3, kH, kW\]",
+        ),
+        ({"weight": torch.zeros(4, 3, 3, 3).double()}, TypeError, "weight: was torch.float64; it may be torch.float32"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias: had shape \(3,\); it may be \[4\]"),
+        ({"input": torch.zeros(3, 3)}, ValueError, r"input: had 2 dimensions; it may be \[N, C, H, W\]"),
+        ({"groups": 2}, ValueError, "groups: was 2; it may be a divisor of the 3 channels of input"),
+        ({"padding": "full"}, ValueError, "padding: was 'full'; it may be numbers, 'valid' or 'same'"),
+        (
+            {"padding": "same", "stride": 2},
+            ValueError,
+            "padding: was 'same' with stride 2; it may be with stride 1 only",
+        ),
+        ({"stride": (1, 2, 3)}, ValueError, r"stride: was \(1, 2, 3\); it may be an integer or a pair"),
+        ({"weight": torch.zeros(4, 3, 3, 3, device="meta")}, ValueError, "weight: was on meta; it may be on cpu"),
+        ({"backend": "cuda"}, ValueError, "backend: was 'cuda'; for conv2d it may be lean, torch"),
+    ],
+)
+def test_conv2d_refuses(how: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {"input": torch.zeros(2, 3, 5, 5), "weight": torch.zeros(4, 3, 3, 3, requires_grad=True), **how}
+    with pytest.raises(error, match=message):
+        conv2d(**given)
+
+
+def test_conv_transpose2d_refuses_a_weight_of_conv2d() -> None:
+    with pytest.raises(ValueError, match=r"weight: had shape \(4, 3, 3, 3\); it may be \[3, O/groups, kH, kW\]"):
+        conv_transpose2d(torch.zeros(2, 3, 5, 5), torch.zeros(4, 3, 3, 3))
