@@ -11,9 +11,11 @@ half-precision gradients overflow and vanish, which is where NaNs in penalised m
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from fastgan.ops.backend import Op
 
@@ -31,15 +33,25 @@ def _input_gradient(critic: Critic, x: Tensor) -> Tensor:
     return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
 
 
-def _norm(gradient: Tensor) -> Tensor:
-    """Euclidean norm over features, [N]; derivative 0 where the gradient is exactly 0.
+class _Norm(Function):
+    """Euclidean norm over features: [N, features] -> [N], read once. Its derivative where the norm is 0 is 0."""
 
-    The square root alone has an infinite slope there and 0 * inf is NaN, so both branches of the selection are
-    kept finite.
-    """
-    squared = gradient.square().sum(dim=1)
-    zero = squared == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(gradient, dim=1)
+        ctx.save_for_backward(gradient, norm)
+        return norm
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        gradient, norm = ctx.saved_tensors
+        # 0 / 0 at norm 0 would be NaN in this derivative or in the next, so both branches stay finite.
+        zero = norm == 0
+        return gradient * torch.where(zero, 0.0, cotangent / torch.where(zero, 1.0, norm))[:, None]
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    return _Norm.apply(gradient)
 
 
 def _interpolates(real: Tensor, fake: Tensor, weight: Tensor | None, generator: torch.Generator | None) -> Tensor:

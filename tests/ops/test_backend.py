@@ -72,7 +72,7 @@ def test_use_backend_ends_with_an_exception_and_names_are_checked(op: Op) -> Non
         raise RuntimeError("mine")
     assert op.choose(None, LARGE) == "cpp"
     with (
-        pytest.raises(ValueError, match=r"backend: was 'flash'; it may be one of torch, chunked"),
+        pytest.raises(ValueError, match=r"backend: was 'flash'; it may be one of torch, lean, chunked"),
         ops.use_backend("flash"),
     ):
         pass
