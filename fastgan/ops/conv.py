@@ -54,8 +54,21 @@ class _Conv(Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w)
+        ctx.save_for_forward(x, w)
         ctx.geometry = geometry
         return _convolution(x, w, bias, *geometry)
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tbias: Tensor | None, _: None) -> Tensor:
+        x, w = ctx.saved_tensors
+        ty = _conv(tx, w, tbias if tw is None else None, ctx.geometry) if tx is not None else None
+        if tw is not None:
+            through_w = _conv(x, tw, tbias, ctx.geometry)
+            ty = through_w if ty is None else ty + through_w
+        if ty is None:  # the bias alone moves
+            zero = torch.zeros((), dtype=x.dtype, device=x.device).expand_as(x)
+            ty = _conv(zero, w, tbias, ctx.geometry)
+        return ty
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
@@ -261,6 +274,10 @@ class _AvgPool(Function):
         return F.avg_pool2d(x, k)
 
     @staticmethod
+    def jvp(ctx: Any, tx: Tensor, _: None) -> Tensor:
+        return _AvgPool.apply(tx, ctx.k)
+
+    @staticmethod
     def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
         return (None if gy is None else _AvgPoolAdjoint.apply(gy, ctx.k, ctx.size)), None
 
@@ -271,6 +288,8 @@ class _AvgPoolAdjoint(Function):
         ctx.set_materialize_grads(False)
         ctx.k = k
         gx = F.interpolate(gy * (1.0 / k**2), scale_factor=k, mode="nearest")
+        if gx.shape[-2:] == size:
+            return gx
         # Rows and columns beyond the last whole square took no part.
         return F.pad(gx, (0, size[1] - gx.shape[-1], 0, size[0] - gx.shape[-2]))
 

@@ -1,5 +1,10 @@
 """Penalties on the gradient of a critic with respect to its input.
 
+The weights' gradient of a penalty mean_n f(|g_n|), g_n = dD/dx_n, can be had in two ways. `reverse` differentiates the
+gradient's own graph. `tangent` holds the cotangent v_n = d penalty / d g_n constant and differentiates the sum over n
+of D'(x_n; v_n), the critic's directional derivative in forward mode, of which that gradient is the same: everything in
+it is first order, at the price of one more forward pass. docs/penalties.md has both, counted and measured.
+
 `critic` is any callable of x that gives one score for each sample, [N] or [N, 1]; a conditional critic is a lambda
 that closes over its labels. Scores of one sample must not depend on another for the penalties to be what the papers
 define (batch norm breaks that; minibatch standard deviation does too, and the progressive-growing paper accepts it).
@@ -15,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from fastgan.ops.backend import Op
 
@@ -23,14 +28,33 @@ for _name in ("gradient_penalty", "wasserstein_divergence", "zero_centered_penal
     Op(_name)
 
 Critic = Callable[[Tensor], Tensor]
+METHODS = ("reverse", "tangent")
 
 
-def _input_gradient(critic: Critic, x: Tensor) -> Tensor:
-    """d(sum of scores)/dx, flattened to [N, features], float32 at least, kept in the graph."""
-    x = x.detach().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(critic(x).float().sum(), x, create_graph=True)
+def _flat(gradient: Tensor) -> Tensor:
     gradient = gradient.flatten(1)
     return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
+
+
+def _penalty(critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor], method: str) -> Tensor:
+    """`of_gradient` of d(sum of scores)/dx, which it gets as [N, features], float32 at least."""
+    if method not in METHODS:
+        raise ValueError(f"method: was {method!r}; it may be {' or '.join(METHODS)}")
+    x = x.detach().requires_grad_(True)
+    reverse = method == "reverse"
+    (gradient,) = torch.autograd.grad(critic(x).float().sum(), x, create_graph=reverse)
+    if reverse:
+        return of_gradient(_flat(gradient))
+    gradient = gradient.detach().requires_grad_(True)
+    value = of_gradient(_flat(gradient))
+    (direction,) = torch.autograd.grad(value, gradient)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(critic(forward_ad.make_dual(x.detach(), direction))).tangent
+    value = value.detach()
+    if tangent is None:  # the scores do not depend on x
+        return value
+    slope = tangent.sum(dtype=value.dtype)
+    return value + (slope - slope.detach())
 
 
 class _Norm(Function):
@@ -72,24 +96,30 @@ def gradient_penalty(
     target: float = 1.0,
     generator: torch.Generator | None = None,
     weight: Tensor | None = None,
+    method: str = "reverse",
 ) -> Tensor:
     """Mean over samples of (|grad critic(x)| - target)^2 at random interpolates x (Gulrajani et al. 2017, eq. 3).
 
     Args:
-        critic: scores [N] or [N, 1] of x; called once.
+        critic: scores [N] or [N, 1] of x; called once by `reverse`, twice by `tangent`.
         real, fake: [N, ...], same shape; no gradient flows into them.
         target: the norm asked for.
         generator: draws the interpolation weights, one uniform number for each sample.
         weight: [N], the interpolation weights themselves (0 is real, 1 is fake) in place of drawing them.
+        method: "reverse", differentiable to any order the critic is, or "tangent", once more than the inner gradient.
 
     Returns:
         Scalar, float32 at least, not multiplied by any coefficient. Where the gradient is exactly 0 its norm has
         derivative 0. The critic's last bias has no gradient from it: `autograd.grad` needs `allow_unused=True`.
 
     Raises:
-        ValueError: `fake` or `weight` does not fit `real`.
+        ValueError: `fake` or `weight` does not fit `real`, or an unknown method.
     """
-    return (_norm(_input_gradient(critic, _interpolates(real, fake, weight, generator))) - target).square().mean()
+
+    def of_gradient(gradient: Tensor) -> Tensor:
+        return (_norm(gradient) - target).square().mean()
+
+    return _penalty(critic, _interpolates(real, fake, weight, generator), of_gradient, method)
 
 
 def wasserstein_divergence(
@@ -101,21 +131,25 @@ def wasserstein_divergence(
     p: float = 6.0,
     generator: torch.Generator | None = None,
     weight: Tensor | None = None,
+    method: str = "reverse",
 ) -> Tensor:
     """k times the mean over samples of |grad critic(x)|^p (Wu et al. 2018, "Wasserstein divergence for GANs", eq. 6).
 
     x is sampled on the straight lines between paired real and fake samples, uniformly, as in the paper's experiments;
     arguments, reduction and behaviour at gradient 0 are those of `gradient_penalty`.
     """
-    gradient = _input_gradient(critic, _interpolates(real, fake, weight, generator))
-    if p == 2:
-        return k * gradient.square().sum(dim=1).mean()
-    return k * _norm(gradient).pow(p).mean()
+
+    def of_gradient(gradient: Tensor) -> Tensor:
+        if p == 2:
+            return k * gradient.square().sum(dim=1).mean()
+        return k * _norm(gradient).pow(p).mean()
+
+    return _penalty(critic, _interpolates(real, fake, weight, generator), of_gradient, method)
 
 
-def zero_centered_penalty(critic: Critic, x: Tensor) -> Tensor:
+def zero_centered_penalty(critic: Critic, x: Tensor, *, method: str = "reverse") -> Tensor:
     """Mean over samples of |grad critic(x)|^2: R1 on real samples, R2 on fake ones (Mescheder et al. 2018, eq. 9).
 
-    The paper multiplies by gamma / 2. Differentiable where the gradient is 0.
+    The paper multiplies by gamma / 2. Differentiable where the gradient is 0. `method` as in `gradient_penalty`.
     """
-    return _input_gradient(critic, x).square().sum(dim=1).mean()
+    return _penalty(critic, x, lambda gradient: gradient.square().sum(dim=1).mean(), method)

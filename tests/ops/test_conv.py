@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -275,6 +276,26 @@ def test_compiles_and_transforms() -> None:
     torch.testing.assert_close(torch.func.grad(lambda t: conv2d(x, t).square().sum())(w.detach()), expected)
     each = torch.vmap(lambda t: conv2d(t, w.detach()))(x)
     torch.testing.assert_close(each, conv2d(x, w).detach())
+
+
+@pytest.mark.parametrize("op", [conv2d, conv_transpose2d])
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1, 2)])
+def test_forward_mode_and_its_derivative(op: Callable[..., Tensor], moving: tuple[int, ...]) -> None:
+    inputs = [random(2, 3, 4, 5).requires_grad_(), random(3, 3, 3, 3, seed=1).requires_grad_(), random(3, seed=2)]
+    reference = F.conv2d if op is conv2d else F.conv_transpose2d
+
+    def tangent(f: Callable[..., Tensor]) -> list[Tensor]:
+        with fwAD.dual_level():
+            duals = [fwAD.make_dual(t, torch.cos(t).detach()) if i in moving else t for i, t in enumerate(inputs)]
+            ty = fwAD.unpack_dual(f(*duals, stride=2, padding=1)).tangent
+            assert ty is not None
+            if not ty.requires_grad:
+                return [ty, *map(torch.zeros_like, inputs[:2])]
+            gradients = torch.autograd.grad(ty.square().sum(), inputs[:2], allow_unused=True, materialize_grads=True)
+            return [ty, *gradients]
+
+    for actual, expected in zip(tangent(op), tangent(reference), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_no_samples() -> None:

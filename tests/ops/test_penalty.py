@@ -15,9 +15,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def zero_centered(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, weight: Tensor) -> Tensor:
+def zero_centered(
+    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, weight: Tensor, method: str = "reverse"
+) -> Tensor:
     """`zero_centered_penalty` with the signature of the other two."""
-    return zero_centered_penalty(critic, torch.lerp(real, fake, weight[:, None].to(real.dtype)))
+    return zero_centered_penalty(critic, torch.lerp(real, fake, weight[:, None].to(real.dtype)), method=method)
 
 
 Penalty = Callable[..., Tensor]
@@ -111,6 +113,41 @@ def test_gradcheck_through_modules(penalty: Penalty) -> None:
 
     weights = (random(2, 2, 3, 3, seed=3), random(2, 2, seed=4), random(12, seed=5))
     assert gradcheck(value, tuple(w.requires_grad_() for w in weights))
+
+
+@each_penalty
+@pytest.mark.parametrize("curved", [False, True])
+def test_tangent_gives_the_gradients_of_reverse(penalty: Penalty, curved: bool) -> None:
+    from fastgan import ops
+
+    real, fake, t = random(3, 2, 4, 4, seed=1), random(3, 2, 4, 4, seed=2), torch.tensor([0.2, 0.5, 0.9]).double()
+    weights = [w.requires_grad_() for w in (random(2, 2, 3, 3, seed=3), random(2, seed=4), random(1, 8, seed=5))]
+    calls = []
+
+    def critic(x: Tensor) -> Tensor:
+        calls.append(1)
+        y = ops.conv2d(x.view(3, 2, 4, 4), weights[0], weights[1], padding=1)
+        y = torch.tanh(y) if curved else torch.nn.functional.leaky_relu(y, 0.2)
+        return ops.linear(ops.avg_pool2d(y).flatten(1), weights[2])
+
+    found = []
+    for method, expected_calls in (("reverse", 1), ("tangent", 2)):
+        calls.clear()
+        value = penalty(critic, real.flatten(1), fake.flatten(1), weight=t, method=method)
+        slopes = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
+        found.append([value, *slopes])
+        assert len(calls) == expected_calls
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert (found[0][2].abs().max() > 0) == curved  # the bias
+    with pytest.raises(ValueError, match=r"method: was 'forward'; it may be reverse or tangent"):
+        penalty(critic, real.flatten(1), fake.flatten(1), weight=t, method="forward")
+
+
+def test_tangent_of_a_constant_critic_is_its_value() -> None:
+    real, w = random(4, 3), random(3, seed=1).requires_grad_()
+    value = gradient_penalty(lambda x: x.detach() @ w + 0 * x.sum(), real, real, method="tangent")
+    assert value.item() == 1.0
 
 
 def test_linear_critic() -> None:
