@@ -2,6 +2,8 @@
 
 from fastgan.ops.attention import scaled_dot_product_attention
 from fastgan.ops.backend import backends, use_backend
+from fastgan.ops.bias_act import bias_act
+from fastgan.ops.bias_act_pixel_norm import bias_act_pixel_norm
 from fastgan.ops.conv import (
     avg_pool2d,
     conv2d,
@@ -18,6 +20,8 @@ from fastgan.ops.pixel_norm import pixel_norm
 __all__ = [
     "avg_pool2d",
     "backends",
+    "bias_act",
+    "bias_act_pixel_norm",
     "conv2d",
     "conv2d_downsample",
     "conv_transpose2d",

@@ -20,13 +20,14 @@ from torch import Tensor
 
 NAMES = ("torch", "lean", "chunked", "cpp", "cuda", "triton")
 
-# Called with the tensors of one call, or with none to ask about the machine alone; the answer is None, or why not.
+# Called with the tensors of one call (and options that an op's kernels may lack), or with none to ask about the machine
+# alone; the answer is None, or why not.
 Judge = Callable[..., str | None]
 
 _asked: ContextVar[Mapping[str, str]] = ContextVar("fastgan_backend", default=MappingProxyType({}))  # "*": every op
 
 
-def _always(*inputs: Tensor) -> str | None:
+def _always(*inputs: Tensor, **options: object) -> str | None:
     return None
 
 
@@ -61,24 +62,25 @@ class Op:
         assert set(self.implementations) <= set(NAMES)
         OPS[name] = self
 
-    def choose(self, backend: str | None, *inputs: Tensor) -> str:
+    def choose(self, backend: str | None, *inputs: Tensor, **options: object) -> str:
         """Name of the implementation that runs `inputs`; `backend` is the caller's wish, or None.
+
+        `options` are other arguments of the call, for judges of this op that look at them.
 
         Raises:
             ValueError: the wish, or that of `use_backend`, names no implementation of this op or one that cannot run.
         """
-        if backend is None and (torch.compiler.is_compiling() or _transformed()):
-            # A compiler fuses plain PyTorch itself and takes no second derivative; torch.func needs plain PyTorch.
+        if backend is None and transformed():
             return "torch"
         # What use_backend names but this op lacks is no error: it stands around calls of many ops.
         wish = backend or _asked.get().get(self.name) or self._known(_asked.get().get("*"))
         if wish is None:
-            return next(name for name in self.implementations if self._reason(name, *inputs) is None)
+            return next(name for name in self.implementations if self._reason(name, *inputs, **options) is None)
         if wish not in self.implementations:
             raise ValueError(f"backend: was {wish!r}; for {self.name} it may be {', '.join(self.implementations)}")
-        reason = self.implementations[wish].able(*inputs)
+        reason = self.implementations[wish].able(*inputs, **options)
         if reason is not None:
-            able = [name for name, it in self.implementations.items() if it.able(*inputs) is None]
+            able = [name for name, it in self.implementations.items() if it.able(*inputs, **options) is None]
             raise ValueError(f"backend: was {wish!r}, but {reason}; here it may be {', '.join(able)}")
         return wish
 
@@ -100,15 +102,21 @@ class Op:
     def _known(self, name: str | None) -> str | None:
         return name if name in self.implementations else None
 
-    def _reason(self, name: str, *inputs: Tensor) -> str | None:
+    def _reason(self, name: str, *inputs: Tensor, **options: object) -> str | None:
         it = self.implementations[name]
-        return it.able(*inputs) or it.worth(*inputs)
+        return it.able(*inputs, **options) or it.worth(*inputs, **options)
 
 
-def _transformed() -> bool:
-    """Inside torch.func.grad, vmap and the like, which autograd Functions without a rule for them cannot enter."""
+def transformed() -> bool:
+    """Whether the caller is being compiled or exported, or is inside torch.func.grad, vmap, jvp or forward-mode AD.
+
+    A compiler fuses plain PyTorch itself and takes no second derivative; the others cannot enter autograd Functions
+    that have no rule for them. All get plain PyTorch.
+    """
+    if torch.compiler.is_compiling():
+        return True
     stack = getattr(torch._C._functorch, "peek_interpreter_stack", None)
-    return stack is not None and stack() is not None
+    return (stack is not None and stack() is not None) or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
 def backends(op: str, *inputs: Tensor) -> dict[str, str]:

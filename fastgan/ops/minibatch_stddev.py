@@ -1,16 +1,48 @@
-"""Minibatch standard deviation (Karras et al. 2018, "Progressive growing of GANs", section 3)."""
+"""Minibatch standard deviation (Karras et al. 2018, "Progressive growing of GANs", section 3).
+
+At each channel and pixel let d be x less its mean over the group and sigma = (<d^2> + eps)^(1/2), where <.> is the mean
+over the G samples of a group. The map is the mean of sigma over the K = C / num_features H W places of a chunk. With t
+the sum of the map's gradient over samples and pixels, divided by K, and u the cotangent of dx:
+
+    dx = dy + t d / (G sigma)                                              first backward
+    gdy = u, and for the map: the sum over the chunk of <u d> / sigma, divided by K
+    gx = t / (G sigma) (u - <u> - d <u d> / sigma^2)                       second backward
+"""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
+from fastgan.ops.autograd import asked, node_of
 from fastgan.ops.backend import Op
+from fastgan.ops.implementations import (
+    accumulate_dtype,
+    check_features,
+    dense,
+    functions,
+    kernels,
+    like,
+    no_third_order,
+    tracked,
+)
+from fastgan.ops.pixel_norm import check_eps
 
-OP = Op("minibatch_stddev")
+
+def _refuse(eps: float = 1.0, **options: object) -> str | None:
+    return None if eps > 0 else "it takes a positive eps"
 
 
-def minibatch_stddev(x: Tensor, group_size: int = 4, num_features: int = 1, eps: float = 1e-8) -> Tensor:
+OP = Op("minibatch_stddev", kernels("minibatch_stddev", _refuse))
+
+
+def minibatch_stddev(
+    x: Tensor, group_size: int = 4, num_features: int = 1, eps: float = 1e-8, *, backend: str | None = None
+) -> Tensor:
     """Append maps that tell a discriminator how much the samples of a group differ.
 
     Sample i belongs to group i mod (N / group_size): the groups are strided. In each group the biased standard
@@ -22,24 +54,156 @@ def minibatch_stddev(x: Tensor, group_size: int = 4, num_features: int = 1, eps:
         group_size: samples in a group; where N is not a multiple of it, the largest divisor of N below it is used.
         num_features: number of appended channels; it must divide C.
         eps: added to the variance, so that a group of equal samples has a finite derivative.
+        backend: as in `fastgan.ops.use_backend`.
 
     Returns:
-        [N, C + num_features, H, W], dtype of `x`. Differentiable to any order.
+        [N, C + num_features, H, W], dtype of `x`. First and second derivatives; a third raises in a kernel and works
+        with backend="torch".
 
     Raises:
-        ValueError: `x` is not 4-dimensional, `group_size` < 1, or `num_features` does not divide C.
+        TypeError: `x` has no floating dtype, or a number no right type.
+        ValueError: `x` is not 4-dimensional, `group_size` < 1, `num_features` does not divide C, or `eps` is negative.
     """
+    check_features(x)
+    for argument, value in (("group_size", group_size), ("num_features", num_features)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{argument}: was {value!r}; it may be an integer")
     if x.ndim != 4:
         raise ValueError(f"x: had {x.ndim} dimensions; it may be [N, C, H, W]")
-    n, c, h, w = x.shape
+    n, c = x.shape[:2]
     if group_size < 1:
         raise ValueError(f"group_size: was {group_size}; it may be 1 or more")
     if num_features < 1 or c % num_features:
         raise ValueError(f"num_features: was {num_features}; it may be a divisor of the {c} channels of x")
+    check_eps(eps)
     group = next(g for g in range(min(group_size, max(n, 1)), 0, -1) if n % g == 0)
-    y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    name = OP.choose(backend, x, eps=eps)
+    if name == "torch":
+        return reference(x, group, num_features, eps)
+    settings = _Settings(functions("minibatch_stddev", name), group, num_features, eps)
+    x = dense(x)
+    if not tracked(x):
+        return settings.f.minibatch_stddev_forward(x, *settings[1:])
+    return _MinibatchStddev.apply(node_of(x), settings)
+
+
+def reference(x: Tensor, group: int, num_features: int, eps: float) -> Tensor:
+    """Plain PyTorch, to any order; `group` divides the batch."""
+    n, c, h, w = x.shape
+    y = x.to(accumulate_dtype(x))
     y = y.reshape(group, n // group, num_features, c // num_features, h, w)
     y = (y - y.mean(dim=0, keepdim=True)).square().mean(dim=0)
     y = torch.sqrt(y + eps).mean(dim=(2, 3, 4)).to(x.dtype)
     y = y.repeat(group, 1)[:, :, None, None].expand(n, num_features, h, w)
     return torch.cat([x, y], dim=1)
+
+
+class _Settings(NamedTuple):
+    """An implementation (functions as in `COMPOSED`) and the plain arguments; `group` divides the batch."""
+
+    f: Any
+    group: int
+    num_features: int
+    eps: float
+
+
+class _MinibatchStddev(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: _Settings) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)
+        ctx.settings = settings
+        return settings.f.minibatch_stddev_forward(x, *settings[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        if dy is None:
+            return None, None
+        (x,) = ctx.saved_tensors
+        return _MinibatchStddevBackward.apply(node_of(like(dy, x)), x, ctx.settings)[0], None
+
+
+class _MinibatchStddevBackward(Function):
+    """(dx, t)."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, x: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        dx, t = settings.f.minibatch_stddev_backward(dy, x, *settings[1:])
+        # t, an output here, keeps the second backward connected to dy, so that a third raises and is not lost.
+        ctx.save_for_backward(x, t)
+        ctx.settings = settings
+        return dx, t
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if u is None:
+            return None, None, None
+        x, t = ctx.saved_tensors
+        gdy, gx = _MinibatchStddevSecondBackward.apply(node_of(like(u, x)), x, t, ctx.settings)
+        return gdy, gx if asked(ctx, 1) else None, None
+
+
+class _MinibatchStddevSecondBackward(Function):
+    """(gdy, gx)."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, x: Tensor, t: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return settings.f.minibatch_stddev_second_backward(u, x, t, *settings[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if any(c is not None for c in cotangents):
+            no_third_order("minibatch_stddev")
+        return None, None, None, None
+
+
+# The kernels' functions in plain PyTorch: they say in full what a kernel computes. F is num_features.
+
+
+def forward(x: Tensor, group: int, num_features: int, eps: float) -> Tensor:
+    """x: [N, C, H, W]. Returns [N, C + F, H, W] in x's memory format (contiguous where x is in both)."""
+    return like(reference(x, group, num_features, eps), x)
+
+
+def _split(x: Tensor, group: int, num_features: int) -> Tensor:
+    """x as [G, N / G, F, C / F, H, W] in float32 at least; dimension 0 is the samples of a group."""
+    n, c, h, w = x.shape
+    return x.to(accumulate_dtype(x)).reshape(group, n // group, num_features, c // num_features, h, w)
+
+
+def _deviation(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    d = x - x.mean(dim=0, keepdim=True)
+    return d, torch.sqrt(d.square().mean(dim=0, keepdim=True) + eps)
+
+
+def backward(dy: Tensor, x: Tensor, group: int, num_features: int, eps: float) -> tuple[Tensor, Tensor]:
+    """dy: [N, C + F, H, W] in x's memory format. Returns dx, like x, and t: [N / G, F], contiguous, float32."""
+    c = x.shape[1]
+    d, sigma = _deviation(_split(x, group, num_features), eps)
+    t = _split(dy[:, c:], group, num_features).sum(dim=(0, 3, 4, 5)) / d[0, 0, 0].numel()
+    dx = dy[:, :c] + (t[:, :, None, None, None] * d / (group * sigma)).reshape(x.shape)
+    return like(dx.to(x.dtype), x), t
+
+
+def second_backward(
+    u: Tensor, x: Tensor, t: Tensor, group: int, num_features: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """u: like x, the cotangent of dx. Returns gdy: [N, C + F, H, W] in x's memory format, and gx, like x."""
+    n, _, h, w = x.shape
+    d, sigma = _deviation(_split(x, group, num_features), eps)
+    v = _split(u, group, num_features)
+    along = (v * d).mean(dim=0, keepdim=True)
+    maps = (along / sigma).mean(dim=(0, 3, 4, 5)).to(x.dtype)
+    maps = maps.repeat(group, 1)[:, :, None, None].expand(n, num_features, h, w)
+    curvature = (v - v.mean(dim=0, keepdim=True) - d * along / sigma.square()) / (group * sigma)
+    gx = (t[:, :, None, None, None] * curvature).reshape(x.shape)
+    return like(torch.cat([u, maps], dim=1), x), like(gx.to(x.dtype), x)
+
+
+COMPOSED = SimpleNamespace(
+    minibatch_stddev_forward=forward,
+    minibatch_stddev_backward=backward,
+    minibatch_stddev_second_backward=second_backward,
+)
