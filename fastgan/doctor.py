@@ -77,8 +77,13 @@ def main(argv: list[str]) -> int:
     else:
         built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch has no CUDA"
         print(f"  no GPU: {built}, and finds no device")
-    print("ops")
     from fastgan import ops
+    from fastgan.ops import extension
+
+    print("compiled kernels")
+    for library, state in (("cpu", extension.cpu()), ("cuda", extension.cuda())):
+        print(f"  {library}: {state or extension.file(library)}")
+    print("ops")
     from fastgan.ops.backend import OPS
 
     for op in OPS:

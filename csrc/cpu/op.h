@@ -1,0 +1,122 @@
+// What every CPU op needs: tensors of torch's stable ABI, dtypes, threads. csrc/README.md shows an op written with it.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+
+// The library is compiled once for each instruction set, and Python loads the one that ATen itself uses (extension.py).
+// So an op is ordinary C++: loops under `#pragma omp simd`, templates, lambdas, and intrinsics behind these macros.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define FASTGAN_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__)
+#define FASTGAN_AVX2 1
+#endif
+
+namespace fastgan {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Floats of one vector register.
+#if defined(FASTGAN_AVX512)
+inline constexpr int64_t kVector = 16;
+#elif defined(FASTGAN_AVX2)
+inline constexpr int64_t kVector = 8;
+#else
+inline constexpr int64_t kVector = 4;
+#endif
+
+// Storage is float or BFloat16; arithmetic is float. Written with bit operations alone, so that loops vectorise.
+inline float load(const float* p) { return *p; }
+
+inline float load(const BFloat16* p) {
+  uint16_t half;
+  std::memcpy(&half, p, sizeof half);
+  const uint32_t bits = uint32_t{half} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline void store(float* p, float value) { *p = value; }
+
+inline void store(BFloat16* p, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
+  const auto half = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : nearest_even);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// Calls f with a value of the tensor's element type: dispatch(x, "x", [&](auto element) { using T = decltype(element); });
+template <class F>
+decltype(auto) dispatch(const Tensor& x, const char* name, const F& f) {
+  const ScalarType type = x.scalar_type();
+  if (type == ScalarType::Float) return f(float{});
+  STD_TORCH_CHECK(type == ScalarType::BFloat16, name, ": was ", torch::headeronly::toString(type),
+                  "; it may be Float or BFloat16");
+  return f(BFloat16{});
+}
+
+// Address of the first element; raises if the dtype is another. Writing goes through output().
+template <class T>
+const T* data(const Tensor& x) {
+  return x.const_data_ptr<T>();
+}
+
+// nullptr where there is no tensor.
+template <class T>
+const T* data(const std::optional<Tensor>& x) {
+  return x ? x->const_data_ptr<T>() : nullptr;
+}
+
+template <class T>
+T* output(const Tensor& x) {
+  return x.mutable_data_ptr<T>();
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto s = a.sizes(), t = b.sizes();
+  return s.size() == t.size() && std::equal(s.begin(), s.end(), t.begin());
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  const auto s = a.strides(), t = b.strides();
+  return s.size() == t.size() && std::equal(s.begin(), s.end(), t.begin());
+}
+
+// What autograd guarantees and a caller of torch.ops.fastgan does not: `other` has the shape and dtype of `x`, on the CPU.
+inline void check_like(const Tensor& other, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(other.is_cpu(), name, ": is not on the CPU");
+  STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), name, ": was ",
+                  torch::headeronly::toString(other.scalar_type()), "; it may be ",
+                  torch::headeronly::toString(x.scalar_type()), ", as the op's first tensor");
+  STD_TORCH_CHECK(same_sizes(other, x), name, ": its shape is not that of the op's first tensor");
+}
+
+// f(begin, end) over [0, count), in torch's threads (torch.set_num_threads). `work` is what one item costs, in float
+// operations or bytes moved: below about 32768 of them a second thread costs more than it brings. How the range is cut
+// depends on the number of threads, so a result must not: let each item write its own output.
+template <class F>
+void parallel(int64_t count, int64_t work, const F& f) {
+  if (count <= 0) return;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work));
+  if (count <= grain) {
+    f(int64_t{0}, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, f);
+  }
+}
+
+}  // namespace fastgan
