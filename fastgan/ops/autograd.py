@@ -36,7 +36,7 @@ def node_of(x: Tensor) -> Tensor:
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype that autocast, where it is on, has for matrix products; float64 is left as it is."""
     device = next(x.device.type for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # meta has none
         return tensors
     dtype = torch.get_autocast_dtype(device)
 
