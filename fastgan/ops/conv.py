@@ -14,6 +14,7 @@ downsampling form. Progressive GANs were published with this form in the authors
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -330,10 +331,36 @@ def interpolate_nearest(x: Tensor, scale_factor: int = 2) -> Tensor:
     return F.interpolate(x, scale_factor=scale_factor, mode="nearest")
 
 
-def _box_kernel(w: Tensor) -> Tensor:
-    """The 4x4 kernel that is `w` [O, I, 3, 3] convolved with a 2x2 box of ones."""
-    w = F.pad(w, (1, 1, 1, 1))
-    return w[..., 1:, 1:] + w[..., :-1, 1:] + w[..., 1:, :-1] + w[..., :-1, :-1]
+def _box_matrix() -> Tensor:
+    """[9, 16]: a row for each tap of a 3x3 kernel, with ones where it lands in the 4x4 kernel that includes the box."""
+    matrix = torch.zeros(3, 3, 4, 4, dtype=torch.float64)
+    for y in range(3):
+        for x in range(3):
+            matrix[y, x, y : y + 2, x : x + 2] = 1.0
+    return matrix.view(9, 16)
+
+
+_BOX = {"down": _box_matrix() * 0.25, "up": _box_matrix().flip(1)}  # flipped: a transposed convolution mirrors it
+
+
+@functools.cache
+def _box_on(device: torch.device, dtype: torch.dtype, way: str) -> Tensor:
+    return _BOX[way].to(device, dtype)
+
+
+def _with_box(w: Tensor, way: str) -> Tensor:
+    """The 4x4 kernel that is `w` [O, I, 3, 3] convolved with a 2x2 box, as one matrix product over the taps."""
+    box = _BOX[way].to(w.dtype) if w.device.type == "cpu" else _box_on(w.device, w.dtype, way)
+    return (w.reshape(-1, 9) @ box).view(*w.shape[:2], 4, 4)
+
+
+def _fuses(x: Tensor, w: Tensor, way: str) -> bool:
+    """Whether the one strided convolution beats the two steps (on a CPU, benchmarks/bench_conv.py).
+
+    The 4x4 kernel costs as much as some hundred of its pixels, and the handling of it a tenth of a millisecond.
+    """
+    pixels = x.shape[0] * x.shape[2] * x.shape[3] // (4 if way == "down" else 1)
+    return x.device.type != "cpu" or (pixels >= 400 and pixels * w.shape[0] * w.shape[1] >= 2**20)
 
 
 def _check_scaled(x: Tensor, w: Tensor) -> None:
@@ -344,7 +371,8 @@ def _check_scaled(x: Tensor, w: Tensor) -> None:
 
 
 def upsample_conv2d(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """conv2d(interpolate_nearest(x, 2), w, bias, padding=1) as one transposed convolution of stride 2.
+    """conv2d(interpolate_nearest(x, 2), w, bias, padding=1) as one transposed convolution of stride 2
+    (in two steps where that is faster).
 
     Args:
         x: [N, I, H, W]; w: [O, I, 3, 3]; bias: [O] or None; one floating dtype.
@@ -356,13 +384,14 @@ def upsample_conv2d(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: `x` is not 4-dimensional, or `w` does not fit it.
     """
     _check_scaled(x, w)
-    # A transposed convolution mirrors its kernel, hence the flip; its weight is [I, O, 4, 4].
-    kernel = _box_kernel(w).flip(2, 3).transpose(0, 1)
-    return conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+    if not _fuses(x, w, "up"):
+        return conv2d(interpolate_nearest(x), w, bias, padding=1)
+    return conv_transpose2d(x, _with_box(w.transpose(0, 1), "up"), bias, stride=2, padding=1)
 
 
 def conv2d_downsample(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """avg_pool2d(conv2d(x, w, bias, padding=1), 2) as one convolution of stride 2.
+    """avg_pool2d(conv2d(x, w, bias, padding=1), 2) as one convolution of stride 2 (in two steps where
+    that is faster).
 
     Args:
         x: [N, I, H, W] with even H and W; w: [O, I, 3, 3]; bias: [O] or None; one floating dtype.
@@ -376,4 +405,6 @@ def conv2d_downsample(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tenso
     _check_scaled(x, w)
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"x: had size {tuple(x.shape[2:])}; height and width may be even")
-    return conv2d(x, _box_kernel(w) * 0.25, bias, stride=2, padding=1)
+    if not _fuses(x, w, "down"):
+        return avg_pool2d(conv2d(x, w, bias, padding=1))
+    return conv2d(x, _with_box(w, "down"), bias, stride=2, padding=1)

@@ -1,0 +1,88 @@
+"""Convolutions fused with a change of scale, against the two steps in plain PyTorch.
+
+    pytest benchmarks/bench_conv.py --benchmark-only
+
+Forward; with the first backward; with a second backward through the gradients of x and w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sidebyside import compare
+from torch import Tensor
+
+from fastgan import ops
+
+# batch, channels in and out, size of the larger image
+SHAPES = [
+    (16, 512, 8),
+    (8, 512, 16),
+    (16, 256, 16),
+    (8, 256, 32),
+    (8, 128, 32),
+    (4, 128, 64),
+    (16, 64, 32),
+    (4, 64, 128),
+    (16, 32, 16),
+    (8, 32, 64),
+    (2, 32, 256),
+    (16, 16, 8),
+    (8, 16, 64),
+    (2, 16, 256),
+]
+
+
+def plain_up(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), w, bias, padding=1)
+
+
+def plain_down(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return F.avg_pool2d(F.conv2d(x, w, bias, padding=1), 2)
+
+
+PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "upsample_conv2d": (ops.upsample_conv2d, plain_up),
+    "conv2d_downsample": (ops.conv2d_downsample, plain_down),
+}
+
+
+def run(op: Callable[..., Tensor], inputs: list[Tensor], seeds: list[Tensor], mode: str) -> list[Tensor]:
+    if mode == "forward":
+        with torch.no_grad():
+            return [op(*inputs)]
+    y = op(*inputs)
+    if mode == "backward":
+        return [y, *torch.autograd.grad(y, inputs, seeds[0])]
+    first = torch.autograd.grad(y, inputs[:2], seeds[0], create_graph=True)
+    return [y, *first, *torch.autograd.grad(first, inputs[:2], seeds[1:])]
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward", "second backward"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_scaled_convolution(benchmark: Any, name: str, shape: tuple[int, int, int], layout: str, mode: str) -> None:
+    n, c, size = shape
+    ours, plain = PAIRS[name]
+    before = size // 2 if ours is ops.upsample_conv2d else size
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    torch.manual_seed(0)
+    inputs = [torch.randn(n, c, before, before), torch.randn(c, c, 3, 3) / (3 * c**0.5), torch.randn(c)]
+    inputs = [t.to(memory_format=form) if t.ndim == 4 else t for t in inputs]
+    with torch.no_grad():
+        seeds = [torch.randn_like(t) for t in (plain(*inputs), *inputs[:2])]
+    double = [t.double().requires_grad_() for t in inputs]
+    expected = run(plain, double, [t.double() for t in seeds], mode)
+    inputs = [t.requires_grad_() for t in inputs]
+    compare(
+        benchmark,
+        f"{shape} {layout} {mode}",
+        {"lean": lambda: run(ours, inputs, seeds, mode), "plain": lambda: run(plain, inputs, seeds, mode)},
+        expected=expected,
+        baseline="plain",
+    )
