@@ -1,38 +1,301 @@
-"""Scaled dot-product attention that can be differentiated twice (Vaswani et al. 2017, equation 1)."""
+"""Scaled dot-product attention that can be differentiated twice (Vaswani et al. 2017, equation 1).
+
+`torch.nn.functional.scaled_dot_product_attention` raises under a gradient penalty on every fused backend, and its math
+backend stores several arrays of N x M. Here the backward pass is an autograd Function with a backward of its own, and
+nothing of size N x M is kept in any of the three passes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from fastgan.ops.backend import Op
+from fastgan.ops import attention_chunked
+from fastgan.ops.autograd import autocast
+from fastgan.ops.backend import Implementation, Op
+from fastgan.ops.implementations import no_third_order, tracked
 
-OP = Op("scaled_dot_product_attention")
 
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(scale * query key^T + mask) value, as `torch.nn.functional.scaled_dot_product_attention`.
 
-def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
-    """softmax(scale * query key^T) value, in plain matrix products: differentiable to any order on any device.
-
-    `torch.nn.functional.scaled_dot_product_attention` raises under a gradient penalty on every fused backend;
-    this form does not, and stores arrays of N x M.
+    First and second derivatives in query, key and value without arrays of N x M; a third raises
+    (`backend="torch"` has every order). `attn_mask` and dropout take the plain form, differentiable to any order, in
+    the mask too.
 
     Args:
-        query: [..., N, d]; key: [..., M, d]; value: [..., M, dv]; one floating dtype; leading dimensions broadcast.
+        query: [..., H, N, d]; key: [..., H, M, d]; value: [..., H, M, dv]; one floating dtype, or such as autocast
+            makes one; at least two dimensions, leading ones broadcast. float16 and bfloat16 accumulate in float32.
+        attn_mask: broadcasts to [..., N, M]; bool, True where a query sees a key, or floating, added to the logits.
+            A query that sees no key has the output 0, and gradients of 0.
+        dropout_p: probability that a weight is dropped, in every call: nothing here knows of training and evaluation.
+        is_causal: query i sees the keys 0 .. i, also where N != M; not together with `attn_mask`.
         scale: factor of the logits; 1 / sqrt(d) when None.
+        enable_gqa: key and value have fewer heads than query, in dimension -3, by a whole factor; each serves as many
+            heads of the query, next to each other.
+        backend: None, "torch", "chunked", "cpp" or "triton"; see `fastgan.ops.backends`.
 
     Returns:
-        [..., N, dv].
+        [..., H, N, dv], dtype of `query`, or autocast's.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        TypeError: a dtype that is not floating, or dtypes that differ.
+        ValueError: shapes or devices do not fit each other, `dropout_p` is no probability, a mask is given with
+            `is_causal`, or `backend` cannot run the call.
+        NotImplementedError: from autograd, when a third derivative is taken through a form other than "torch".
     """
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
+    leading = _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    scale = _scale(query, scale)
+    if enable_gqa:
+        heads = query.shape[-3]
+        key = key.repeat_interleave(heads // key.shape[-3], -3)
+        value = value.repeat_interleave(heads // value.shape[-3], -3)
+    name = OP.choose(backend, query, key, value, plain_only=attn_mask is not None or dropout_p > 0)
+    if name == "torch" and backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # Compiled code is differentiated once at most: torch's fused kernels serve it best.
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    with _as_given(query):
+        if name == "torch" or 0 in (*leading, query.shape[-2], *value.shape[-2:]):
+            return _reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        query, key, value = (_four_dimensional(x, leading) for x in (query, key, value))
+        if tracked(query, key, value):
+            output: Tensor = _Forward.apply(query, key, value, scale, is_causal, KERNELS[name])
+        else:
+            output, _ = KERNELS[name].forward(query, key, value, scale, is_causal)
+        return output.reshape(*leading, *output.shape[2:])
+
+
+def _as_given(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, where it is on: what is computed inside has its dtype already."""
+    device = x.device.type
+    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device):  # meta has none
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    if scale is not None:
+        return float(scale)
+    return 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> tuple[int, ...]:
+    """The leading dimensions of the result."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: was {x.dtype}; it may be float16, bfloat16, float32 or float64")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}: was {x.dtype}; it may be {query.dtype}, as query")
+        if x.device != query.device:
+            raise ValueError(f"{name}: was on {x.device}; it may be on {query.device}, as query")
+        if x.ndim < 2 + enable_gqa:
+            raise ValueError(f"{name}: had {x.ndim} dimensions; it may be [..., {'H, ' * enable_gqa}length, features]")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"key: had feature size {key.shape[-1]}; it may be {query.shape[-1]}, as in query")
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"value: had length {value.shape[-2]}; it may be {key.shape[-2]}, as in key")
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: was {dropout_p}; it may be 0 to 1")
+    before = {"query": query.shape[:-2], "key": key.shape[:-2], "value": value.shape[:-2]}
+    if enable_gqa:
+        for name in ("key", "value"):
+            heads = before[name][-1]
+            if heads < 1 or query.shape[-3] % heads:
+                raise ValueError(f"{name}: had {heads} heads; it may have a divisor of query's {query.shape[-3]}")
+            before[name] = torch.Size((*before[name][:-1], query.shape[-3]))
+    leading: tuple[int, ...] = before["query"]
+    for name in ("key", "value"):
+        if before[name] != leading:
+            try:
+                leading = torch.broadcast_shapes(leading, before[name])
+            except RuntimeError:
+                fit = f"it may have some that broadcast with {tuple(leading)}"
+                raise ValueError(f"{name}: had leading dimensions {tuple(before[name])}; {fit}") from None
+    if mask is not None:
+        if is_causal:
+            raise ValueError("is_causal: was True; with attn_mask it may be False")
+        if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+            raise TypeError(f"attn_mask: was {mask.dtype}; it may be bool, float32 or {query.dtype}")
+        if mask.device != query.device:
+            raise ValueError(f"attn_mask: was on {mask.device}; it may be on {query.device}, as query")
+        logits = (*leading, query.shape[-2], key.shape[-2])
+        fits = len(mask.shape) <= len(logits) and all(
+            size in (1, full) for size, full in zip(reversed(mask.shape), reversed(logits), strict=False)
+        )
+        if not fits:
+            raise ValueError(f"attn_mask: had shape {tuple(mask.shape)}; it may be one that broadcasts to {logits}")
+    return leading
+
+
+def _four_dimensional(x: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """[..., length, features], its leading dimensions broadcast, as [B, H, length, features]."""
+    x = x.expand(*leading, *x.shape[-2:])
+    if len(leading) == 2:
+        return x
+    if len(leading) < 2:
+        return x[(None,) * (2 - len(leading))]
+    return x.flatten(0, len(leading) - 2)
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """Plain matrix products; float16 and bfloat16 are computed in float32, as torch's own math form does."""
+    dtype = query.dtype
+    if dtype in attention_chunked.HALF:
+        query, key, value = query.float(), key.float(), value.float()
     logits = (query * scale) @ key.transpose(-2, -1)
-    return torch.softmax(logits, dim=-1) @ value
+    if is_causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if mask is None:
+        weights = torch.softmax(logits, dim=-1)
+    else:
+        logits = logits.masked_fill(mask.logical_not(), -torch.inf) if mask.dtype == torch.bool else logits + mask
+        # Zero logits in a row that sees nothing, then zero weights: 0 / 0 is neither computed nor differentiated.
+        blind = (logits == -torch.inf).all(dim=-1, keepdim=True)
+        weights = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
+    return (weights @ value).to(dtype)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation: three functions of tensors, none of which autograd sees.
+
+    q: [B, H, N, d]; k: [B, H, M, d]; v: [B, H, M, dv]; any strides, none of size 0. `lse` [B, H, N], float32 or wider,
+    is the logarithm of a row's sum of exp(scale q k^T).
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, scale, causal) -> o, lse
+    backward: Callable[..., tuple[Tensor, ...]]  # (do, q, k, v, o, lse, scale, causal) -> dq, dk, dv
+    second_backward: Callable[..., tuple[Tensor, ...]]  # (uq, uk, uv, do, q, ..., causal) -> gq, gk, gv, gdo
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, kernels: Kernels
+    ) -> Tensor:
+        o, lse = kernels.forward(q, k, v, scale, causal)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.rest = scale, causal, kernels  # type: ignore[attr-defined]
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None) -> tuple[Any, ...]:
+        if do is None:
+            return (None,) * 6
+        q, k, v, o, lse = ctx.saved_tensors
+        # o and lse are functions of q, k and v whose part in the second derivative is in second_backward.
+        found = _Backward.apply(do, q, k, v, o.detach(), lse, *ctx.rest)
+        return *_asked(ctx, found), None, None, None
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        scale: float,
+        causal: bool,
+        kernels: Kernels,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(do, q, k, v, o, lse)
+        ctx.rest = scale, causal, kernels  # type: ignore[attr-defined]
+        with _as_given(q):
+            return kernels.backward(do, q, k, v, o, lse, scale, causal)
+
+    @staticmethod
+    def backward(ctx: Any, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None) -> tuple[Any, ...]:
+        if uq is None and uk is None and uv is None:
+            return (None,) * 9
+        gq, gk, gv, gdo = _SecondBackward.apply(uq, uk, uv, *ctx.saved_tensors, *ctx.rest)
+        return *_asked(ctx, (gdo, gq, gk, gv)), None, None, None, None, None
+
+
+class _SecondBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None, *rest: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        *tensors, scale, causal, kernels = rest
+        with _as_given(tensors[0]):
+            return kernels.second_backward(uq, uk, uv, *tensors, scale, causal)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if all(u is None for u in cotangents):
+            return (None,) * 12
+        no_third_order(OP.name)
+
+
+def _asked(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(x if need else None for x, need in zip(found, ctx.needs_input_grad, strict=False))
+
+
+def _takes_no_mask(*inputs: Tensor, plain_only: bool = False) -> str | None:
+    return "attn_mask and dropout take the plain form" if plain_only else None
+
+
+def _chunked_worth(*inputs: Tensor, **options: object) -> str | None:
+    if not inputs:
+        return None
+    query, key, _ = inputs
+    if query.shape[-2] * key.shape[-2] < 2**16:
+        return "plain matrix products are faster below 256 x 256 logits"
+    return None
+
+
+KERNELS = {
+    "chunked": Kernels(attention_chunked.forward, attention_chunked.backward, attention_chunked.second_backward),
+}
+
+OP = Op(
+    "scaled_dot_product_attention",
+    {
+        "chunked": Implementation(
+            able=_takes_no_mask, worth=_chunked_worth, note="plain PyTorch by blocks of rows, in O(N) memory"
+        ),
+    },
+)

@@ -1,0 +1,170 @@
+"""Attention and its first and second derivative in plain PyTorch, a block of rows at a time: O(N) memory anywhere.
+
+With S = scale Q K^T, P = softmax(S), O = P V and a cotangent dO of O,
+
+    dP = dO V^T    D_i = sum_j P_ij dP_ij    dS = P * (dP - D)
+    dQ = scale dS K    dK = scale dS^T Q    dV = P^T dO
+
+and with cotangents uQ, uK, uV of dQ, dK, dV,
+
+    E = scale (uQ K^T + Q uK^T)    F = dO uV^T    G = P * F + E * dS
+    e_i = sum_j P_ij E_ij    c_i = sum_j G_ij    A = P * (E - e)    gS = G - e dS - c P
+    gdO = A V + P uV    gV = A^T dO    gQ = scale (gS K + dS uK)    gK = scale (gS^T Q + dS^T uQ)
+
+A block of rows meets all its columns at once, so P, the row sums D, e and c, and all results need one sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+# Elements of one block of logits. On a CPU four such blocks and the products that fill them share the caches of the
+# cores; a GPU wants blocks that fill it.
+_BLOCK = {"cpu": 2**18}
+_BLOCK_ELSEWHERE = 2**24
+
+_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def _flash_takes(q: Tensor, v: Tensor) -> bool:
+    """Whether torch's fused attention for CPUs, which hands back the log of the row sums, takes these shapes."""
+    return _flash is not None and _flash_backward is not None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, H, N, d] with features next to each other in memory, without which the fused kernels read wrong numbers."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """[B, H, N, d] -> [B H, N, d], float32 at least."""
+    x = x.flatten(0, 1)
+    return x.float() if x.dtype in HALF else x
+
+
+def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
+    """(heads, rows, columns, what to hide) of each block of the logits of [B H, N, d] and [B H, M, d]."""
+    heads, n, m = q.shape[0], q.shape[1], k.shape[1]
+    block = _BLOCK.get(q.device.type, _BLOCK_ELSEWHERE)
+    rows = min(n, max(16, block // m))
+    group = max(1, block // (rows * m))
+    for head in range(0, heads, group):
+        for row in range(0, n, rows):
+            end = min(row + rows, n)
+            columns, hidden = m, None
+            if causal:
+                columns = min(m, end)
+                hidden = torch.ones(end - row, columns, dtype=torch.bool, device=q.device).triu_(row + 1)
+            yield slice(head, head + group), slice(row, end), slice(0, columns), hidden
+
+
+def _logits(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
+    logits = torch.bmm(q, k.mT).mul_(scale)
+    return logits if hidden is None else logits.masked_fill_(hidden, -torch.inf)
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
+    # Not exp(logits - lse): the rounding of lse is the same for a whole row and would add up in every sum over it.
+    return torch.softmax(_logits(q, k, scale, hidden), dim=2)
+
+
+def _logit_gradient(p: Tensor, do: Tensor, v: Tensor) -> Tensor:
+    """dS; D is taken from dP itself, whose rounding then cancels, and not from dO and O."""
+    dp = torch.bmm(do, v.mT)
+    ds = dp.mul_(p)
+    return ds.addcmul_(p, ds.sum(dim=2, keepdim=True), value=-1)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """O [B, H, N, dv] in the dtype of q, and lse [B, H, N], float32 at least."""
+    if _flash_takes(q, v):
+        o, lse = _flash(_rows(q), _rows(k), _rows(v), 0.0, causal, scale=scale)
+        return o, lse
+    batch, heads = q.shape[:2]
+    dtype = q.dtype
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    o, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
+    for h, i, j, hidden in _blocks(q, k, causal):
+        logits = _logits(q[h, i], k[h, j], scale, hidden)
+        lse[h, i] = torch.logsumexp(logits, dim=2)
+        o[h, i] = torch.bmm(torch.softmax(logits, dim=2), v[h, j])
+    return o.to(dtype).unflatten(0, (batch, heads)), lse.unflatten(0, (batch, heads))
+
+
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV in the shapes and the dtype of q, k, v."""
+    if _flash_takes(q, v):
+        do, q, k, v, o = (_rows(x) for x in (do, q, k, v, o))
+        dq, dk, dv = _flash_backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
+        return dq, dk, dv
+    leading, dtype = q.shape[:2], q.dtype
+    do, q, k, v = _wide(do), _wide(q), _wide(k), _wide(v)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for h, i, j, hidden in _blocks(q, k, causal):
+        p = _probabilities(q[h, i], k[h, j], scale, hidden)
+        dv[h, j].baddbmm_(p.mT, do[h, i])
+        ds = _logit_gradient(p, do[h, i], v[h, j])
+        dq[h, i].baddbmm_(ds, k[h, j], beta=0, alpha=scale)
+        dk[h, j].baddbmm_(ds.mT, q[h, i], alpha=scale)
+    return tuple(x.to(dtype).unflatten(0, leading) for x in (dq, dk, dv))
+
+
+def second_backward(
+    uq: Tensor | None,
+    uk: Tensor | None,
+    uv: Tensor | None,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gQ, gK, gV, gdO in the shapes and the dtype of q, k, v, o; an absent cotangent is zero."""
+    leading, dtype = q.shape[:2], q.dtype
+    do, q, k, v = _wide(do), _wide(q), _wide(k), _wide(v)
+    uq, uk, uv = (None if u is None else _wide(u) for u in (uq, uk, uv))
+    gq, gk, gv, gdo = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(do)
+    for h, i, j, hidden in _blocks(q, k, causal):
+        p = _probabilities(q[h, i], k[h, j], scale, hidden)
+        ds = _logit_gradient(p, do[h, i], v[h, j])
+        g = None
+        if uv is not None:
+            g = torch.bmm(do[h, i], uv[h, j].mT).mul_(p)
+            gdo[h, i].baddbmm_(p, uv[h, j])
+        a = None
+        if uq is not None:
+            a = torch.bmm(uq[h, i], k[h, j].mT).mul_(scale)
+        if uk is not None:
+            rest = q[h, i], uk[h, j].mT
+            a = torch.bmm(*rest).mul_(scale) if a is None else a.baddbmm_(*rest, alpha=scale)
+        e = None
+        if a is not None:
+            g = a * ds if g is None else g.addcmul_(a, ds)
+            e = a.mul_(p).sum(dim=2, keepdim=True)
+            a.addcmul_(p, e, value=-1)
+            gdo[h, i].baddbmm_(a, v[h, j])
+            gv[h, j].baddbmm_(a.mT, do[h, i])
+        assert g is not None  # autograd asks for no derivative where every cotangent is absent
+        c = g.sum(dim=2, keepdim=True)
+        g.addcmul_(p, c, value=-1)
+        if e is not None:
+            g.addcmul_(ds, e, value=-1)
+        gq[h, i].baddbmm_(g, k[h, j], alpha=scale)
+        gk[h, j].baddbmm_(g.mT, q[h, i], alpha=scale)
+        if uk is not None:
+            gq[h, i].baddbmm_(ds, uk[h, j], alpha=scale)
+        if uq is not None:
+            gk[h, j].baddbmm_(ds.mT, uq[h, i], alpha=scale)
+    return tuple(x.to(dtype).unflatten(0, leading) for x in (gq, gk, gv, gdo))
