@@ -1,0 +1,96 @@
+"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their op tests, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastgan
+from fastgan.ops import extension
+
+REPOSITORY = Path(fastgan.__file__).parents[1]
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+
+
+def _runtime() -> tuple[str, str]:
+    """(compiler, what must be loaded before Python is), or a skip."""
+    try:
+        compiler = extension._compiler("cpu")[0]
+    except extension.BuildError as reason:
+        pytest.skip(str(reason))
+    # Without the C++ library at its side, AddressSanitizer does not see exceptions.
+    found = []
+    for library in ("libasan.so", "libubsan.so", "libstdc++.so.6"):
+        path = extension._run([compiler, f"-print-file-name={library}"]).strip()
+        if not os.path.isabs(path):
+            pytest.skip(f"{compiler} has no {library}")
+        found.append(os.path.realpath(path))
+    return compiler, " ".join(found)
+
+
+def _run(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    compiler, preload = _runtime()
+    environment = {
+        **os.environ,
+        "CXX": f"{shlex.quote(compiler)} {FLAGS}",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "FASTGAN_BUILD": "force",
+        "LD_PRELOAD": preload,
+        # Leaks and mismatches are of Python and torch, whose memory nobody instruments.
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+    }
+    return subprocess.run(
+        [sys.executable, *command], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_op_tests_pass_under_sanitizers(tmp_path: Path) -> None:
+    done = _run(
+        tmp_path,
+        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/ops", "--timeout", "1500"),
+        *("--ignore", "tests/ops/test_extension.py", "--ignore", "tests/ops/test_ops_import.py"),
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    assert list((tmp_path / "cache").rglob("cpu-*.so")), "the tests did not load the sanitized library"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("scale_rows(x, torch.ones(16))", "heap-buffer-overflow"), ("shift(40)", "runtime error: shift exponent 40")],
+)
+def test_the_sanitizers_see_a_fault(tmp_path: Path, fault: str, words: str) -> None:
+    """The worked example does not check the length of `scale`: here it reads beyond its end."""
+    sources = tmp_path / "csrc" / "cpu"
+    sources.mkdir(parents=True)
+    shutil.copy(REPOSITORY / "csrc" / "cpu" / "op.h", sources)
+    text = (Path(__file__).parent / "csrc" / "scale_rows.cpp").read_text()
+    text = text.replace("int64_t vector_width() { return kVector; }", "int64_t shift(int64_t n) { return 1 << n; }")
+    text = text.replace("vector_width() -> int", "shift(int n) -> int").replace("vector_width", "shift")
+    (sources / "scale_rows.cpp").write_text(text)
+    code = f"""
+import torch
+from pathlib import Path
+from fastgan.ops import extension
+extension.compile_library("cpu", Path({str(tmp_path)!r}) / "library.so", "baseline", Path({str(sources.parent)!r}))
+torch.ops.load_library({str(tmp_path / "library.so")!r})
+fastgan_example = torch.ops.fastgan_example
+scale_rows, shift = fastgan_example.scale_rows_forward, fastgan_example.shift
+x, scale = torch.ones(64, 8), torch.ones(64)
+assert torch.equal(scale_rows(x, scale), x) and shift(4) == 16
+print("so far so good", flush=True)
+{fault}
+"""
+    done = _run(tmp_path, "-c", code)
+    assert "so far so good" in done.stdout, done.stderr
+    assert done.returncode != 0 and words in done.stderr, done.stderr
