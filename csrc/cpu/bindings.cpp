@@ -23,9 +23,30 @@ std::string cpu_instructions() {
 STABLE_TORCH_LIBRARY(fastgan, m) {
   m.def("cpu_instructions() -> str");
   m.def("cuda_refusal() -> str");
+  m.def("pixel_norm_forward(Tensor x, float eps) -> (Tensor, Tensor)");
+  m.def("pixel_norm_backward(Tensor dy, Tensor y, Tensor r) -> Tensor");
+  m.def("pixel_norm_second_backward(Tensor u, Tensor dy, Tensor y, Tensor r) -> (Tensor, Tensor)");
+  m.def(
+      "bias_act_pixel_norm_forward(Tensor x, Tensor? bias, int act, float negative_slope, float gain, float eps)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "bias_act_pixel_norm_backward(Tensor dy, Tensor y, Tensor r, int act, float negative_slope, float gain,"
+      " bool want_bias) -> (Tensor, Tensor)");
+  m.def(
+      "bias_act_pixel_norm_second_backward(Tensor u, Tensor dy, Tensor y, Tensor r, int act, float negative_slope,"
+      " float gain, bool want_bias) -> (Tensor, Tensor, Tensor)");
 }
 
 // An op without tensors has no device to be dispatched by.
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CompositeExplicitAutograd, m) {
   m.impl("cpu_instructions", TORCH_BOX(&fastgan::cpu_instructions));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("pixel_norm_forward", TORCH_BOX(&fastgan::pixel_norm_forward));
+  m.impl("pixel_norm_backward", TORCH_BOX(&fastgan::pixel_norm_backward));
+  m.impl("pixel_norm_second_backward", TORCH_BOX(&fastgan::pixel_norm_second_backward));
+  m.impl("bias_act_pixel_norm_forward", TORCH_BOX(&fastgan::bias_act_pixel_norm_forward));
+  m.impl("bias_act_pixel_norm_backward", TORCH_BOX(&fastgan::bias_act_pixel_norm_backward));
+  m.impl("bias_act_pixel_norm_second_backward", TORCH_BOX(&fastgan::bias_act_pixel_norm_second_backward));
 }

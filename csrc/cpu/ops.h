@@ -3,4 +3,20 @@
 
 #include "op.h"
 
-namespace fastgan {}  // namespace fastgan
+namespace fastgan {
+
+std::tuple<Tensor, Tensor> pixel_norm_forward(const Tensor& x, double eps);
+Tensor pixel_norm_backward(const Tensor& dy, const Tensor& y, const Tensor& r);
+std::tuple<Tensor, Tensor> pixel_norm_second_backward(const Tensor& u, const Tensor& dy, const Tensor& y,
+                                                      const Tensor& r);
+
+std::tuple<Tensor, Tensor> bias_act_pixel_norm_forward(const Tensor& x, const std::optional<Tensor>& bias, int64_t act,
+                                                       double negative_slope, double gain, double eps);
+std::tuple<Tensor, Tensor> bias_act_pixel_norm_backward(const Tensor& dy, const Tensor& y, const Tensor& r, int64_t act,
+                                                        double negative_slope, double gain, bool want_bias);
+std::tuple<Tensor, Tensor, Tensor> bias_act_pixel_norm_second_backward(const Tensor& u, const Tensor& dy,
+                                                                       const Tensor& y, const Tensor& r, int64_t act,
+                                                                       double negative_slope, double gain,
+                                                                       bool want_bias);
+
+}  // namespace fastgan

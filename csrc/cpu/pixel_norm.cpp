@@ -1,0 +1,26 @@
+// pixel_norm is the same without bias and activation: a product with a gain of 1 costs nothing beside the memory.
+#include "pixel_norm.h"
+
+#include "ops.h"
+
+namespace fastgan {
+
+namespace {
+constexpr LinearAct kIdentity{1.0f};
+}
+
+std::tuple<Tensor, Tensor> pixel_norm_forward(const Tensor& x, double eps) {
+  return norm_forward(x, std::nullopt, kIdentity, eps);
+}
+
+Tensor pixel_norm_backward(const Tensor& dy, const Tensor& y, const Tensor& r) {
+  return std::get<0>(norm_backward(dy, y, r, kIdentity, false));
+}
+
+std::tuple<Tensor, Tensor> pixel_norm_second_backward(const Tensor& u, const Tensor& dy, const Tensor& y,
+                                                      const Tensor& r) {
+  auto [gdy, gx, gb] = norm_second_backward(u, dy, y, r, kIdentity, false);
+  return {gdy, gx};
+}
+
+}  // namespace fastgan

@@ -1,0 +1,360 @@
+// pixel_norm of act(x + bias) gain with a piecewise-linear act, forward and both backwards; the formulas stand in
+// fastgan/ops/bias_act_pixel_norm.py. Each goes over a pixel's features twice, sums first and results second, in tiles
+// that stay in the second-level cache between.
+#pragma once
+
+#include "features.h"
+
+namespace fastgan {
+
+// z = act(v) gain, and the slope of it times a value, by the sign of z or of anything that has it.
+struct LinearAct {
+  float gain;
+  float value(float v) const { return v * gain; }
+  float slope(float, float d) const { return d * gain; }
+};
+
+struct ReluAct {
+  float gain;
+  // Not a product with 0, which would turn infinity into NaN; NaN stays.
+  float value(float v) const { return v <= 0.0f ? 0.0f : v * gain; }
+  float slope(float y, float d) const { return y > 0.0f ? d * gain : 0.0f; }
+};
+
+struct LreluAct {
+  float gain, negative;
+  float value(float v) const { return v * (v > 0.0f ? gain : negative); }
+  float slope(float y, float d) const { return d * (y > 0.0f ? gain : negative); }
+};
+
+template <class F>
+decltype(auto) with_act(int64_t act, double negative_slope, double gain, const F& f) {
+  const auto g = static_cast<float>(gain);
+  if (act == kLinear) return f(LinearAct{g});
+  if (act == kRelu) return f(ReluAct{g});
+  STD_TORCH_CHECK(act == kLrelu, "act: was number ", act, "; it may be linear, relu or lrelu");
+  return f(LreluAct{g, static_cast<float>(negative_slope * gain)});
+}
+
+inline constexpr int64_t kMostPixels = 512;
+
+// Pixels in a tile of a contiguous x, of which `arrays` inputs with c features are to stay in cache. Of sizes alone.
+inline int64_t tile_pixels(const Features& f, int64_t arrays) {
+  const int64_t fitting = (int64_t{1} << 17) / (f.c * arrays) / 64 * 64;  // 512 KiB of floats
+  return std::min(std::max<int64_t>(fitting, 64), std::min(kMostPixels, f.l));
+}
+
+// Tiles of a contiguous x: offset of the first element, first pixel, pixels.
+struct Tiles {
+  Features f;
+  int64_t size, per_sample;
+  Tiles(const Features& f, int64_t arrays)
+      : f(f), size(tile_pixels(f, arrays)), per_sample((f.l + size - 1) / size) {}
+  int64_t number() const { return f.n * per_sample; }
+  int64_t begin(int64_t tile) const { return tile % per_sample * size; }
+  int64_t pixels(int64_t tile) const { return std::min(size, f.l - begin(tile)); }
+  int64_t offset(int64_t tile) const { return tile / per_sample * f.c * f.l + begin(tile); }
+  int64_t first_pixel(int64_t tile) const { return tile / per_sample * f.l + begin(tile); }
+};
+
+template <class T, class A>
+void norm_forward_planes(const Features& f, const A act, const float* bias, float eps, const T* x, T* y, float* r) {
+  const Tiles tiles(f, 1);
+  const float share = 1.0f / static_cast<float>(f.c);
+  parallel(tiles.number(), 2 * f.c * tiles.size, [=](int64_t begin, int64_t end) {
+    alignas(64) float sum[kMostPixels];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t pixels = tiles.pixels(tile), offset = tiles.offset(tile);
+      std::fill(sum, sum + pixels, 0.0f);
+      int64_t c = 0;
+      // Four features at a time: a quarter of the traffic to `sum`, and shorter chains of roundings.
+      for (; c + 4 <= f.c; c += 4) {
+        const T* const from = x + offset + c * f.l;
+        const float b0 = bias[c], b1 = bias[c + 1], b2 = bias[c + 2], b3 = bias[c + 3];
+#pragma omp simd
+        for (int64_t p = 0; p < pixels; ++p) {
+          const float z0 = act.value(load(from + p) + b0), z1 = act.value(load(from + f.l + p) + b1);
+          const float z2 = act.value(load(from + 2 * f.l + p) + b2), z3 = act.value(load(from + 3 * f.l + p) + b3);
+          sum[p] += (z0 * z0 + z1 * z1) + (z2 * z2 + z3 * z3);
+        }
+      }
+      for (; c < f.c; ++c) {
+        const T* const from = x + offset + c * f.l;
+#pragma omp simd
+        for (int64_t p = 0; p < pixels; ++p) {
+          const float z = act.value(load(from + p) + bias[c]);
+          sum[p] += z * z;
+        }
+      }
+      float* const scale = r + tiles.first_pixel(tile);
+#pragma omp simd
+      for (int64_t p = 0; p < pixels; ++p) scale[p] = 1.0f / std::sqrt(sum[p] * share + eps);
+      for (c = 0; c < f.c; ++c) {
+        const T* const from = x + offset + c * f.l;
+        T* const to = y + offset + c * f.l;
+        const float b = bias[c];
+#pragma omp simd
+        for (int64_t p = 0; p < pixels; ++p) store(to + p, act.value(load(from + p) + b) * scale[p]);
+      }
+    }
+  });
+}
+
+template <class T, class A>
+void norm_forward_rows(const Features& f, const A act, const float* bias, float eps, const T* x, T* y, float* r) {
+  const float share = 1.0f / static_cast<float>(f.c);
+  parallel(f.pixels(), 2 * f.c, [=](int64_t begin, int64_t end) {
+    for (int64_t pixel = begin; pixel < end; ++pixel) {
+      const T* const from = x + pixel * f.c;
+      T* const to = y + pixel * f.c;
+      float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < f.c; ++c) {
+        const float z = act.value(load(from + c) + bias[c]);
+        sum += z * z;
+      }
+      const float scale = 1.0f / std::sqrt(sum * share + eps);
+      r[pixel] = scale;
+#pragma omp simd
+      for (int64_t c = 0; c < f.c; ++c) store(to + c, act.value(load(from + c) + bias[c]) * scale);
+    }
+  });
+}
+
+template <class T, class A>
+void norm_backward_planes(const Features& f, const A act, const T* dy, const T* y, const float* r, T* dx, BiasSum& db,
+                          const Tiles& tiles) {
+  const float share = 1.0f / static_cast<float>(f.c);
+  parallel(tiles.number(), 3 * f.c * tiles.size, [=, &db](int64_t begin, int64_t end) {
+    alignas(64) float mean[kMostPixels];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t pixels = tiles.pixels(tile), offset = tiles.offset(tile);
+      const float* const scale = r + tiles.first_pixel(tile);
+      std::fill(mean, mean + pixels, 0.0f);
+      int64_t c = 0;
+      for (; c + 2 <= f.c; c += 2) {
+        const T *const a = dy + offset + c * f.l, *const b = y + offset + c * f.l;
+#pragma omp simd
+        for (int64_t p = 0; p < pixels; ++p) {
+          mean[p] += load(a + p) * load(b + p) + load(a + f.l + p) * load(b + f.l + p);
+        }
+      }
+      for (; c < f.c; ++c) {
+        const T *const a = dy + offset + c * f.l, *const b = y + offset + c * f.l;
+#pragma omp simd
+        for (int64_t p = 0; p < pixels; ++p) mean[p] += load(a + p) * load(b + p);
+      }
+#pragma omp simd
+      for (int64_t p = 0; p < pixels; ++p) mean[p] *= share;
+      for (c = 0; c < f.c; ++c) {
+        const T *const a = dy + offset + c * f.l, *const b = y + offset + c * f.l;
+        T* const to = dx + offset + c * f.l;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t p = 0; p < pixels; ++p) {
+          const float out = load(b + p);
+          const float d = act.slope(out, scale[p] * (load(a + p) - out * mean[p]));
+          store(to + p, d);
+          sum += d;
+        }
+        if (db.wanted()) db.part(tile)[c] = sum;
+      }
+    }
+  });
+}
+
+template <class T, class A>
+void norm_backward_rows(const Features& f, const A act, const T* dy, const T* y, const float* r, T* dx, BiasSum& db,
+                        const Parts& parts) {
+  const float share = 1.0f / static_cast<float>(f.c);
+  parallel(parts.number, 3 * f.c * parts.size, [=, &db](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      float* const sums = db.wanted() ? db.part(part) : nullptr;
+      for (int64_t pixel = parts.begin(part); pixel < parts.end(part); ++pixel) {
+        const T *const a = dy + pixel * f.c, *const b = y + pixel * f.c;
+        T* const to = dx + pixel * f.c;
+        float mean = 0.0f;
+#pragma omp simd reduction(+ : mean)
+        for (int64_t c = 0; c < f.c; ++c) mean += load(a + c) * load(b + c);
+        mean *= share;
+        const float scale = r[pixel];
+        const auto at = [&](int64_t c) {
+          const float out = load(b + c);
+          return act.slope(out, scale * (load(a + c) - out * mean));
+        };
+        if (sums) {
+#pragma omp simd
+          for (int64_t c = 0; c < f.c; ++c) {
+            const float d = at(c);
+            store(to + c, d);
+            sums[c] += d;
+          }
+        } else {
+#pragma omp simd
+          for (int64_t c = 0; c < f.c; ++c) store(to + c, at(c));
+        }
+      }
+    }
+  });
+}
+
+template <class T, class A>
+void norm_second_planes(const Features& f, const A act, const T* u, const T* dy, const T* y, const float* r, T* gdy,
+                        T* gx, BiasSum& gb, const Tiles& tiles) {
+  const float share = 1.0f / static_cast<float>(f.c);
+  parallel(tiles.number(), 5 * f.c * tiles.size, [=, &gb](int64_t begin, int64_t end) {
+    alignas(64) float wy[kMostPixels], dyy[kMostPixels], wdy[kMostPixels];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t pixels = tiles.pixels(tile), offset = tiles.offset(tile);
+      const float* const scale = r + tiles.first_pixel(tile);
+      for (float* sum : {wy, dyy, wdy}) std::fill(sum, sum + pixels, 0.0f);
+      for (int64_t c = 0; c < f.c; ++c) {
+        const T *const a = u + offset + c * f.l, *const b = dy + offset + c * f.l, *const d = y + offset + c * f.l;
+#pragma omp simd
+        for (int64_t p = 0; p < pixels; ++p) {
+          const float out = load(d + p), g = load(b + p), w = act.slope(out, load(a + p));
+          wy[p] += w * out;
+          dyy[p] += g * out;
+          wdy[p] += w * g;
+        }
+      }
+#pragma omp simd
+      for (int64_t p = 0; p < pixels; ++p) {
+        wy[p] *= share;
+        dyy[p] *= share;
+        wdy[p] = 3.0f * wy[p] * dyy[p] - wdy[p] * share;  // from here on: the factor of y in gx
+      }
+      for (int64_t c = 0; c < f.c; ++c) {
+        const T *const a = u + offset + c * f.l, *const b = dy + offset + c * f.l, *const d = y + offset + c * f.l;
+        T *const to_gdy = gdy + offset + c * f.l, *const to_gx = gx + offset + c * f.l;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t p = 0; p < pixels; ++p) {
+          const float out = load(d + p), g = load(b + p), w = act.slope(out, load(a + p)), s = scale[p];
+          store(to_gdy + p, s * (w - out * wy[p]));
+          const float second = act.slope(out, s * s * (out * wdy[p] - w * dyy[p] - g * wy[p]));
+          store(to_gx + p, second);
+          sum += second;
+        }
+        if (gb.wanted()) gb.part(tile)[c] = sum;
+      }
+    }
+  });
+}
+
+template <class T, class A>
+void norm_second_rows(const Features& f, const A act, const T* u, const T* dy, const T* y, const float* r, T* gdy,
+                      T* gx, BiasSum& gb, const Parts& parts) {
+  const float share = 1.0f / static_cast<float>(f.c);
+  parallel(parts.number, 5 * f.c * parts.size, [=, &gb](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      float* const sums = gb.wanted() ? gb.part(part) : nullptr;
+      for (int64_t pixel = parts.begin(part); pixel < parts.end(part); ++pixel) {
+        const T *const a = u + pixel * f.c, *const b = dy + pixel * f.c, *const d = y + pixel * f.c;
+        T *const to_gdy = gdy + pixel * f.c, *const to_gx = gx + pixel * f.c;
+        float wy = 0.0f, dyy = 0.0f, wdy = 0.0f;
+#pragma omp simd reduction(+ : wy, dyy, wdy)
+        for (int64_t c = 0; c < f.c; ++c) {
+          const float out = load(d + c), g = load(b + c), w = act.slope(out, load(a + c));
+          wy += w * out;
+          dyy += g * out;
+          wdy += w * g;
+        }
+        wy *= share;
+        dyy *= share;
+        const float factor = 3.0f * wy * dyy - wdy * share, s = r[pixel];
+        const auto at = [&](int64_t c) {
+          const float out = load(d + c), g = load(b + c), w = act.slope(out, load(a + c));
+          store(to_gdy + c, s * (w - out * wy));
+          return act.slope(out, s * s * (out * factor - w * dyy - g * wy));
+        };
+        if (sums) {
+#pragma omp simd
+          for (int64_t c = 0; c < f.c; ++c) {
+            const float second = at(c);
+            store(to_gx + c, second);
+            sums[c] += second;
+          }
+        } else {
+#pragma omp simd
+          for (int64_t c = 0; c < f.c; ++c) store(to_gx + c, at(c));
+        }
+      }
+    }
+  });
+}
+
+inline Tensor pixel_statistic(const Tensor& x) {
+  const auto sizes = x.sizes();
+  std::vector<int64_t> of(sizes.begin(), sizes.end());
+  of[1] = 1;
+  return fresh_floats(x, of);
+}
+
+inline void check_statistic(const Tensor& r, const Features& f) {
+  STD_TORCH_CHECK(r.is_cpu() && r.scalar_type() == ScalarType::Float, "r: may be Float, on the CPU");
+  STD_TORCH_CHECK(r.numel() == f.pixels() && walks(r, false), "r: may be contiguous, one number a pixel");
+}
+
+template <class A>
+std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Tensor>& bias, const A& act, double eps) {
+  const Features f = as_rows(features(x));
+  const std::vector<float> offsets = bias_values(bias, x, f.c);
+  const Tensor r = pixel_statistic(x);
+  Tensor y = dispatch(x, "x", [&](auto element) {
+    using T = decltype(element);
+    Tensor made = fresh_like<T>(x);
+    const auto run = f.last ? norm_forward_rows<T, A> : norm_forward_planes<T, A>;
+    run(f, act, offsets.data(), static_cast<float>(eps), data<T>(x), output<T>(made), output<float>(r));
+    return made;
+  });
+  return {y, r};
+}
+
+template <class A>
+std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& y, const Tensor& r, const A& act,
+                                         bool want_bias) {
+  const Features f = features(y), laid = as_rows(f);
+  check_dense_like(dy, "dy", y, f.last);
+  check_statistic(r, f);
+  const Tiles tiles(laid, 2);
+  const Parts parts(laid.pixels(), std::max<int64_t>(1, 4096 / laid.c), 256);
+  BiasSum db(want_bias, laid.last ? parts.number : tiles.number(), laid.c);
+  Tensor dx = dispatch(y, "y", [&](auto element) {
+    using T = decltype(element);
+    Tensor made = fresh_like<T>(y);
+    if (laid.last) {
+      norm_backward_rows(laid, act, data<T>(dy), data<T>(y), data<float>(r), output<T>(made), db, parts);
+    } else {
+      norm_backward_planes(laid, act, data<T>(dy), data<T>(y), data<float>(r), output<T>(made), db, tiles);
+    }
+    return made;
+  });
+  return {dx, db.result(y)};
+}
+
+template <class A>
+std::tuple<Tensor, Tensor, Tensor> norm_second_backward(const Tensor& u, const Tensor& dy, const Tensor& y,
+                                                        const Tensor& r, const A& act, bool want_bias) {
+  const Features f = features(y), laid = as_rows(f);
+  check_dense_like(u, "u", y, f.last);
+  check_dense_like(dy, "dy", y, f.last);
+  check_statistic(r, f);
+  const Tiles tiles(laid, 3);
+  const Parts parts(laid.pixels(), std::max<int64_t>(1, 4096 / laid.c), 256);
+  BiasSum gb(want_bias, laid.last ? parts.number : tiles.number(), laid.c);
+  return dispatch(y, "y", [&](auto element) -> std::tuple<Tensor, Tensor, Tensor> {
+    using T = decltype(element);
+    Tensor gdy = fresh_like<T>(y), gx = fresh_like<T>(y);
+    if (laid.last) {
+      norm_second_rows(laid, act, data<T>(u), data<T>(dy), data<T>(y), data<float>(r), output<T>(gdy), output<T>(gx),
+                       gb, parts);
+    } else {
+      norm_second_planes(laid, act, data<T>(u), data<T>(dy), data<T>(y), data<float>(r), output<T>(gdy),
+                         output<T>(gx), gb, tiles);
+    }
+    return {gdy, gx, gb.result(y)};
+  });
+}
+
+}  // namespace fastgan
