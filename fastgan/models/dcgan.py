@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastgan.nn import Activation, Conv2d
+
 
 def _widths(resolution: int, width: int, max_width: int) -> list[int]:
     """Channels at resolution/2, resolution/4, ..., 4."""
@@ -60,14 +62,14 @@ class Discriminator(nn.Module):
     def __init__(self, *, resolution: int, channels: int, width: int, max_width: int, norm: str = "batch") -> None:
         super().__init__()
         widths = _widths(resolution, width, max_width)
-        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [Conv2d(channels, widths[0], 4, 2, 1), Activation("lrelu")]
         for before, after in itertools.pairwise(widths):
             layers += [
-                nn.Conv2d(before, after, 4, 2, 1, bias=norm == "none"),
+                Conv2d(before, after, 4, 2, 1, bias=norm == "none"),
                 *_norm(after, norm),
-                nn.LeakyReLU(0.2),
+                Activation("lrelu"),
             ]
-        layers.append(nn.Conv2d(widths[-1], 1, 4))
+        layers.append(Conv2d(widths[-1], 1, 4))
         self.layers = nn.Sequential(*layers)
         self.apply(_initialise)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import ops
@@ -25,10 +24,6 @@ def _fmaps(resolution: int, fmap_base: int, fmap_max: int) -> int:
 
 def _resolutions(resolution: int) -> list[int]:
     return [2**i for i in range(2, int(math.log2(resolution)) + 1)]
-
-
-def _activate(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, 0.2)
 
 
 class Progressive(nn.Module):
@@ -57,13 +52,12 @@ class _GeneratorBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, fused_scale: bool) -> None:
         super().__init__()
         self.fused_scale = fused_scale
-        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, resample="up" if fused_scale else "none")
-        self.conv2 = EqualizedConv2d(out_channels, out_channels, 3)
+        up = "up" if fused_scale else "none"
+        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, resample=up, act="lrelu", normalise=True)
+        self.conv2 = EqualizedConv2d(out_channels, out_channels, 3, act="lrelu", normalise=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x if self.fused_scale else ops.interpolate_nearest(x))
-        x = ops.pixel_norm(_activate(x))
-        return ops.pixel_norm(_activate(self.conv2(x)))
+        return self.conv2(self.conv1(x if self.fused_scale else ops.interpolate_nearest(x)))
 
 
 class Generator(Progressive):
@@ -87,7 +81,7 @@ class Generator(Progressive):
 
         # The authors divide this layer's gain by 4 so that its scale is that of a convolution.
         self.input = EqualizedLinear(latent, fmaps(4) * 16, gain=math.sqrt(2.0) / 4.0)
-        self.conv = EqualizedConv2d(fmaps(4), fmaps(4), 3)
+        self.conv = EqualizedConv2d(fmaps(4), fmaps(4), 3, act="lrelu", normalise=True)
         self.blocks = nn.ModuleDict()
         self.to_rgb = nn.ModuleDict()
         for size in _resolutions(resolution):
@@ -98,8 +92,7 @@ class Generator(Progressive):
 
     def forward(self, latent: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.input(ops.pixel_norm(latent)).unflatten(1, (-1, 4, 4))
-        x = ops.pixel_norm(_activate(x))
-        x = ops.pixel_norm(_activate(self.conv(x)))
+        x = self.conv(ops.bias_act_pixel_norm(x, None, "lrelu"))
         below = x
         for block in self.blocks.values():
             below, x = x, block(x)
@@ -114,11 +107,12 @@ class _DiscriminatorBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, fused_scale: bool) -> None:
         super().__init__()
         self.fused_scale = fused_scale
-        self.conv1 = EqualizedConv2d(in_channels, in_channels, 3)
-        self.conv2 = EqualizedConv2d(in_channels, out_channels, 3, resample="down" if fused_scale else "none")
+        down = "down" if fused_scale else "none"
+        self.conv1 = EqualizedConv2d(in_channels, in_channels, 3, act="lrelu")
+        self.conv2 = EqualizedConv2d(in_channels, out_channels, 3, resample=down, act="lrelu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _activate(self.conv2(_activate(self.conv1(x))))
+        x = self.conv2(self.conv1(x))
         return x if self.fused_scale else ops.avg_pool2d(x)
 
 
@@ -142,22 +136,21 @@ class Discriminator(Progressive):
         self.from_rgb = nn.ModuleDict()
         self.blocks = nn.ModuleDict()
         for size in _resolutions(resolution)[::-1]:
-            self.from_rgb[str(size)] = EqualizedConv2d(channels, fmaps(size), 1)
+            self.from_rgb[str(size)] = EqualizedConv2d(channels, fmaps(size), 1, act="lrelu")
             if size > 4:
                 self.blocks[str(size)] = _DiscriminatorBlock(fmaps(size), fmaps(size // 2), fused_scale)
         self.stddev = MinibatchStdDev()
-        self.conv = EqualizedConv2d(fmaps(4) + 1, fmaps(4), 3)
-        self.dense = EqualizedLinear(fmaps(4) * 16, fmaps(2))
+        self.conv = EqualizedConv2d(fmaps(4) + 1, fmaps(4), 3, act="lrelu")
+        self.dense = EqualizedLinear(fmaps(4) * 16, fmaps(2), act="lrelu")
         self.output = EqualizedLinear(fmaps(2), 1, gain=1.0)
         self._freeze_idle(self.from_rgb)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = _activate(self.from_rgb[str(self.resolution)](images))
+        x = self.from_rgb[str(self.resolution)](images)
         for size, block in self.blocks.items():
             x = block(x)
             if self.fade and int(size) == self.resolution:
-                old = _activate(self.from_rgb[str(self.resolution // 2)](ops.avg_pool2d(images)))
+                old = self.from_rgb[str(self.resolution // 2)](ops.avg_pool2d(images))
                 x = torch.lerp(old, x, self.alpha.to(x.dtype))
-        x = _activate(self.conv(self.stddev(x)))
-        x = _activate(self.dense(x.flatten(1)))
+        x = self.dense(self.conv(self.stddev(x)).flatten(1))
         return self.output(x).squeeze(1)

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fastgan import ops
-from fastgan.nn import ConditionalBatchNorm2d, SelfAttention2d
+from fastgan.nn import ConditionalBatchNorm2d, Conv2d, SelfAttention2d
+
+
+def _relu(x: Tensor) -> Tensor:
+    return ops.bias_act(x, None, "relu")
 
 
 def _widths(resolution: int, width: int, max_width: int) -> dict[int, int]:
@@ -33,7 +37,7 @@ def _orthogonal(module: nn.Conv2d | nn.Linear | nn.Embedding) -> nn.Module:
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int = 3, bias: bool = True) -> nn.Module:
-    return _orthogonal(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias))
+    return _orthogonal(Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias))
 
 
 class _GeneratorBlock(nn.Module):
@@ -100,7 +104,7 @@ class _DiscriminatorBlock(nn.Module):
         self.shortcut = _conv(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(F.relu(self.conv1(x if self.first else F.relu(x))))
+        y = self.conv2(_relu(self.conv1(x if self.first else _relu(x))))
         if self.down:
             return ops.avg_pool2d(y) + self.shortcut(ops.avg_pool2d(x))
         return y + self.shortcut(x)
@@ -147,7 +151,7 @@ class Discriminator(nn.Module):
             x = block(x)
             if size in self.attention:
                 x = self.attention[size](x)
-        features = F.relu(self.last(x)).sum(dim=(2, 3))
+        features = _relu(self.last(x)).sum(dim=(2, 3))
         score = self.output(features).squeeze(1)
         if self.embedding is not None:
             score = score + (self.embedding(labels) * features).sum(dim=1)

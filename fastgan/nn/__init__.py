@@ -2,7 +2,9 @@
 
 from fastgan.nn.attention import SelfAttention2d
 from fastgan.nn.layers import (
+    Activation,
     ConditionalBatchNorm2d,
+    Conv2d,
     EqualizedConv2d,
     EqualizedLinear,
     Maxout,
@@ -11,7 +13,9 @@ from fastgan.nn.layers import (
 )
 
 __all__ = [
+    "Activation",
     "ConditionalBatchNorm2d",
+    "Conv2d",
     "EqualizedConv2d",
     "EqualizedLinear",
     "Maxout",

@@ -5,27 +5,58 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import ops
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` over `ops.conv2d`, for critics that are penalised."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros":
+            return super()._conv_forward(input, weight, bias)
+        return ops.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Activation(nn.Module):
+    """`ops.bias_act` without a bias: an activation that sends nothing backward where its second derivative is zero.
+
+    Args:
+        act: linear, relu, lrelu, tanh, sigmoid or silu; negative_slope: of lrelu.
+    """
+
+    def __init__(self, act: str, negative_slope: float = 0.2) -> None:
+        super().__init__()
+        self.act = act
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.bias_act(x, None, self.act, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        return f"{self.act}, negative_slope={self.negative_slope}" if self.act == "lrelu" else self.act
 
 
 class EqualizedLinear(nn.Module):
     """Linear layer with equalised learning rate: weights drawn from N(0, 1), scaled at run time by gain / sqrt(fan in).
 
     Karras et al. 2018, section 4.1. Adam's step does not depend on the gradient's scale, so layers of every size then
-    learn at the same speed. [N, in_features] -> [N, out_features].
+    learn at the same speed. [N, in_features] -> [N, out_features], through the activation `act` (see `ops.bias_act`).
     """
 
-    def __init__(self, in_features: int, out_features: int, gain: float = math.sqrt(2.0)) -> None:
+    def __init__(self, in_features: int, out_features: int, gain: float = math.sqrt(2.0), act: str = "linear") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features))
         self.scale = gain / math.sqrt(in_features)
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.scale, self.bias)
+        weight = self.weight * self.scale
+        if self.act == "linear":
+            return ops.linear(x, weight, self.bias)
+        return ops.bias_act(ops.linear(x, weight), self.bias, self.act)
 
 
 class EqualizedConv2d(nn.Module):
@@ -34,6 +65,8 @@ class EqualizedConv2d(nn.Module):
     Args:
         resample: "up" doubles the size before the convolution, "down" halves it by averaging after it, both inside
             one strided convolution (`ops.upsample_conv2d`, `ops.conv2d_downsample`); they need `kernel_size` 3.
+        act: the activation that follows, in one pass with the bias (`ops.bias_act`).
+        normalise: pixel norm after the activation, in the same pass (`ops.bias_act_pixel_norm`).
     """
 
     def __init__(
@@ -43,6 +76,8 @@ class EqualizedConv2d(nn.Module):
         kernel_size: int,
         gain: float = math.sqrt(2.0),
         resample: str = "none",
+        act: str = "linear",
+        normalise: bool = False,
     ) -> None:
         super().__init__()
         if resample not in ("none", "up", "down"):
@@ -54,14 +89,22 @@ class EqualizedConv2d(nn.Module):
         self.scale = gain / math.sqrt(in_channels * kernel_size**2)
         self.padding = kernel_size // 2
         self.resample = resample
+        self.act = act
+        self.normalise = normalise
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight * self.scale
+        plain = self.act == "linear" and not self.normalise
+        bias = self.bias if plain else None
         if self.resample == "up":
-            return ops.upsample_conv2d(x, weight, self.bias)
-        if self.resample == "down":
-            return ops.conv2d_downsample(x, weight, self.bias)
-        return F.conv2d(x, weight, self.bias, padding=self.padding)
+            x = ops.upsample_conv2d(x, weight, bias)
+        elif self.resample == "down":
+            x = ops.conv2d_downsample(x, weight, bias)
+        else:
+            x = ops.conv2d(x, weight, bias, padding=self.padding)
+        if plain:
+            return x
+        return (ops.bias_act_pixel_norm if self.normalise else ops.bias_act)(x, self.bias, self.act)
 
 
 class PixelNorm(nn.Module):

@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMES = ("torch", "lean", "chunked", "cpp", "cuda", "triton")
 
@@ -54,10 +55,16 @@ OPS: dict[str, Op] = {}
 
 
 class Op:
-    """The implementations of one op, in order of preference; the last is `torch`, which runs anything."""
+    """The implementations of one op, in order of preference; the last is `torch`, which runs anything.
 
-    def __init__(self, name: str, implementations: dict[str, Implementation] | None = None) -> None:
+    `forward_mode` says that the others can be differentiated in forward mode (`torch.autograd.forward_ad`) as well.
+    """
+
+    def __init__(
+        self, name: str, implementations: dict[str, Implementation] | None = None, forward_mode: bool = False
+    ) -> None:
         self.name = name
+        self.forward_mode = forward_mode
         self.implementations = {**(implementations or {}), "torch": REFERENCE}
         assert set(self.implementations) <= set(NAMES)
         OPS[name] = self
@@ -70,7 +77,7 @@ class Op:
         Raises:
             ValueError: the wish, or that of `use_backend`, names no implementation of this op or one that cannot run.
         """
-        if backend is None and transformed():
+        if backend is None and (transformed() or (forward_mode() and not self.forward_mode)):
             return "torch"
         # What use_backend names but this op lacks is no error: it stands around calls of many ops.
         wish = backend or _asked.get().get(self.name) or self._known(_asked.get().get("*"))
@@ -108,7 +115,7 @@ class Op:
 
 
 def transformed() -> bool:
-    """Whether the caller is being compiled or exported, or is inside torch.func.grad, vmap, jvp or forward-mode AD.
+    """Whether the caller is being compiled or exported, or is inside torch.func.grad, vmap or jvp.
 
     A compiler fuses plain PyTorch itself and takes no second derivative; the others cannot enter autograd Functions
     that have no rule for them. All get plain PyTorch.
@@ -116,7 +123,12 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return True
     stack = getattr(torch._C._functorch, "peek_interpreter_stack", None)
-    return (stack is not None and stack() is not None) or getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+    return stack is not None and stack() is not None
+
+
+def forward_mode() -> bool:
+    """Inside `torch.autograd.forward_ad.dual_level`."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def backends(op: str, *inputs: Tensor) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.autograd import asked, node_of
-from fastgan.ops.backend import Implementation, Op, transformed
+from fastgan.ops.backend import Implementation, Op, forward_mode, transformed
 from fastgan.ops.implementations import (
     accumulate_dtype,
     add,
@@ -54,6 +54,7 @@ OP = Op(
         **kernels("bias_act", refuse_options),
         "lean": Implementation(able=_lean_able, note="PyTorch's kernels; zero second derivatives are skipped"),
     },
+    forward_mode=True,
 )
 
 
@@ -89,7 +90,7 @@ def bias_act(
     code = check(x, bias, act)
     options = {"act": code, "negative_slope": negative_slope, "gain": gain}
     name = OP.choose(backend, *((x,) if bias is None else (x, bias)), **options)
-    if name == "torch" or (name == "lean" and transformed()):
+    if name == "torch" or (name == "lean" and transformed()) or (forward_mode() and code not in PIECEWISE_LINEAR):
         return reference(x, bias, code, negative_slope, gain)
     settings = _Settings(COMPOSED if name == "lean" else functions("bias_act", name), code, negative_slope, gain)
     x = dense(x)
@@ -162,8 +163,21 @@ class _BiasAct(Function):
             ctx.save_for_backward(None, x, bias)
         else:
             ctx.save_for_backward(None if settings.act == LINEAR else y, origin, bias)
+        if settings.act in PIECEWISE_LINEAR:
+            ctx.save_for_forward(y)
         ctx.settings = settings
         return y, origin
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor | None, tbias: Tensor | None, _: None) -> tuple[Tensor, None]:
+        """Of the acts that do not curve; the others take the plain form in forward mode."""
+        (y,) = ctx.saved_tensors
+        if tx is None:
+            tx = torch.zeros((), dtype=y.dtype, device=y.device).expand_as(y)
+        t = with_bias(tx, tbias)
+        ref = None if ctx.settings.act == LINEAR else y.detach()
+        t = dense(t) if ref is None else like(t, ref)
+        return _BiasActBackward.apply(node_of(t), None, None, ref, ctx.settings, False)[0], None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dorigin: Tensor | None) -> tuple[Any, ...]:

@@ -23,17 +23,17 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.autograd import asked, autocast, node_of
-from fastgan.ops.backend import LEAN, Op
+from fastgan.ops.backend import LEAN, Op, forward_mode
+from fastgan.ops.implementations import tracked
 
 Ints = int | tuple[int, ...]
 
-CONV2D = Op("conv2d", {"lean": LEAN})
-CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN})
-AVG_POOL2D = Op("avg_pool2d", {"lean": LEAN})
+CONV2D = Op("conv2d", {"lean": LEAN}, forward_mode=True)
+CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN}, forward_mode=True)
+AVG_POOL2D = Op("avg_pool2d", {"lean": LEAN}, forward_mode=True)
 for _name in ("upsample_conv2d", "conv2d_downsample", "interpolate_nearest", "linear"):
     Op(_name)
 
-_convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
@@ -57,7 +57,7 @@ class _Conv(Function):
         ctx.save_for_backward(x, w)
         ctx.save_for_forward(x, w)
         ctx.geometry = geometry
-        return _convolution(x, w, bias, *geometry)
+        return torch.convolution(x, w, bias, *geometry)
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tbias: Tensor | None, _: None) -> Tensor:
@@ -201,7 +201,7 @@ def conv2d(
             raise ValueError(f"padding: was {padding!r}; it may be numbers, 'valid' or 'same'")
         if padding == "same" and _pair("stride", stride) != (1, 1):
             raise ValueError(f"padding: was 'same' with stride {stride}; it may be with stride 1 only")
-    if CONV2D.choose(backend, input, weight) == "torch" or not _tracked(input, weight, bias):
+    if CONV2D.choose(backend, input, weight) == "torch" or not tracked(input, weight, bias):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
@@ -235,7 +235,7 @@ def conv_transpose2d(
     a penalty as in `conv2d`.
     """
     _check(input, weight, bias, groups, transposed=True)
-    if CONV_TRANSPOSE2D.choose(backend, input, weight) == "torch" or not _tracked(input, weight, bias):
+    if CONV_TRANSPOSE2D.choose(backend, input, weight) == "torch" or not tracked(input, weight, bias):
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     geometry = _Geometry(
         _pair("stride", stride),
@@ -248,10 +248,6 @@ def conv_transpose2d(
     return _batched(input, weight, bias, geometry)
 
 
-def _tracked(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def _batched(x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
     x, w, bias = autocast(x, w, bias)
     return _conv(x[None], w, bias, geometry)[0] if x.ndim == 3 else _conv(x, w, bias, geometry)
@@ -262,7 +258,37 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     PyTorch's double backward of it is at the floor already: four matrix products in a penalty with weight gradients.
     """
-    return F.linear(input, weight, bias)
+    # In forward mode PyTorch's takes a weight that does not move for one that moves by zero, and sends zeros backward.
+    return _Linear.apply(input, weight, bias) if forward_mode() else F.linear(input, weight, bias)
+
+
+class _Linear(Function):
+    """Of PyTorch's own products, each of which is lean in reverse mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w)
+        ctx.save_for_forward(x, w)
+        return F.linear(x, w, bias)
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tbias: Tensor | None) -> Tensor:
+        x, w = ctx.saved_tensors
+        parts = [F.linear(a, b) for a, b in ((tx, w), (x, tw)) if a is not None and b is not None]
+        if tbias is not None:
+            parts.append(tbias.expand(*x.shape[:-1], -1))
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gy is None:
+            return None, None, None
+        x, w = ctx.saved_tensors
+        rows = gy.reshape(-1, gy.shape[-1])
+        gx = gy @ w if asked(ctx, 0) else None
+        gw = rows.t() @ x.reshape(-1, x.shape[-1]) if asked(ctx, 1) else None
+        return gx, gw, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class _AvgPool(Function):
@@ -318,7 +344,7 @@ def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -
         raise ValueError(f"kernel_size: was {kernel_size}; it may be 1 or more")
     if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
         raise ValueError(f"x: had shape {tuple(x.shape)}; it may be [N, C, H, W], H and W at least {kernel_size}")
-    if AVG_POOL2D.choose(backend, x) == "torch" or not _tracked(x):
+    if AVG_POOL2D.choose(backend, x) == "torch" or not tracked(x):
         return F.avg_pool2d(x, kernel_size)
     return _AvgPool.apply(x, kernel_size)
 

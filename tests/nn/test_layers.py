@@ -9,7 +9,16 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from fastgan import ops
-from fastgan.nn import ConditionalBatchNorm2d, EqualizedConv2d, EqualizedLinear, Maxout, MinibatchStdDev, PixelNorm
+from fastgan.nn import (
+    Activation,
+    ConditionalBatchNorm2d,
+    Conv2d,
+    EqualizedConv2d,
+    EqualizedLinear,
+    Maxout,
+    MinibatchStdDev,
+    PixelNorm,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +123,43 @@ def test_conditional_batch_norm_has_a_gain_and_a_bias_for_each_class() -> None:
         for c in range(4):
             gain, bias = layer.affine.weight[label, c], layer.affine.weight[label, 4 + c]
             torch.testing.assert_close(y[n, c], normalised[n, c] * gain + bias)
+
+
+@pytest.mark.parametrize("resample", ["none", "up", "down"])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_equalized_conv_with_its_epilogue_is_the_steps_one_by_one(resample: str, normalise: bool) -> None:
+    fused = EqualizedConv2d(3, 4, 3, resample=resample, act="lrelu", normalise=normalise)
+    steps = EqualizedConv2d(3, 4, 3, resample=resample)
+    with torch.no_grad():
+        fused.bias.uniform_(-1, 1)
+    steps.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 3, 6, 4)
+    expected = F.leaky_relu(steps(x), 0.2)
+    torch.testing.assert_close(fused(x), ops.pixel_norm(expected) if normalise else expected)
+
+
+def test_equalized_linear_with_an_activation() -> None:
+    fused, plain = EqualizedLinear(6, 4, act="lrelu"), EqualizedLinear(6, 4)
+    with torch.no_grad():
+        fused.bias.uniform_(-1, 1)
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(fused(x), F.leaky_relu(plain(x), 0.2))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_conv2d_is_that_of_torch(padding_mode: str) -> None:
+    ours, theirs = (cls(3, 4, 3, stride=2, padding=1, padding_mode=padding_mode) for cls in (Conv2d, nn.Conv2d))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 7, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_activation() -> None:
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(Activation("lrelu", 0.3)(x), F.leaky_relu(x, 0.3))
+    torch.testing.assert_close(Activation("relu")(x), F.relu(x))
+    assert (
+        str(Activation("lrelu", 0.3)) == "Activation(lrelu, negative_slope=0.3)"
+        and str(Activation("relu")) == "Activation(relu)"
+    )

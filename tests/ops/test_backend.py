@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastgan import ops
 from fastgan.ops import backend
@@ -104,6 +105,11 @@ def test_transforms_and_the_compiler_get_plain_pytorch(op: Op) -> None:
     torch.func.grad(f)(LARGE)
     torch.vmap(f)(torch.zeros(2, 300))
     assert seen == ["torch", "torch"]
+
+    with forward_ad.dual_level():
+        assert op.choose(None, LARGE) == "torch"
+        op.forward_mode = True
+        assert op.choose(None, LARGE) == "cpp"
 
     def g(x: Tensor) -> Tensor:
         return x + 1 if op.choose(None, x) == "torch" else x + 2

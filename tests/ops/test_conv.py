@@ -120,19 +120,6 @@ def test_conv2d_downsample_refuses_odd_sizes(size: tuple[int, int]) -> None:
         conv2d_downsample(torch.zeros(1, 2, *size), torch.zeros(2, 2, 3, 3))
 
 
-class Products(TorchDispatchMode):
-    """Convolution-sized products that run inside: an input gradient and a weight gradient count one each."""
-
-    count = 0
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op is torch.ops.aten.convolution.default:
-            self.count += 1
-        elif op is torch.ops.aten.convolution_backward.default:
-            self.count += sum(args[-1][:2])
-        return op(*args, **(kwargs or {}))
-
-
 def derivatives(op: Callable[..., Tensor], inputs: list[Tensor], order: int) -> list[Tensor]:
     """Values and derivatives of a function that curves in every input, up to `order`, each through the one before."""
     y = op(*inputs)
@@ -216,20 +203,16 @@ def test_gradcheck(transposed: bool) -> None:
     assert gradgradcheck(op, inputs)
 
 
-def test_only_what_is_asked_is_computed() -> None:
-    x, w1, w2 = (
-        t.requires_grad_() for t in (random(1, 2, 5, 5), random(3, 2, 3, 3, seed=1), random(1, 3, 3, 3, seed=2))
-    )
+def test_only_what_is_asked_is_computed(products: Callable[[Callable[[], object]], int]) -> None:
+    tensors = random(1, 2, 5, 5), random(3, 2, 3, 3, seed=1), random(1, 3, 3, 3, seed=2)
+    x, w1, w2 = (t.requires_grad_() for t in tensors)
     score = conv2d(conv2d(x, w1), w2).sum()
-    with Products() as inner:
-        (gradient,) = torch.autograd.grad(score, x, create_graph=True)
-    assert inner.count == 2  # two input gradients, and not the weights' that PyTorch's own skips too
-    with Products() as outer:
-        torch.autograd.grad(gradient.square().sum(), [w1, w2])
-    assert outer.count == 3  # two weight gradients, and the cotangent through the first layer alone
-    with Products() as one:
-        torch.autograd.grad(conv2d(x.detach(), w1).sum(), w1)
-    assert one.count == 2  # the forward and one weight gradient
+    assert products(lambda: torch.autograd.grad(score, x, retain_graph=True)) == 2
+    (gradient,) = torch.autograd.grad(score, x, create_graph=True)
+    # Two weight gradients, and the cotangent through the first layer alone.
+    assert products(lambda: torch.autograd.grad(gradient.square().sum(), [w1, w2])) == 3
+    # The forward and one weight gradient.
+    assert products(lambda: torch.autograd.grad(conv2d(x.detach(), w1).sum(), w1)) == 2
 
 
 def test_a_bias_has_no_gradient_from_a_penalty() -> None:
@@ -295,6 +278,24 @@ def test_forward_mode_and_its_derivative(op: Callable[..., Tensor], moving: tupl
             return [ty, *gradients]
 
     for actual, expected in zip(tangent(op), tangent(reference), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4), (4,)])
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1, 2)])
+def test_linear_in_forward_mode(shape: tuple[int, ...], moving: tuple[int, ...]) -> None:
+    inputs = [t.requires_grad_() for t in (random(*shape), random(3, 4, seed=1), random(3, seed=2))]
+
+    def tangent(f: Callable[..., Tensor]) -> list[Tensor]:
+        with fwAD.dual_level():
+            duals = [fwAD.make_dual(t, torch.cos(t).detach()) if i in moving else t for i, t in enumerate(inputs)]
+            y = f(*duals)
+            ty = fwAD.unpack_dual(y).tangent
+            assert ty is not None
+            value = y.square().sum() + ty.square().sum()
+            return [y, ty, *torch.autograd.grad(value, inputs)]
+
+    for actual, expected in zip(tangent(linear), tangent(F.linear), strict=True):
         torch.testing.assert_close(actual, expected)
 
 

@@ -1,0 +1,122 @@
+"""One gradient penalty with its weight gradients: lean ops and the tangent pass against plain PyTorch.
+
+    pytest benchmarks/bench_penalty.py --benchmark-only
+
+The convolutional critic has 8 convolutions of 16 to 128 channels, leaky rectifiers, 2x2 averaging, at 64 px, batch 8;
+the pggan critic has its published widths over 4 at 64 px, batch 16, and a minibatch standard deviation, which curves.
+Plain PyTorch pools after the convolution; ours does both in one strided convolution.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sidebyside import compare
+from torch import Tensor
+
+from fastgan import models, ops
+from fastgan.models import pggan
+from fastgan.nn import layers
+
+WIDTHS = [3, 16, 16, 32, 32, 64, 64, 128, 128]
+
+
+class Plain:
+    """The functions of `torch.nn.functional` under the names of `fastgan.ops`."""
+
+    @staticmethod
+    def conv2d(x: Tensor, w: Tensor, bias: Tensor | None = None, padding: int = 0) -> Tensor:
+        return F.conv2d(x, w, bias, padding=padding)
+
+    @staticmethod
+    def bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
+        return F.leaky_relu(x if bias is None else x + bias.view(-1, *[1] * (x.ndim - 2)), 0.2)
+
+    @staticmethod
+    def conv2d_downsample(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.avg_pool2d(F.conv2d(x, w, bias, padding=1), 2)
+
+    @staticmethod
+    def minibatch_stddev(x: Tensor, group_size: int = 4, num_features: int = 1) -> Tensor:
+        with ops.use_backend("torch"):
+            return ops.minibatch_stddev(x, group_size, num_features)
+
+    avg_pool2d = staticmethod(F.avg_pool2d)
+    linear = staticmethod(F.linear)
+
+
+def convolutional(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Callable[[Any, list[Tensor], Tensor], Tensor]]:
+    """Weights, images and the critic as a function of a module of ops, weights and images."""
+    weights = [torch.randn(o, i, 3, 3) * (2 / (9 * i)) ** 0.5 for i, o in itertools.pairwise(WIDTHS)]
+    biases = [torch.zeros(o) for o in WIDTHS[1:]]
+    last = torch.randn(1, 128) * 0.1
+
+    def critic(f: Any, parameters: list[Tensor], x: Tensor) -> Tensor:
+        *parameters, last = parameters
+        for i in range(8):
+            x = f.conv2d(x, parameters[i], parameters[8 + i], padding=1)
+            x = f.bias_act(x, None, "lrelu")
+            if i % 2:
+                x = f.avg_pool2d(x, 2)
+        return f.linear(x.mean((2, 3)), last)
+
+    return [t.to(dtype) for t in (*weights, *biases, last)], torch.randn(8, 3, 64, 64, dtype=dtype), critic
+
+
+def progressive(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Callable[[Any, list[Tensor], Tensor], Tensor]]:
+    _, network = models.build("pggan", resolution=64, channels=3, latent=4, fmap_base=2048, fmap_max=128)
+    network = network.to(dtype)
+    names = [name for name, p in network.named_parameters() if p.requires_grad]
+    weights = dict(network.named_parameters())
+
+    def critic(f: Any, parameters: list[Tensor], x: Tensor) -> Tensor:
+        with mock.patch.object(layers, "ops", f), mock.patch.object(pggan, "ops", f):
+            return torch.func.functional_call(network, dict(zip(names, parameters, strict=True)), (x,))
+
+    return [weights[n].detach() for n in names], torch.randn(16, 3, 64, 64, dtype=dtype), critic
+
+
+CRITICS = {"convolutional": convolutional, "pggan": progressive}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CRITICS)
+def test_penalty(benchmark: Any, name: str, dtype: torch.dtype, layout: str) -> None:
+    torch.manual_seed(0)
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+    def sides(dtype: torch.dtype) -> dict[str, Callable[[], list[Tensor]]]:
+        torch.manual_seed(0)
+        parameters, x, critic = CRITICS[name](dtype)
+        parameters, x = (
+            [p.to(memory_format=form).requires_grad_() if p.ndim == 4 else p.requires_grad_() for p in parameters],
+            x.to(memory_format=form),
+        )
+        weight = torch.zeros(len(x))
+
+        def penalty(f: Any, method: str) -> list[Tensor]:
+            value = ops.gradient_penalty(lambda t: critic(f, parameters, t), x, x, weight=weight, method=method)
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            return [value.detach(), *(g for g in found if g is not None and g.ndim > 1)]
+
+        return {
+            "lean": lambda: penalty(ops, "reverse"),
+            "tangent": lambda: penalty(ops, "tangent"),
+            "plain": lambda: penalty(Plain, "reverse"),
+        }
+
+    compare(
+        benchmark,
+        f"{name} {dtype} {layout}".replace("torch.", ""),
+        sides(dtype),
+        expected=sides(torch.float64)["plain"](),
+        baseline="plain",
+        floor=1e-5,
+    )
