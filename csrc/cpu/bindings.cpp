@@ -35,6 +35,13 @@ STABLE_TORCH_LIBRARY(fastgan, m) {
   m.def(
       "bias_act_pixel_norm_second_backward(Tensor u, Tensor dy, Tensor y, Tensor r, int act, float negative_slope,"
       " float gain, bool want_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, bool causal) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_second_backward(Tensor? uq, Tensor? uk, Tensor? uv, Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, "
+      "Tensor lse, float scale, bool causal) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 // An op without tensors has no device to be dispatched by.
@@ -49,4 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("bias_act_pixel_norm_forward", TORCH_BOX(&fastgan::bias_act_pixel_norm_forward));
   m.impl("bias_act_pixel_norm_backward", TORCH_BOX(&fastgan::bias_act_pixel_norm_backward));
   m.impl("bias_act_pixel_norm_second_backward", TORCH_BOX(&fastgan::bias_act_pixel_norm_second_backward));
+  m.impl("attention_forward", TORCH_BOX(&fastgan::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&fastgan::attention_backward));
+  m.impl("attention_second_backward", TORCH_BOX(&fastgan::attention_second_backward));
 }

@@ -19,4 +19,13 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_pixel_norm_second_backward(const Ten
                                                                        double negative_slope, double gain,
                                                                        bool want_bias);
 
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                             bool causal);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& o, const Tensor& lse, double scale,
+                                                      bool causal);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_second_backward(
+    const std::optional<Tensor>& uq, const std::optional<Tensor>& uk, const std::optional<Tensor>& uv, const Tensor& dout,
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, double scale, bool causal);
+
 }  // namespace fastgan

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 from fastgan.ops import attention_chunked
 from fastgan.ops.autograd import autocast
 from fastgan.ops.backend import Implementation, Op
-from fastgan.ops.implementations import no_third_order, tracked
+from fastgan.ops.implementations import functions, kernels, no_third_order, tracked
 
 
 def scaled_dot_product_attention(
@@ -70,18 +69,21 @@ def scaled_dot_product_attention(
         heads = query.shape[-3]
         key = key.repeat_interleave(heads // key.shape[-3], -3)
         value = value.repeat_interleave(heads // value.shape[-3], -3)
-    name = OP.choose(backend, query, key, value, plain_only=attn_mask is not None or dropout_p > 0)
+    empty = 0 in (*leading, query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1])
+    plain_only = attn_mask is not None or dropout_p > 0
+    name = "torch" if empty else OP.choose(backend, query, key, value, plain_only=plain_only)
     if name == "torch" and backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # Compiled code is differentiated once at most: torch's fused kernels serve it best.
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     with _as_given(query):
-        if name == "torch" or 0 in (*leading, query.shape[-2], *value.shape[-2:]):
+        if name == "torch":
             return _reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        implementation = _kernels(name)
         query, key, value = (_four_dimensional(x, leading) for x in (query, key, value))
         if tracked(query, key, value):
-            output: Tensor = _Forward.apply(query, key, value, scale, is_causal, KERNELS[name])
+            output: Tensor = _Forward.apply(query, key, value, scale, is_causal, implementation)
         else:
-            output, _ = KERNELS[name].forward(query, key, value, scale, is_causal)
+            output, _ = implementation.attention_forward(query, key, value, scale, is_causal)
         return output.reshape(*leading, *output.shape[2:])
 
 
@@ -193,25 +195,44 @@ def _reference(
     return (weights @ value).to(dtype)
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """One implementation: three functions of tensors, none of which autograd sees.
+def _kernels(name: str) -> Any:
+    """What holds the three functions of the implementation `name`, none of which autograd sees.
 
-    q: [B, H, N, d]; k: [B, H, M, d]; v: [B, H, M, dv]; any strides, none of size 0. `lse` [B, H, N], float32 or wider,
-    is the logarithm of a row's sum of exp(scale q k^T).
+    - attention_forward(q, k, v, scale, causal) -> o, lse
+    - attention_backward(do, q, k, v, o, lse, scale, causal) -> dq, dk, dv
+    - attention_second_backward(uq, uk, uv, do, q, k, v, o, lse, scale, causal) -> gq, gk, gv, gdo; each u may be None
+
+    q: [B, H, N, d]; k: [B, H, M, d]; v: [B, H, M, dv]; one dtype, any strides, none of size 0. `lse` [B, H, N], float32
+    (float64 in float64), is the logarithm of a row's sum of exp(scale q k^T).
     """
+    if name == "chunked":
+        return attention_chunked
+    if name == "cpp":
+        _register_fakes()
+    return functions("attention", name)
 
-    forward: Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, scale, causal) -> o, lse
-    backward: Callable[..., tuple[Tensor, ...]]  # (do, q, k, v, o, lse, scale, causal) -> dq, dk, dv
-    second_backward: Callable[..., tuple[Tensor, ...]]  # (uq, uk, uv, do, q, ..., causal) -> gq, gk, gv, gdo
+
+@cache
+def _register_fakes() -> None:
+    """Shapes and dtypes of the compiled ops' results, for torch.compile and torch.export."""
+
+    @torch.library.register_fake("fastgan::attention_forward")
+    def _(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    @torch.library.register_fake("fastgan::attention_backward")
+    def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    @torch.library.register_fake("fastgan::attention_second_backward")
+    def _(uq: Any, uk: Any, uv: Any, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), do.new_empty(do.shape)
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, kernels: Kernels
-    ) -> Tensor:
-        o, lse = kernels.forward(q, k, v, scale, causal)
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, kernels: Any) -> Tensor:
+        o, lse = kernels.attention_forward(q, k, v, scale, causal)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.rest = scale, causal, kernels  # type: ignore[attr-defined]
@@ -239,13 +260,13 @@ class _Backward(torch.autograd.Function):
         lse: Tensor,
         scale: float,
         causal: bool,
-        kernels: Kernels,
+        kernels: Any,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(do, q, k, v, o, lse)
         ctx.rest = scale, causal, kernels  # type: ignore[attr-defined]
         with _as_given(q):
-            return kernels.backward(do, q, k, v, o, lse, scale, causal)
+            return kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
 
     @staticmethod
     def backward(ctx: Any, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None) -> tuple[Any, ...]:
@@ -261,7 +282,7 @@ class _SecondBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         *tensors, scale, causal, kernels = rest
         with _as_given(tensors[0]):
-            return kernels.second_backward(uq, uk, uv, *tensors, scale, causal)
+            return kernels.attention_second_backward(uq, uk, uv, *tensors, scale, causal)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
@@ -274,7 +295,7 @@ def _asked(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     return tuple(x if need else None for x, need in zip(found, ctx.needs_input_grad, strict=False))
 
 
-def _takes_no_mask(*inputs: Tensor, plain_only: bool = False) -> str | None:
+def _no_mask(plain_only: bool = False) -> str | None:
     return "attn_mask and dropout take the plain form" if plain_only else None
 
 
@@ -287,15 +308,14 @@ def _chunked_worth(*inputs: Tensor, **options: object) -> str | None:
     return None
 
 
-KERNELS = {
-    "chunked": Kernels(attention_chunked.forward, attention_chunked.backward, attention_chunked.second_backward),
-}
-
 OP = Op(
     "scaled_dot_product_attention",
     {
+        **kernels("attention", _no_mask),
         "chunked": Implementation(
-            able=_takes_no_mask, worth=_chunked_worth, note="plain PyTorch by blocks of rows, in O(N) memory"
+            able=lambda *inputs, **options: _no_mask(**options),
+            worth=_chunked_worth,
+            note="plain PyTorch by blocks of rows, in O(N) memory",
         ),
     },
 )

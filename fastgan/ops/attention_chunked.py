@@ -82,7 +82,7 @@ def _logit_gradient(p: Tensor, do: Tensor, v: Tensor) -> Tensor:
     return ds.addcmul_(p, ds.sum(dim=2, keepdim=True), value=-1)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """O [B, H, N, dv] in the dtype of q, and lse [B, H, N], float32 at least."""
     if _flash_takes(q, v):
         o, lse = _flash(_rows(q), _rows(k), _rows(v), 0.0, causal, scale=scale)
@@ -98,7 +98,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
     return o.to(dtype).unflatten(0, (batch, heads)), lse.unflatten(0, (batch, heads))
 
 
-def backward(
+def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV in the shapes and the dtype of q, k, v."""
@@ -118,7 +118,7 @@ def backward(
     return tuple(x.to(dtype).unflatten(0, leading) for x in (dq, dk, dv))
 
 
-def second_backward(
+def attention_second_backward(
     uq: Tensor | None,
     uk: Tensor | None,
     uv: Tensor | None,
