@@ -23,6 +23,13 @@ std::string cpu_instructions() {
 STABLE_TORCH_LIBRARY(fastgan, m) {
   m.def("cpu_instructions() -> str");
   m.def("cuda_refusal() -> str");
+  m.def("bias_act_forward(Tensor x, Tensor? bias, int act, float negative_slope, float gain) -> Tensor");
+  m.def(
+      "bias_act_backward(Tensor dy, Tensor? ref, Tensor? bias, int act, float negative_slope, float gain,"
+      " bool want_bias) -> (Tensor, Tensor)");
+  m.def(
+      "bias_act_second_backward(Tensor u, Tensor dy, Tensor ref, Tensor? bias, int act, float negative_slope,"
+      " float gain, bool want_bias) -> (Tensor, Tensor, Tensor)");
   m.def("pixel_norm_forward(Tensor x, float eps) -> (Tensor, Tensor)");
   m.def("pixel_norm_backward(Tensor dy, Tensor y, Tensor r) -> Tensor");
   m.def("pixel_norm_second_backward(Tensor u, Tensor dy, Tensor y, Tensor r) -> (Tensor, Tensor)");
@@ -42,6 +49,12 @@ STABLE_TORCH_LIBRARY(fastgan, m) {
   m.def(
       "attention_second_backward(Tensor? uq, Tensor? uk, Tensor? uv, Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, "
       "Tensor lse, float scale, bool causal) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("minibatch_stddev_forward(Tensor x, int group, int num_features, float eps) -> Tensor");
+  m.def(
+      "minibatch_stddev_backward(Tensor dy, Tensor x, int group, int num_features, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "minibatch_stddev_second_backward(Tensor u, Tensor x, Tensor t, int group, int num_features, float eps)"
+      " -> (Tensor, Tensor)");
 }
 
 // An op without tensors has no device to be dispatched by.
@@ -50,6 +63,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("bias_act_forward", TORCH_BOX(&fastgan::bias_act_forward));
+  m.impl("bias_act_backward", TORCH_BOX(&fastgan::bias_act_backward));
+  m.impl("bias_act_second_backward", TORCH_BOX(&fastgan::bias_act_second_backward));
   m.impl("pixel_norm_forward", TORCH_BOX(&fastgan::pixel_norm_forward));
   m.impl("pixel_norm_backward", TORCH_BOX(&fastgan::pixel_norm_backward));
   m.impl("pixel_norm_second_backward", TORCH_BOX(&fastgan::pixel_norm_second_backward));
@@ -59,4 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastgan::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fastgan::attention_backward));
   m.impl("attention_second_backward", TORCH_BOX(&fastgan::attention_second_backward));
+  m.impl("minibatch_stddev_forward", TORCH_BOX(&fastgan::minibatch_stddev_forward));
+  m.impl("minibatch_stddev_backward", TORCH_BOX(&fastgan::minibatch_stddev_backward));
+  m.impl("minibatch_stddev_second_backward", TORCH_BOX(&fastgan::minibatch_stddev_second_backward));
 }

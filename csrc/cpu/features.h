@@ -3,16 +3,11 @@
 
 #include <sys/mman.h>
 
-#include <cmath>
-#include <memory>
 #include <vector>
 
 #include "op.h"
 
 namespace fastgan {
-
-// Index in fastgan.ops.bias_act.ACTS.
-enum Act : int64_t { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kSilu };
 
 // L pixels a sample; the C features of a pixel are neighbours where `last`, else L apart.
 struct Features {
@@ -108,6 +103,21 @@ inline std::vector<float> bias_values(const std::optional<Tensor>& bias, const T
   return values;
 }
 
+// Sum of a short stretch just written. In a loop of its own: together with a store GCC leaves some in scalars.
+template <class T>
+float sum_of(const T* from, int64_t count) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += load(from + i);
+  return sum;
+}
+
+template <class T>
+void add_to(float* sums, const T* from, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) sums[i] += load(from + i);
+}
+
 // Sum over a tensor but for C, in parts that depend on its size alone, so that the result does not depend on threads.
 class BiasSum {
  public:
@@ -144,5 +154,8 @@ struct Parts {
   int64_t begin(int64_t part) const { return part * size; }
   int64_t end(int64_t part) const { return std::min(count, (part + 1) * size); }
 };
+
+// Of the pixels of an x that has the features of a pixel in neighbours.
+inline Parts row_parts(const Features& f) { return Parts(f.pixels(), std::max<int64_t>(1, 1024 / f.c), 1024); }
 
 }  // namespace fastgan

@@ -5,6 +5,15 @@
 
 namespace fastgan {
 
+Tensor bias_act_forward(const Tensor& x, const std::optional<Tensor>& bias, int64_t act, double negative_slope,
+                        double gain);
+std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const std::optional<Tensor>& ref,
+                                             const std::optional<Tensor>& bias, int64_t act, double negative_slope,
+                                             double gain, bool want_bias);
+std::tuple<Tensor, Tensor, Tensor> bias_act_second_backward(const Tensor& u, const Tensor& dy, const Tensor& ref,
+                                                            const std::optional<Tensor>& bias, int64_t act,
+                                                            double negative_slope, double gain, bool want_bias);
+
 std::tuple<Tensor, Tensor> pixel_norm_forward(const Tensor& x, double eps);
 Tensor pixel_norm_backward(const Tensor& dy, const Tensor& y, const Tensor& r);
 std::tuple<Tensor, Tensor> pixel_norm_second_backward(const Tensor& u, const Tensor& dy, const Tensor& y,
@@ -27,5 +36,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_second_backward(
     const std::optional<Tensor>& uq, const std::optional<Tensor>& uk, const std::optional<Tensor>& uv, const Tensor& dout,
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, double scale, bool causal);
+
+Tensor minibatch_stddev_forward(const Tensor& x, int64_t group, int64_t num_features, double eps);
+std::tuple<Tensor, Tensor> minibatch_stddev_backward(const Tensor& dy, const Tensor& x, int64_t group,
+                                                     int64_t num_features, double eps);
+std::tuple<Tensor, Tensor> minibatch_stddev_second_backward(const Tensor& u, const Tensor& x, const Tensor& t,
+                                                            int64_t group, int64_t num_features, double eps);
 
 }  // namespace fastgan

@@ -3,32 +3,13 @@
 // that stay in the second-level cache between.
 #pragma once
 
+#include "act.h"
 #include "features.h"
 
 namespace fastgan {
 
-// z = act(v) gain, and the slope of it times a value, by the sign of z or of anything that has it.
-struct LinearAct {
-  float gain;
-  float value(float v) const { return v * gain; }
-  float slope(float, float d) const { return d * gain; }
-};
-
-struct ReluAct {
-  float gain;
-  // Not a product with 0, which would turn infinity into NaN; NaN stays.
-  float value(float v) const { return v <= 0.0f ? 0.0f : v * gain; }
-  float slope(float y, float d) const { return y > 0.0f ? d * gain : 0.0f; }
-};
-
-struct LreluAct {
-  float gain, negative;
-  float value(float v) const { return v * (v > 0.0f ? gain : negative); }
-  float slope(float y, float d) const { return d * (y > 0.0f ? gain : negative); }
-};
-
 template <class F>
-decltype(auto) with_act(int64_t act, double negative_slope, double gain, const F& f) {
+decltype(auto) with_piecewise_linear(int64_t act, double negative_slope, double gain, const F& f) {
   const auto g = static_cast<float>(gain);
   if (act == kLinear) return f(LinearAct{g});
   if (act == kRelu) return f(ReluAct{g});
@@ -149,15 +130,12 @@ void norm_backward_planes(const Features& f, const A act, const T* dy, const T* 
       for (c = 0; c < f.c; ++c) {
         const T *const a = dy + offset + c * f.l, *const b = y + offset + c * f.l;
         T* const to = dx + offset + c * f.l;
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd
         for (int64_t p = 0; p < pixels; ++p) {
           const float out = load(b + p);
-          const float d = act.slope(out, scale[p] * (load(a + p) - out * mean[p]));
-          store(to + p, d);
-          sum += d;
+          store(to + p, act.slope(out, scale[p] * (load(a + p) - out * mean[p])));
         }
-        if (db.wanted()) db.part(tile)[c] = sum;
+        if (db.wanted()) db.part(tile)[c] = sum_of(to, pixels);
       }
     }
   });
@@ -178,21 +156,12 @@ void norm_backward_rows(const Features& f, const A act, const T* dy, const T* y,
         for (int64_t c = 0; c < f.c; ++c) mean += load(a + c) * load(b + c);
         mean *= share;
         const float scale = r[pixel];
-        const auto at = [&](int64_t c) {
+#pragma omp simd
+        for (int64_t c = 0; c < f.c; ++c) {
           const float out = load(b + c);
-          return act.slope(out, scale * (load(a + c) - out * mean));
-        };
-        if (sums) {
-#pragma omp simd
-          for (int64_t c = 0; c < f.c; ++c) {
-            const float d = at(c);
-            store(to + c, d);
-            sums[c] += d;
-          }
-        } else {
-#pragma omp simd
-          for (int64_t c = 0; c < f.c; ++c) store(to + c, at(c));
+          store(to + c, act.slope(out, scale * (load(a + c) - out * mean)));
         }
+        if (sums) add_to(sums, to, f.c);
       }
     }
   });
@@ -227,16 +196,13 @@ void norm_second_planes(const Features& f, const A act, const T* u, const T* dy,
       for (int64_t c = 0; c < f.c; ++c) {
         const T *const a = u + offset + c * f.l, *const b = dy + offset + c * f.l, *const d = y + offset + c * f.l;
         T *const to_gdy = gdy + offset + c * f.l, *const to_gx = gx + offset + c * f.l;
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd
         for (int64_t p = 0; p < pixels; ++p) {
           const float out = load(d + p), g = load(b + p), w = act.slope(out, load(a + p)), s = scale[p];
           store(to_gdy + p, s * (w - out * wy[p]));
-          const float second = act.slope(out, s * s * (out * wdy[p] - w * dyy[p] - g * wy[p]));
-          store(to_gx + p, second);
-          sum += second;
+          store(to_gx + p, act.slope(out, s * s * (out * wdy[p] - w * dyy[p] - g * wy[p])));
         }
-        if (gb.wanted()) gb.part(tile)[c] = sum;
+        if (gb.wanted()) gb.part(tile)[c] = sum_of(to_gx, pixels);
       }
     }
   });
@@ -263,22 +229,13 @@ void norm_second_rows(const Features& f, const A act, const T* u, const T* dy, c
         wy *= share;
         dyy *= share;
         const float factor = 3.0f * wy * dyy - wdy * share, s = r[pixel];
-        const auto at = [&](int64_t c) {
+#pragma omp simd
+        for (int64_t c = 0; c < f.c; ++c) {
           const float out = load(d + c), g = load(b + c), w = act.slope(out, load(a + c));
           store(to_gdy + c, s * (w - out * wy));
-          return act.slope(out, s * s * (out * factor - w * dyy - g * wy));
-        };
-        if (sums) {
-#pragma omp simd
-          for (int64_t c = 0; c < f.c; ++c) {
-            const float second = at(c);
-            store(to_gx + c, second);
-            sums[c] += second;
-          }
-        } else {
-#pragma omp simd
-          for (int64_t c = 0; c < f.c; ++c) store(to_gx + c, at(c));
+          store(to_gx + c, act.slope(out, s * s * (out * factor - w * dyy - g * wy)));
         }
+        if (sums) add_to(sums, to_gx, f.c);
       }
     }
   });
@@ -318,7 +275,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& y, cons
   check_dense_like(dy, "dy", y, f.last);
   check_statistic(r, f);
   const Tiles tiles(laid, 2);
-  const Parts parts(laid.pixels(), std::max<int64_t>(1, 4096 / laid.c), 256);
+  const Parts parts = row_parts(laid);
   BiasSum db(want_bias, laid.last ? parts.number : tiles.number(), laid.c);
   Tensor dx = dispatch(y, "y", [&](auto element) {
     using T = decltype(element);
@@ -341,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_second_backward(const Tensor& u, const T
   check_dense_like(dy, "dy", y, f.last);
   check_statistic(r, f);
   const Tiles tiles(laid, 3);
-  const Parts parts(laid.pixels(), std::max<int64_t>(1, 4096 / laid.c), 256);
+  const Parts parts = row_parts(laid);
   BiasSum gb(want_bias, laid.last ? parts.number : tiles.number(), laid.c);
   return dispatch(y, "y", [&](auto element) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(element);

@@ -1,0 +1,162 @@
+#include "act.h"
+#include "features.h"
+#include "ops.h"
+
+namespace fastgan {
+
+namespace {
+
+template <class F>
+decltype(auto) with_curved(int64_t act, double gain, const F& f) {
+  const auto g = static_cast<float>(gain), inverse = static_cast<float>(1.0 / gain);
+  if (act == kTanh) return f(TanhAct{g, inverse});
+  if (act == kSigmoid) return f(SigmoidAct{g, inverse});
+  STD_TORCH_CHECK(act == kSilu, "act: was number ", act, "; it may be the index of one that curves");
+  return f(SiluAct{g});
+}
+
+template <class F>
+decltype(auto) with_act(int64_t act, double negative_slope, double gain, const F& f) {
+  const auto g = static_cast<float>(gain);
+  if (act == kLinear) return f(LinearAct{g});
+  if (act == kRelu) return f(ReluAct{g});
+  if (act == kLrelu) return f(LreluAct{g, static_cast<float>(negative_slope * gain)});
+  return with_curved(act, gain, f);
+}
+
+// One of these stands for the bias of each element of a stretch of memory.
+struct Same {
+  float value;
+  float operator[](int64_t) const { return value; }
+};
+
+Parts bias_parts(const Features& f) {
+  return f.last ? row_parts(f) : Parts(f.n, 1, f.n);
+}
+
+// Calls f(first element, elements, bias, sums) for stretches that cover x: sums[i], or
+// *sums where b is `Same`, takes what belongs to the bias of element i. Stretches, and so the result, depend on sizes alone. `arrays` are moved in all.
+template <class F>
+void stretches(const Features& f, const float* bias, BiasSum& sum, int64_t arrays, const F& body) {
+  constexpr int64_t block = 4096;
+  if (f.last) {
+    const Parts parts = bias_parts(f);
+    parallel(parts.number, arrays * f.c * parts.size, [=, &sum](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        float* const sums = sum.wanted() ? sum.part(part) : nullptr;
+        for (int64_t pixel = parts.begin(part); pixel < parts.end(part); ++pixel) body(pixel * f.c, f.c, bias, sums);
+      }
+    });
+  } else if (bias == nullptr && !sum.wanted()) {
+    const int64_t numel = f.numel(), blocks = (numel + block - 1) / block;
+    parallel(blocks, arrays * block, [=](int64_t begin, int64_t end) {
+      for (int64_t at = begin * block; at < std::min(numel, end * block); at += block) {
+        body(at, std::min(block, numel - at), Same{0.0f}, nullptr);
+      }
+    });
+  } else {
+    parallel(f.n * f.c, arrays * f.l, [=, &sum](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; ++plane) {
+        const int64_t c = plane % f.c;
+        float* const sums = sum.wanted() ? sum.part(plane / f.c) + c : nullptr;
+        body(plane * f.l, f.l, Same{bias ? bias[c] : 0.0f}, sums);
+      }
+    });
+  }
+}
+
+// to[i] = f(i), and its sum to where the bias of a stretch takes it (see `stretches`).
+template <class T, class B, class F>
+void write(T* to, int64_t count, const B&, float* sums, const F& f) {
+  constexpr int64_t block = 512;
+  double total = 0.0;
+  for (int64_t begin = 0; begin < count; begin += block) {
+    const int64_t end = std::min(count, begin + block);
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) store(to + i, f(i));
+    if (sums == nullptr) continue;
+    if constexpr (std::is_same_v<B, Same>) {
+      total += sum_of(to + begin, end - begin);
+    } else {
+      add_to(sums + begin, to + begin, end - begin);
+    }
+  }
+  if (sums != nullptr && std::is_same_v<B, Same>) *sums = static_cast<float>(total);
+}
+
+}  // namespace
+
+Tensor bias_act_forward(const Tensor& x, const std::optional<Tensor>& bias, int64_t act, double negative_slope,
+                        double gain) {
+  const Features f = as_rows(features(x));
+  const std::vector<float> offsets = bias_values(bias, x, f.c);
+  BiasSum none(false, 0, 0);
+  return dispatch(x, "x", [&](auto element) {
+    using T = decltype(element);
+    const Tensor y = fresh_like<T>(x);
+    const T* const from = data<T>(x);
+    T* const to = output<T>(y);
+    with_act(act, negative_slope, gain, [&](auto a) {
+      const float* const given = bias || f.last ? offsets.data() : nullptr;
+      stretches(f, given, none, 2, [=](int64_t at, int64_t count, auto b, float*) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) store(to + at + i, a.value(load(from + at + i) + b[i]));
+      });
+    });
+    return y;
+  });
+}
+
+std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const std::optional<Tensor>& ref,
+                                             const std::optional<Tensor>& bias, int64_t act, double negative_slope,
+                                             double gain, bool want_bias) {
+  const Features f = features(dy), laid = as_rows(f);
+  STD_TORCH_CHECK(ref || act == kLinear, "ref: was None; it may be so for linear alone");
+  if (ref) check_dense_like(*ref, "ref", dy, f.last);
+  const std::vector<float> offsets = bias_values(bias, dy, f.c);
+  BiasSum db(want_bias, bias_parts(laid).number, f.c);
+  Tensor dx = dispatch(dy, "dy", [&](auto element) {
+    using T = decltype(element);
+    const Tensor made = fresh_like<T>(dy);
+    const T *const from = data<T>(dy), *const reference = ref ? data<T>(*ref) : from;
+    T* const to = output<T>(made);
+    with_act(act, negative_slope, gain, [&](auto a) {
+      const float* const given = bias || laid.last ? offsets.data() : nullptr;
+      stretches(laid, given, db, 3, [=](int64_t at, int64_t count, auto b, float* sums) {
+        write(to + at, count, b, sums,
+              [=](int64_t i) { return a.slope(load(reference + at + i) + b[i], load(from + at + i)); });
+      });
+    });
+    return made;
+  });
+  return {dx, db.result(dy)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bias_act_second_backward(const Tensor& u, const Tensor& dy, const Tensor& ref,
+                                                            const std::optional<Tensor>& bias, int64_t act,
+                                                            double negative_slope, double gain, bool want_bias) {
+  const Features f = features(ref), laid = as_rows(f);
+  check_dense_like(u, "u", ref, f.last);
+  check_dense_like(dy, "dy", ref, f.last);
+  const std::vector<float> offsets = bias_values(bias, ref, f.c);
+  BiasSum gb(want_bias, bias_parts(laid).number, f.c);
+  return dispatch(ref, "ref", [&](auto element) -> std::tuple<Tensor, Tensor, Tensor> {
+    using T = decltype(element);
+    const Tensor gdy = fresh_like<T>(ref), gx = fresh_like<T>(ref);
+    const T *const along = data<T>(u), *const from = data<T>(dy), *const reference = data<T>(ref);
+    T *const to_gdy = output<T>(gdy), *const to_gx = output<T>(gx);
+    with_curved(act, gain, [&](auto a) {
+      const float* const given = bias || laid.last ? offsets.data() : nullptr;
+      stretches(laid, given, gb, 5, [=](int64_t at, int64_t count, auto b, float* sums) {
+        write(to_gx + at, count, b, sums, [=](int64_t i) {
+          const float v = load(reference + at + i) + b[i], w = load(along + at + i);
+          store(to_gdy + at + i, a.slope(v, w));
+          return a.curvature(v, w * load(from + at + i));
+        });
+      });
+    });
+    return {gdy, gx, gb.result(ref)};
+  });
+}
+
+}  // namespace fastgan
