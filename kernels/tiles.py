@@ -1,0 +1,70 @@
+"""Which tile a kernel runs with: looked up in tiles.json, never timed while a program runs.
+
+tiles.json: architecture ("sm_90", or "default") -> operation -> kind of numbers and padded size ("half/64") -> the
+fields of `Tile`. `python -m fastgan.kernels.tune` measures and writes the entries of the GPU at hand. What was not
+measured yet is the largest of a few usual tiles that compiles without spills.
+The entries of "default" fit into the 99 KiB of shared memory that the smallest supported GPUs have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("tiles.json")
+
+# half: float16 and bfloat16. float32: products exact in float32. tf32: float32 through tensor cores.
+KINDS = ("half", "tf32", "float32")
+
+
+class Tile(NamedTuple):
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+    chunk: int = 16  # features of an exact float32 product at a time
+
+
+_given: dict[str, Tile] = {}
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, Tile]]]:
+    return {
+        architecture: {op: {key: Tile(*it) for key, it in entries.items()} for op, entries in ops.items()}
+        for architecture, ops in json.loads(TABLE.read_text()).items()
+    }
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "default"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def find(op: str, kind: str, size: int, device: torch.device) -> Tile:
+    """The tile of `op` for numbers of `kind` and inner dimensions padded to `size` (a power of two)."""
+    if op in _given:
+        return _given[op]
+    key = f"{kind}/{size}"
+    ops = table()
+    return ops.get(architecture(device), {}).get(op, {}).get(key) or ops["default"][op][key]
+
+
+@contextlib.contextmanager
+def using(given: Mapping[str, Tile]) -> Iterator[None]:
+    """Let operations run with other tiles than the table's, inside a `with` block: for tuning and for tests."""
+    before = dict(_given)
+    _given.update(given)
+    try:
+        yield
+    finally:
+        _given.clear()
+        _given.update(before)

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from fastgan.kernels import attention, launch, tiles
+from torch import Tensor
+from triton_offline import DEVICES, DTYPES, check, check_resources, running
+
+OPS = ("forward", "backward_rows", "backward_columns", "second_statistics", "second_rows", "second_columns")
+NAMES = ("o", "dq", "dk", "dv", "gq", "gk", "gv", "gdo")
+SCALE = 0.3
+
+# (N, M, d, dv, causal). On a GPU with the tiles of the table, interpreted with tiles of 16 x 16.
+SHAPES = [
+    (1, 1, 1, 1, False),
+    (3, 1, 8, 16, True),
+    (17, 30, 5, 40, False),
+    (32, 16, 33, 16, False),
+    (33, 17, 3, 8, True),
+    (16, 40, 16, 1, True),
+]
+LARGE = [
+    *((n, n, 64, 64, causal) for n in (63, 100, 127, 129, 1025) for causal in (False, True)),
+    *((257, 129, d, 32, True) for d in (1, 8, 40, 59, 111, 256)),
+    (1024, 256, 32, 128, False),
+    (100, 300, 8, 256, False),
+]
+EVERY_SHAPE = [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.gpu) for shape in LARGE)]
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(
+    n: int, m: int, d: int, dv: int, device: str, dtype: torch.dtype, batch: int = 1, heads: int = 2
+) -> list[Tensor]:
+    """q, k, v, do and the three cotangents."""
+    sizes = [(n, d), (m, d), (m, dv), (n, dv), (n, d), (m, d), (m, dv)]
+    return [random(batch, heads, *size, seed=i).to(device, dtype) for i, size in enumerate(sizes)]
+
+
+def plain(arguments: list[Tensor], used: tuple[bool, ...], causal: bool, dtype: torch.dtype) -> list[Tensor]:
+    """o, first and second derivatives in plain matrix products of `dtype`, by autograd."""
+    q, k, v, do, *cotangents = (x.detach().to(dtype) for x in arguments)
+    for x in (q, k, v, do):
+        x.requires_grad_()
+    logits = q @ k.transpose(-1, -2) * SCALE
+    if causal:
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).tril().logical_not(), -torch.inf)
+    o = torch.softmax(logits, -1) @ v
+    first = torch.autograd.grad(o, (q, k, v), do, create_graph=True)
+    outputs, seeds = zip(*[(g, u) for g, u, use in zip(first, cotangents, used, strict=True) if use], strict=True)
+    second = torch.autograd.grad(outputs, (q, k, v, do), seeds, allow_unused=True)
+    second = [torch.zeros_like(x) if g is None else g for g, x in zip(second, (q, k, v, do), strict=True)]
+    return [x.detach() for x in (o, *first, *second)]
+
+
+@contextlib.contextmanager
+def small_tiles(device: str) -> Iterator[None]:
+    tile = tiles.Tile(16, 16, 4, 1, 32)
+    with running(device), tiles.using({f"attention_{op}": tile for op in OPS} if device == "cpu" else {}):
+        yield
+
+
+def ours(arguments: list[Tensor], used: tuple[bool, ...], causal: bool) -> list[Tensor]:
+    q, k, v, do, *cotangents = arguments
+    with small_tiles(q.device.type):
+        o, lse = attention.attention_forward(q, k, v, SCALE, causal)
+        first = attention.attention_backward(do, q, k, v, o, lse, SCALE, causal)
+        asked = [u if use else None for u, use in zip(cotangents, used, strict=True)]
+        second = attention.attention_second_backward(*asked, do, q, k, v, o, lse, SCALE, causal)
+    return [o, *first, *second]
+
+
+def compare(arguments: list[Tensor], causal: bool, used: tuple[bool, ...] = (True, True, True)) -> list[Tensor]:
+    found = ours(arguments, used, causal)
+    exact = plain(arguments, used, causal, torch.float64)
+    simple = plain(arguments, used, causal, arguments[0].dtype)
+    for name, a, b, c in zip(NAMES, found, exact, simple, strict=True):
+        check(a, b, c, name)
+    return found
+
+
+@pytest.mark.parametrize(("device", "dtype"), DTYPES)
+@pytest.mark.parametrize(("n", "m", "d", "dv", "causal"), EVERY_SHAPE)
+def test_every_output_is_as_near_to_float64_as_plain_products(
+    device: str, dtype: torch.dtype, n: int, m: int, d: int, dv: int, causal: bool
+) -> None:
+    compare(inputs(n, m, d, dv, device, dtype), causal)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("used", [it for it in itertools.product((True, False), repeat=3) if any(it)][1:])
+def test_a_cotangent_may_be_none(device: str, used: tuple[bool, bool, bool]) -> None:
+    compare(inputs(20, 18, 4, 16, device, torch.float32, heads=1), False, used)
+
+
+def test_no_cotangent_gives_zeros() -> None:
+    q, k, v, do, *_ = inputs(4, 5, 3, 2, "cpu", torch.float32)
+    for x in attention.attention_second_backward(None, None, None, do, q, k, v, do, do[..., 0], SCALE, False):
+        assert not x.any()
+
+
+def heads_inside(x: Tensor) -> Tensor:
+    """Memory in the order [B, N, H, d]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def features_first(x: Tensor) -> Tensor:
+    """Memory in the order [B, H, d, N], as a convolution leaves it."""
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype, device=x.device)
+    wide[..., 1::2] = x
+    return wide[..., 1::2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [heads_inside, features_first, with_gaps])
+def test_any_strides(device: str, layout: Callable[[Tensor], Tensor]) -> None:
+    o, dq, *_ = compare([layout(x) for x in inputs(20, 8, 5, 4, device, torch.float16)], True)
+    if layout is features_first:
+        assert o.stride()[-2:] == dq.stride()[-2:] == (1, 20)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_expanded_inputs(device: str) -> None:
+    arguments = inputs(20, 8, 5, 4, device, torch.float16, batch=2)
+    arguments[1] = arguments[1][:, :1].expand(2, 2, 8, 5)
+    arguments[3] = arguments[3][..., :1, :1].expand(2, 2, 20, 4)
+    compare(arguments, False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_offsets_of_64_bits_change_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = inputs(20, 8, 5, 4, device, torch.float32, heads=1)
+    expected = ours(arguments, (True,) * 3, True)
+    monkeypatch.setattr(attention, "wide", lambda *tensors, dims: True)
+    for a, b in zip(ours(arguments, (True,) * 3, True), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_offsets_of_64_bits_are_used_where_they_are_needed() -> None:
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float16, device="meta")
+
+    assert not launch.wide(meta(64, 64, 2**20, 64), None, dims=2)  # heads begin at 64-bit offsets anyway
+    assert launch.wide(meta(1, 1, 2**25, 64), dims=2)
+    assert launch.wide(meta(8, 8), meta(1, 64, 2**25).transpose(1, 2), dims=2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_large_logits_stay_finite(device: str, causal: bool) -> None:
+    q, k, *rest = inputs(20, 18, 4, 4, device, torch.float32, heads=1)
+    for x in ours([q * 100, k * 300, *rest], (True,) * 3, causal):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_runs_agree_bit_for_bit(device: str) -> None:
+    arguments = inputs(20, 18, 8, 8, device, torch.float16)
+    for a, b in zip(*(ours(arguments, (True,) * 3, False) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("n", "m", "heads"), [(0, 3, 2), (3, 0, 2), (3, 4, 0)])
+def test_nothing_to_attend_to_and_nothing_that_attends(n: int, m: int, heads: int) -> None:
+    for x in ours(inputs(n, m, 4, 5, "cpu", torch.float32, heads=heads), (True,) * 3, False):
+        assert not x.any()
+
+
+SLOW = pytest.mark.slow
+SIZES = [pytest.param(size, marks=[SLOW] * (size != 64)) for size in (16, 32, 64, 128, 256)]
+KINDS = ["half", *(pytest.param(kind, marks=SLOW) for kind in ("tf32", "float32"))]
+UNEVEN = [pytest.param(uneven, marks=[SLOW] * uneven) for uneven in (False, True)]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", pytest.param("default", marks=SLOW)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("uneven", UNEVEN)
+def test_compiles_without_spills(
+    architecture: str,
+    kind: str,
+    size: int,
+    uneven: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """uneven: lengths that no tile divides, under a causal mask."""
+    monkeypatch.setattr(attention, "float32_precision", lambda: "tf32" if kind == "tf32" else "ieee")
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    n, m = (1025, 1023) if uneven else (4096, 4096)
+
+    def array(length: int) -> Tensor:
+        return torch.empty(2, 2, length, size, dtype=dtype, device="meta")
+
+    def passes() -> None:
+        q, k, v, do = array(n), array(m), array(m), array(n)
+        o, lse = attention.attention_forward(q, k, v, SCALE, uneven)
+        attention.attention_backward(do, q, k, v, o, lse, SCALE, uneven)
+        attention.attention_second_backward(q, k, v, do, q, k, v, o, lse, SCALE, uneven)
+
+    check_resources(architecture, passes, record_property)
