@@ -24,13 +24,13 @@ from torch.autograd import Function
 
 from fastgan.ops.autograd import asked, autocast, node_of
 from fastgan.ops.backend import LEAN, Op, forward_mode
-from fastgan.ops.implementations import tracked
+from fastgan.ops.implementations import dense, kernels, tracked
 
 Ints = int | tuple[int, ...]
 
 CONV2D = Op("conv2d", {"lean": LEAN}, forward_mode=True)
 CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN}, forward_mode=True)
-AVG_POOL2D = Op("avg_pool2d", {"lean": LEAN}, forward_mode=True)
+AVG_POOL2D = Op("avg_pool2d", {"cpp": kernels("avg_pool2d")["cpp"], "lean": LEAN}, forward_mode=True)
 for _name in ("upsample_conv2d", "conv2d_downsample", "interpolate_nearest", "linear"):
     Op(_name)
 
@@ -291,38 +291,49 @@ class _Linear(Function):
         return gx, gw, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
+def _pool(x: Tensor, k: int, name: str) -> Tensor:
+    return torch.ops.fastgan.avg_pool2d_forward(dense(x), k) if name == "cpp" else F.avg_pool2d(x, k)
+
+
+def _spread(gy: Tensor, k: int, size: tuple[int, int], name: str) -> Tensor:
+    """Adjoint of `_pool`: each value over its square, divided by k^2."""
+    if name == "cpp":
+        return torch.ops.fastgan.avg_pool2d_backward(dense(gy), k, *size)
+    gx = F.interpolate(gy * (1.0 / k**2), scale_factor=k, mode="nearest")
+    if gx.shape[-2:] == size:
+        return gx
+    # Rows and columns beyond the last whole square took no part.
+    return F.pad(gx, (0, size[1] - gx.shape[-1], 0, size[0] - gx.shape[-2]))
+
+
 class _AvgPool(Function):
-    """Mean over k x k squares; its adjoint spreads each value over its square, divided by k^2, and so on."""
+    """Linear: its backward is its adjoint, whose backward is this."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, k: int, name: str) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.k, ctx.size = k, x.shape[-2:]
-        return F.avg_pool2d(x, k)
+        ctx.k, ctx.size, ctx.name = k, x.shape[-2:], name
+        return _pool(x, k, name)
 
     @staticmethod
-    def jvp(ctx: Any, tx: Tensor, _: None) -> Tensor:
-        return _AvgPool.apply(tx, ctx.k)
+    def jvp(ctx: Any, tx: Tensor, *_: None) -> Tensor:
+        return _AvgPool.apply(tx, ctx.k, ctx.name)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
-        return (None if gy is None else _AvgPoolAdjoint.apply(gy, ctx.k, ctx.size)), None
+        return (None if gy is None else _AvgPoolAdjoint.apply(gy, ctx.k, ctx.size, ctx.name)), None, None
 
 
 class _AvgPoolAdjoint(Function):
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, k: int, size: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, gy: Tensor, k: int, size: tuple[int, int], name: str) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.k = k
-        gx = F.interpolate(gy * (1.0 / k**2), scale_factor=k, mode="nearest")
-        if gx.shape[-2:] == size:
-            return gx
-        # Rows and columns beyond the last whole square took no part.
-        return F.pad(gx, (0, size[1] - gx.shape[-1], 0, size[0] - gx.shape[-2]))
+        ctx.k, ctx.name = k, name
+        return _spread(gy, k, size, name)
 
     @staticmethod
     def backward(ctx: Any, ggx: Tensor | None) -> tuple[Any, ...]:
-        return (None if ggx is None else _AvgPool.apply(ggx, ctx.k)), None, None
+        return (None if ggx is None else _AvgPool.apply(ggx, ctx.k, ctx.name)), None, None, None
 
 
 def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -> Tensor:
@@ -332,7 +343,7 @@ def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -
 
     Args:
         x: [N, C, H, W], any floating dtype; kernel_size: k, side of the squares.
-        backend: "lean" (the default) or "torch", PyTorch's own function.
+        backend: "cpp", "lean" (PyTorch's kernels) or "torch" (PyTorch's own function).
 
     Returns:
         [N, C, H // k, W // k].
@@ -344,9 +355,10 @@ def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -
         raise ValueError(f"kernel_size: was {kernel_size}; it may be 1 or more")
     if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
         raise ValueError(f"x: had shape {tuple(x.shape)}; it may be [N, C, H, W], H and W at least {kernel_size}")
-    if AVG_POOL2D.choose(backend, x) == "torch" or not tracked(x):
+    name = AVG_POOL2D.choose(backend, x)
+    if name == "torch":
         return F.avg_pool2d(x, kernel_size)
-    return _AvgPool.apply(x, kernel_size)
+    return _AvgPool.apply(x, kernel_size, name) if tracked(x) else _pool(x, kernel_size, name)
 
 
 def interpolate_nearest(x: Tensor, scale_factor: int = 2) -> Tensor:

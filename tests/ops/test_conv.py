@@ -23,6 +23,7 @@ from fastgan.ops import (
     upsample_conv2d,
     use_backend,
 )
+from fastgan.ops.conv import AVG_POOL2D
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -380,3 +381,47 @@ def test_conv2d_refuses(how: dict[str, Any], error: type[Exception], message: st
 def test_conv_transpose2d_refuses_a_weight_of_conv2d() -> None:
     with pytest.raises(ValueError, match=r"weight: had shape \(4, 3, 3, 3\); it may be \[3, O/groups, kH, kW\]"):
         conv_transpose2d(torch.zeros(2, 3, 5, 5), torch.zeros(4, 3, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(
+    ("shape", "k"), [((2, 3, 6, 8), 2), ((1, 1, 7, 5), 2), ((2, 17, 9, 11), 3), ((3, 5, 35, 67), 2)]
+)
+def test_avg_pool2d_kernel(shape: tuple[int, ...], k: int, layout: str, dtype: torch.dtype) -> None:
+    if (reason := AVG_POOL2D.implementations["cpp"].able(torch.zeros(shape))) is not None:
+        pytest.skip(reason)
+    x = laid_out(random(*shape).to(dtype), layout)
+    seed = random(*avg_pool2d(x, k).shape, seed=1).to(dtype)
+
+    def run(x: Tensor, seed: Tensor, backend: str) -> list[Tensor]:
+        seed = seed.detach().requires_grad_()
+        y = avg_pool2d(x, k, backend=backend)
+        (gx,) = torch.autograd.grad(y, x, seed, create_graph=True)
+        (gseed,) = torch.autograd.grad(gx, seed, torch.cos(x).detach())
+        return [y, gx, gseed]
+
+    exact = run(x.detach().double().requires_grad_(), seed.double(), "torch")
+    poisoned: list[Tensor] = []
+    for _ in range(2):  # what the first run frees, full of NaN by then, the second is likely to get
+        found = run(x, seed, "cpp")
+        for t in found:
+            poisoned.append(t.detach().clone())
+            t.detach().fill_(torch.nan)
+        del found
+    for actual, expected in zip(poisoned[3:], exact, strict=True):
+        assert actual.dtype == dtype and actual.shape == expected.shape
+        assert (actual.double() - expected).norm() <= torch.finfo(dtype).eps * expected.norm()
+
+
+def test_avg_pool2d_kernel_is_the_same_for_one_thread_and_two() -> None:
+    x = torch.randn(4, 8, 64, 64)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(avg_pool2d(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)

@@ -1,0 +1,167 @@
+// Mean over non-overlapping squares, and its adjoint, which spreads each value over its square. Only memory moves: ATen's
+// forward takes 4 times as long on contiguous planes, its nearest upsampling 5 times.
+#include "features.h"
+#include "ops.h"
+
+namespace fastgan {
+
+namespace {
+
+struct Planes {
+  int64_t n, c, h, w, k;
+  int64_t oh() const { return h / k; }
+  int64_t ow() const { return w / k; }
+};
+
+// K is k where that is known to the compiler, else 0.
+template <int64_t K, class T>
+void pool_row(const T* x, int64_t stride, T* y, int64_t width, int64_t k) {
+  const int64_t side = K ? K : k;
+  const float scale = 1.0f / static_cast<float>(side * side);
+#pragma omp simd
+  for (int64_t j = 0; j < width; ++j) {
+    float sum = 0.0f;
+    for (int64_t a = 0; a < side; ++a) {
+      for (int64_t b = 0; b < side; ++b) sum += load(x + a * stride + j * side + b);
+    }
+    store(y + j, sum * scale);
+  }
+}
+
+template <int64_t K, class T>
+void spread_row(const T* dy, T* dx, int64_t width, int64_t k) {
+  const int64_t side = K ? K : k;
+  const float scale = 1.0f / static_cast<float>(side * side);
+#pragma omp simd
+  for (int64_t j = 0; j < width; ++j) {
+    const float value = load(dy + j) * scale;
+    for (int64_t b = 0; b < side; ++b) store(dx + j * side + b, value);
+  }
+}
+
+template <class T>
+void zero(T* p, int64_t count) {
+  if (count > 0) std::memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <class T>
+void pool_planes(const T* x, T* y, const Planes& p) {
+  parallel(p.n * p.c * p.oh(), p.w * p.k * static_cast<int64_t>(sizeof(T)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* from = x + ((row / p.oh()) * p.h + (row % p.oh()) * p.k) * p.w;
+      if (p.k == 2) {
+        pool_row<2>(from, p.w, y + row * p.ow(), p.ow(), p.k);
+      } else {
+        pool_row<0>(from, p.w, y + row * p.ow(), p.ow(), p.k);
+      }
+    }
+  });
+}
+
+template <class T>
+void spread_planes(const T* dy, T* dx, const Planes& p) {
+  parallel(p.n * p.c * p.h, p.w * static_cast<int64_t>(sizeof(T)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* to = dx + row * p.w;
+      const int64_t above = (row % p.h) / p.k;
+      if (above >= p.oh()) {
+        zero(to, p.w);
+        continue;
+      }
+      const T* from = dy + ((row / p.h) * p.oh() + above) * p.ow();
+      if (p.k == 2) {
+        spread_row<2>(from, to, p.ow(), p.k);
+      } else {
+        spread_row<0>(from, to, p.ow(), p.k);
+      }
+      zero(to + p.ow() * p.k, p.w - p.ow() * p.k);
+    }
+  });
+}
+
+template <class T>
+void pool_pixels(const T* x, T* y, const Planes& p) {
+  const float scale = 1.0f / static_cast<float>(p.k * p.k);
+  parallel(p.n * p.oh(), p.w * p.c * p.k * static_cast<int64_t>(sizeof(T)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t j = 0; j < p.ow(); ++j) {
+        const T* from = x + (((row / p.oh()) * p.h + (row % p.oh()) * p.k) * p.w + j * p.k) * p.c;
+        T* to = y + (row * p.ow() + j) * p.c;
+#pragma omp simd
+        for (int64_t c = 0; c < p.c; ++c) {
+          float sum = 0.0f;
+          for (int64_t a = 0; a < p.k; ++a) {
+            for (int64_t b = 0; b < p.k; ++b) sum += load(from + (a * p.w + b) * p.c + c);
+          }
+          store(to + c, sum * scale);
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void spread_pixels(const T* dy, T* dx, const Planes& p) {
+  const float scale = 1.0f / static_cast<float>(p.k * p.k);
+  parallel(p.n * p.h, p.w * p.c * static_cast<int64_t>(sizeof(T)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* to = dx + row * p.w * p.c;
+      const int64_t above = (row % p.h) / p.k;
+      if (above >= p.oh()) {
+        zero(to, p.w * p.c);
+        continue;
+      }
+      const T* from = dy + ((row / p.h) * p.oh() + above) * p.ow() * p.c;
+      for (int64_t j = 0; j < p.ow() * p.k; ++j) {
+        const T* one = from + (j / p.k) * p.c;
+#pragma omp simd
+        for (int64_t c = 0; c < p.c; ++c) store(to + j * p.c + c, load(one + c) * scale);
+      }
+      zero(to + p.ow() * p.k * p.c, (p.w - p.ow() * p.k) * p.c);
+    }
+  });
+}
+
+// An output of x's dtype and layout with another height and width.
+template <class T>
+Tensor sized(const Tensor& x, bool last, int64_t height, int64_t width) {
+  const int64_t n = x.size(0), c = x.size(1);
+  if (!last) return fresh<T>(torch::stable::new_empty(x, std::vector<int64_t>{n, c, height, width}));
+  const Tensor made = torch::stable::new_empty(x, std::vector<int64_t>{n, height, width, c});
+  return torch::stable::transpose(torch::stable::transpose(fresh<T>(made), 2, 3), 1, 2);
+}
+
+void check_planes(const Tensor& x, const char* name, int64_t kernel_size) {
+  STD_TORCH_CHECK(x.dim() == 4, name, ": had ", x.dim(), " dimensions; it may be [N, C, H, W]");
+  STD_TORCH_CHECK(kernel_size >= 1, "kernel_size: was ", kernel_size, "; it may be 1 or more");
+}
+
+}  // namespace
+
+Tensor avg_pool2d_forward(const Tensor& x, int64_t kernel_size) {
+  check_planes(x, "x", kernel_size);
+  const Features f = features(x);
+  const Planes p{f.n, f.c, x.size(2), x.size(3), kernel_size};
+  STD_TORCH_CHECK(p.oh() > 0 && p.ow() > 0, "x: is smaller than a square");
+  return dispatch(x, "x", [&](auto element) {
+    using T = decltype(element);
+    const Tensor y = sized<T>(x, f.last, p.oh(), p.ow());
+    (f.last ? pool_pixels<T> : pool_planes<T>)(data<T>(x), output<T>(y), p);
+    return y;
+  });
+}
+
+Tensor avg_pool2d_backward(const Tensor& dy, int64_t kernel_size, int64_t height, int64_t width) {
+  check_planes(dy, "dy", kernel_size);
+  const Features f = features(dy);
+  const Planes p{f.n, f.c, height, width, kernel_size};
+  STD_TORCH_CHECK(p.oh() == dy.size(2) && p.ow() == dy.size(3), "dy: its shape is not that of the pooled image");
+  return dispatch(dy, "dy", [&](auto element) {
+    using T = decltype(element);
+    const Tensor dx = sized<T>(dy, f.last, height, width);
+    (f.last ? spread_pixels<T> : spread_planes<T>)(data<T>(dy), output<T>(dx), p);
+    return dx;
+  });
+}
+
+}  // namespace fastgan
