@@ -118,15 +118,18 @@ def _flags(library: str, level: str) -> list[str]:
     return [*_COMMON, "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "--threads=2"]
 
 
-def _targets(nvcc: list[str]) -> list[str]:
-    """Machine code for each of CUDA_ARCHITECTURES that this nvcc knows (before 12.8 there is no sm_100), and PTX."""
-    known = {int(number) for number in re.findall(r"compute_(\d+)", _run([*nvcc, "--list-gpu-arch"]))}
-    chosen = [number for number in CUDA_ARCHITECTURES if number in known]
-    if not chosen:
-        raise BuildError(f"{nvcc[0]} knows none of the architectures {CUDA_ARCHITECTURES}")
+def _targets(nvcc: list[str], level: str) -> list[str]:
+    """Machine code for each architecture of `level`, "80-90" say, that this nvcc knows, and PTX for later ones."""
+    known = sorted({int(number) for number in re.findall(r"compute_(\d+)\b", _run([*nvcc, "--list-gpu-arch"]))})
+    asked = CUDA_ARCHITECTURES if level == "all" else tuple(int(number) for number in level.split("-"))
+    chosen = [number for number in asked if number in known]
+    # Before 12.8 there is no sm_100: the PTX of the newest below it runs there too.
+    below = [number for number in known if number <= max(asked)]
+    if not below:
+        raise BuildError(f"{nvcc[0]} knows none of the architectures {', '.join(map(str, asked))}")
     return [
         *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in chosen),
-        f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}",
+        f"-gencode=arch=compute_{below[-1]},code=compute_{below[-1]}",
     ]
 
 
@@ -161,13 +164,14 @@ def _run(command: Sequence[str]) -> str:
     return said
 
 
-def compile_library(library: str, target: Path, level: str = "baseline", sources: Path | None = None) -> None:
+def compile_library(library: str, target: Path, level: str, sources: Path | None = None) -> None:
     """Compile csrc/cpu or csrc/cuda into one shared library.
 
     Args:
         library: "cpu" or "cuda".
         target: the file to write; it appears whole, or not at all.
-        level: a key of INSTRUCTIONS; only for "cpu".
+        level: for "cpu" a key of INSTRUCTIONS; for "cuda" the architectures, "80-90" say, or "all" of
+            CUDA_ARCHITECTURES.
         sources: the folder csrc/; default the package's own.
 
     Raises:
@@ -175,7 +179,7 @@ def compile_library(library: str, target: Path, level: str = "baseline", sources
     """
     sources = sources or source_folder()
     compiler = _compiler(library)
-    flags = _flags(library, level) + (_targets(compiler) if library == "cuda" else [])
+    flags = _flags(library, level) + (_targets(compiler, level) if library == "cuda" else [])
     torch_folder = _torch_folder()
     # No path of the building machine goes into the library: __FILE__ is in the messages of failed checks.
     host = "-Xcompiler=" if library == "cuda" else ""
@@ -307,6 +311,14 @@ def level() -> str:
     return "baseline"
 
 
+def architectures() -> str:
+    """Those of the GPUs here: compiled on first use, the CUDA library is for this machine alone, which takes less."""
+    import torch
+
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return "-".join(f"{major}{minor}" for major, minor in sorted(capabilities))
+
+
 def _open(file: Path) -> None:
     import torch
 
@@ -317,7 +329,7 @@ def _load(library: str) -> Path:
     if os.name == "nt":
         raise Unavailable("the compiled libraries are not built on Windows")
     sources = source_folder()
-    kind = level() if library == "cpu" else "all"
+    kind = level() if library == "cpu" else architectures()
     prebuilt = Path(__file__).resolve().parent / "lib" / prebuilt_name(library, kind, sources)
     if prebuilt.is_file():
         with contextlib.suppress(OSError):  # made for another C library, say: then it is built here
