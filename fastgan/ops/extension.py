@@ -272,6 +272,8 @@ def cached_library(library: str, level: str, sources: Path | None = None, folder
                 raise BuildError(log.read_text().split("\n", 1)[0])
             for broken in folder.glob(f"{key}-*.so"):
                 broken.unlink()
+            if sys.stderr.isatty():
+                print(f"fastgan: compiling its {library} kernels; this happens once", file=sys.stderr)
             made = folder / f"{key}.{os.getpid()}.tmp"
             try:
                 compile_library(library, made, level, sources)
@@ -381,7 +383,7 @@ def _state(library: str, load: Callable[[], Path]) -> str | None:
             _found[library] = None
         except Unavailable as reason:
             _found[library] = str(reason)
-        except BuildError as error:
+        except Exception as error:  # whatever it is, plain PyTorch can go on
             if wish == "force":
                 raise RuntimeError(f"FASTGAN_BUILD=force, and the {library} library is not there: {error}") from error
             _found[library] = str(error)

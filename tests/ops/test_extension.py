@@ -263,6 +263,15 @@ def test_a_library_that_does_not_load_is_a_reason(cache: Path, sources: Path, mo
         assert extension.cpu() is not None
 
 
+def test_any_failure_leaves_plain_pytorch(cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(extension, "cache_folder", no_home)
+    with pytest.warns(RuntimeWarning, match="Could not determine home directory"):
+        assert extension.cpu() is not None
+
+
 def test_other_systems_fall_back_politely(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "os", SimpleNamespace(name="nt", environ={}))
     with warnings.catch_warnings():
