@@ -32,3 +32,8 @@ def wide(*tensors: Tensor | None, dims: int) -> bool:
             if reach >= 2**31:
                 return True
     return False
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether dense x [N, C, ...] has its channels next to each other in memory and not its pixels."""
+    return not x.is_contiguous()

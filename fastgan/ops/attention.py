@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -308,10 +309,22 @@ def _chunked_worth(*inputs: Tensor, **options: object) -> str | None:
     return None
 
 
+def _compiled() -> dict[str, Implementation]:
+    """The kernels; Triton's keep whole feature vectors on the chip and take no larger ones."""
+    found = kernels("attention", _no_mask)
+    triton = found["triton"]
+
+    def able(*inputs: Tensor, **options: object) -> str | None:
+        largest = max((x.shape[-1] for x in inputs), default=0)
+        return f"it takes 256 features, not {largest}" if largest > 256 else triton.able(*inputs, **options)
+
+    return {**found, "triton": replace(triton, able=able)}
+
+
 OP = Op(
     "scaled_dot_product_attention",
     {
-        **kernels("attention", _no_mask),
+        **_compiled(),
         "chunked": Implementation(
             able=lambda *inputs, **options: _no_mask(**options),
             worth=_chunked_worth,

@@ -1,0 +1,175 @@
+"""pixel_norm(act(x + bias) * gain) and its derivatives, one pass each; in full in `fastgan.ops.bias_act_pixel_norm`.
+
+A program takes the whole feature vectors of a few pixels, so that every input is read once; vectors of more than 4096
+channels are read a second time. Sums over all but the channels are sums of the programs' sums, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastgan.kernels.bias_act import activate, slope_of_sign
+from fastgan.kernels.launch import channels_last, on
+from torch import Tensor
+
+TILE = 8192  # elements
+LARGEST = 4096  # channels that are kept
+
+
+@triton.jit
+def _pixels(i, per_sample, PIXELS: tl.constexpr, REPEAT: tl.constexpr):
+    """(sample, pixels of it) of the i-th of this program's tiles; in channels_last all is one sample."""
+    groups = tl.cdiv(per_sample, PIXELS * REPEAT)
+    group = tl.program_id(0) % groups
+    return tl.program_id(0) // groups, (group * REPEAT + i) * PIXELS + tl.arange(0, PIXELS)
+
+
+@triton.jit
+def _at(sample, p, first, per_sample, step_p, step_c, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """(channels, offsets [pixels, channels], mask)."""
+    c = first + tl.arange(0, BLOCK)
+    mask = (p < per_sample)[:, None] & (c < C)[None, :]
+    if WIDE:
+        p = p.to(tl.int64)
+        c = c.to(tl.int64)
+    return c, sample.to(tl.int64) * per_sample * C + p[:, None] * step_p + c[None, :] * step_c, mask
+
+
+@triton.jit
+def _load(base, offsets, mask):
+    return tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    x, bias, y, r, per_sample, step_p, step_c, slope, gain, eps,
+    ACT: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    sample, p = _pixels(0, per_sample, PIXELS, 1)
+    squares = tl.zeros([PIXELS], tl.float32)
+    for first in tl.static_range(0, C, BLOCK):
+        c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
+        value = _load(x, offsets, mask)
+        if bias is not None:
+            value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        value = tl.where(mask, activate(value, slope, gain, ACT), 0.0)
+        squares += tl.sum(value * value, 1)
+    scale = 1 / tl.sqrt(squares / C + eps)
+    tl.store(r + sample.to(tl.int64) * per_sample + p, scale, mask=p < per_sample)
+    for first in tl.static_range(0, C, BLOCK):
+        if C > BLOCK:
+            c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
+            value = _load(x, offsets, mask)
+            if bias is not None:
+                value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+            value = activate(value, slope, gain, ACT)
+        tl.store(y + offsets, (value * scale[:, None]).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    u, dy, y, r, dx, gx, partial, per_sample, step_p, step_c, slope, gain,
+    ACT: tl.constexpr, SUM: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
+    REPEAT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """dx of dy, or, given u, gdy (into dx) and gx; SUM: of dx, or of gx, into partial [programs, C]."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(REPEAT):
+        sample, p = _pixels(i, per_sample, PIXELS, REPEAT)
+        scale = _load(r, sample.to(tl.int64) * per_sample + p, p < per_sample)[:, None]
+        m = tl.zeros([PIXELS], tl.float32)
+        q = tl.zeros([PIXELS], tl.float32)
+        s = tl.zeros([PIXELS], tl.float32)
+        for first in tl.static_range(0, C, BLOCK):
+            c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
+            out = _load(y, offsets, mask)
+            grad = _load(dy, offsets, mask)
+            m += tl.sum(grad * out, 1)
+            if u is not None:
+                v = _load(u, offsets, mask) * slope_of_sign(out, slope, gain, ACT)
+                q += tl.sum(v * out, 1)
+                s += tl.sum(v * grad, 1)
+        m = (m / C)[:, None]
+        q = (q / C)[:, None]
+        s = (s / C)[:, None]
+        for first in tl.static_range(0, C, BLOCK):
+            if C > BLOCK:
+                c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
+                out = _load(y, offsets, mask)
+                grad = _load(dy, offsets, mask)
+                if u is not None:
+                    v = _load(u, offsets, mask) * slope_of_sign(out, slope, gain, ACT)
+            if u is None:
+                found = scale * (grad - out * m) * slope_of_sign(out, slope, gain, ACT)
+                tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask=mask)
+            else:
+                tl.store(dx + offsets, (scale * (v - out * q)).to(dx.dtype.element_ty), mask=mask)
+                found = scale * scale * (out * (3 * q * m - s) - v * m - grad * q)
+                found *= slope_of_sign(out, slope, gain, ACT)
+                tl.store(gx + offsets, found.to(gx.dtype.element_ty), mask=mask)
+            if SUM:
+                sums = tl.sum(tl.where(mask, found, 0.0), 0)
+                if C > BLOCK:  # REPEAT is 1
+                    tl.store(partial + tl.program_id(0).to(tl.int64) * C + c, sums, mask=c < C)
+                else:
+                    total += sums
+    if SUM and C <= BLOCK:
+        c = tl.arange(0, BLOCK)
+        tl.store(partial + tl.program_id(0).to(tl.int64) * C + c, total, mask=c < C)
+
+
+def _launch(kernel: Any, like: Tensor, want_bias: bool = False, **arguments: Any) -> Tensor:
+    """Run over all pixels; returns the sum over all but the channels where it is wanted."""
+    n, channels = like.shape[:2]
+    pixels = like.numel() // (n * channels)
+    if channels_last(like) or pixels == 1:
+        samples, per_sample, steps = 1, n * pixels, (channels, 1)
+    else:
+        samples, per_sample, steps = n, pixels, (1, pixels)
+    block = min(triton.next_power_of_2(channels), LARGEST)
+    # Three tensors are held at once in a second backward, and at least 16 pixels make a full 32 bytes of one channel.
+    tile = min(max(TILE // block, 16 if steps[0] == 1 else 1), triton.next_power_of_2(per_sample), 256)
+    groups = samples * triton.cdiv(per_sample, tile)
+    constants = {"C": channels, "BLOCK": block, "PIXELS": tile, "WIDE": like.numel() + 2 * TILE >= 2**31}
+    if kernel is _backward_kernel:
+        repeat = 4 if want_bias and channels <= block and groups >= 8192 else 1
+        groups = samples * triton.cdiv(per_sample, tile * repeat)
+        shape = (groups, channels) if want_bias else (0,)
+        arguments["partial"] = partial = torch.empty(shape, dtype=torch.float32, device=like.device)
+        constants |= {"SUM": want_bias, "REPEAT": repeat}
+    with on(like.device):
+        kernel[(groups,)](
+            per_sample=per_sample, step_p=steps[0], step_c=steps[1], **arguments, **constants,
+            num_warps=16 if block * tile > TILE else 8, enable_fp_fusion=True,
+        )  # fmt: skip
+    if kernel is _backward_kernel and want_bias:
+        return partial.sum(0)
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def bias_act_pixel_norm_forward(
+    x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    r = torch.empty((x.shape[0], 1, *x.shape[2:]), dtype=torch.float32, device=x.device)
+    _launch(_forward_kernel, x, x=x, bias=bias, y=y, r=r, slope=negative_slope, gain=gain, eps=eps, ACT=act)
+    return y, r
+
+
+def bias_act_pixel_norm_backward(
+    dy: Tensor, y: Tensor, r: Tensor, act: int, negative_slope: float, gain: float, want_bias: bool
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(y)
+    settings = {"slope": negative_slope, "gain": gain, "ACT": act}
+    return dx, _launch(_backward_kernel, y, want_bias, u=None, dy=dy, y=y, r=r, dx=dx, gx=None, **settings)
+
+
+def bias_act_pixel_norm_second_backward(
+    u: Tensor, dy: Tensor, y: Tensor, r: Tensor, act: int, negative_slope: float, gain: float, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    gdy, gx = torch.empty_like(y), torch.empty_like(y)
+    settings = {"slope": negative_slope, "gain": gain, "ACT": act}
+    return gdy, gx, _launch(_backward_kernel, y, want_bias, u=u, dy=dy, y=y, r=r, dx=gdy, gx=gx, **settings)
