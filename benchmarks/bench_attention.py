@@ -1,0 +1,124 @@
+"""scaled_dot_product_attention beside torch's: `pytest benchmarks/bench_attention.py --benchmark-only`.
+
+Sides: `fastgan` is what the default chooses, then every implementation that runs here; `math` and `flash` are torch's
+own (on a GPU `flash` is whatever fused kernel torch picks), `plain` is matrix products and a softmax.
+The fused ones have no second derivative. -k '4096x4096' selects a shape, -k second a mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import sidebyside
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastgan.ops import scaled_dot_product_attention
+from fastgan.ops.attention import OP
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Case(NamedTuple):
+    name: str
+    batch: int
+    heads: int
+    n: int
+    m: int
+    d: int
+    dv: int
+
+
+CASES = [
+    Case("4096x4096", 2, 1, 4096, 4096, 32, 32),
+    Case("4096x1024", 2, 1, 4096, 1024, 32, 32),
+    Case("SAGAN 32 px", 2, 1, 1024, 256, 32, 128),
+    Case("SAGAN 64 px", 2, 1, 4096, 1024, 16, 64),
+    Case("256x256 batch 16", 16, 1, 256, 256, 32, 32),
+    Case("1024x1024 8 heads", 8, 8, 1024, 1024, 64, 64),
+]
+if GPU:
+    CASES += [
+        Case("4096x4096 batch 16", 16, 1, 4096, 4096, 64, 64),
+        Case("SAGAN 64 px batch 16", 16, 1, 4096, 1024, 16, 64),
+    ]
+DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
+MODES = ("forward", "first", "second")  # ... + backward; ... + backward + second backward
+
+
+def math_form(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+
+def ours(backend: str | None) -> Attend:
+    return lambda q, k, v: scaled_dot_product_attention(q, k, v, backend=backend)
+
+
+def run(attend: Attend, tensors: tuple[Tensor, ...], do: Tensor, us: tuple[Tensor, ...], mode: str) -> list[Tensor]:
+    """[o], [o, dq, dk, dv] or [o, dq, dk, dv, gq, gk, gv, gdo]."""
+    if mode == "forward":
+        with torch.no_grad():
+            return [attend(*tensors)]
+    o = attend(*tensors)
+    first = torch.autograd.grad(o, tensors, do, create_graph=mode == "second")
+    found = [o.detach(), *(x.detach() for x in first)]
+    return found if mode == "first" else [*found, *torch.autograd.grad(first, (*tensors, do), us)]
+
+
+def exact(tensors: tuple[Tensor, ...], do: Tensor, us: tuple[Tensor, ...], mode: str) -> list[Tensor]:
+    """By plain matrix products in float64, a sample at a time."""
+    found = []
+    for i in range(do.shape[0]):
+        qkv = tuple(x[i : i + 1].detach().double().requires_grad_() for x in tensors)
+        seed = do[i : i + 1].detach().double().requires_grad_()
+        found.append(run(plain, qkv, seed, tuple(u[i : i + 1].double() for u in us), mode))
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.benchmark(group="attention")
+def test_attention(benchmark: Any, mode: str, dtype: torch.dtype, case: Case) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(length: int, features: int) -> Tensor:
+        shape = (case.batch, case.heads, length, features)
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    tensors = tuple(random(*s).requires_grad_() for s in ((case.n, case.d), (case.m, case.d), (case.m, case.dv)))
+    do = random(case.n, case.dv).requires_grad_()
+    us = tuple(torch.randn(x.shape, generator=generator).to(DEVICE, dtype) for x in tensors)
+    sides: dict[str, Attend] = {"fastgan": ours(None)}
+    for name, implementation in OP.implementations.items():
+        if name != "torch" and implementation.able(*tensors) is None:
+            sides[name] = ours(name)
+    sides["math"], sides["plain"] = math_form, plain
+    if mode != "second" and (GPU or case.d == case.dv):
+        sides["flash"] = fused
+    large = case.batch * case.heads * case.n * case.m > 2**24
+    sidebyside.compare(
+        benchmark,
+        f"{case.name} d={case.d} dv={case.dv} {str(dtype).removeprefix('torch.')} {mode}",
+        {name: partial(run, attend, tensors, do, us, mode) for name, attend in sides.items()},
+        expected=exact(tensors, do, us, mode),
+        baseline="flash" if "flash" in sides else "math",
+        rounds=10 if large and not GPU else 30,
+    )
