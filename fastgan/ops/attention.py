@@ -160,7 +160,8 @@ def _check(
 
 def _four_dimensional(x: Tensor, leading: tuple[int, ...]) -> Tensor:
     """[..., length, features], its leading dimensions broadcast, as [B, H, length, features]."""
-    x = x.expand(*leading, *x.shape[-2:])
+    if x.shape[:-2] != leading:
+        x = x.expand(*leading, *x.shape[-2:])
     if len(leading) == 2:
         return x
     if len(leading) < 2:
@@ -244,8 +245,13 @@ class _Forward(torch.autograd.Function):
         if do is None:
             return (None,) * 6
         q, k, v, o, lse = ctx.saved_tensors
-        # o and lse are functions of q, k and v whose part in the second derivative is in second_backward.
-        found = _Backward.apply(do, q, k, v, o.detach(), lse, *ctx.rest)
+        scale, causal, kernels = ctx.rest
+        if torch.is_grad_enabled():
+            # o and lse are functions of q, k and v whose part in the second derivative is in second_backward.
+            found = _Backward.apply(do, q, k, v, o.detach(), lse, scale, causal, kernels)
+        else:
+            with _as_given(q):
+                found = kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
         return *_asked(ctx, found), None, None, None
 
 
