@@ -87,8 +87,9 @@ def _product(
     """total + a b^T, a product over the features.
 
     Exact float32 products do without tensor cores, and then each thread of `tl.dot` holds its lines of both operands
-    over the whole inner dimension, which is more than there are registers. With CHUNK the operands come in that many
-    features at a time, from the cache, and the tiles given are not used.
+    over the whole inner dimension, which is more than there are registers; of large feature vectors, whole tiles of
+    every operand are more than there is shared memory. With CHUNK the operands come in that many features at a time,
+    from the cache, and the tiles given are not used.
     """
     if CHUNK == 0:
         total = tl.dot(a_tile, tl.trans(b_tile), total, input_precision=PRECISION)
@@ -469,7 +470,7 @@ def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float,
     with on(q.device):
         kernel[(triton.cdiv(count, block) * batch * heads,)](
             **arrays, **strides, heads=heads, n=n, m=m, scale=scale, D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            ROWS=tile.rows, COLS=tile.cols, CHUNK=min(tile.chunk, block_d, block_dv) if kind == "float32" else 0,
+            ROWS=tile.rows, COLS=tile.cols, CHUNK=min(tile.chunk, block_d, block_dv),
             EVEN=n % tile.rows == 0 and m % tile.cols == 0, WIDE=wide(*strided.values(), dims=2),
             CAUSAL=causal, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     cols: int
     warps: int
     stages: int
-    chunk: int = 16  # features of an exact float32 product at a time
+    chunk: int = 0  # features of a product at a time; 0: all
 
 
 _given: dict[str, Tile] = {}

@@ -1,0 +1,116 @@
+"""python -m fastgan.kernels.tune: measure tiles on the GPU at hand and write the fastest into tiles.json.
+
+Run once for a new architecture, and again when a kernel changes; programs only look the table up. Afterwards
+`pytest -m slow tests/kernels` says whether an entry spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+from fastgan.kernels import attention, tiles
+from fastgan.kernels.tiles import KINDS, Tile
+from torch import Tensor
+
+SIZES = (16, 32, 64, 128, 256)
+PASSES = {
+    "forward": ("attention_forward",),
+    "backward": ("attention_backward_rows", "attention_backward_columns"),
+    "second backward": ("attention_second_statistics", "attention_second_rows", "attention_second_columns"),
+}
+
+
+def candidates(op: str, kind: str, size: int) -> Iterator[Tile]:
+    chunks = (0,) if kind == "half" and size < 256 else (0, 32, 64) if kind != "float32" else (16, 32)
+    sides = (16, 32, 64) if kind == "float32" else (16, 32, 64, 128)
+    for rows, cols, warps, stages, chunk in itertools.product(sides, sides, (4, 8), (1, 2, 3), chunks):
+        owned = cols if op.endswith("columns") else rows
+        swept = rows if op.endswith("columns") else cols
+        if swept <= owned and chunk <= size and not (kind == "float32" and stages > 1):
+            yield Tile(rows, cols, warps, stages, chunk)
+
+
+def passes(kind: str, size: int) -> dict[str, Callable[[], object]]:
+    """The three passes at a size that fills a GPU: about 2^32 products of one inner dimension of 64."""
+    n = 4096 if size <= 64 else 2048
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    q, k, v, do = (torch.randn(8, 2, n, size, device="cuda", dtype=dtype) for _ in range(4))
+    u: tuple[Tensor, ...] = (k, v, q)
+    o, lse = attention.attention_forward(q, k, v, 0.1, False)
+    rest = (do, q, k, v, o, lse, 0.1, False)
+    return {
+        "forward": lambda: attention.attention_forward(q, k, v, 0.1, False),
+        "backward": lambda: attention.attention_backward(*rest),
+        "second backward": lambda: attention.attention_second_backward(*u, *rest),
+    }
+
+
+def time_of(run: Callable[[], object], given: dict[str, Tile]) -> float | None:
+    """Milliseconds of a pass with these tiles, or None where they do not fit."""
+    with tiles.using(given):
+        try:
+            run()
+        except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError):
+            return None
+        return float(triton.testing.do_bench(run, return_mode="median"))
+
+
+def tune(kinds: tuple[str, ...], sizes: tuple[int, ...]) -> dict[str, dict[str, Tile]]:
+    """operation -> kind and size -> fastest tile. The kernels of a pass are tuned one after the other."""
+    found: dict[str, dict[str, Tile]] = {}
+    for kind, size in itertools.product(kinds, sizes):
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+        for name, run in passes(kind, size).items():
+            best: dict[str, Tile] = {}
+            for op in PASSES[name]:
+                times = {tile: time_of(run, {**best, op: tile}) for tile in candidates(op, kind, size)}
+                known = {tile: time for tile, time in times.items() if time is not None}
+                if known:
+                    best[op] = min(known, key=known.__getitem__)
+                    found.setdefault(op, {})[f"{kind}/{size}"] = best[op]
+                    print(f"{op} {kind}/{size}: {tuple(best[op])}, the pass {known[best[op]]:.3f} ms", flush=True)
+    return found
+
+
+def write(architecture: str, found: dict[str, dict[str, Tile]]) -> None:
+    """Merge into tiles.json, an operation's entries of one kind on one line."""
+    ops = {op: {**tiles.table().get(architecture, {}).get(op, {}), **entries} for op, entries in found.items()}
+    table = {**tiles.table(), architecture: {**tiles.table().get(architecture, {}), **ops}}
+    blocks = []
+    for name in sorted(table):
+        lines = []
+        for op in sorted(table[name]):
+            entries = table[name][op]
+            rows = [
+                ", ".join(f'"{key}": {json.dumps(entries[key])}' for s in SIZES if (key := f"{kind}/{s}") in entries)
+                for kind in KINDS
+            ]
+            body = ",\n      ".join(row for row in rows if row)
+            lines.append(f'    "{op}": {{\n      {body}\n    }}')
+        blocks.append(f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }")
+    tiles.TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+    tiles.table.cache_clear()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastgan.kernels.tune", description=__doc__)
+    parser.add_argument("--kind", choices=KINDS, action="append", help="numbers to tune for; all by default")
+    parser.add_argument("--size", type=int, choices=SIZES, action="append", help="padded feature sizes; all by default")
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("tune: there is no GPU here to measure on; tiles.json is as it was", file=sys.stderr)
+        return 1
+    architecture = tiles.architecture(torch.device("cuda", torch.cuda.current_device()))
+    write(architecture, tune(tuple(given.kind or KINDS), tuple(given.size or SIZES)))
+    print(f"wrote the tiles of {architecture} to {tiles.TABLE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

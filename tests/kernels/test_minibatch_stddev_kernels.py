@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from fastgan.kernels import minibatch_stddev as kernels
+from torch import Tensor
+from triton_offline import DTYPES, check, check_resources, running
+
+op = importlib.import_module("fastgan.ops.minibatch_stddev")  # the name in fastgan.ops is the function
+
+# (N, C, H, W), samples in a group, features
+SHAPES = [
+    ((8, 3, 5, 3), 4, 1),
+    ((6, 4, 3, 3), 3, 2),
+    ((1, 1, 1, 1), 1, 1),
+    ((4, 5, 2, 2), 1, 1),
+    ((5, 6, 1, 2), 5, 3),
+]
+LARGE = [((16, 256, 64, 64), 4, 1), ((12, 512, 4, 4), 4, 4), ((8, 33, 31, 17), 8, 3)]
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("device", "dtype"), DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "group", "features"), [*SHAPES, *(pytest.param(*it, marks=pytest.mark.gpu) for it in LARGE)]
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_matches_the_composed_form(
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    group: int,
+    features: int,
+    last: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(kernels, "TILE", 32)
+    form = torch.channels_last if last else torch.contiguous_format
+    x, u = (random(*shape, seed=i).to(device, dtype, memory_format=form) for i in range(2))
+    n, c, h, w = shape
+    dy = random(n, c + features, h, w, seed=2).to(device, dtype, memory_format=form)
+    settings = (group, features, 1e-3)
+    t = op.backward(dy, x, *settings)[1]
+    for name, arguments in (
+        ("forward", (x, *settings)),
+        ("backward", (dy, x, *settings)),
+        ("second_backward", (u, x, t, *settings)),
+    ):
+        with running(device):
+            found = getattr(kernels, f"minibatch_stddev_{name}")(*arguments)
+        exact = getattr(op, name)(*(a.double() if isinstance(a, Tensor) else a for a in arguments))
+        plain = getattr(op, name)(*arguments)
+        results = [(found, exact, plain)] if name == "forward" else list(zip(found, exact, plain, strict=True))
+        for i, (a, e, p) in enumerate(results):
+            assert a.stride() == p.stride()
+            if i == 0 and name != "backward":  # a copy with maps beside it
+                assert torch.equal(a[:, :c], p[:, :c])
+                a, e, p = (it[:, c:] for it in (a, e, p))
+            check(a, e, p, f"{name} {i}")
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("group", "features"), [(4, 1), pytest.param(16, 4, marks=pytest.mark.slow)])
+def test_compiles_without_spills(
+    architecture: str,
+    dtype: torch.dtype,
+    form: torch.memory_format,
+    group: int,
+    features: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    def passes() -> None:
+        x = torch.empty(16, 256, 64, 64, dtype=dtype, device="meta").to(memory_format=form)
+        dy = torch.empty(16, 256 + features, 64, 64, dtype=dtype, device="meta").to(memory_format=form)
+        kernels.minibatch_stddev_forward(x, group, features, 1e-8)
+        _, t = kernels.minibatch_stddev_backward(dy, x, group, features, 1e-8)
+        kernels.minibatch_stddev_second_backward(x, x, t, group, features, 1e-8)
+
+    check_resources(architecture, passes, record_property)
