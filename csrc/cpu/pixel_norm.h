@@ -19,6 +19,10 @@ decltype(auto) with_piecewise_linear(int64_t act, double negative_slope, double 
 
 inline constexpr int64_t kMostPixels = 512;
 
+// Sums over features are sums of sums of so many: the second derivative is a small difference of large numbers, and
+// chains of hundreds of roundings would show in it.
+inline constexpr int64_t kChain = 16;
+
 // Pixels in a tile of a contiguous x, of which `arrays` inputs with c features are to stay in cache. Of sizes alone.
 inline int64_t tile_pixels(const Features& f, int64_t arrays) {
   const int64_t fitting = (int64_t{1} << 17) / (f.c * arrays) / 64 * 64;  // 512 KiB of floats
@@ -43,34 +47,28 @@ void norm_forward_planes(const Features& f, const A act, const float* bias, floa
   const Tiles tiles(f, 1);
   const float share = 1.0f / static_cast<float>(f.c);
   parallel(tiles.number(), 2 * f.c * tiles.size, [=](int64_t begin, int64_t end) {
-    alignas(64) float sum[kMostPixels];
+    alignas(64) float sum[kMostPixels], part[kMostPixels];
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t pixels = tiles.pixels(tile), offset = tiles.offset(tile);
       std::fill(sum, sum + pixels, 0.0f);
-      int64_t c = 0;
-      // Four features at a time: a quarter of the traffic to `sum`, and shorter chains of roundings.
-      for (; c + 4 <= f.c; c += 4) {
-        const T* const from = x + offset + c * f.l;
-        const float b0 = bias[c], b1 = bias[c + 1], b2 = bias[c + 2], b3 = bias[c + 3];
+      for (int64_t first = 0; first < f.c; first += kChain) {
+        std::fill(part, part + pixels, 0.0f);
+        for (int64_t c = first; c < std::min(f.c, first + kChain); ++c) {
+          const T* const from = x + offset + c * f.l;
+          const float b = bias[c];
 #pragma omp simd
-        for (int64_t p = 0; p < pixels; ++p) {
-          const float z0 = act.value(load(from + p) + b0), z1 = act.value(load(from + f.l + p) + b1);
-          const float z2 = act.value(load(from + 2 * f.l + p) + b2), z3 = act.value(load(from + 3 * f.l + p) + b3);
-          sum[p] += (z0 * z0 + z1 * z1) + (z2 * z2 + z3 * z3);
+          for (int64_t p = 0; p < pixels; ++p) {
+            const float z = act.value(load(from + p) + b);
+            part[p] += z * z;
+          }
         }
-      }
-      for (; c < f.c; ++c) {
-        const T* const from = x + offset + c * f.l;
 #pragma omp simd
-        for (int64_t p = 0; p < pixels; ++p) {
-          const float z = act.value(load(from + p) + bias[c]);
-          sum[p] += z * z;
-        }
+        for (int64_t p = 0; p < pixels; ++p) sum[p] += part[p];
       }
       float* const scale = r + tiles.first_pixel(tile);
 #pragma omp simd
       for (int64_t p = 0; p < pixels; ++p) scale[p] = 1.0f / std::sqrt(sum[p] * share + eps);
-      for (c = 0; c < f.c; ++c) {
+      for (int64_t c = 0; c < f.c; ++c) {
         const T* const from = x + offset + c * f.l;
         T* const to = y + offset + c * f.l;
         const float b = bias[c];
@@ -173,18 +171,28 @@ void norm_second_planes(const Features& f, const A act, const T* u, const T* dy,
   const float share = 1.0f / static_cast<float>(f.c);
   parallel(tiles.number(), 5 * f.c * tiles.size, [=, &gb](int64_t begin, int64_t end) {
     alignas(64) float wy[kMostPixels], dyy[kMostPixels], wdy[kMostPixels];
+    alignas(64) float part_wy[kMostPixels], part_dyy[kMostPixels], part_wdy[kMostPixels];
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t pixels = tiles.pixels(tile), offset = tiles.offset(tile);
       const float* const scale = r + tiles.first_pixel(tile);
       for (float* sum : {wy, dyy, wdy}) std::fill(sum, sum + pixels, 0.0f);
-      for (int64_t c = 0; c < f.c; ++c) {
-        const T *const a = u + offset + c * f.l, *const b = dy + offset + c * f.l, *const d = y + offset + c * f.l;
+      for (int64_t first = 0; first < f.c; first += kChain) {
+        for (float* sum : {part_wy, part_dyy, part_wdy}) std::fill(sum, sum + pixels, 0.0f);
+        for (int64_t c = first; c < std::min(f.c, first + kChain); ++c) {
+          const T *const a = u + offset + c * f.l, *const b = dy + offset + c * f.l, *const d = y + offset + c * f.l;
+#pragma omp simd
+          for (int64_t p = 0; p < pixels; ++p) {
+            const float out = load(d + p), g = load(b + p), w = act.slope(out, load(a + p));
+            part_wy[p] += w * out;
+            part_dyy[p] += g * out;
+            part_wdy[p] += w * g;
+          }
+        }
 #pragma omp simd
         for (int64_t p = 0; p < pixels; ++p) {
-          const float out = load(d + p), g = load(b + p), w = act.slope(out, load(a + p));
-          wy[p] += w * out;
-          dyy[p] += g * out;
-          wdy[p] += w * g;
+          wy[p] += part_wy[p];
+          dyy[p] += part_dyy[p];
+          wdy[p] += part_wdy[p];
         }
       }
 #pragma omp simd

@@ -19,7 +19,7 @@ def asked(ctx: Any, index: int) -> bool:
     """
     if not ctx.needs_input_grad[index]:
         return False
-    if _will_execute is None:
+    if _will_execute is None or torch.compiler.is_compiling():
         return True
     node = ctx.next_functions[index][0]
     try:

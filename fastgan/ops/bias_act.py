@@ -96,7 +96,8 @@ def bias_act(
     x = dense(x)
     if not tracked(x, bias):
         return settings.f.bias_act_forward(x, bias, *settings[1:])
-    return _BiasAct.apply(node_of(x), None if bias is None else node_of(bias), settings)[0]
+    function = _BiasActForwardMode if forward_mode() else _BiasAct
+    return function.apply(node_of(x), None if bias is None else node_of(bias), settings)[0]
 
 
 def check(x: Tensor, bias: Tensor | None, act: str) -> int:
@@ -163,21 +164,8 @@ class _BiasAct(Function):
             ctx.save_for_backward(None, x, bias)
         else:
             ctx.save_for_backward(None if settings.act == LINEAR else y, origin, bias)
-        if settings.act in PIECEWISE_LINEAR:
-            ctx.save_for_forward(y)
         ctx.settings = settings
         return y, origin
-
-    @staticmethod
-    def jvp(ctx: Any, tx: Tensor | None, tbias: Tensor | None, _: None) -> tuple[Tensor, None]:
-        """Of the acts that do not curve; the others take the plain form in forward mode."""
-        (y,) = ctx.saved_tensors
-        if tx is None:
-            tx = torch.zeros((), dtype=y.dtype, device=y.device).expand_as(y)
-        t = with_bias(tx, tbias)
-        ref = None if ctx.settings.act == LINEAR else y.detach()
-        t = dense(t) if ref is None else like(t, ref)
-        return _BiasActBackward.apply(node_of(t), None, None, ref, ctx.settings, False)[0], None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dorigin: Tensor | None) -> tuple[Any, ...]:
@@ -194,6 +182,26 @@ class _BiasAct(Function):
             asked(ctx, 1) if bias is not None else False,
         )
         return add(dx, dorigin), None if db is None else db.to(bias.dtype), None
+
+
+class _BiasActForwardMode(_BiasAct):
+    """Of the acts that do not curve. Apart because torch.compile takes no Function with a `jvp`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, settings: _Settings) -> tuple[Tensor, Tensor | None]:
+        y, origin = _BiasAct.forward(ctx, x, bias, settings)
+        ctx.save_for_forward(y)
+        return y, origin
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor | None, tbias: Tensor | None, _: None) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        if tx is None:
+            tx = torch.zeros((), dtype=y.dtype, device=y.device).expand_as(y)
+        t = with_bias(tx, tbias)
+        ref = None if ctx.settings.act == LINEAR else y.detach()
+        t = dense(t) if ref is None else like(t, ref)
+        return _BiasActBackward.apply(node_of(t), None, None, ref, ctx.settings, False)[0], None
 
 
 class _BiasActBackward(Function):

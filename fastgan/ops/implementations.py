@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NoReturn
@@ -61,7 +62,19 @@ def kernels(op: str, refuse: Judge | None = None) -> dict[str, Implementation]:
     }
 
 
-@cache
+def _constant(judge: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """Ask once for each op; torch.compile takes the answer and does not trace the question."""
+    cached = cache(judge)
+
+    def ask(op: str) -> str | None:
+        return cached(op)
+
+    # What torch.compiler.assume_constant_result does; that imports the compiler.
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return ask
+
+
+@_constant
 def _no_triton(op: str) -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU"
@@ -70,22 +83,20 @@ def _no_triton(op: str) -> str | None:
     return None if importlib.util.find_spec(f"fastgan.kernels.{op}") else f"there is no Triton kernel of {op}"
 
 
-@cache
+@_constant
 def _no_cuda(op: str) -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU"
-    if importlib.util.find_spec("fastgan.ops.extension") is None:
-        return "there is no compiled library"
-    extension = importlib.import_module("fastgan.ops.extension")
-    return extension.cuda() or _not_registered(op, "CUDA")
+    from fastgan.ops import extension
+
+    return extension.cuda() or _not_registered(op, "CUDA") or _register_fakes(op)
 
 
-@cache
+@_constant
 def _no_cpp(op: str) -> str | None:
-    if importlib.util.find_spec("fastgan.ops.extension") is None:
-        return "there is no compiled library"
-    extension = importlib.import_module("fastgan.ops.extension")
-    return extension.cpu() or _not_registered(op, "CPU")
+    from fastgan.ops import extension
+
+    return extension.cpu() or _not_registered(op, "CPU") or _register_fakes(op)
 
 
 def _not_registered(op: str, key: str) -> str | None:
@@ -94,6 +105,22 @@ def _not_registered(op: str, key: str) -> str | None:
     if hasattr(torch.ops.fastgan, name) and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgan::{name}", key):
         return None
     return f"the compiled library has no {op}"
+
+
+@cache
+def _register_fakes(op: str) -> None:
+    """Tell torch.compile and torch.export the shapes and strides of the compiled functions' results.
+
+    They are those of the same functions in plain PyTorch, where the op's file has them as COMPOSED.
+    """
+    composed = getattr(sys.modules.get(f"fastgan.ops.{op}"), "COMPOSED", None)
+    for name, function in vars(composed).items() if composed else ():
+
+        def fake(*arguments: Any, function: Callable[..., Any] = function) -> Any:
+            found = function(*arguments)
+            return tuple(map(torch.empty_like, found)) if isinstance(found, tuple) else torch.empty_like(found)
+
+        torch.library.register_fake(f"fastgan::{name}", fake)
 
 
 def _format(x: Tensor) -> torch.memory_format:

@@ -1,16 +1,40 @@
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernelcases import (
+    LAYOUTS,
+    check_against_float64,
+    check_compiled,
+    check_penalty,
+    check_third_order,
+    check_threads,
+    dtypes,
+    each_kernel,
+    need,
+    opcheck,
+    saved_bytes,
+)
+from kernelcases import random as random_of
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastgan.ops import minibatch_stddev
 
+module = importlib.import_module("fastgan.ops.minibatch_stddev")  # the package's attribute is the function
+
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return random_of(shape, seed)
+
+
+def composed(x: torch.Tensor, group: int, features: int, eps: float) -> torch.Tensor:
+    """Through the autograd Functions, with the kernels' functions in plain PyTorch; `group` divides the batch."""
+    return module._MinibatchStddev.apply(x, module._Settings(module.COMPOSED, group, features, eps))
 
 
 def direct(x: torch.Tensor, group: int, features: int, eps: float) -> list[list[float]]:
@@ -79,6 +103,8 @@ def test_derivatives(n: int, group: int, features: int) -> None:
     # With groups of one the variance is the constant eps, so eps must not be near the checker's step.
     assert gradcheck(lambda t: minibatch_stddev(t, group, features, eps=1e-2), x)
     assert gradgradcheck(lambda t: minibatch_stddev(t, group, features, eps=1e-2), x)
+    assert gradcheck(lambda t: composed(t, min(group, n), features, eps=1e-2), x)
+    assert gradgradcheck(lambda t: composed(t, min(group, n), features, eps=1e-2), x)
 
 
 def test_equal_samples_have_finite_derivatives() -> None:
@@ -108,3 +134,132 @@ def test_refusals() -> None:
     for features in (0, 4):
         with pytest.raises(ValueError, match=f"num_features: was {features}; it may be a divisor of the 6 channels"):
             minibatch_stddev(x, 4, features)
+    with pytest.raises(TypeError, match=r"group_size: was 2.0; it may be an integer"):
+        minibatch_stddev(x, 2.0)
+    with pytest.raises(TypeError, match=r"x: had dtype torch.int64; it may be a floating-point one"):
+        minibatch_stddev(x.long())
+    with pytest.raises(ValueError, match="eps: was -1; it may be 0 or more"):
+        minibatch_stddev(x, eps=-1)
+    with pytest.raises(ValueError, match="backend: was 'cpp', but it takes a positive eps"):
+        minibatch_stddev(x, eps=0, backend="cpp")
+
+
+CASES = [
+    ((1, 1, 1, 1), 4, 1),
+    ((4, 3, 5, 7), 4, 1),
+    ((6, 4, 3, 3), 4, 2),  # groups of three, strided by two
+    ((8, 6, 5, 5), 2, 6),
+    ((5, 2, 33, 17), 5, 1),
+    ((12, 40, 9, 7), 4, 1),
+    ((3, 600, 3, 2), 3, 4),
+    ((40, 3, 2, 2), 40, 1),
+]
+
+
+@each_kernel
+@pytest.mark.parametrize(("shape", "group", "features"), CASES, ids=str)
+def test_kernels(poison: None, kernel: tuple[str, str], shape: tuple[int, ...], group: int, features: int) -> None:
+    for dtype in dtypes(kernel[1]):
+        for layout in ("contiguous", "channels_last"):
+            check_against_float64(
+                minibatch_stddev,
+                kernel,
+                [random(*shape)],
+                dtype,
+                layout,
+                group_size=group,
+                num_features=features,
+                eps=0.1,
+            )
+
+
+@each_kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(poison: None, kernel: tuple[str, str], layout: str) -> None:
+    for dtype in dtypes(kernel[1]):
+        check_against_float64(minibatch_stddev, kernel, [random(8, 6, 12, 11)], dtype, layout, eps=0.1)
+
+
+@each_kernel
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    features=st.integers(1, 3),
+    chunk=st.integers(1, 5),
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    group=st.integers(1, 9),
+    layout=st.sampled_from(LAYOUTS),
+    half=st.booleans(),
+)
+def test_any_call(
+    kernel: tuple[str, str],
+    n: int,
+    features: int,
+    chunk: int,
+    size: tuple[int, int],
+    group: int,
+    layout: str,
+    half: bool,
+) -> None:
+    dtype = torch.bfloat16 if half else torch.float32
+    x = random(n, features * chunk, *size)
+    floors = {torch.float32: 5e-6, torch.bfloat16: 5e-2}
+    check_against_float64(
+        minibatch_stddev, kernel, [x], dtype, layout, floors, group_size=group, num_features=features, eps=0.1
+    )
+
+
+@each_kernel
+def test_memory_format_of_the_result(kernel: tuple[str, str]) -> None:
+    name, device = kernel
+    for channels_last in (False, True):
+        format = torch.channels_last if channels_last else torch.contiguous_format
+        x = random(4, 3, 5, 5).to(device, torch.float32).contiguous(memory_format=format)
+        need(kernel, minibatch_stddev, x)
+        assert minibatch_stddev(x, backend=name).is_contiguous(memory_format=format)
+
+
+@each_kernel
+def test_penalty_with_a_constant_seed(kernel: tuple[str, str]) -> None:
+    check_penalty(minibatch_stddev, kernel, eps=0.1)
+
+
+def test_what_the_graph_keeps() -> None:
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+    need(("cpp", "cpu"), minibatch_stddev, x)
+    assert saved_bytes(lambda: minibatch_stddev(x, backend="cpp")) == 4 * x.numel()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_threads(channels_last: bool) -> None:
+    x = random(8, 10, 37, 41).float()
+    check_threads(minibatch_stddev, x.to(memory_format=torch.channels_last) if channels_last else x)
+
+
+def test_under_torch_compile() -> None:
+    check_compiled(minibatch_stddev, random(4, 3, 4, 5).float())
+
+
+@each_kernel
+def test_a_third_derivative_raises(kernel: tuple[str, str]) -> None:
+    check_third_order(minibatch_stddev, kernel, random(4, 3, 2, 2))
+
+
+def test_opcheck() -> None:
+    x = random(4, 3, 4, 5).float()
+    need(("cpp", "cpu"), minibatch_stddev, x)
+    fastgan, rest = torch.ops.fastgan, (2, 1, 1e-8)
+    for t in (x, x.to(memory_format=torch.channels_last), x.bfloat16()):
+        opcheck(fastgan.minibatch_stddev_forward.default, (t, *rest))
+        dy = torch.cat([t, t[:, :1]], dim=1)
+        opcheck(fastgan.minibatch_stddev_backward.default, (dy, t, *rest))
+        arguments = (t.clone(), t, torch.ones(2, 1), *rest)
+        opcheck(fastgan.minibatch_stddev_second_backward.default, arguments)
+
+
+def test_empty() -> None:
+    for shape in ((0, 3, 2, 2), (2, 3, 0, 2)):
+        x = torch.zeros(shape, requires_grad=True)
+        y = minibatch_stddev(x)
+        y.sum().backward()
+        assert y.shape == (shape[0], 4, *shape[2:]) and x.grad is not None
