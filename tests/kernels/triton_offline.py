@@ -91,6 +91,8 @@ def running(device: str) -> Iterator[None]:
             # would meet: patched once here, and restored.
             language = SimpleNamespace(tl=triton.language, core=triton.language.core)
             scope = interpreter._patch_lang(SimpleNamespace(__globals__=vars(language)))
+            # Triton 3.6 fails here with numpy 2.4, which makes no number of an array of one.
+            scope.set_attr(triton.language.tensor, "__index__", lambda it: int(it.handle.data.item()))
             stack.callback(scope.restore)
             patch.setattr(interpreter, "_patch_lang", lambda fn: SimpleNamespace(restore=lambda: None))
         yield
