@@ -66,7 +66,7 @@ def convolutional(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Callable[[A
                 x = f.avg_pool2d(x, 2)
         return f.linear(x.mean((2, 3)), last)
 
-    return [t.to(dtype) for t in (*weights, *biases, last)], torch.randn(8, 3, 64, 64, dtype=dtype), critic
+    return [t.to(dtype) for t in (*weights, *biases, last)], torch.randn(8, 3, 64, 64).to(dtype), critic
 
 
 def progressive(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Callable[[Any, list[Tensor], Tensor], Tensor]]:
@@ -79,7 +79,7 @@ def progressive(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Callable[[Any
         with mock.patch.object(layers, "ops", f), mock.patch.object(pggan, "ops", f):
             return torch.func.functional_call(network, dict(zip(names, parameters, strict=True)), (x,))
 
-    return [weights[n].detach() for n in names], torch.randn(16, 3, 64, 64, dtype=dtype), critic
+    return [weights[n].detach() for n in names], torch.randn(16, 3, 64, 64).to(dtype), critic
 
 
 CRITICS = {"convolutional": convolutional, "pggan": progressive}

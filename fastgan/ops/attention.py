@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 
 from fastgan.ops import attention_chunked
 from fastgan.ops.autograd import autocast
-from fastgan.ops.backend import Implementation, Op
+from fastgan.ops.backend import Implementation, Op, forward_mode
 from fastgan.ops.implementations import functions, kernels, no_third_order, tracked
 
 
@@ -186,15 +186,23 @@ def _reference(
     if is_causal:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if mask is None:
-        weights = torch.softmax(logits, dim=-1)
+        weights = _softmax(logits)
     else:
         logits = logits.masked_fill(mask.logical_not(), -torch.inf) if mask.dtype == torch.bool else logits + mask
         # Zero logits in a row that sees nothing, then zero weights: 0 / 0 is neither computed nor differentiated.
         blind = (logits == -torch.inf).all(dim=-1, keepdim=True)
-        weights = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+        weights = _softmax(logits.masked_fill(blind, 0.0)).masked_fill(blind, 0.0)
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     return (weights @ value).to(dtype)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    if not forward_mode():
+        return torch.softmax(logits, dim=-1)
+    # The forward-mode rule of PyTorch's changes in place what its own backward needs.
+    exponentials = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp()
+    return exponentials / exponentials.sum(dim=-1, keepdim=True)
 
 
 def _kernels(name: str) -> Any:

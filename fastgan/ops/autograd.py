@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -33,12 +34,23 @@ def node_of(x: Tensor) -> Tensor:
     return x.view_as(x) if x.requires_grad and x.is_leaf else x
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where `x` is; the meta device has none."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, where it is on: what is computed inside has its dtype already, or gets it later."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype that autocast, where it is on, has for matrix products; float64 is left as it is."""
-    device = next(x.device.type for x in tensors if x is not None)
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # meta has none
+    first = next(x for x in tensors if x is not None)
+    if not autocasts(first):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
 
     def cast(x: Tensor | None) -> Tensor | None:
         lower = x is not None and x.is_floating_point() and x.dtype != torch.float64

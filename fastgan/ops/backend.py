@@ -152,7 +152,7 @@ def use_backend(backend: str | None = None, /, **ops: str) -> Iterator[None]:
 
     `use_backend("torch")` asks it of every op that has such an implementation, `use_backend(pixel_norm="cpp")` of one;
     a call's own `backend=` comes first. Second derivatives run where their forward did. `torch.compile` does not see
-    it: there the plain PyTorch form is compiled unless the call itself says `backend=`.
+    it: there the plain PyTorch form is compiled unless the call itself names a kernel with `backend=`.
 
     Raises:
         ValueError: an unknown implementation or op. An op that cannot run as asked raises when it is called.

@@ -93,7 +93,7 @@ def bias_act(
     if name == "torch" or (name == "lean" and transformed()) or (forward_mode() and code not in PIECEWISE_LINEAR):
         return reference(x, bias, code, negative_slope, gain)
     settings = _Settings(COMPOSED if name == "lean" else functions("bias_act", name), code, negative_slope, gain)
-    x = dense(x)
+    x, bias = dense(x), None if bias is None else bias.contiguous()
     if not tracked(x, bias):
         return settings.f.bias_act_forward(x, bias, *settings[1:])
     function = _BiasActForwardMode if forward_mode() else _BiasAct
@@ -239,10 +239,10 @@ class _BiasActBackward(Function):
         if settings.act in PIECEWISE_LINEAR:
             # Linear in dy and its own adjoint; the bends of the act count for nothing.
             return _BiasActBackward.apply(u, None, None, ref, settings, False)[0], *nothing[1:]
-        if not asked(ctx, 1):
+        want_bias = bias is not None and asked(ctx, 2)
+        if not (want_bias or asked(ctx, 1)):
             # As a function of dy alone it is its own adjoint here too.
             return _BiasActBackward.apply(u, origin, bias, ref, settings, False)[0], *nothing[1:]
-        want_bias = bias is not None and asked(ctx, 2)
         gdy, gx, gb = _BiasActSecondBackward.apply(u, dy, origin, bias, ref, settings, want_bias)
         return gdy, gx, None if gb is None else gb.to(bias.dtype), *nothing[3:]
 

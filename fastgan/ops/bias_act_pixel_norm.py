@@ -82,7 +82,7 @@ def bias_act_pixel_norm(
     if name == "torch":
         return reference(x, bias, code, negative_slope, gain, eps)
     settings = _Settings(functions("bias_act_pixel_norm", name), code, negative_slope, gain, eps)
-    x = dense(x)
+    x, bias = dense(x), None if bias is None else bias.contiguous()
     if not tracked(x, bias):
         return settings.f.bias_act_pixel_norm_forward(x, bias, *settings[1:])[0]
     return _BiasActPixelNorm.apply(node_of(x), None if bias is None else node_of(bias), settings)[0]

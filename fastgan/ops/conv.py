@@ -15,6 +15,8 @@ downsampling form. Progressive GANs were published with this form in the authors
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgan.ops.autograd import asked, autocast, node_of
+from fastgan.ops.autograd import asked, autocast, autocasts, node_of, without_autocast
 from fastgan.ops.backend import LEAN, Op, forward_mode
 from fastgan.ops.implementations import dense, kernels, tracked
 
@@ -125,21 +127,33 @@ class _WeightGradient(Function):
         return ggy, gx, None, None
 
 
+# Where nothing is recorded, the last pass of a penalty among them, a Function would cost its making alone.
+
+
 def _conv(x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.convolution(x, w, bias, *geometry)
     return _Conv.apply(node_of(x), node_of(w), None if bias is None else node_of(bias), geometry)
 
 
 def _input_gradient(gy: Tensor, w: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _convolution_backward(gy, x, w, None, *geometry, [True, False, False])[0]
     return _InputGradient.apply(node_of(gy), node_of(w), x.detach(), geometry)
 
 
 def _weight_gradient(gy: Tensor, x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _convolution_backward(gy, x, w, None, *geometry, [False, True, False])[1]
     return _WeightGradient.apply(node_of(gy), node_of(x), w.detach(), geometry)
 
 
 def _pair(name: str, value: Any) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    if len(values) not in (1, 2) or not all(isinstance(v, int) for v in values):
+    try:
+        values = tuple(map(operator.index, value if isinstance(value, Sequence) else (value,)))
+    except TypeError:
+        values = ()
+    if len(values) not in (1, 2):
         raise ValueError(f"{name}: was {value!r}; it may be an integer or a pair of them")
     return values * 2 if len(values) == 1 else values
 
@@ -149,7 +163,7 @@ def _check(x: Tensor, w: Tensor, bias: Tensor | None, groups: int, transposed: b
     for name, tensor in (("weight", w), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if tensor.dtype != x.dtype and not autocasts(x):
             raise TypeError(f"{name}: was {tensor.dtype}; it may be {x.dtype}, as input")
         if tensor.device != x.device:
             raise ValueError(f"{name}: was on {tensor.device}; it may be on {x.device}, as input")
@@ -201,7 +215,7 @@ def conv2d(
             raise ValueError(f"padding: was {padding!r}; it may be numbers, 'valid' or 'same'")
         if padding == "same" and _pair("stride", stride) != (1, 1):
             raise ValueError(f"padding: was 'same' with stride {stride}; it may be with stride 1 only")
-    if CONV2D.choose(backend, input, weight) == "torch" or not tracked(input, weight, bias):
+    if _plain(CONV2D.choose(backend, input, weight), input, weight, bias):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
@@ -235,7 +249,7 @@ def conv_transpose2d(
     a penalty as in `conv2d`.
     """
     _check(input, weight, bias, groups, transposed=True)
-    if CONV_TRANSPOSE2D.choose(backend, input, weight) == "torch" or not tracked(input, weight, bias):
+    if _plain(CONV_TRANSPOSE2D.choose(backend, input, weight), input, weight, bias):
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     geometry = _Geometry(
         _pair("stride", stride),
@@ -246,6 +260,11 @@ def conv_transpose2d(
         groups,
     )
     return _batched(input, weight, bias, geometry)
+
+
+def _plain(name: str, *tensors: Tensor | None) -> bool:
+    """Whether PyTorch's own function serves: nobody differentiates, or a compiler does, once at most."""
+    return name == "torch" or torch.compiler.is_compiling() or not tracked(*tensors)
 
 
 def _batched(x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
@@ -259,7 +278,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     PyTorch's double backward of it is at the floor already: four matrix products in a penalty with weight gradients.
     """
     # In forward mode PyTorch's takes a weight that does not move for one that moves by zero, and sends zeros backward.
-    return _Linear.apply(input, weight, bias) if forward_mode() else F.linear(input, weight, bias)
+    if not forward_mode():
+        return F.linear(input, weight, bias)
+    return _Linear.apply(*(None if t is None else node_of(t) for t in autocast(input, weight, bias)))
 
 
 class _Linear(Function):
@@ -349,14 +370,17 @@ def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -
         [N, C, H // k, W // k].
 
     Raises:
-        ValueError: `x` is not 4-dimensional or smaller than a square, or `kernel_size` is below 1.
+        TypeError: `x` is not floating.
+        ValueError: `x` is not 4-dimensional or smaller than a square, or `kernel_size` is no integer from 1 on.
     """
-    if kernel_size < 1:
-        raise ValueError(f"kernel_size: was {kernel_size}; it may be 1 or more")
+    if not isinstance(kernel_size, int) or kernel_size < 1:
+        raise ValueError(f"kernel_size: was {kernel_size}; it may be an integer, 1 or more")
+    if not x.is_floating_point():
+        raise TypeError(f"x: was {x.dtype}; it may be a floating dtype")
     if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
         raise ValueError(f"x: had shape {tuple(x.shape)}; it may be [N, C, H, W], H and W at least {kernel_size}")
     name = AVG_POOL2D.choose(backend, x)
-    if name == "torch":
+    if name == "torch" or (name == "lean" and torch.compiler.is_compiling()):
         return F.avg_pool2d(x, kernel_size)
     return _AvgPool.apply(x, kernel_size, name) if tracked(x) else _pool(x, kernel_size, name)
 
@@ -383,13 +407,15 @@ _BOX = {"down": _box_matrix() * 0.25, "up": _box_matrix().flip(1)}  # flipped: a
 
 @functools.cache
 def _box_on(device: torch.device, dtype: torch.dtype, way: str) -> Tensor:
-    return _BOX[way].to(device, dtype)
+    with torch.inference_mode(False):  # what inference makes could never be part of training
+        return _BOX[way].to(device, dtype)
 
 
 def _with_box(w: Tensor, way: str) -> Tensor:
     """The 4x4 kernel that is `w` [O, I, 3, 3] convolved with a 2x2 box, as one matrix product over the taps."""
     box = _BOX[way].to(w.dtype) if w.device.type == "cpu" else _box_on(w.device, w.dtype, way)
-    return (w.reshape(-1, 9) @ box).view(*w.shape[:2], 4, 4)
+    with without_autocast(w):  # the convolution casts the kernel, once
+        return (w.reshape(-1, 9) @ box).view(*w.shape[:2], 4, 4)
 
 
 def _fuses(x: Tensor, w: Tensor, way: str) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastgan.ops.backend import Implementation, Judge
+from fastgan.ops.backend import Implementation, Judge, forward_mode
 
 
 def functions(op: str, name: str) -> Any:
@@ -165,7 +165,9 @@ def no_third_order(op: str) -> NoReturn:
 
 
 def tracked(*tensors: Tensor | None) -> bool:
-    """Whether a call on these tensors is recorded by autograd."""
+    """Whether autograd follows a call on these tensors, backward or in forward mode."""
+    if forward_mode():
+        return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

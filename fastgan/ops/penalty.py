@@ -51,8 +51,10 @@ def _penalty(critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor],
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(critic(forward_ad.make_dual(x.detach(), direction))).tangent
     value = value.detach()
-    if tangent is None:  # the scores do not depend on x
-        return value
+    if tangent is None:
+        raise RuntimeError(
+            "critic: has a layer that lost the forward-mode derivative; method='reverse' does without it"
+        )
     slope = tangent.sum(dtype=value.dtype)
     return value + (slope - slope.detach())
 
@@ -81,6 +83,10 @@ def _norm(gradient: Tensor) -> Tensor:
 def _interpolates(real: Tensor, fake: Tensor, weight: Tensor | None, generator: torch.Generator | None) -> Tensor:
     if real.shape != fake.shape:
         raise ValueError(f"fake: had shape {tuple(fake.shape)}; it may be {tuple(real.shape)}, as real")
+    if real.dtype != fake.dtype:
+        raise TypeError(f"fake: was {fake.dtype}; it may be {real.dtype}, as real")
+    if real.device != fake.device:
+        raise ValueError(f"fake: was on {fake.device}; it may be on {real.device}, as real")
     if weight is None:
         weight = torch.rand(real.shape[0], device=real.device, dtype=real.dtype, generator=generator)
     elif weight.numel() != real.shape[0]:
@@ -113,7 +119,9 @@ def gradient_penalty(
         derivative 0. The critic's last bias has no gradient from it: `autograd.grad` needs `allow_unused=True`.
 
     Raises:
+        TypeError: `fake` has another dtype than `real`.
         ValueError: `fake` or `weight` does not fit `real`, or an unknown method.
+        RuntimeError: `tangent`, and a layer of the critic has no forward-mode derivative.
     """
 
     def of_gradient(gradient: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgan.ops import (
     avg_pool2d,
+    conv,
     conv2d,
     conv2d_downsample,
     conv_transpose2d,
@@ -24,6 +25,13 @@ from fastgan.ops import (
     use_backend,
 )
 from fastgan.ops.conv import AVG_POOL2D
+
+
+@pytest.fixture(params=[True, False], ids=["one strided", "two steps"])
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both forms of the scaled convolutions, at sizes where one of them is never the default."""
+    monkeypatch.setattr(conv, "_fuses", lambda *_: request.param)
+    return request.param
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -52,7 +60,7 @@ def direct_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.T
     return out
 
 
-def test_upsample_conv2d_matches_loops() -> None:
+def test_upsample_conv2d_matches_loops(fused: bool) -> None:
     x, w, b = random(1, 2, 2, 3), random(2, 2, 3, 3, seed=1), random(2, seed=2)
     large = torch.empty(1, 2, 4, 6, dtype=torch.float64)
     for y in range(4):
@@ -62,7 +70,7 @@ def test_upsample_conv2d_matches_loops() -> None:
     torch.testing.assert_close(upsample_conv2d(x, w, b), direct_conv(large, w, b))
 
 
-def test_conv2d_downsample_matches_loops() -> None:
+def test_conv2d_downsample_matches_loops(fused: bool) -> None:
     x, w, b = random(1, 2, 4, 6), random(2, 2, 3, 3, seed=1), random(2, seed=2)
     full = direct_conv(x, w, b)
     small = torch.empty(1, 2, 2, 3, dtype=torch.float64)
@@ -75,7 +83,7 @@ def test_conv2d_downsample_matches_loops() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("n", "i", "o", "h", "w"), [(2, 3, 5, 8, 6), (1, 1, 1, 2, 2), (3, 4, 2, 16, 16)])
-def test_fused_forms_equal_the_two_steps(n: int, i: int, o: int, h: int, w: int, bias: bool) -> None:
+def test_fused_forms_equal_the_two_steps(n: int, i: int, o: int, h: int, w: int, bias: bool, fused: bool) -> None:
     x, weight = random(n, i, h, w), random(o, i, 3, 3, seed=1)
     b = random(o, seed=2) if bias else None
     up = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, b, padding=1)
@@ -92,7 +100,7 @@ def test_scale_changes_by_other_factors() -> None:
 
 
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
-def test_derivatives(op: Callable[..., torch.Tensor]) -> None:
+def test_derivatives(op: Callable[..., torch.Tensor], fused: bool) -> None:
     inputs = tuple(t.requires_grad_() for t in (random(1, 2, 4, 2), random(2, 2, 3, 3, seed=1), random(2, seed=2)))
     assert gradcheck(op, inputs)
     assert gradgradcheck(op, inputs)
@@ -300,6 +308,27 @@ def test_linear_in_forward_mode(shape: tuple[int, ...], moving: tuple[int, ...])
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
+def test_inference_mode_first_spoils_nothing(op: Callable[..., Tensor], fused: bool) -> None:
+    conv._box_on.cache_clear()
+    x, w = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3, requires_grad=True)
+    with torch.inference_mode():
+        expected = op(x, w)
+        conv._box_on(x.device, x.dtype, "up")
+    torch.testing.assert_close(op(x, w).detach(), expected.clone())
+    assert not conv._box_on(x.device, x.dtype, "up").is_inference()
+
+
+@pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
+def test_scaled_convolutions_under_autocast_round_the_kernel_once(op: Callable[..., Tensor], fused: bool) -> None:
+    x, w = torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = op(x, w)
+    assert y.dtype == torch.bfloat16
+    exact = op(x, w)
+    assert (y.float() - exact).norm() < 0.005 * exact.norm()
+
+
 def test_no_samples() -> None:
     x, w = torch.zeros(0, 3, 4, 4, requires_grad=True), torch.ones(2, 3, 3, 3, requires_grad=True)
     y = conv2d(x, w)
@@ -416,12 +445,14 @@ def test_avg_pool2d_kernel(shape: tuple[int, ...], k: int, layout: str, dtype: t
 
 def test_avg_pool2d_kernel_is_the_same_for_one_thread_and_two() -> None:
     x = torch.randn(4, 8, 64, 64)
+    if (reason := AVG_POOL2D.implementations["cpp"].able(x)) is not None:
+        pytest.skip(reason)
     threads = torch.get_num_threads()
     found = []
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            found.append(avg_pool2d(x))
+            found.append(avg_pool2d(x, backend="cpp"))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found)
