@@ -34,7 +34,7 @@ Tensor norm(const Tensor& x, const Features& layout, const F& f, const Arrays<T,
       constexpr int R = 4;
       const int64_t per_row = layout.c / W;
       const int lanes = lanes_for(per_row, 32);
-      const unsigned grid = blocks(ceil_div(layout.pixels(), kThreads / lanes), want_sum ? 1024 : 1 << 20);
+      const unsigned grid = blocks(ceil_div(layout.pixels(), kThreads / lanes), want_sum ? kMostParts : kMostBlocks);
       const bool on_the_way = want_sum && per_row <= R * lanes;
       const ChannelSum total(x, on_the_way, grid, layout.c);
       auto* const kernel = on_the_way ? norm_rows<T, W, R, !F::kMakesR, F> : norm_rows<T, W, R, false, F>;
@@ -50,7 +50,7 @@ Tensor norm(const Tensor& x, const Features& layout, const F& f, const Arrays<T,
       constexpr int TX = W == 1 ? 32 : 4, R = F::kIn == 1 ? 8 : 4;
       const int64_t per_plane = layout.l / W, vectors = layout.n * per_plane;
       STD_TORCH_CHECK(vectors < int64_t{1} << 31, "x: may have 2^31 vectors of 16 bytes a channel");
-      const unsigned grid = blocks(ceil_div(vectors, TX), want_sum ? 1024 : 1 << 20);
+      const unsigned grid = blocks(ceil_div(vectors, TX), want_sum ? kMostParts : kMostBlocks);
       const ChannelSum total(x, want_sum, grid, layout.c);
       launch(norm_planes<T, W, TX, R, F>, dim3(grid), dim3(kThreads), f, a, bias_of<T>(bias), r, layout.c,
              static_cast<int>(per_plane), static_cast<int>(vectors), share, total.pointer());

@@ -113,12 +113,13 @@ Tensor map(const Tensor& x, const Features& layout, const F& f, const Arrays<T, 
   Tensor sum;
   with_width<T>(wide, [&](auto width) {
     constexpr int W = width();
-    const int64_t side = std::min<int64_t>(layout.c, 32768);
+    const int64_t side = std::min(layout.c, kMostAcross);
     if (layout.last) {
       const int64_t per_row = layout.c / W;
       const int lanes = lanes_for(per_row, kThreads);
-      const int64_t tiles = std::min<int64_t>(ceil_div(per_row, lanes), 32768);
-      const unsigned parts = blocks(ceil_div(layout.pixels(), kThreads / lanes * 4), std::max<int64_t>(1, 4096 / tiles));
+      const int64_t tiles = std::min(ceil_div(per_row, lanes), kMostAcross);
+      const unsigned parts =
+          blocks(ceil_div(layout.pixels(), kThreads / lanes * 4), std::max<int64_t>(1, kMostSums / tiles));
       const ChannelSum total(x, want_sum, parts, layout.c);
       launch(map_rows<T, W, F>, dim3(parts, static_cast<unsigned>(tiles)), dim3(kThreads), f, a, bias_of<T>(bias),
              per_row, layout.pixels(), lanes, total.pointer());
@@ -126,7 +127,7 @@ Tensor map(const Tensor& x, const Features& layout, const F& f, const Arrays<T, 
     } else {
       const int64_t per_plane = layout.l / W, per_channel = layout.n * per_plane;
       STD_TORCH_CHECK(per_channel < (int64_t{1} << 31), "x: may have 2^31 vectors of 16 bytes a channel");
-      const unsigned parts = blocks(ceil_div(per_channel, kThreads * 4), std::max<int64_t>(1, 4096 / side));
+      const unsigned parts = blocks(ceil_div(per_channel, kThreads * 4), std::max<int64_t>(1, kMostSums / side));
       const ChannelSum total(x, want_sum, parts, layout.c);
       launch(map_planes<T, W, F>, dim3(parts, static_cast<unsigned>(side)), dim3(kThreads), f, a, bias_of<T>(bias),
              layout.c, static_cast<int>(per_plane), static_cast<int>(per_channel), total.pointer());

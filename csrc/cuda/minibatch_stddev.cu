@@ -275,10 +275,10 @@ struct Plan {
   }
 
   unsigned parts(int width) const {
-    return blocks(ceil_div(shape.places, int64_t{kThreads} * width), std::max<int64_t>(1, 4096 / chunks));
+    return blocks(ceil_div(shape.places, int64_t{kThreads} * width), std::max<int64_t>(1, kMostSums / chunks));
   }
   dim3 grid(int width) const { return dim3(parts(width), chunks); }
-  dim3 map_grid() const { return dim3(chunks, static_cast<unsigned>(std::min<int64_t>(shape.group, 65535))); }
+  dim3 map_grid() const { return dim3(chunks, static_cast<unsigned>(std::min<int64_t>(shape.group, kMostAcross))); }
 };
 
 // [N, C + F, H, W] in the memory format of x.

@@ -30,6 +30,13 @@ inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr unsigned kAll = 0xffffffffu;
 
+// Largest grids: of blocks that sum, in a norm and elsewhere, of other blocks, and across.
+#ifdef FASTGAN_EMULATED  // small, so that every loop over a grid goes round
+inline constexpr int64_t kMostParts = 3, kMostSums = 6, kMostBlocks = 6, kMostAcross = 5;
+#else
+inline constexpr int64_t kMostParts = 1024, kMostSums = 4096, kMostBlocks = 1 << 20, kMostAcross = 32768;
+#endif
+
 // Index in fastgan.ops.bias_act.ACTS.
 enum Act : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kSilu };
 
@@ -281,7 +288,7 @@ inline Tensor floats(const Tensor& x, const std::vector<int64_t>& sizes) {
 }
 
 // Blocks for `work` blocks' worth of independent items, of sizes alone: results must not depend on the device.
-inline unsigned blocks(int64_t work, int64_t most = 4096) {
+inline unsigned blocks(int64_t work, int64_t most) {
   return static_cast<unsigned>(std::max<int64_t>(1, std::min(work, most)));
 }
 
