@@ -52,9 +52,7 @@ def _penalty(critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor],
         tangent = forward_ad.unpack_dual(critic(forward_ad.make_dual(x.detach(), direction))).tangent
     value = value.detach()
     if tangent is None:
-        raise RuntimeError(
-            "critic: has a layer that lost the forward-mode derivative; method='reverse' does without it"
-        )
+        raise RuntimeError("critic: has a layer that lost the forward-mode derivative; method='reverse' needs none")
     slope = tangent.sum(dtype=value.dtype)
     return value + (slope - slope.detach())
 

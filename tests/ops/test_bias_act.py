@@ -258,3 +258,23 @@ def test_refusals() -> None:
         bias_act(torch.zeros(3))
     with pytest.raises(ValueError, match="backend: was 'chunked'; for bias_act it may be"):
         bias_act(x, backend="chunked")
+
+
+@pytest.mark.parametrize("act", CURVED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bias_alone_has_its_second_derivative(act: str, dtype: torch.dtype) -> None:
+    """Whether x wants none, or is merely not asked for."""
+    x = torch.randn(4, 3, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for tracked in (False, True):
+        found = []
+        for backend in (None, "torch"):
+            b = torch.tensor([0.3, -0.7, 1.1], dtype=dtype, requires_grad=True)
+            y = bias_act(x.clone().requires_grad_(tracked), b, act, backend=backend)
+            (g,) = torch.autograd.grad((y**3).sum(), b, create_graph=True)
+            found.append(torch.autograd.grad((g**2).sum(), b)[0])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_with_a_stride() -> None:
+    x, bias = torch.randn(2, 3, 4, 4), torch.arange(6.0)[::2]
+    torch.testing.assert_close(bias_act(x, bias), bias_act(x, bias, backend="torch"))

@@ -176,7 +176,7 @@ def test_a_lost_tangent_is_an_error() -> None:
 
 
 def test_fake_of_another_dtype_is_named() -> None:
-    with pytest.raises(TypeError, match=r"fake: was torch.bfloat16; it may be torch.float32, as real"):
+    with pytest.raises(TypeError, match=r"fake: was torch\.bfloat16; it may be torch\.float32, as real"):
         gradient_penalty(lambda x: x.sum(1), torch.zeros(2, 3), torch.zeros(2, 3).bfloat16())
 
 
