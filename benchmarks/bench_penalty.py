@@ -119,4 +119,5 @@ def test_penalty(benchmark: Any, name: str, dtype: torch.dtype, layout: str) -> 
         expected=sides(torch.float64)["plain"](),
         baseline="plain",
         floor=1e-5,
+        rounds=15,
     )
