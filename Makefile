@@ -34,6 +34,8 @@ lint: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastgan needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]'
+	@echo "compiling the kernels for this machine, where there is a compiler"
+	@$(BIN)/python -c 'from fastgan.ops import extension; print(extension.cpu() or "compiled")'
 	@touch $@
 
 clean:

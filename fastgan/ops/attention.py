@@ -7,7 +7,6 @@ nothing of size N x M is kept in any of the three passes.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import replace
 from functools import cache
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fastgan.ops import attention_chunked
-from fastgan.ops.autograd import autocast
+from fastgan.ops.autograd import autocast, without_autocast
 from fastgan.ops.backend import Implementation, Op, forward_mode
 from fastgan.ops.implementations import functions, kernels, no_third_order, tracked
 
@@ -76,7 +75,7 @@ def scaled_dot_product_attention(
     if name == "torch" and backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # Compiled code is differentiated once at most: torch's fused kernels serve it best.
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    with _as_given(query):
+    with without_autocast(query):
         if name == "torch":
             return _reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
         implementation = _kernels(name)
@@ -86,14 +85,6 @@ def scaled_dot_product_attention(
         else:
             output, _ = implementation.attention_forward(query, key, value, scale, is_causal)
         return output.reshape(*leading, *output.shape[2:])
-
-
-def _as_given(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast off, where it is on: what is computed inside has its dtype already."""
-    device = x.device.type
-    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device):  # meta has none
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
@@ -258,7 +249,7 @@ class _Forward(torch.autograd.Function):
             # o and lse are functions of q, k and v whose part in the second derivative is in second_backward.
             found = _Backward.apply(do, q, k, v, o.detach(), lse, scale, causal, kernels)
         else:
-            with _as_given(q):
+            with without_autocast(q):
                 found = kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
         return *_asked(ctx, found), None, None, None
 
@@ -280,7 +271,7 @@ class _Backward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(do, q, k, v, o, lse)
         ctx.rest = scale, causal, kernels  # type: ignore[attr-defined]
-        with _as_given(q):
+        with without_autocast(q):
             return kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
 
     @staticmethod
@@ -296,7 +287,7 @@ class _SecondBackward(torch.autograd.Function):
     def forward(ctx: FunctionCtx, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None, *rest: Any) -> Any:
         ctx.set_materialize_grads(False)
         *tensors, scale, causal, kernels = rest
-        with _as_given(tensors[0]):
+        with without_autocast(tensors[0]):
             return kernels.attention_second_backward(uq, uk, uv, *tensors, scale, causal)
 
     @staticmethod

@@ -42,7 +42,9 @@ def autocasts(x: Tensor) -> bool:
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast off, where it is on: what is computed inside has its dtype already, or gets it later."""
-    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
+    if torch.compiler.is_compiling() or not autocasts(x):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -260,6 +260,21 @@ def test_keeps_channels_last_in_every_order(op: Callable[..., Tensor]) -> None:
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, gx, ggx))
 
 
+@pytest.mark.parametrize(
+    "op",
+    [upsample_conv2d, conv2d_downsample, conv_transpose2d, lambda x, w: avg_pool2d(x) + interpolate_nearest(x).mean()],
+)
+def test_compiles_in_one_graph(op: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, w = torch.randn(8, 4, 16, 16), torch.randn(4, 4, 3, 3)
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+    found = []
+    for f in (op, compiled):
+        t = x.clone().requires_grad_()
+        y = f(t, w)
+        found.append((y, torch.autograd.grad(y.square().sum(), t)[0]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
 def test_compiles_and_transforms() -> None:
     x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
     expected = torch.autograd.grad(conv2d(x, w.requires_grad_()).square().sum(), w)[0]
