@@ -118,6 +118,7 @@ def test_penalty(benchmark: Any, name: str, dtype: torch.dtype, layout: str) -> 
         sides(dtype),
         expected=sides(torch.float64)["plain"](),
         baseline="plain",
-        floor=1e-5,
+        # Where rounding moves a pre-activation across zero, a rectifier's slope flips and the gradient jumps.
+        floor=1e-3,
         rounds=15,
     )
