@@ -151,7 +151,7 @@ VARIANTS: dict[str, Variant] = {
             _WGAN_GP.but(
                 networks=_SMALL,
                 optimiser={**_ONE_CRITIC, "lr_g": 2e-3, "lr_d": 2e-3},
-                schedule={"resolution": 16, "kimg": 380, "batch": 64},
+                schedule={"resolution": 16, "kimg": 540, "batch": 64},
             ),
             "Gulrajani et al. 2017, Improved training of Wasserstein GANs",
         ),
