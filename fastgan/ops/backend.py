@@ -28,7 +28,7 @@ Judge = Callable[..., str | None]
 _asked: ContextVar[Mapping[str, str]] = ContextVar("fastgan_backend", default=MappingProxyType({}))  # "*": every op
 
 
-def _always(*inputs: Tensor, **options: object) -> str | None:
+def _always(*inputs: Tensor | None, **options: object) -> str | None:
     return None
 
 
@@ -69,7 +69,7 @@ class Op:
         assert set(self.implementations) <= set(NAMES)
         OPS[name] = self
 
-    def choose(self, backend: str | None, *inputs: Tensor, **options: object) -> str:
+    def choose(self, backend: str | None, *inputs: Tensor | None, **options: object) -> str:
         """Name of the implementation that runs `inputs`; `backend` is the caller's wish, or None.
 
         `options` are other arguments of the call, for judges of this op that look at them.
@@ -91,7 +91,7 @@ class Op:
             raise ValueError(f"backend: was {wish!r}, but {reason}; here it may be {', '.join(able)}")
         return wish
 
-    def explain(self, *inputs: Tensor) -> dict[str, str]:
+    def explain(self, *inputs: Tensor | None) -> dict[str, str]:
         """Implementation -> what it is and why it would run or not, beginning with the one that would run."""
         chosen = self.choose(None, *inputs)
         found = {}
@@ -109,7 +109,7 @@ class Op:
     def _known(self, name: str | None) -> str | None:
         return name if name in self.implementations else None
 
-    def _reason(self, name: str, *inputs: Tensor, **options: object) -> str | None:
+    def _reason(self, name: str, *inputs: Tensor | None, **options: object) -> str | None:
         it = self.implementations[name]
         return it.able(*inputs, **options) or it.worth(*inputs, **options)
 
@@ -131,7 +131,7 @@ def forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
-def backends(op: str, *inputs: Tensor) -> dict[str, str]:
+def backends(op: str, *inputs: Tensor | None) -> dict[str, str]:
     """What can run `op` and why: implementation -> reason, beginning with the one that would run.
 
     Args:

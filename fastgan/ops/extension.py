@@ -29,10 +29,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
 
 LIBRARIES = {"cpu": ".cpp", "cuda": ".cu"}
 
@@ -416,27 +412,3 @@ def cuda() -> str | None:
 def file(library: str) -> Path | None:
     """Where the library that is loaded was loaded from."""
     return _files.get(library)
-
-
-def _judge(device: str, dtypes: tuple[Any, ...], library: Callable[[], str | None]) -> Callable[..., str | None]:
-    def able(*inputs: torch.Tensor | None) -> str | None:
-        for x in inputs:
-            if x is None:
-                continue
-            if x.device.type != device:
-                return f"it takes tensors on {device}, not on {x.device.type}"
-            if x.dtype not in dtypes:
-                return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {x.dtype}"
-        return library()
-
-    return able
-
-
-def on_cpu(*dtypes: torch.dtype) -> Callable[..., str | None]:
-    """`able` of an op's "cpp" implementation: every tensor on the CPU in one of `dtypes`, and the library loaded."""
-    return _judge("cpu", dtypes, cpu)
-
-
-def on_cuda(*dtypes: torch.dtype) -> Callable[..., str | None]:
-    """`able` of an op's "cuda" implementation."""
-    return _judge("cuda", dtypes, cuda)

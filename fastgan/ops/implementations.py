@@ -42,8 +42,10 @@ def kernels(op: str, refuse: Judge | None = None) -> dict[str, Implementation]:
     """
 
     def judge(device: str, dtypes: tuple[torch.dtype, ...], machine: Callable[[], str | None]) -> Judge:
-        def able(*inputs: Tensor, **options: object) -> str | None:
+        def able(*inputs: Tensor | None, **options: object) -> str | None:
             for x in inputs:
+                if x is None:
+                    continue
                 if x.device.type != device:
                     return f"it runs on {device}, not {x.device.type}"
                 if x.dtype not in dtypes:
