@@ -16,6 +16,25 @@ COMMANDS = {
     "sample": "draw images from a trained generator",
     "doctor": "print versions, devices, backends, and what is missing",
 }
+# Command -> module of fastgan, where the command's own name cannot be that of a file: a keyword, or a package.
+MODULES: dict[str, str] = {}
+
+# Package -> the extra that brings it; every other one is in `train`.
+EXTRAS = {
+    "nvidia": "dali",
+    "torch_fidelity": "eval",
+    "torchmetrics": "eval",
+    "huggingface_hub": "export",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "gradio": "explore",
+}
+
+
+def module_of(name: str) -> str:
+    """Name, inside fastgan, of the module whose `main` is the command `name`."""
+    return MODULES.get(name, name)
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
@@ -33,7 +52,10 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
                 print(f"fastgan: {error}", file=sys.stderr, flush=True)
             return 2
         except ModuleNotFoundError as error:
-            print(f"fastgan: {error.name} is not installed; pip install 'fastgan[train]'", file=sys.stderr, flush=True)
+            extra = EXTRAS.get((error.name or "").split(".")[0], "train")
+            print(
+                f"fastgan: {error.name} is not installed; pip install 'fastgan[{extra}]'", file=sys.stderr, flush=True
+            )
             return 2
         except KeyboardInterrupt:
             print("fastgan: interrupted", file=sys.stderr, flush=True)
@@ -46,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     """`fastgan CMD ...`, also `python -m fastgan CMD ...`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return command(lambda rest: importlib.import_module(f"fastgan.{argv[0]}").main(rest))(argv[1:])
+        return command(lambda rest: importlib.import_module(f"fastgan.{module_of(argv[0])}").main(rest))(argv[1:])
     if argv and argv[0] in ("--version", "-V"):
         print(f"fastgan {__version__}")
         return 0

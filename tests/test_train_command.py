@@ -240,7 +240,7 @@ def test_fastgan_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", commands.COMMANDS)
 def test_every_command_by_module_and_by_file(command: str, tmp_path: Path) -> None:
-    for start in (["-m", "fastgan", command], [str(ROOT / "fastgan" / f"{command}.py")]):
+    for start in (["-m", "fastgan", command], [str(ROOT / "fastgan" / f"{commands.module_of(command)}.py")]):
         line = [sys.executable, *start, "--help"]
         result = subprocess.run(line, capture_output=True, text=True, timeout=100, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
