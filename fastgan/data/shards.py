@@ -1,0 +1,199 @@
+"""Writing the files of one shard of a prepared set, image by image, so that memory does not grow with its size."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from fastgan.data.prepared import SUFFIXES, File, cache_file, index_file, tar_file, write_whole
+from fastgan.data.sources import area_average
+
+_BLOCK = 512  # a tar is made of blocks of this size
+
+
+class Output:
+    """A file under a hidden name until it is whole: hashed as it is written, flushed to the disk, then renamed.
+
+    Raises: OSError with the file's own name, whatever failed.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+        self._stream = self._partial.open("wb", buffering=2**20)
+
+    def write(self, content: bytes | memoryview) -> None:
+        try:
+            self._stream.write(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._file)) from error
+        self._digest.update(content)
+        self.bytes += len(content)
+
+    def finish(self) -> File:
+        try:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            os.replace(self._partial, self._file)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._file)) from error
+        return File(self.bytes, self._digest.hexdigest())
+
+    def abandon(self) -> None:
+        """Leave nothing behind, as far as the disk lets us."""
+        with contextlib.suppress(OSError):  # what is still buffered may not fit: it is not wanted
+            self._stream.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class TarOutput:
+    """A webdataset tar of numbered images, and the lines of DALI's index of it. No times, owners or random order."""
+
+    def __init__(self, file: Path, suffix: str) -> None:
+        self._out = Output(file)
+        self._suffix = suffix
+        self._lines: list[str] = []
+
+    def add(self, number: int, image: bytes, label: int | None) -> None:
+        parts = [self._member(f"{number:09}.{self._suffix}", self._suffix, image)]
+        if label is not None:
+            parts.append(self._member(f"{number:09}.cls", "cls", str(label).encode()))
+        self._lines.append(" ".join(parts))
+
+    def finish(self) -> tuple[File, bytes]:
+        """The tar, and the content of its index: DALI's layout of version 1.2."""
+        self._out.write(bytes(2 * _BLOCK))
+        index = "\n".join([f"v1.2 {len(self._lines)}", *self._lines]) + "\n"
+        return self._out.finish(), index.encode()
+
+    def abandon(self) -> None:
+        self._out.abandon()
+
+    def _member(self, name: str, kind: str, content: bytes) -> str:
+        """Write one member; its entry in the index."""
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        self._out.write(header.tobuf(tarfile.USTAR_FORMAT))
+        at = self._out.bytes
+        self._out.write(content + bytes(-len(content) % _BLOCK))
+        return f"{kind} {at} {len(content)} {name}"
+
+
+def read_index(content: bytes) -> np.ndarray:
+    """Offset and length of each image of a tar, from its index: int64 [n, 2]."""
+    lines = content.decode().splitlines()[1:]
+    return np.array([line.split(" ")[1:3] for line in lines], dtype=np.int64).reshape(-1, 2)
+
+
+def encode(pixels: np.ndarray, encoding: str, quality: int) -> bytes:
+    """uint8 [C, r, r], C 1 or 3, as one image file."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    options: dict[str, dict[str, Any]] = {
+        # No chroma subsampling: a GAN would learn the blocks it leaves.
+        "jpeg": {"quality": quality, "subsampling": 0},
+        "png": {"compress_level": 6},
+        "webp": {"lossless": True, "quality": 50, "method": 4},
+    }
+    file = io.BytesIO()
+    image.save(file, format=encoding.upper(), **options[encoding])
+    return file.getvalue()
+
+
+class ShardWriter:
+    """All files of one shard. `add` each image in order, then `finish`; leaving early leaves nothing behind.
+
+    folder: of the set. first, count: global index of the first image, and how many will come. resolutions: from
+    4 to the target; those in `cached` are stored as arrays, the others as image files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shard: int,
+        first: int,
+        count: int,
+        *,
+        channels: int,
+        resolutions: tuple[int, ...],
+        cached: tuple[int, ...],
+        encoding: str,
+        quality: int,
+    ) -> None:
+        self._folder, self._shard = folder, shard
+        self._first, self._count, self._channels = first, count, channels
+        self._resolutions, self._encoding, self._quality = resolutions, encoding, quality
+        self._arrays: dict[int, Output] = {}
+        self._tars: dict[int, TarOutput] = {}
+        self._added = 0
+        try:
+            for r in resolutions:
+                name = cache_file(r, shard) if r in cached else tar_file(r, shard)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                if r in cached:
+                    self._arrays[r] = Output(folder / name)
+                    self._arrays[r].write(_header((count, channels, r, r)))
+                else:
+                    self._tars[r] = TarOutput(folder / name, SUFFIXES[encoding])
+        except BaseException:
+            self.abandon()
+            raise
+
+    def add(self, pixels: np.ndarray, label: int | None) -> None:
+        """The next image at the target resolution: uint8 [C, R, R]."""
+        assert pixels.shape == (self._channels, self._resolutions[-1], self._resolutions[-1]), pixels.shape
+        for r in self._resolutions:
+            image = area_average(pixels, r)
+            if r in self._arrays:
+                self._arrays[r].write(np.ascontiguousarray(image).data.cast("B"))
+            else:
+                data = encode(image, self._encoding, self._quality)
+                self._tars[r].add(self._first + self._added, data, label)
+        self._added += 1
+
+    def finish(self) -> dict[str, File]:
+        """The shard's files, by name below the set's folder."""
+        assert self._added == self._count, f"{self._added} of {self._count} images"
+        files = {cache_file(r, self._shard): out.finish() for r, out in self._arrays.items()}
+        for r, tar in self._tars.items():
+            files[tar_file(r, self._shard)], index = tar.finish()
+            name = index_file(r, self._shard)
+            files[name] = write_whole(self._folder / name, index)
+        return files
+
+    def abandon(self) -> None:
+        for array in self._arrays.values():
+            array.abandon()
+        for tar in self._tars.values():
+            tar.abandon()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """The head of a .npy file of uint8 in C order."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def write_array(file: Path, array: np.ndarray) -> File:
+    """One small array as .npy, whole or not at all."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return write_whole(file, stream.getvalue())

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastgan.data import prepared
+from fastgan.data.prepared import Manifest, Shard, write_whole
+from fastgan.data.shards import ShardWriter, read_index, write_array
+
+
+def write_set(
+    folder: Path,
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    cache_to: int = 8,
+    encoding: str = "jpeg",
+    per_shard: int = 5,
+) -> Manifest:
+    """A prepared set of `images` (uint8 [N, C, R, R]) without the command; the second shard has one image fewer."""
+    resolution = images.shape[-1]
+    resolutions = tuple(2**i for i in range(2, resolution.bit_length()))
+    cached = tuple(r for r in resolutions if r <= cache_to)
+    ends = [*range(per_shard, len(images), per_shard), len(images)]
+    if len(ends) > 2:
+        ends[1] -= 1
+    shards, files = [], {}
+    offsets: dict[int, list[np.ndarray]] = {r: [] for r in resolutions if r not in cached}
+    for number, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        shards.append(Shard(first, end - first))
+        with ShardWriter(
+            folder,
+            number,
+            first,
+            end - first,
+            channels=images.shape[1],
+            resolutions=resolutions,
+            cached=cached,
+            encoding=encoding,
+            quality=95,
+        ) as writer:
+            for i in range(first, end):
+                writer.add(images[i], None if labels is None else int(labels[i]))
+            files |= writer.finish()
+        for r, parts in offsets.items():
+            parts.append(read_index((folder / prepared.index_file(r, number)).read_bytes()))
+    for r, parts in offsets.items():
+        files[prepared.offsets_file(r)] = write_array(folder / prepared.offsets_file(r), np.concatenate(parts))
+    if labels is not None:
+        files[prepared.LABELS] = write_array(folder / prepared.LABELS, labels.astype(np.int64))
+    names = "".join(json.dumps(f"image {i}") + "\n" for i in range(len(images)))
+    files[prepared.NAMES] = write_whole(folder / prepared.NAMES, names.encode())
+    files[prepared.SKIPPED] = write_whole(folder / prepared.SKIPPED, b"")
+    manifest = Manifest(
+        path=folder,
+        version="0",
+        count=len(images),
+        channels=images.shape[1],
+        resolution=resolution,
+        resolutions=resolutions,
+        cached=cached,
+        encoding=encoding,
+        num_classes=0 if labels is None else int(labels.max()) + 1,
+        fingerprint=prepared.fingerprint(files, {}),
+        settings={},
+        source={"kind": "folder", "name": "images"},
+        skipped=0,
+        shards=tuple(shards),
+        files=files,
+    )
+    prepared.write_manifest(manifest)
+    return manifest
+
+
+@pytest.fixture
+def prepared_set() -> Callable[..., Manifest]:
+    """`write_set`: a prepared set made in the test, without the command."""
+    return write_set
