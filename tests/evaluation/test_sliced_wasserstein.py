@@ -2,10 +2,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage, stats
 
-from fastgan.evaluation.sliced_wasserstein import sliced_wasserstein
+from fastgan.evaluation.sliced_wasserstein import (
+    Patches,
+    bytes_of_patches,
+    laplacian_pyramid,
+    patch_distances,
+    sliced_wasserstein,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,3 +68,80 @@ def test_images_are_flattened_and_any_dtype_is_taken() -> None:
 def test_refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"b: had shape \(3, 2\); it may be \(4, 2\), as a"):
         sliced_wasserstein(torch.zeros(4, 2), torch.zeros(3, 2))
+
+
+def pyramid_of_scipy(image: np.ndarray) -> list[np.ndarray]:
+    """One channel, by two-dimensional convolutions."""
+    kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+    levels = []
+    while image.shape[0] >= 32:
+        half = ndimage.convolve(image, kernel, mode="mirror")[::2, ::2]
+        spread = np.zeros_like(image)
+        spread[::2, ::2] = half
+        levels.append(image - ndimage.convolve(spread, 4 * kernel, mode="mirror"))
+        image = half
+    return [*levels, image]
+
+
+def test_pyramid_against_scipy() -> None:
+    images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    levels = laplacian_pyramid(images)
+    assert [tuple(level.shape) for level in levels] == [(2, 3, 64, 64), (2, 3, 32, 32), (2, 3, 16, 16)]
+    for image in range(2):
+        for channel in range(3):
+            direct = pyramid_of_scipy(images[image, channel].double().numpy())
+            for level, expected in zip(levels, direct, strict=True):
+                assert np.allclose(level[image, channel].numpy(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "levels"), [(8, 1), (16, 1), (32, 2), (128, 4)])
+def test_levels_and_their_memory(size: int, levels: int) -> None:
+    patches = Patches(0, "real", limit=2)
+    patches.update(torch.arange(3), torch.zeros(3, 1, size, size, dtype=torch.uint8))
+    cut = patches.levels()
+    assert [tuple(level.shape) for level in cut] == [(2, 128, 1, 7, 7)] * levels  # image 2 is past the limit
+    assert sum(level.numel() * 4 for level in cut) == 2 * bytes_of_patches(size, 1)
+
+
+def test_patches_are_cut_from_everywhere_and_belong_to_their_image() -> None:
+    """Images whose pixels say where they are."""
+    ramp = (torch.arange(16)[:, None] * 16 + torch.arange(16)).to(torch.uint8)
+    images = ramp.expand(40, 1, 16, 16).clone()
+    patches = Patches(3, "real", limit=100)
+    patches.update(torch.arange(40), images)
+    corner = patches.levels()[0][:, :, 0, 0, 0].long()
+    assert corner.unique().tolist() == [16 * y + x for y in range(10) for x in range(10)]
+    offset = torch.arange(7)[:, None] * 16 + torch.arange(7)
+    assert torch.equal(patches.levels()[0][:, :, 0].long(), corner[:, :, None, None] + offset)
+    counts = torch.bincount(corner.flatten(), minlength=160)[corner.unique()]
+    assert counts.min() > 20 and counts.max() < 100  # 51 expected of each
+    # Another batching, in another order, stored and merged: the same patches.
+    later, first = Patches(3, "real", limit=100), Patches(3, "real", limit=100)
+    later.update(torch.arange(25, 40), images[25:])
+    for part in torch.arange(25).split(10):
+        first.update(part, images[part])
+    stored = Patches(3, "real", limit=100)
+    stored.load_state(first.state())
+    later.merge(stored)
+    assert torch.equal(later.levels()[0], patches.levels()[0])
+
+
+def direct_distance(a: np.ndarray, b: np.ndarray, directions: np.ndarray) -> float:
+    def vectors(x: np.ndarray) -> np.ndarray:
+        x = x.reshape(-1, *x.shape[2:])
+        x = (x - x.mean((0, 2, 3), keepdims=True)) / x.std((0, 2, 3), keepdims=True)
+        return x.reshape(len(x), -1)
+
+    one, two = vectors(a), vectors(b)
+    return float(np.mean([stats.wasserstein_distance(one @ u, two @ u) for u in directions.T]))
+
+
+def test_distance_of_patches_against_scipy() -> None:
+    a, b = random(3, 128, 2, 7, 7) * 5 + 1, random(3, 128, 2, 7, 7, seed=1) ** 3 - 2
+    directions = []
+    for repeat in range(4):
+        u = torch.randn(98, 128, generator=torch.Generator().manual_seed(repeat))
+        directions.append((u / u.norm(dim=0)).numpy())
+    direct = direct_distance(a.double().numpy(), b.double().numpy(), np.concatenate(directions, axis=1))
+    assert patch_distances([a, a], [b, a]) == pytest.approx({0: direct, 1: 0.0}, rel=1e-5, abs=1e-9)
+    assert direct > 0.01

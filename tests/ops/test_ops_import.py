@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "config": {"errors"},
     "checkpoint": {"errors"},
     "variants": {"config"},
-    "evaluation": {"data", "errors"},
+    "evaluation": {"data", "errors", "noise"},
 }
 # Commands may import everything; so may training, except the commands.
 COMMANDS = {"train", "sample", "doctor", "evaluate", "export", "prepare", "commands", "__init__", "__main__"}
