@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from fastgan.data.images import area_average
 from fastgan.data.prepared import SUFFIXES, File, cache_file, index_file, tar_file, write_whole
-from fastgan.data.sources import area_average
 
 _BLOCK = 512  # a tar is made of blocks of this size
 

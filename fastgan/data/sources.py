@@ -13,16 +13,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from fastgan.data.images import Checked, area_average, check, decode, first_line, is_grey, square
 from fastgan.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _KINDS = "it may be digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT or synthetic"
 _CIFAR_RECORD = 1 + 3 * 32 * 32
@@ -112,22 +109,6 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
     return opener(spec, path, resolution, channels)
 
 
-def area_average(images: np.ndarray, resolution: int) -> np.ndarray:
-    """Shrink uint8 [..., R, R] to [..., resolution, resolution]: the mean of each square block, rounded.
-
-    In integers, so that it gives the same bytes for one image and for a stack, on any machine.
-    """
-    block = images.shape[-1] // resolution
-    if block == 1:
-        return images
-    total = np.full((*images.shape[:-2], resolution, resolution), block * block // 2, dtype=np.uint32)
-    for row in range(block):
-        for column in range(block):
-            total += images[..., row::block, column::block]
-    total //= block * block
-    return total.astype(np.uint8)
-
-
 class _ArraySource(Source):
     """Images held in memory at their own size, resized when read. images: uint8 [N, C, h, w]."""
 
@@ -155,7 +136,7 @@ class _ArraySource(Source):
         from PIL import Image
 
         planes = (Image.fromarray(plane) for plane in self._images[index])
-        return np.stack([np.asarray(_square(plane, self.resolution)) for plane in planes])
+        return np.stack([np.asarray(square(plane, self.resolution)) for plane in planes])
 
 
 class _FileSource(Source):
@@ -193,12 +174,11 @@ class _FileSource(Source):
     def _target(self, index: int) -> np.ndarray:
         file = self.path / self._files[index] if self.path else Path(self._files[index])
         try:
-            pixels = np.array(_decode(file, self.resolution, "L" if self.channels == 1 else "RGB"))
+            with file.open("rb") as stream:
+                return decode(stream, self.resolution, self.channels)
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-            reason = f"the image cannot be decoded ({_first_line(error)}); remove the file or replace it"
+            reason = f"the image cannot be decoded ({first_line(error)}); remove the file or replace it"
             raise ArgumentError("--data", str(file), reason) from error
-        planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return np.ascontiguousarray(planes)
 
 
 def _digits(spec: str, resolution: int, channels: int | None) -> Source:
@@ -262,7 +242,7 @@ def _mnist(spec: str, root: Path, resolution: int, channels: int | None) -> Sour
         images = torchvision.read_image_file(str(files[0])).numpy()
         labels = torchvision.read_label_file(str(files[1])).numpy()
     except Exception as error:  # torchvision asserts, and torch raises RuntimeError on a short file
-        reason = f"the idx files in {path} cannot be read ({_first_line(error)}); copy them anew"
+        reason = f"the idx files in {path} cannot be read ({first_line(error)}); copy them anew"
         raise ArgumentError("--data", spec, reason) from error
     if not len(images) or len(images) != len(labels) or labels.max() > 9:
         found = f"{path} holds {len(images)} images and {len(labels)} labels"
@@ -281,22 +261,13 @@ def _celeba(spec: str, root: Path, resolution: int, channels: int | None) -> Sou
         lists = [name for _, _, name in celeba.file_list if not name.endswith((".zip", ".7z"))]
         missing = [name for name in ("img_align_celeba", *lists) if not (path / name).exists()]
         wanted = f"{path} must hold the folder img_align_celeba and {', '.join(lists)}"
-        other = f"one differs from the published file ({_first_line(error)})"
+        other = f"one differs from the published file ({first_line(error)})"
         found = f"missing: {', '.join(missing)}" if missing else other
         raise ArgumentError("--data", spec, f"{wanted}; {found}") from error
     try:
         return _FileSource("celeba", path / "img_align_celeba", names, None, 0, resolution, 3)
     except OSError as error:
         raise ArgumentError("--data", spec, f"all {len(names)} images must be there ({error})") from error
-
-
-class _Checked(NamedTuple):
-    """What opening one file of a folder told: `reason` is "" for an image."""
-
-    file: str
-    reason: str
-    mode: str
-    size: tuple[int, int]
 
 
 def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Source:
@@ -307,22 +278,22 @@ def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Sou
     files = _walk(path, skipped)
     # Opening waits for the disk more than it computes, so more threads than cores pay.
     with ThreadPoolExecutor(8) as pool:
-        checked = list(pool.map(lambda file: _check(path, file), files))
-    images = [one for one in checked if not one.reason]
-    skipped += [(one.file, one.reason) for one in checked if one.reason]
-    if not images:
+        checked = dict(zip(files, pool.map(lambda file: _check(path / file), files), strict=True))
+    whole = {file: one for file, one in checked.items() if not one.reason}
+    skipped += [(file, one.reason) for file, one in checked.items() if one.reason]
+    if not whole:
         found = "it is empty"
         if skipped:
             found = f"none of its {len(skipped):,} files is an image (first: {': '.join(skipped[0])})"
         raise ArgumentError("--data", spec, f"{path} may be a folder with images below it; {found}")
-    small = [one for one in images if min(one.size) < resolution]
+    small = [one for one in whole.values() if min(one.size) < resolution]
     if small:
         width, height = min((one.size for one in small), key=min)
-        count = f"{len(small):,} of {len(images):,} images are smaller than {resolution} px"
+        count = f"{len(small):,} of {len(whole):,} images are smaller than {resolution} px"
         logger.warning("%s: %s and are enlarged; the smallest is %d x %d", spec, count, width, height)
     if channels is None:
-        channels = 1 if all(_is_grey(one.mode) for one in images) else 3
-    names = [one.file for one in images]
+        channels = 1 if all(is_grey(one.mode) for one in whole.values()) else 3
+    names = list(whole)
     labels, num_classes = None, 0
     if all("/" in name for name in names):
         classes, ranks = np.unique([name.partition("/")[0] for name in names], return_inverse=True)
@@ -351,83 +322,10 @@ def _walk(path: Path, skipped: list[tuple[str, str]]) -> list[str]:
     return sorted(files)
 
 
-def _check(path: Path, file: str) -> _Checked:
-    """Look at one file without decoding it, where that is enough to tell that it is whole."""
-    from PIL import Image, UnidentifiedImageError
-
-    if not (path / file).is_file():  # opening a named pipe would wait forever
-        return _Checked(file, "no file", "", (0, 0))
-    try:
-        with Image.open(path / file) as image:
-            mode, size, kind = image.mode, image.size, image.format
-            image.verify()
-        # `verify` finds nothing in a JPEG. A download cut short lacks the end mark; some cameras write more
-        # after it, so only a file without one is decoded to know.
-        if kind in ("JPEG", "MPO") and not _ends_whole(path / file):
-            with Image.open(path / file) as image:
-                image.load()
-    except UnidentifiedImageError:
-        return _Checked(file, "no image format Pillow knows", "", (0, 0))
-    except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
-        logger.debug("%s is skipped", path / file, exc_info=True)
-        return _Checked(file, _first_line(error), "", (0, 0))
-    return _Checked(file, "", mode, size)
-
-
-def _ends_whole(file: Path) -> bool:
-    with file.open("rb") as stream:
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1024))
-        return b"\xff\xd9" in stream.read()
-
-
-def _decode(file: Path, side: int, mode: str) -> Image.Image:
-    """One file as a `side` x `side` image of `mode` L or RGB: upright, its centre square, resized."""
-    from PIL import Image, ImageOps
-
-    image: Image.Image
-    with Image.open(file) as image:
-        shortest = min(image.size)
-        if shortest >= 4 * side:
-            # A JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8; the filter does the last halving.
-            width, height = (2 * side * length // shortest for length in image.size)
-            image.draft(None, (width, height))
-        image.load()
-        with suppress(Exception):  # a damaged EXIF block says nothing about the pixels
-            ImageOps.exif_transpose(image, in_place=True)
-        return _square(_convert(image, mode), side)
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """Any Pillow mode to L or RGB. 16-bit grey is scaled, transparency laid over white."""
-    from PIL import Image
-
-    if image.mode[0] in "IF":
-        # I;16 and its kin, I (16 bits in 32), F (0 to 1, or to 255): Pillow's own convert clips at 255.
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        top = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1
-        image = Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """The centre square of `image`, resized; Pillow's filters widen when shrinking, so nothing aliases."""
-    from PIL.Image import Resampling
-
-    width, height = image.size
-    shortest = min(width, height)
-    left, top = (width - shortest) // 2, (height - shortest) // 2
-    if shortest == side:
-        return image.crop((left, top, left + side, top + side))
-    # Enlarging with Lanczos rings visibly around strokes, bicubic hardly.
-    smooth = Resampling.LANCZOS if shortest > side else Resampling.BICUBIC
-    return image.resize((side, side), smooth, box=(left, top, left + shortest, top + shortest))
-
-
-def _is_grey(mode: str) -> bool:
-    return mode in ("1", "L", "LA", "F") or mode.startswith("I")
+def _check(file: Path) -> Checked:
+    if not file.is_file():  # opening a named pipe would wait forever
+        return Checked("no file")
+    return check(lambda: file.open("rb"), str(file))
 
 
 def _is_resolution(resolution: int) -> bool:
@@ -446,10 +344,5 @@ def _need(module: str, package: str, spec: str) -> Any:
         return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         # Not only ImportError: a torchvision built for another torch fails with any of these.
-        reason = f"it needs {package}, which cannot be imported ({_first_line(error)}); pip install {package}"
+        reason = f"it needs {package}, which cannot be imported ({first_line(error)}); pip install {package}"
         raise ArgumentError("--data", spec, reason) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from fastgan.data import prepared
+from fastgan.data.images import area_average
 from fastgan.data.prepared import Level, Manifest, is_prepared, read_manifest
-from fastgan.data.sources import area_average
 from fastgan.errors import ArgumentError
 
 Writer = Callable[..., Manifest]

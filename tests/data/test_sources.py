@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastgan.data import open_source
-from fastgan.data.sources import area_average
+from fastgan.data.images import area_average
 from fastgan.errors import ArgumentError
 
 

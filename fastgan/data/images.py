@@ -1,0 +1,151 @@
+"""Image files to pixels: is it whole, what mode and size it has, and how it becomes a square.
+
+Pillow is imported where it is used, so that a missing one stops only what needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.Image import Resampling
+
+logger = logging.getLogger(__name__)
+
+
+class Checked(NamedTuple):
+    """What opening an image file told.
+
+    reason: why it is none, or "". mode and kind: Pillow's, as in "RGB" and "JPEG". size: width and height, px.
+    transparent: whether a colour is, besides what the mode says.
+    """
+
+    reason: str
+    mode: str = ""
+    size: tuple[int, int] = (0, 0)
+    kind: str = ""
+    transparent: bool = False
+
+
+def check(open_file: Callable[[], BinaryIO], name: str) -> Checked:
+    """Look at one file without decoding it, where that is enough to tell that it is whole. `name` is for the log."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with open_file() as stream, Image.open(stream) as image:
+            mode, size, kind = image.mode, image.size, image.format or ""
+            transparent = "transparency" in image.info
+            image.verify()
+        # `verify` finds nothing in a JPEG. A download cut short lacks the end mark; some cameras write more
+        # after it, so only a file without one is decoded to know.
+        if kind in ("JPEG", "MPO"):
+            with open_file() as stream:
+                if not _ends_whole(stream):
+                    with Image.open(stream) as image:
+                        image.load()
+    except UnidentifiedImageError:
+        return Checked("no image format Pillow knows")
+    except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
+        logger.debug("%s is skipped", name, exc_info=True)
+        return Checked(first_line(error))
+    return Checked("", mode, size, kind, transparent)
+
+
+def _ends_whole(stream: BinaryIO) -> bool:
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1024))
+    end = stream.read()
+    stream.seek(0)
+    return b"\xff\xd9" in end
+
+
+def decode(
+    stream: BinaryIO, side: int, channels: int, *, shrink: Resampling | None = None, fit: bool = False
+) -> np.ndarray:
+    """One image file as uint8 [channels, side, side], channels 1 or 3: upright, its centre square, resized.
+
+    shrink: Pillow's filter for larger images, None for Lanczos. fit: the whole image, centred on black, instead
+    of its centre square.
+    """
+    from PIL import Image, ImageOps
+
+    image: Image.Image
+    with Image.open(stream) as image:
+        extent = max(image.size) if fit else min(image.size)
+        if extent >= 4 * side:
+            # A JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8; the filter does the last halving.
+            width, height = (2 * side * length // extent for length in image.size)
+            image.draft(None, (width, height))
+        image.load()
+        with suppress(Exception):  # a damaged EXIF block says nothing about the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        image = convert(image, "L" if channels == 1 else "RGB")
+        pixels = np.array(square(image, side, shrink, fit))
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """Any Pillow mode to L or RGB. 16-bit grey is scaled, transparency laid over white."""
+    from PIL import Image
+
+    if image.mode[0] in "IF":
+        # I;16 and its kin, I (16 bits in 32), F (0 to 1, or to 255): Pillow's own convert clips at 255.
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        top = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1
+        image = Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def square(image: Image.Image, side: int, shrink: Resampling | None = None, fit: bool = False) -> Image.Image:
+    """The centre square, resized; Pillow's filters widen when shrinking, so nothing aliases; see `decode`."""
+    from PIL import Image
+    from PIL.Image import Resampling
+
+    width, height = image.size
+    extent = max(width, height) if fit else min(width, height)
+    # Enlarging with Lanczos rings visibly around strokes, bicubic hardly.
+    smooth = (Resampling.LANCZOS if shrink is None else shrink) if extent > side else Resampling.BICUBIC
+    if fit and width != height:
+        inner = max(1, round(width * side / extent)), max(1, round(height * side / extent))
+        whole = image if inner == image.size else image.resize(inner, smooth)
+        image = Image.new(image.mode, (side, side))
+        image.paste(whole, ((side - inner[0]) // 2, (side - inner[1]) // 2))
+        return image
+    left, top = (width - extent) // 2, (height - extent) // 2
+    if extent == side:
+        return image.crop((left, top, left + side, top + side))
+    return image.resize((side, side), smooth, box=(left, top, left + extent, top + extent))
+
+
+def is_grey(mode: str) -> bool:
+    return mode in ("1", "L", "LA", "F") or mode.startswith("I")
+
+
+def area_average(images: np.ndarray, resolution: int) -> np.ndarray:
+    """Shrink uint8 [..., R, R] to [..., resolution, resolution]: the mean of each square block, rounded.
+
+    In integers, so that it gives the same bytes for one image and for a stack, on any machine.
+    """
+    block = images.shape[-1] // resolution
+    if block == 1:
+        return images
+    total = np.full((*images.shape[:-2], resolution, resolution), block * block // 2, dtype=np.uint32)
+    for row in range(block):
+        for column in range(block):
+            total += images[..., row::block, column::block]
+    total //= block * block
+    return total.astype(np.uint8)
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
