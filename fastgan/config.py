@@ -132,13 +132,17 @@ class Data(_Strict):
     """Data."""
 
     data: str = "digits"
-    """digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT or synthetic."""
+    """digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic, or what `fastgan prepare` wrote: PATH."""
     channels: int | None = None
     """Channels of the images, 1 or 3; None: those of the data."""
     mirror: bool = False
     """Flip half of the real images left to right."""
-    workers: int = 2
-    """Threads that decode images where the data does not fit in memory."""
+    pipeline: Literal["auto", "cache", "dali", "torch"] = "auto"
+    """cache: decoded images; dali, torch: decoded a batch ahead. auto: the first that can; a run says which and why."""
+    workers: int = 0
+    """Threads of each rank that decode images where they are not in memory; 0: its share of the cores, at most 8."""
+    resident_gb: float | None = None
+    """A set that takes no more decoded is kept in memory or on the GPU; None: 1.1, or a quarter of the GPU's free."""
 
 
 @dataclass(frozen=True)
@@ -337,6 +341,7 @@ def check(config: Config) -> None:
         "penalty-weight": o.penalty_weight,
         "divergence-k": o.divergence_k,
         "drift": o.drift,
+        "resident-gb": config.data.resident_gb,
     }
     for flag, amount in not_negative.items():
         _require(amount is None or (math.isfinite(amount) and amount >= 0), f"--{flag}", amount, "it may be 0 or more")

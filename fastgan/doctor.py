@@ -65,6 +65,14 @@ def main(argv: list[str]) -> int:
         missing.append(
             f"torchvision is installed but does not import ({fault}): pip install --force-reinstall torchvision"
         )
+    from fastgan.data import dali
+
+    no_dali = dali.missing()
+    if no_dali and platform.system() == "Linux":
+        missing.append(f"DALI (--pipeline dali, image files decoded faster): {no_dali}")
+    print("data pipelines")
+    print("  cache, torch: everywhere")
+    print(f"  dali: {no_dali or f'DALI {dali.version()}'}")
     print("devices")
     print(f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if torch.cuda.is_available():

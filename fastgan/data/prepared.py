@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from fastgan.data.images import first_line
+from fastgan.data.sources import Encoded, Source
 from fastgan.errors import ArgumentError
 
 FORMAT = "fastgan-prepared"
@@ -171,7 +173,7 @@ class Level:
         """The file of one image, JPEG, PNG or WebP. Only for a resolution that is not cached."""
         assert self._offsets is not None, f"{self.resolution} px is cached"
         offset, length = map(int, self._offsets[index])
-        shard = bisect.bisect_right(self.manifest.starts, index) - 1
+        shard = self._shard(index)
         with (self.manifest.path / tar_file(self.resolution, shard)).open("rb") as stream:
             stream.seek(offset)
             return stream.read(length)
@@ -181,15 +183,102 @@ class Level:
         if not self.cached:
             from PIL import Image
 
-            with Image.open(io.BytesIO(self.encoded(index))) as image:
-                # WebP has no grey: a grey image comes back as three equal planes.
-                pixels = np.array(image.convert("L" if self.manifest.channels == 1 else "RGB"))
+            # WebP has no grey: a grey image comes back as three equal planes.
+            mode = "L" if self.manifest.channels == 1 else "RGB"
+            try:
+                with Image.open(io.BytesIO(self.encoded(index))) as image:
+                    pixels = np.array(image.convert(mode))
+            except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+                may_be = (
+                    f"the image cannot be decoded ({first_line(error)}); `fastgan data verify` lists what is damaged"
+                )
+                raise ArgumentError("--data", self.name(index), may_be) from error
             return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
-        shard = bisect.bisect_right(self.manifest.starts, index) - 1
+        shard = self._shard(index)
+        return np.array(self.array(shard)[index - self.manifest.shards[shard].first])
+
+    def array(self, shard: int) -> np.ndarray:
+        """One shard, memory-mapped: uint8 [n, C, resolution, resolution]. Only for a resolution that is cached.
+
+        Raises: ArgumentError naming the file, if it holds something else.
+        """
         if shard not in self._arrays:
             name = cache_file(self.resolution, shard)
-            self._arrays[shard] = _load(self.manifest.path / name)
-        return np.array(self._arrays[shard][index - self.manifest.shards[shard].first])
+            array = _load(self.manifest.path / name)
+            shape = (self.manifest.shards[shard].count, self.manifest.channels, self.resolution, self.resolution)
+            if array.shape != shape or array.dtype != np.uint8:
+                may_be = f"{name} holds {array.dtype} {list(array.shape)}; it may be uint8 {list(shape)}"
+                raise ArgumentError("--data", str(self.manifest.path), may_be)
+            self._arrays[shard] = array
+        return self._arrays[shard]
+
+    def name(self, index: int) -> str:
+        """What to call an image that cannot be decoded."""
+        file = tar_file(self.resolution, self._shard(index))
+        return f"{self.manifest.path / file}, member {index:09}.{SUFFIXES[self.manifest.encoding]}"
+
+    def _shard(self, index: int) -> int:
+        return bisect.bisect_right(self.manifest.starts, index) - 1
+
+
+class PreparedSource(Source):
+    """What `fastgan prepare` wrote: every resolution lies there, decoded up to some size and encoded above.
+
+    Raises: ArgumentError naming a file that is missing or has another size, at any resolution up to the target.
+    """
+
+    def __init__(self, manifest: Manifest, resolution: int, channels: int | None = None) -> None:
+        if channels not in (None, manifest.channels):
+            may_be = f"{manifest.path} has {manifest.channels}; it may be left out"
+            raise ArgumentError("--channels", channels, may_be)
+        if resolution > manifest.resolution:
+            may_be = f"{manifest.path} was prepared up to {manifest.resolution} px"
+            raise ArgumentError("--resolution", resolution, may_be)
+        self.manifest = manifest
+        self._levels = {at: Level(manifest, at) for at in manifest.resolutions if at <= resolution}
+        super().__init__(
+            "prepared",
+            resolution=resolution,
+            channels=manifest.channels,
+            labels=manifest.labels(),
+            num_classes=manifest.num_classes,
+            fingerprint=manifest.fingerprint,
+            path=manifest.path,
+        )
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def _target(self, index: int) -> np.ndarray:
+        return self._levels[self.resolution].pixels(index)
+
+    def read(self, index: int, resolution: int) -> np.ndarray:
+        """One image as it was prepared: nothing is resized. See `Source.read`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        self.check_resolution(resolution)
+        return self._levels[resolution].pixels(index)
+
+    def arrays(self, resolution: int) -> list[np.ndarray] | None:
+        level = self._levels[resolution]
+        return [level.array(shard) for shard in range(len(self.manifest.shards))] if level.cached else None
+
+    def encoded(self, resolution: int) -> Encoded | None:
+        """Of the lowest resolution, from the one asked for, that lies encoded."""
+        side = next((at for at in self.manifest.resolutions if at >= max(resolution, self._first_encoded)), None)
+        if side is None:
+            return None
+        if side not in self._levels:
+            self._levels[side] = Level(self.manifest, side)
+        level = self._levels[side]
+        encoding = self.manifest.encoding.upper()
+        mode = "L" if self.channels == 1 and encoding != "WEBP" else "RGB"  # WebP has no grey
+        kinds = {(encoding, mode, False): level.name(0)}
+        return Encoded(level.encoded, level.name, side, kinds, exact=True)
+
+    @property
+    def _first_encoded(self) -> int:
+        return 2 * max(self.manifest.cached, default=2)
 
 
 def cache_file(resolution: int, shard: int) -> str:

@@ -11,19 +11,34 @@ import importlib
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastgan.data.images import Checked, area_average, check, decode, first_line, is_grey, square
 from fastgan.errors import ArgumentError
 
-_KINDS = "it may be digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT or synthetic"
+_KINDS = "it may be digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic or a prepared set's folder"
 _CIFAR_RECORD = 1 + 3 * 32 * 32
 logger = logging.getLogger(__name__)
+
+
+class Encoded(NamedTuple):
+    """The image files of a source as they are, for decoders other than Pillow.
+
+    read: a whole file, by index; safe from several threads. name: what to call it in an error. side: the centre
+    square of an image is to be brought to side x side, and area-averaged from there; exact: every image is so already.
+    kinds: format, mode and transparency as in `images.Checked`, of all files, with the name of one that is so.
+    """
+
+    read: Callable[[int], bytes]
+    name: Callable[[int], str]
+    side: int
+    kinds: dict[tuple[str, str, bool], str]
+    exact: bool = False
 
 
 class Source(ABC):
@@ -74,6 +89,17 @@ class Source(ABC):
         self.check_resolution(resolution)
         return area_average(self._target(index), resolution)
 
+    def arrays(self, resolution: int) -> list[np.ndarray] | None:
+        """What lies decoded on the disk: memory-mapped uint8 [n, C, resolution, resolution], in order; None: nothing.
+
+        Raises: ArgumentError naming a file that is not what it should be.
+        """
+        return None
+
+    def encoded(self, resolution: int) -> Encoded | None:
+        """The image files from which images of `resolution` are made; None if there are no such files."""
+        return None
+
     def check_resolution(self, resolution: int) -> None:
         """Raises: ArgumentError if images cannot be read at `resolution`."""
         if not _is_resolution(resolution) or resolution > self.resolution:
@@ -84,9 +110,9 @@ class Source(ABC):
 def open_source(spec: str, resolution: int, channels: int | None = None, seed: int = 0) -> Source:
     """Open what `--data` says, checked as far as that is cheap.
 
-    spec: digits | folder:PATH | cifar10:ROOT | mnist:ROOT | celeba:ROOT | synthetic. resolution: the target,
-    a power of two from 4. channels: None for the source's own; a folder converts to 1 or 3, synthetic images
-    have any number. seed: of the synthetic images.
+    spec: digits | folder:PATH | cifar10:ROOT | mnist:ROOT | celeba:ROOT | synthetic | the folder of a prepared set,
+    recognised by its manifest, or prepared:PATH. resolution: the target, a power of two from 4. channels: None for the
+    source's own; a folder converts to 1 or 3, synthetic images have any number. seed: of the synthetic images.
 
     Raises: ArgumentError for an unknown spec, a missing or unusable file, a package that cannot be imported,
     or a channel count or resolution the source does not have.
@@ -94,8 +120,15 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
     kind, _, place = spec.partition(":")
     if not _is_resolution(resolution):
         raise ArgumentError("--resolution", resolution, "it may be a power of two from 4")
+    from fastgan.data.prepared import PreparedSource, is_prepared, read_manifest  # which needs `Source`
+
+    if kind == "prepared" or is_prepared(Path(spec).expanduser()):
+        path = Path(place if kind == "prepared" else spec).expanduser()
+        return PreparedSource(read_manifest(path), resolution, channels)
     opener = {"folder": _folder, "cifar10": _cifar10, "mnist": _mnist, "celeba": _celeba}.get(kind)
     if spec not in ("digits", "synthetic") and (opener is None or not place):
+        if spec and Path(spec).expanduser().is_dir():
+            raise ArgumentError("--data", spec, f"it has no manifest.json; a folder of images is folder:{spec}")
         raise ArgumentError("--data", spec, _KINDS)
     _need("PIL.Image", "pillow", spec)
     if spec == "digits":
@@ -152,6 +185,7 @@ class _FileSource(Source):
         resolution: int,
         channels: int,
         skipped: Iterable[tuple[str, str]] = (),
+        kinds: dict[tuple[str, str, bool], str] | None = None,
     ) -> None:
         digest = hashlib.sha256(f"{name} {len(files)}".encode())
         for file in files:
@@ -167,12 +201,23 @@ class _FileSource(Source):
             skipped=skipped,
         )
         self._files = files
+        # Without a look at each, all are what the set was published as.
+        self._kinds = {("JPEG", "RGB", False): files[0]} if kinds is None else kinds
 
     def __len__(self) -> int:
         return len(self._files)
 
+    def encoded(self, resolution: int) -> Encoded | None:
+        def name(index: int) -> str:
+            return str(self._file(index))
+
+        return Encoded(lambda index: self._file(index).read_bytes(), name, self.resolution, self._kinds)
+
+    def _file(self, index: int) -> Path:
+        return self.path / self._files[index] if self.path else Path(self._files[index])
+
     def _target(self, index: int) -> np.ndarray:
-        file = self.path / self._files[index] if self.path else Path(self._files[index])
+        file = self._file(index)
         try:
             with file.open("rb") as stream:
                 return decode(stream, self.resolution, self.channels)
@@ -298,7 +343,8 @@ def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Sou
     if all("/" in name for name in names):
         classes, ranks = np.unique([name.partition("/")[0] for name in names], return_inverse=True)
         labels, num_classes = ranks.astype(np.int64), len(classes)
-    return _FileSource("folder", path, names, labels, num_classes, resolution, channels, skipped)
+    kinds = {(one.kind, one.mode, one.transparent): file for file, one in whole.items()}
+    return _FileSource("folder", path, names, labels, num_classes, resolution, channels, skipped, kinds)
 
 
 def _walk(path: Path, skipped: list[tuple[str, str]]) -> list[str]:

@@ -223,8 +223,11 @@ class Trainer:
             seed=config.run.seed,
             device=world.device,
             mirror=config.data.mirror,
+            pipeline=config.data.pipeline,
             workers=config.data.workers,
+            resident_bytes=None if config.data.resident_gb is None else round(config.data.resident_gb * 1e9),
         )
+        self._waited = 0.0
         self._logged_at = (time.monotonic(), 0)
         self._last_good: Path | None = None
         self._engines: tuple[Engine, Engine] | None = None
@@ -353,7 +356,10 @@ class Trainer:
         parts = self.world.size * accumulation
         for a in range(accumulation):
             slice_ = a * self.world.size + self.world.rank
-            yield self.pipeline.batch(self.images, batch, rank=slice_, world=parts)
+            began = time.monotonic()
+            micro = self.pipeline.batch(self.images, batch, rank=slice_, world=parts)
+            self._waited += time.monotonic() - began
+            yield micro
 
     def _discriminator_step(self, batch: int) -> list[Tensor]:
         assert self._engines is not None
@@ -512,9 +518,11 @@ class Trainer:
         try:
             with _Interrupt(self.world) as interrupt:
                 while self.images < self.total:
-                    before = self.images
+                    before, resolution = self.images, self.resolution
                     self.train_step()
                     log.advance(self.images)
+                    if self.resolution > resolution:
+                        log.line(self.pipeline.describe())
 
                     def due(kimg: float, before: int = before) -> bool:
                         return int(self.images / (1000 * kimg)) > int(before / (1000 * kimg))
@@ -552,6 +560,7 @@ class Trainer:
         self.meters.clear()
         now, (then, images) = time.monotonic(), self._logged_at
         self._logged_at = (now, self.images)
+        waited, self._waited = self._waited, 0.0
         stage = stage_at(self.stages, self.images)
         log.metrics(
             {
@@ -560,6 +569,8 @@ class Trainer:
                 "resolution": self.resolution,
                 "alpha": stage.alpha(self.images) if stage.resolution == self.resolution else 1.0,
                 "images_per_second": (self.images - images) / max(now - then, 1e-9),
+                # The time from asking for batches to having them, as a share of all.
+                "data_share": waited / max(now - then, 1e-9),
                 **dict(zip(names, values, strict=True)),
             }
         )

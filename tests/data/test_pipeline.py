@@ -146,7 +146,7 @@ def test_virtual_ranks_read_nothing_twice() -> None:
         for start in (0, 6):
             for rank in range(3):
                 pipeline.batch(start, 6, rank=rank, world=3)
-        assert set(pipeline._store._ahead) == {(12, 6, rank, 3) for rank in range(3)}  # type: ignore[attr-defined]
+        assert set(pipeline._store._ahead.pending) == {(12, 6, rank, 3) for rank in range(3)}  # type: ignore[attr-defined]
     assert_read_once(source, needed=12, ahead=18)
 
 
@@ -154,7 +154,7 @@ def test_stream_keeps_no_stale_batches() -> None:
     with streamed() as pipeline:
         for start in (0, 1000, 50, 7, 2000):
             pipeline.batch(start, 4)
-        assert list(pipeline._store._ahead) == [(2004, 4, 0, 1)]  # type: ignore[attr-defined]
+        assert list(pipeline._store._ahead.pending) == [(2004, 4, 0, 1)]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("make", [opened, streamed])
@@ -204,25 +204,29 @@ def test_unlabelled_folder(tmp_path: Path) -> None:
     source = open_source(f"folder:{tmp_path}", 8)
     with fastgan.data.open(source, resolution=8, seed=0, resident_bytes=0, workers=2) as pipeline:
         batch = pipeline.batch(0, 3)
-        assert pipeline.describe() == f"folder: 3 images, 1 channel, at 8 px decoded by 2 threads from {tmp_path}"
+        assert f"folder: 3 images, 1 channel from {tmp_path}, at 8 px by dali: decoded on the CPU by 2 threads; " in (
+            pipeline.describe()
+        )
     assert batch.labels is None
     assert sorted(batch.images[:, 0, 0, 0].tolist()) == pytest.approx([-1, 80 / 127.5 - 1, 160 / 127.5 - 1])
 
 
 def test_describe_digits() -> None:
     with fastgan.data.open(open_source("digits", 16), resolution=16, seed=0) as pipeline:
-        assert pipeline.describe() == "digits: 1,797 images, 1 channel, at 16 px in memory (0.5 MB)"
+        said = "digits: 1,797 images, 1 channel, at 16 px by cache: in memory (0.5 MB); it fits in 1.1 GB"
+        assert pipeline.describe() == said
 
 
 @pytest.mark.parametrize("make", [opened, streamed])
 def test_state(make: Callable[..., Pipeline]) -> None:
     stored = make(seed=9, mirror=True)
+    stored.batch(0, 4)
     state = stored.state_dict()
-    assert state == {"seed": 9, "fingerprint": "c0"}
+    assert state == {"position": 4, "seed": 9, "fingerprint": "c0"}
     resumed = make(seed=1, mirror=True)
     resumed.batch(0, 4)
     resumed.load_state_dict(state)
-    assert resumed.seed == 9
+    assert (resumed.seed, resumed.position) == (9, 4)
     assert_same(resumed.batch(4, 4), stored.batch(4, 4))
 
 

@@ -1,0 +1,87 @@
+"""Images that are decoded already: in one tensor on the device, or memory-mapped files. No workers, no decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgan.data.store import Ahead, Call, megabytes, upload
+
+
+class Resident:
+    """All images in one tensor on the device. images: uint8 [N, C, r, r]."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self._images = images
+        self._host = images.numpy() if images.device.type == "cpu" else None
+
+    def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
+        if self._host is None:
+            return self._images.index_select(0, on_device)
+        # Rows are copied at the speed of memory by one thread; a second one is waited for longer than it saves.
+        return torch.from_numpy(self._host.take(indices, axis=0))
+
+    def describe(self) -> str:
+        place = "memory" if self._host is not None else f"memory of {self._images.device}"
+        return f"in {place} ({megabytes(self._images.numel())})"
+
+    def drop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Mapped:
+    """Images in memory-mapped arrays: the system's page cache holds what was read, once for all ranks of a machine.
+
+    arrays: uint8 [n, C, r, r] each, in order. Rows are gathered in a thread, a batch ahead: that hides the disk
+    where pages are read for the first time.
+    """
+
+    def __init__(
+        self,
+        arrays: list[np.ndarray],
+        device: torch.device,
+        pool: Executor,
+        indices_of: Callable[[Call], np.ndarray],
+    ) -> None:
+        # A plain view: indexing an np.memmap makes another np.memmap each time, which takes longer than the copy.
+        self._arrays = [np.asarray(one) for one in arrays]
+        self._device, self._pool = device, pool
+        self._ends = np.cumsum([len(one) for one in arrays])
+        self._ahead = Ahead(self._begin, indices_of)
+
+    def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
+        return upload(self._ahead.take(call, indices)[0], self._device)
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 [n, C, r, r] of `indices` (int64 [n])."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        within = indices - (self._ends[shards] - [len(self._arrays[shard]) for shard in shards])
+        rows = zip(shards.tolist(), within.tolist(), strict=True)
+        return np.concatenate([self._arrays[shard][row : row + 1] for shard, row in rows])
+
+    def describe(self) -> str:
+        return f"memory-mapped ({megabytes(sum(one.nbytes for one in self._arrays))})"
+
+    def drop(self) -> None:
+        self._ahead.drop()
+
+    def close(self) -> None:
+        self._ahead.drop()
+
+    def _begin(self, indices: np.ndarray) -> list[Future[Any]]:
+        return [self._pool.submit(self.gather, indices)]
+
+
+def upload_all(arrays: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    """All of `arrays`, one below the other, in one tensor on the device: uint8 [N, C, r, r]."""
+    images = torch.empty((sum(map(len, arrays)), *arrays[0].shape[1:]), dtype=torch.uint8, device=device)
+    for part, array in zip(images.split([len(array) for array in arrays]), arrays, strict=True):
+        part.copy_(torch.from_numpy(np.array(array)))
+    return images

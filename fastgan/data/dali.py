@@ -1,0 +1,203 @@
+"""Images decoded, cropped and resized by NVIDIA DALI, on the CPU or the GPU, a batch ahead.
+
+DALI's own readers shuffle within a buffer and a shard only; here the bytes of each batch are fed to it in the order of
+our sampler.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastgan.data.images import area_average, first_line
+from fastgan.data.sources import Encoded, Source
+from fastgan.data.store import Ahead, Call, count
+from fastgan.errors import ArgumentError
+
+# Formats and modes of Pillow that DALI decodes to the same pixels: 16 bits and transparency are otherwise there.
+_SAME = {
+    "JPEG": ("L", "RGB", "CMYK"),
+    "MPO": ("RGB",),
+    "PNG": ("1", "L", "P", "RGB"),
+    "WEBP": ("RGB",),
+    "BMP": ("L", "RGB"),
+    "PPM": ("L", "RGB"),
+    "TIFF": ("L", "RGB"),
+}
+
+
+def missing() -> str:
+    """Why DALI cannot be used on this machine, or ""."""
+    if sys.platform != "linux":
+        return "DALI is for Linux only"
+    try:
+        importlib.import_module("nvidia.dali.fn")
+    except ModuleNotFoundError:
+        return "DALI is not installed (pip install 'fastgan[dali]')"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"DALI cannot be imported ({first_line(error)})"
+    return ""
+
+
+def version() -> str:
+    """Of the DALI that is installed."""
+    return importlib.import_module("nvidia.dali").__version__
+
+
+def fault(source: Source, resolution: int) -> str:
+    """Why DALI cannot make the images of `resolution`, or ""."""
+    files = source.encoded(resolution)
+    if files is None:
+        return f"{source.name} has no image files to decode"
+    for (kind, mode, transparent), file in files.kinds.items():
+        if transparent or mode not in _SAME.get(kind, ()):
+            what = f"a {kind} image of mode {mode}{' with transparency' * transparent}"
+            return f"DALI would read {file}, {what}, otherwise or not at all"
+    if source.channels not in (1, 3):
+        return f"DALI decodes to 1 or 3 channels, not {source.channels}"
+    return missing()
+
+
+class Dali:
+    """The image files of a source, decoded by DALI; `fault` must have found nothing.
+
+    pool: threads that read the files' bytes. workers: DALI's threads.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        resolution: int,
+        device: torch.device,
+        pool: Executor,
+        workers: int,
+        indices_of: Callable[[Call], np.ndarray],
+    ) -> None:
+        files = source.encoded(resolution)
+        assert files is not None
+        self._files: Encoded = files
+        self._source, self._resolution, self._device = source, resolution, device
+        self._pool, self._workers = pool, workers
+        # A DALI pipeline is one thread's.
+        self._runner = ThreadPoolExecutor(1, thread_name_prefix="fastgan-dali")
+        self._graph: Any = None
+        self._largest = 0
+        self._given: deque[tuple[torch.cuda.Event | None, torch.Tensor]] = deque()
+        self._ahead = Ahead(lambda indices: [self._runner.submit(self._decode, indices)], indices_of)
+
+    def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
+        images: torch.Tensor = self._ahead.take(call, indices)[0]
+        if self._device.type == "cuda":
+            self._keep(images)
+        return images
+
+    def describe(self) -> str:
+        place = "the CPU" if self._device.type == "cpu" else f"{self._device}"
+        return f"decoded on {place} by {count(self._workers, 'thread')}"
+
+    def drop(self) -> None:
+        self._ahead.drop()
+
+    def close(self) -> None:
+        self._ahead.drop()
+        self._runner.shutdown(wait=True)
+
+    def _keep(self, images: torch.Tensor) -> None:
+        """DALI knows nothing of torch's streams: its buffer is kept until what reads it there has run."""
+        if self._given:
+            event = torch.cuda.Event()
+            event.record()
+            self._given[-1] = (event, self._given[-1][1])
+        while self._given and self._given[0][0] is not None and self._given[0][0].query():
+            self._given.popleft()
+        self._given.append((None, images))
+
+    def _decode(self, indices: np.ndarray) -> torch.Tensor:
+        """In the runner's thread: uint8 [n, C, r, r] on the device, channels last in memory."""
+        contents = list(self._pool.map(self._files.read, indices.tolist()))
+        try:
+            images = self._run(contents)
+        except RuntimeError as error:
+            self._graph = None  # after an error it is of no more use
+            self._raise(indices, contents, error)
+        return _average(images.permute(0, 3, 1, 2), self._resolution)
+
+    def _run(self, contents: list[bytes]) -> torch.Tensor:
+        """uint8 [n, side, side, C], in DALI's own memory."""
+        if self._graph is None or len(contents) > self._largest:
+            self._largest = max(self._largest, len(contents))
+            self._graph = build(self._files, self._source.channels, self._device, self._largest, self._workers)
+        self._graph.feed_input("files", [np.frombuffer(content, dtype=np.uint8) for content in contents])
+        (images,) = self._graph.run()
+        return torch.from_dlpack(images.as_tensor())
+
+    def _raise(self, indices: np.ndarray, contents: list[bytes], error: RuntimeError) -> None:
+        """Find the image that DALI refused."""
+        for index, content in zip(indices.tolist(), contents, strict=True):
+            try:
+                self._run([content])
+            except RuntimeError:
+                self._graph = None
+                # Damaged for Pillow too? Then that is what is said.
+                self._source.read(index, min(self._resolution, self._source.resolution))
+                reason = "DALI cannot decode it, and Pillow can; --pipeline torch goes on"
+                raise ArgumentError("--data", self._files.name(index), reason) from error
+        raise error
+
+
+def build(encoded: Encoded, channels: int, device: torch.device, largest: int, threads: int) -> Any:
+    """A DALI pipeline from bytes, fed as "files", to the centre squares: uint8 [n, side, side, channels], n <= largest.
+
+    The filters are those of `sources._square`: Lanczos to shrink, cubic to enlarge, both widened when shrinking.
+    """
+    from nvidia.dali import Pipeline, fn
+    from nvidia.dali import math as dmath
+    from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
+
+    gpu = device.type == "cuda"
+    index = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
+    # Batches are made ahead by `Ahead`; DALI's own prefetching would want to know the next batch's order itself.
+    graph = Pipeline(largest, threads, device_id=index, prefetch_queue_depth=1)
+    with graph:
+        files = fn.external_source(name="files", dtype=DALIDataType.UINT8, ndim=1)
+        images: Any = fn.decoders.image(
+            files,
+            device="mixed" if gpu else "cpu",
+            output_type=DALIImageType.RGB if channels == 3 else DALIImageType.GRAY,
+            jpeg_fancy_upsampling=True,  # as libjpeg and Pillow do
+        )
+        if not encoded.exact:
+            size = fn.cast(fn.peek_image_shape(files)[:2], dtype=DALIDataType.FLOAT)
+            shortest = dmath.min(size[0], size[1])
+            first = dmath.floor((size - shortest) / 2)
+            images = fn.resize(
+                images,
+                size=[encoded.side, encoded.side],
+                roi_start=first,
+                roi_end=first + shortest,
+                min_filter=DALIInterpType.INTERP_LANCZOS3,
+                mag_filter=DALIInterpType.INTERP_CUBIC,
+                antialias=True,
+            )
+        graph.set_outputs(images)
+    graph.build()
+    return graph
+
+
+def _average(images: torch.Tensor, resolution: int) -> torch.Tensor:
+    """`area_average` wherever the images are: uint8 [n, C, R, R] to [n, C, resolution, resolution]."""
+    block = images.shape[-1] // resolution
+    if block == 1:
+        return images
+    if images.device.type == "cpu":
+        return torch.from_numpy(area_average(images.numpy(), resolution))
+    # Exact: sums of at most 2^16 bytes are whole in float32, and dividing by a power of two changes no digit.
+    return F.avg_pool2d(images.float(), block).add_(0.5).floor_().to(torch.uint8)

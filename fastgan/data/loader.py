@@ -1,0 +1,49 @@
+"""Images decoded by Pillow in threads, a batch ahead: works wherever Python does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgan.data.sources import Source
+from fastgan.data.store import Ahead, Call, count, upload
+
+
+class Threads:
+    """Every image is read from its source when its batch is near.
+
+    Threads, not the processes of a DataLoader: Pillow lets go of Python's lock while it decodes and resizes, so they
+    are as fast (docs/data.md has the numbers), start at once, and nothing is copied between processes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        resolution: int,
+        device: torch.device,
+        pool: Executor,
+        workers: int,
+        indices_of: Callable[[Call], np.ndarray],
+    ) -> None:
+        self._source, self._resolution, self._device = source, resolution, device
+        self._pool, self._workers = pool, workers
+        self._ahead = Ahead(self._begin, indices_of)
+
+    def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
+        return upload(np.stack(self._ahead.take(call, indices)), self._device)
+
+    def describe(self) -> str:
+        return f"decoded by {count(self._workers, 'thread')}"
+
+    def drop(self) -> None:
+        self._ahead.drop()
+
+    def close(self) -> None:
+        self._ahead.drop()
+
+    def _begin(self, indices: np.ndarray) -> list[Future[Any]]:
+        return [self._pool.submit(self._source.read, int(index), self._resolution) for index in indices]
