@@ -11,4 +11,12 @@ class ArgumentError(ValueError):
 
     def __init__(self, argument: str, was: object, may_be: str) -> None:
         super().__init__(f"{argument}: was {was!r}; {may_be}")
-        self.argument = argument
+        self.argument, self.was, self.may_be = argument, was, may_be
+
+    def renamed(self, argument: str) -> ArgumentError:
+        """The same, for an argument that a caller knows by another name."""
+        return ArgumentError(argument, self.was, self.may_be)
+
+    def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, object, str]]:
+        """As it comes from a worker process."""
+        return ArgumentError, (self.argument, self.was, self.may_be)

@@ -142,7 +142,7 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
     return opener(spec, path, resolution, channels)
 
 
-class _ArraySource(Source):
+class ArraySource(Source):
     """Images held in memory at their own size, resized when read. images: uint8 [N, C, h, w]."""
 
     def __init__(
@@ -160,15 +160,15 @@ class _ArraySource(Source):
             fingerprint=digest.hexdigest()[:16],
             path=path,
         )
-        self._images = images
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     def _target(self, index: int) -> np.ndarray:
         from PIL import Image
 
-        planes = (Image.fromarray(plane) for plane in self._images[index])
+        planes = (Image.fromarray(plane) for plane in self.images[index])
         return np.stack([np.asarray(square(plane, self.resolution)) for plane in planes])
 
 
@@ -231,7 +231,7 @@ def _digits(spec: str, resolution: int, channels: int | None) -> Source:
     _require_channels("digits", 1, channels)
     digits = _need("sklearn.datasets", "scikit-learn", spec).load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
-    return _ArraySource("digits", images, digits.target.astype(np.int64), resolution)
+    return ArraySource("digits", images, digits.target.astype(np.int64), resolution)
 
 
 def _synthetic(resolution: int, channels: int | None, seed: int) -> Source:
@@ -241,7 +241,7 @@ def _synthetic(resolution: int, channels: int | None, seed: int) -> Source:
         raise ArgumentError("--channels", channels, "synthetic may have 1 or more")
     words = np.random.Philox(key=np.array([seed % 2**64, 0], dtype=np.uint64)).random_raw(2048 * channels * 8)
     images = words.astype("<u8").view(np.uint8).reshape(2048, channels, 8, 8)
-    return _ArraySource("synthetic", images, np.arange(2048, dtype=np.int64) % 10, resolution)
+    return ArraySource("synthetic", images, np.arange(2048, dtype=np.int64) % 10, resolution)
 
 
 def _cifar10(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
@@ -266,7 +266,7 @@ def _cifar10(spec: str, root: Path, resolution: int, channels: int | None) -> So
         parts.append(part.reshape(-1, _CIFAR_RECORD))
     records = np.concatenate(parts)
     images = records[:, 1:].reshape(-1, 3, 32, 32)
-    return _ArraySource("cifar10", images, records[:, 0].astype(np.int64), resolution, path)
+    return ArraySource("cifar10", images, records[:, 0].astype(np.int64), resolution, path)
 
 
 def _mnist(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
@@ -292,12 +292,21 @@ def _mnist(spec: str, root: Path, resolution: int, channels: int | None) -> Sour
     if not len(images) or len(images) != len(labels) or labels.max() > 9:
         found = f"{path} holds {len(images)} images and {len(labels)} labels"
         raise ArgumentError("--data", spec, f"{found}; it may hold as many of both, labels 0 to 9")
-    return _ArraySource("mnist", images[:, None], labels.astype(np.int64), resolution, path)
+    return ArraySource("mnist", images[:, None], labels.astype(np.int64), resolution, path)
 
 
 def _celeba(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
     """All 202,599 aligned faces, without labels; torchvision's `CelebA` reads text and checks its md5."""
     _require_channels("celeba", 3, channels)
+    path, names = celeba_files(spec, root)
+    try:
+        return _FileSource("celeba", path, names, None, 0, resolution, 3)
+    except OSError as error:
+        raise ArgumentError("--data", spec, f"all {len(names)} images must be there ({error})") from error
+
+
+def celeba_files(spec: str, root: Path) -> tuple[Path, list[str]]:
+    """The folder of the aligned faces, and their names in the order of the published list."""
     celeba = _need("torchvision.datasets", "torchvision", spec).CelebA
     path = root / celeba.base_folder
     try:
@@ -309,10 +318,7 @@ def _celeba(spec: str, root: Path, resolution: int, channels: int | None) -> Sou
         other = f"one differs from the published file ({first_line(error)})"
         found = f"missing: {', '.join(missing)}" if missing else other
         raise ArgumentError("--data", spec, f"{wanted}; {found}") from error
-    try:
-        return _FileSource("celeba", path / "img_align_celeba", names, None, 0, resolution, 3)
-    except OSError as error:
-        raise ArgumentError("--data", spec, f"all {len(names)} images must be there ({error})") from error
+    return path / "img_align_celeba", names
 
 
 def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Source:

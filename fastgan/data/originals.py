@@ -1,0 +1,183 @@
+"""Image files as users keep them, listed one by one so that millions need no more memory than a few.
+
+A folder here, archives in archives.py. The order is that of the names; training from the folder itself has the same.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, BinaryIO, NamedTuple, TypeVar, cast
+
+import numpy as np
+
+from fastgan.data import images
+from fastgan.data.images import Checked
+
+Row = TypeVar("Row", bound=tuple[Any, ...])
+
+
+class Item(NamedTuple):
+    """One original.
+
+    name: unique, "/" between parts. size, stamp: bytes, and what changes with the content as far as that is cheap
+    to tell (time of change, checksum); both for noticing a change. where: what its reader needs to find it. label:
+    a number, the name of a class, or None. reason: why it is no image, if the listing alone tells.
+    """
+
+    name: str
+    size: int = 0
+    stamp: int = 0
+    where: tuple[int, ...] = ()
+    label: int | str | None = None
+    reason: str = ""
+
+
+class Originals(ABC):
+    """What `fastgan prepare` reads: items in a fixed order, each of which gives pixels.
+
+    kind: as in SRC. path: where they lie, or None. channels: 1 or 3, if there is no choice. one_size: whether all
+    images have one size, so that none is too small beside the others. usual: the resolution that such a set is
+    used at, px; largest: the highest that it has, if it cannot be enlarged. num_classes, classes: if known
+    beforehand. All of it can be sent to another process.
+    """
+
+    kind: str
+    path: Path | None = None
+    channels: int | None = None
+    one_size: bool = False
+    usual: int | None = None
+    largest: int | None = None
+    num_classes: int | None = None
+    classes: list[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Without the folders above, so that a copy elsewhere is called the same."""
+        return self.kind if self.path is None else self.path.resolve().name
+
+    @abstractmethod
+    def items(self) -> Iterator[Item]:
+        """All of them, in the order of the set.
+
+        Raises: ArgumentError naming the file, if the whole is not what it should be.
+        """
+
+    @abstractmethod
+    def check(self, item: Item) -> Checked:
+        """Look at one, decoding it only where nothing else tells whether it is whole."""
+
+    @abstractmethod
+    def pixels(self, item: Item, side: int, channels: int, fit: bool) -> np.ndarray:
+        """One image: uint8 [channels, side, side]. Raises nearly anything on a damaged file."""
+
+
+class Files(Originals):
+    """Originals that are image files, wherever they lie."""
+
+    @abstractmethod
+    def open(self, item: Item) -> BinaryIO: ...
+
+    def check(self, item: Item) -> Checked:
+        return images.check(lambda: self.open(item), item.name)
+
+    def pixels(self, item: Item, side: int, channels: int, fit: bool) -> np.ndarray:
+        from PIL.Image import Resampling
+
+        with self.open(item) as stream:
+            return images.decode(stream, side, channels, shrink=Resampling.BOX, fit=fit)
+
+
+class Folder(Files):
+    """Every file below a folder but hidden ones; a label is the name of the first-level subfolder."""
+
+    kind = "folder"
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path = path
+
+    def items(self) -> Iterator[Item]:
+        for name, reason in walk(self.path):
+            yield Item(name, reason=reason) if reason else self.item(name)
+
+    def item(self, name: str) -> Item:
+        try:
+            found = (self.path / name).stat()
+        except OSError as error:
+            return Item(name, reason=error.strerror or str(error))
+        return Item(name, found.st_size, found.st_mtime_ns, label=first_folder(name))
+
+    def check(self, item: Item) -> Checked:
+        if not (self.path / item.name).is_file():  # opening a named pipe would wait forever
+            return Checked("no file")
+        return super().check(item)
+
+    def open(self, item: Item) -> BinaryIO:
+        return (self.path / item.name).open("rb")
+
+
+def first_folder(name: str) -> str | None:
+    folder, slash, _ = name.partition("/")
+    return folder if slash else None
+
+
+def hidden(name: str) -> bool:
+    """Files such as .DS_Store, and the resource forks that macOS puts into zips."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def walk(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, reason) of the files below `path`: relative, "/" between parts, sorted, without hidden ones.
+
+    The reason is "" but for a folder that cannot be read. Links are followed, as data sets are often put together
+    by them, except to a folder that was visited before.
+    """
+    seen: set[str] = set()
+
+    def below(inside: str) -> Iterator[tuple[str, str]]:
+        real = os.path.realpath(path / inside)
+        if real in seen:
+            return
+        seen.add(real)
+        try:
+            # "a/" for a folder: its files come between those of its neighbours as their whole names do.
+            with os.scandir(path / inside) as entries:
+                keys = ((one.name + "/" * one.is_dir(),) for one in entries if not one.name.startswith("."))
+                names = sorted_rows(keys)
+                first = next(names, None)
+        except OSError as error:
+            yield inside, error.strerror or str(error)
+            return
+        for (name,) in itertools.chain([] if first is None else [first], names):
+            if name.endswith("/"):
+                yield from below(inside + name)
+            else:
+                yield inside + name, ""
+
+    return below("")
+
+
+def sorted_rows(rows: Iterable[Row], at_once: int = 2**15) -> Iterator[Row]:
+    """Sort any number of rows of strings and numbers, of which at most `at_once` are held in memory.
+
+    The input is read wholly before the first row comes out.
+    """
+    rows = iter(rows)
+    with ExitStack() as stack:
+        runs: list[IO[str]] = []
+        while part := sorted(itertools.islice(rows, at_once)):
+            if len(part) < at_once and not runs:
+                yield from part
+                return
+            run = stack.enter_context(tempfile.TemporaryFile("w+", encoding="ascii"))
+            run.writelines(json.dumps(row) + "\n" for row in part)
+            run.seek(0)
+            runs.append(run)
+        yield from heapq.merge(*((cast(Row, tuple(json.loads(line))) for line in run) for run in runs))
