@@ -9,7 +9,6 @@ import bisect
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgan.data.files import File, write_whole
 from fastgan.data.images import first_line
 from fastgan.data.sources import Encoded, Source
 from fastgan.errors import ArgumentError
@@ -36,14 +36,6 @@ class Shard:
 
     first: int
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """What the manifest says of a file: its size and its sha256 in hex."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -342,17 +334,6 @@ def write_manifest(manifest: Manifest) -> None:
     content["shards"] = [asdict(shard) for shard in manifest.shards]
     content["files"] = {name: asdict(one) for name, one in manifest.files.items()}
     write_whole(manifest.path / MANIFEST, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
-
-
-def write_whole(file: Path, content: bytes) -> File:
-    """Write a file so that its name never stands for half of it; flushed to the disk before it gets the name."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
-    return File(len(content), hashlib.sha256(content).hexdigest())
 
 
 def fingerprint(files: dict[str, File], settings: dict[str, Any]) -> str:

@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import io
-import os
 import tarfile
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from fastgan.data.files import File, Output, array_header, write_whole
 from fastgan.data.images import area_average
-from fastgan.data.prepared import SUFFIXES, File, cache_file, index_file, tar_file, write_whole
+from fastgan.data.prepared import SUFFIXES, cache_file, index_file, tar_file
 
 _BLOCK = 512  # a tar is made of blocks of this size
-
-
-class Output:
-    """A file under a hidden name until it is whole: hashed as it is written, flushed to the disk, then renamed.
-
-    Raises: OSError with the file's own name, whatever failed.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._partial = file.with_name(f".{file.name}.{os.getpid()}.part")
-        self._digest = hashlib.sha256()
-        self.bytes = 0
-        self._stream = self._partial.open("wb", buffering=2**20)
-
-    def write(self, content: bytes | memoryview) -> None:
-        try:
-            self._stream.write(content)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._file)) from error
-        self._digest.update(content)
-        self.bytes += len(content)
-
-    def finish(self) -> File:
-        try:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            os.replace(self._partial, self._file)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._file)) from error
-        return File(self.bytes, self._digest.hexdigest())
-
-    def abandon(self) -> None:
-        """Leave nothing behind, as far as the disk lets us."""
-        with contextlib.suppress(OSError):  # what is still buffered may not fit: it is not wanted
-            self._stream.close()
-        self._partial.unlink(missing_ok=True)
 
 
 class TarOutput:
@@ -87,6 +47,25 @@ class TarOutput:
         at = self._out.bytes
         self._out.write(content + bytes(-len(content) % _BLOCK))
         return f"{kind} {at} {len(content)} {name}"
+
+
+def renumber(folder: Path, shard: int, resolution: int, first: int, suffix: str) -> dict[str, File]:
+    """Name the members of a shard's tar anew, from global index `first`; sizes and places stay as they are."""
+    file, index = folder / tar_file(resolution, shard), folder / index_file(resolution, shard)
+    out = TarOutput(file, suffix)
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(index.read_text().splitlines()[1:], first):
+                fields = line.split(" ")
+                contents = []
+                for at, length in zip(fields[1::4], fields[2::4], strict=True):
+                    stream.seek(int(at))
+                    contents.append(stream.read(int(length)))
+                out.add(number, contents[0], int(contents[1]) if len(contents) > 1 else None)
+        whole, lines = out.finish()
+    finally:
+        out.abandon()
+    return {tar_file(resolution, shard): whole, index_file(resolution, shard): write_whole(index, lines)}
 
 
 def read_index(content: bytes) -> np.ndarray:
@@ -143,7 +122,7 @@ class ShardWriter:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 if r in cached:
                     self._arrays[r] = Output(folder / name)
-                    self._arrays[r].write(_header((count, channels, r, r)))
+                    self._arrays[r].write(array_header("|u1", (count, channels, r, r)))
                 else:
                     self._tars[r] = TarOutput(folder / name, SUFFIXES[encoding])
         except BaseException:
@@ -183,17 +162,3 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self.abandon()
-
-
-def _header(shape: tuple[int, ...]) -> bytes:
-    """The head of a .npy file of uint8 in C order."""
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return stream.getvalue()
-
-
-def write_array(file: Path, array: np.ndarray) -> File:
-    """One small array as .npy, whole or not at all."""
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return write_whole(file, stream.getvalue())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,15 @@ import numpy as np
 import pytest
 
 from fastgan.data import prepared
-from fastgan.data.prepared import Manifest, Shard, write_whole
-from fastgan.data.shards import ShardWriter, read_index, write_array
+from fastgan.data.files import File, write_whole
+from fastgan.data.prepared import Manifest, Shard
+from fastgan.data.shards import ShardWriter, read_index
+
+
+def write_array(file: Path, array: np.ndarray) -> File:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return write_whole(file, stream.getvalue())
 
 
 def write_set(

@@ -1,0 +1,80 @@
+"""Files that are whole or not there at all: hashed as they are written, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """What the manifest says of a file: its size and its sha256 in hex."""
+
+    bytes: int
+    sha256: str
+
+
+class Output:
+    """A file under a hidden name until it is finished.
+
+    Raises: OSError with the file's own name, whatever failed.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        # With the process in the name: one that was killed may still be writing when the next one begins.
+        self._partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+        self._stream = self._partial.open("wb", buffering=2**20)
+
+    def write(self, content: bytes | memoryview) -> None:
+        with self._named():
+            self._stream.write(content)
+        self._digest.update(content)
+        self.bytes += len(content)
+
+    def finish(self) -> File:
+        with self._named():
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            os.replace(self._partial, self._file)
+        return File(self.bytes, self._digest.hexdigest())
+
+    def abandon(self) -> None:
+        """Leave nothing behind. After `finish`, nothing is left to do."""
+        with contextlib.suppress(OSError):  # what is still buffered may not fit: it is not wanted
+            self._stream.close()
+        self._partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._file)) from error
+
+
+def write_whole(file: Path, content: bytes) -> File:
+    """A small file at once."""
+    out = Output(file)
+    try:
+        out.write(content)
+        return out.finish()
+    finally:
+        out.abandon()
+
+
+def array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The head of a .npy file in C order, for writing what follows piece by piece; dtype as in "|u1" or "<i8"."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
