@@ -20,7 +20,7 @@ import tyro
 
 from fastgan import __version__
 from fastgan.commands import command
-from fastgan.config import Config, check, merge, read_yaml, write_yaml
+from fastgan.config import Config, check, merge, read_yaml, replace, write_yaml
 from fastgan.errors import ArgumentError
 from fastgan.variants import VARIANTS, Preset
 
@@ -85,6 +85,16 @@ def _run_of(resume: str) -> Path:
     raise ArgumentError("--resume", resume, "it may be a run directory, a checkpoint in one, or auto")
 
 
+def _prepared_resolution(data: object) -> int | None:
+    """The highest resolution of a prepared set, which limits the preset's; None for other data."""
+    path = Path(str(data).removeprefix("prepared:")).expanduser()
+    if not (path / "manifest.json").is_file():
+        return None
+    from fastgan.data.prepared import read_manifest
+
+    return read_manifest(path).resolution
+
+
 def parse(argv: list[str]) -> Request:
     """The run that a command line asks for: preset, then file, then flags.
 
@@ -126,6 +136,9 @@ def parse(argv: list[str]) -> Request:
         raise ArgumentError("--preset", preset, "it may be paper or digits")
     kind: Preset = "paper" if preset == "paper" else "digits"
     base = VARIANTS[variant].config(kind)
+    held = _prepared_resolution(first.data or chosen["data"])
+    if held is not None:
+        base = replace(base, schedule={"resolution": min(base.schedule.resolution, held)})
     for values, where in layers:
         base = merge(base, values, where)
     defaults = Train(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgan.data.store import Ahead, Call, megabytes, upload
+from fastgan.data.store import Ahead, Call, in_words, upload
 
 
 class Resident:
@@ -27,7 +27,7 @@ class Resident:
 
     def describe(self) -> str:
         place = "memory" if self._host is not None else f"memory of {self._images.device}"
-        return f"in {place} ({megabytes(self._images.numel())})"
+        return f"in {place} ({in_words(self._images.numel())})"
 
     def drop(self) -> None:
         pass
@@ -67,7 +67,7 @@ class Mapped:
         return np.concatenate([self._arrays[shard][row : row + 1] for shard, row in rows])
 
     def describe(self) -> str:
-        return f"memory-mapped ({megabytes(sum(one.nbytes for one in self._arrays))})"
+        return f"memory-mapped ({in_words(sum(one.nbytes for one in self._arrays))})"
 
     def drop(self) -> None:
         self._ahead.drop()

@@ -7,23 +7,24 @@ our sampler.
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastgan.data.images import area_average, first_line
+from fastgan.data.images import area_average, decode, first_line
 from fastgan.data.sources import Encoded, Source
 from fastgan.data.store import Ahead, Call, count
 from fastgan.errors import ArgumentError
 
 # Formats and modes of Pillow that DALI decodes to the same pixels: 16 bits and transparency are otherwise there.
-_SAME = {
+SAME = {
     "JPEG": ("L", "RGB", "CMYK"),
     "MPO": ("RGB",),
     "PNG": ("1", "L", "P", "RGB"),
@@ -58,7 +59,7 @@ def fault(source: Source, resolution: int) -> str:
     if files is None:
         return f"{source.name} has no image files to decode"
     for (kind, mode, transparent), file in files.kinds.items():
-        if transparent or mode not in _SAME.get(kind, ()):
+        if transparent or mode not in SAME.get(kind, ()):
             what = f"a {kind} image of mode {mode}{' with transparency' * transparent}"
             return f"DALI would read {file}, {what}, otherwise or not at all"
     if source.channels not in (1, 3):
@@ -122,13 +123,20 @@ class Dali:
 
     def _decode(self, indices: np.ndarray) -> torch.Tensor:
         """In the runner's thread: uint8 [n, C, r, r] on the device, channels last in memory."""
-        contents = list(self._pool.map(self._files.read, indices.tolist()))
+        contents = list(self._pool.map(self._read, indices.tolist()))
         try:
             images = self._run(contents)
-        except RuntimeError as error:
-            self._graph = None  # after an error it is of no more use
+        except Exception as error:  # RuntimeError and IndexError are seen, with a page of C++ in the message
+            self._graph = None  # of no more use after an error
             self._raise(indices, contents, error)
         return _average(images.permute(0, 3, 1, 2), self._resolution)
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self._files.read(index)
+        except OSError as error:
+            reason = f"the file cannot be read ({error.strerror}); put it back"
+            raise ArgumentError("--data", self._files.name(index), reason) from error
 
     def _run(self, contents: list[bytes]) -> torch.Tensor:
         """uint8 [n, side, side, C], in DALI's own memory."""
@@ -139,16 +147,17 @@ class Dali:
         (images,) = self._graph.run()
         return torch.from_dlpack(images.as_tensor())
 
-    def _raise(self, indices: np.ndarray, contents: list[bytes], error: RuntimeError) -> None:
-        """Find the image that DALI refused."""
+    def _raise(self, indices: np.ndarray, contents: list[bytes], error: Exception) -> NoReturn:
+        """Find the image that DALI refused, and say whether it is damaged."""
         for index, content in zip(indices.tolist(), contents, strict=True):
             try:
                 self._run([content])
-            except RuntimeError:
-                self._graph = None
-                # Damaged for Pillow too? Then that is what is said.
-                self._source.read(index, min(self._resolution, self._source.resolution))
+            except Exception:
                 reason = "DALI cannot decode it, and Pillow can; --pipeline torch goes on"
+                try:
+                    decode(io.BytesIO(content), self._files.side, self._source.channels)
+                except Exception as damage:  # Pillow's decoders raise nearly anything on a damaged file
+                    reason = f"the image cannot be decoded ({first_line(damage)}); replace the file"
                 raise ArgumentError("--data", self._files.name(index), reason) from error
         raise error
 

@@ -16,7 +16,7 @@ from fastgan.data.images import area_average
 from fastgan.data.loader import Threads
 from fastgan.data.sampler import Sampler, rank_positions
 from fastgan.data.sources import Source, open_source
-from fastgan.data.store import Call, Store, count, megabytes, upload
+from fastgan.data.store import Call, Store, count, in_words, upload
 from fastgan.errors import ArgumentError
 
 # `open` hides the builtin on purpose, for callers that write `fastgan.data.open(...)`.
@@ -24,7 +24,6 @@ __all__ = ["KINDS", "Batch", "Kind", "Pipeline", "fade", "open"]
 
 Kind = Literal["auto", "cache", "dali", "torch"]
 KINDS: tuple[Kind, ...] = ("auto", "cache", "dali", "torch")
-_PREPARE = "`fastgan prepare` decodes once for all runs"
 
 
 class Batch(NamedTuple):
@@ -231,12 +230,14 @@ class Pipeline:
             if source.arrays(resolution) is not None:
                 return "cache", "prepared"
             if fits:
-                return "cache", f"it fits in {megabytes(self._resident_bytes)}"
-            too_large = (
-                f"decoded it takes {megabytes(self._bytes(resolution))}, above {megabytes(self._resident_bytes)}"
-            )
+                return "cache", f"it fits in {in_words(self._resident_bytes)}"
+            takes, limit = in_words(self._bytes(resolution)), in_words(self._resident_bytes)
+            too_large = f"decoded it takes {takes}, above {limit} (--resident-gb)"
             if asked == "cache":
-                may_be = f"at {resolution} px {source.name} {too_large} to keep, and is not prepared so: {_PREPARE}"
+                where = "`fastgan prepare` decodes it once for all runs"
+                if source.name == "prepared":
+                    where = f"it was not prepared with --cache-to {resolution}"
+                may_be = f"at {resolution} px {too_large}; {where}; or it may be auto"
                 raise ArgumentError("--pipeline", "cache", may_be)
         if asked == "torch":
             return "torch", "as asked for"
@@ -245,9 +246,9 @@ class Pipeline:
             if no_dali:
                 raise ArgumentError("--pipeline", "dali", f"it may be auto or torch: {no_dali}")
             return "dali", "as asked for"
-        why = f"{too_large}" if not no_dali else f"{too_large}, and {no_dali}"
+        why = f"{too_large}, and {no_dali}" if no_dali else too_large
         if resolution < source.resolution:
-            why += f"; every image is decoded at {source.resolution} px and shrunk each time: {_PREPARE}"
+            why += f"; each image is decoded at {source.resolution} px again and again, which `fastgan prepare` ends"
         return ("torch", why) if no_dali else ("dali", why)
 
     def _open_store(self, resolution: int) -> Store:

@@ -9,6 +9,7 @@ import bisect
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -26,6 +27,8 @@ FORMAT = "fastgan-prepared"
 SCHEMA = 1
 MANIFEST = "manifest.json"
 LABELS, NAMES, CLASSES, SKIPPED = "labels.npy", "names.jsonl", "classes.json", "skipped.txt"
+# np.load reads a header with `ast`, which Python 3.11 cannot in two threads at once (SystemError: AST constructor ...).
+_LOADING = threading.Lock()
 # Encoding -> what its members in a tar end with. DALI and webdataset know all three.
 SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
@@ -387,6 +390,7 @@ def _fault(manifest: Manifest) -> str:
 
 def _load(file: Path, mmap: bool = True) -> np.ndarray:
     try:
-        return np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
+        with _LOADING:
+            return np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ArgumentError("--data", str(file), f"it may be a whole .npy file ({error})") from error

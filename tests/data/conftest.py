@@ -84,7 +84,7 @@ def write_set(
     return manifest
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def prepared_set() -> Callable[..., Manifest]:
     """`write_set`: a prepared set made in the test, without the command."""
     return write_set
