@@ -72,6 +72,19 @@ def classifier() -> tuple[nn.Module, float]:
 
 
 @torch.no_grad()
+def describe(images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the classifier sees in each channel of images [N, C, R, R] in [-1, 1], taken one by one.
+
+    Returns: its last layer's input, float32 [N, C, 1024], and its logits, float32 [N, C, 10].
+    """
+    network = classifier()[0].to(images.device)
+    assert isinstance(network, nn.Sequential)
+    n, c = images.shape[:2]
+    inside = network[:-1](_resize(images.flatten(0, 1)[:, None]))
+    return inside.unflatten(0, (n, c)), network[-1](inside).unflatten(0, (n, c))
+
+
+@torch.no_grad()
 def report(images: Tensor) -> DigitReport:
     """Classify images [N, C, R, R] in [-1, 1]."""
     probability = torch.cat([F.softmax(classifier()[0](_resize(part)), dim=1) for part in images.split(256)])

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from fastgan.errors import ArgumentError
+from fastgan.evaluation import features
+from fastgan.evaluation.features import open_extractor
+
+
+def pictures(n: int, channels: int, size: int) -> Tensor:
+    return torch.randint(0, 256, (n, channels, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def random_like(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Weights of a size at which a signal survives the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for key, value in state.items():
+        if not value.is_floating_point():
+            made[key] = value
+        elif "running_var" in key or (value.ndim < 2 and key.endswith("weight")):
+            made[key] = 0.5 + torch.rand(value.shape, generator=generator)
+        else:
+            fan = max(1, value[0].numel()) if value.ndim > 1 else 100
+            made[key] = torch.randn(value.shape, generator=generator) * (2 / fan) ** 0.5
+    return made
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of the published layout, with random weights."""
+    built = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", stop)
+        built.__init__("inception-v3-compat", ["2048"], _empty())  # type: ignore[misc]
+    path = tmp_path_factory.mktemp("weights") / "weights-inception.pth"
+    torch.save(random_like(built.state_dict()), path)
+    return path
+
+
+def _empty() -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save({}, file)
+    file.seek(0)
+    return file
+
+
+def test_digits_are_described_channel_by_channel() -> None:
+    grey, colour = open_extractor("digits", 1), open_extractor("digits", 3)
+    images = pictures(4, 3, 16)
+    whole = colour(images)
+    assert (colour.dimension, colour.scores, grey.scores) == (3072, False, True)
+    assert tuple(whole.features.shape) == (4, 3072)
+    assert whole.logits is not None and tuple(whole.logits.shape) == (4, 3, 10)
+    for channel in range(3):
+        one = grey(images[:, channel : channel + 1])
+        assert one.logits is not None
+        assert torch.allclose(one.features, whole.features[:, 1024 * channel : 1024 * (channel + 1)], atol=1e-5)
+        assert torch.allclose(one.logits[:, 0], whole.logits[:, channel], atol=1e-4)
+    assert not grey.is_inception and len(grey.fingerprint) == 16
+
+
+def test_digit_features_are_the_last_layers_input() -> None:
+    from fastgan.evaluation.digits import classifier
+
+    network = classifier()[0]
+    found = open_extractor("digits", 1)(pictures(3, 1, 32))
+    assert found.logits is not None
+    assert torch.allclose(network[-1](found.features), found.logits[:, 0], atol=1e-5)  # type: ignore[index, operator]
+
+
+def test_inception_from_a_file_of_its_layout(inception: Path, tmp_path: Path) -> None:
+    extractor = open_extractor("inception", 3, weights=str(inception))
+    images = pictures(2, 3, 32)
+    found = extractor(images)
+    assert extractor.is_inception and extractor.dimension == 2048 and extractor.scores
+    assert tuple(found.features.shape) == (2, 2048) and found.features.std() > 0
+    assert found.logits is not None and tuple(found.logits.shape) == (2, 1, 1008)
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception))
+    assert torch.allclose(found.features, theirs(images)[0], rtol=1e-5)
+    # The same weights as safetensors, and a grey image as three equal channels.
+    save_file(torch.load(inception, weights_only=True), tmp_path / "w.safetensors")
+    again = open_extractor("inception-v3-compat", 1, weights=str(tmp_path / "w.safetensors"))
+    assert again.fingerprint == extractor.fingerprint
+    grey = images[:, :1]
+    assert torch.equal(again(grey).features, extractor(grey.repeat(1, 3, 1, 1)).features)
+
+
+def test_weights_of_another_network_or_no_weights(inception: Path, tmp_path: Path) -> None:
+    state = torch.load(inception, weights_only=True)
+    del state["fc.bias"]
+    torch.save(state, tmp_path / "less.pth")
+    torch.save({"fc.bias": 3}, tmp_path / "numbers.pth")
+    (tmp_path / "noise.pth").write_bytes(b"no weights")
+    cases = {
+        "less.pth": r"it does not hold the weights of inception-v3-compat \(.*Missing key.*fc.bias",
+        "numbers.pth": "it may hold the weights of inception-v3-compat by name",
+        "noise.pth": "it is no weights file that can be read without running code",
+        "missing.pth": r"it may be a readable file with the weights of inception-v3-compat \(No such file",
+    }
+    for name, said in cases.items():
+        with pytest.raises(ArgumentError, match=f"--feature-weights: was '.*{name}'; {said}"):
+            open_extractor("inception", 3, weights=str(tmp_path / name))
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (Path(tmp_path / "ran"),)  # type: ignore[return-value]
+
+    with (tmp_path / "w.pth").open("wb") as file:
+        pickle.dump({"fc.bias": Attack()}, file)
+    with pytest.raises(ArgumentError, match="without running code"):
+        open_extractor("vgg16", 3, weights=str(tmp_path / "w.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("name", "file"), [("inception", "weights-inception-"), ("dinov2", "dinov2_vitl14_pretrain")])
+def test_weights_that_cannot_be_had(name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(url: str, path: str) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(ArgumentError) as told:
+        open_extractor(name, 3)
+    text = str(told.value)
+    assert text.startswith(f"--features: was '{features.canonical(name)}'; its weights could not be fetched")
+    assert "no route to host" in text and f"{tmp_path}/checkpoints/{file}" in text and "--feature-weights" in text
+    assert "download https://" in text
+
+
+def test_published_weights_are_taken_from_torchs_cache(
+    inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").symlink_to(inception)
+    assert (
+        open_extractor("inception", 3).fingerprint == open_extractor("inception", 3, weights=str(inception)).fingerprint
+    )
+
+
+def test_names() -> None:
+    with pytest.raises(
+        ArgumentError, match="--features: was 'resnet'; it may be digits, inception-v3-compat, vgg16, din"
+    ):
+        open_extractor("resnet", 3)
+    with pytest.raises(ArgumentError, match="--feature-weights: was 'x'; it may be left out"):
+        open_extractor("digits", 1, weights="x")
+
+
+def dino_state() -> dict[str, Tensor]:
+    """A file of DINOv2's layout: 518-pixel position embeddings, a mask token. ViT-S/14."""
+    d, state = 384, {}
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, d), "pos_embed": (1, 37 * 37 + 1, d), "mask_token": (1, d),
+        "patch_embed.proj.weight": (d, 3, 14, 14), "patch_embed.proj.bias": (d,), "norm.weight": (d,), "norm.bias": (d,),
+    }  # fmt: skip
+    for i in range(12):
+        for name, shape in {
+            "norm1.weight": (d,), "norm1.bias": (d,), "attn.qkv.weight": (3 * d, d), "attn.qkv.bias": (3 * d,),
+            "attn.proj.weight": (d, d), "attn.proj.bias": (d,), "ls1.gamma": (d,), "norm2.weight": (d,),
+            "norm2.bias": (d,), "mlp.fc1.weight": (4 * d, d), "mlp.fc1.bias": (4 * d,), "mlp.fc2.weight": (d, 4 * d),
+            "mlp.fc2.bias": (d,), "ls2.gamma": (d,),
+        }.items():  # fmt: skip
+            shapes[f"blocks.{i}.{name}"] = shape
+    for key, shape in shapes.items():
+        state[key] = torch.zeros(shape)
+    return random_like(state)
+
+
+def dino_forward(state: dict[str, Tensor], images: Tensor) -> Tensor:
+    """The class token after the last norm, written from the paper's description, attention as plain products."""
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (images / 255 - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
+    x = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14).flatten(2).mT
+    grid = state["pos_embed"][:, 1:].view(1, 37, 37, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic", align_corners=False).flatten(2).mT
+    x = torch.cat([state["cls_token"] + state["pos_embed"][:, :1], x[0:1] * 0 + grid], 1).expand(
+        len(x), -1, -1
+    ) + F.pad(x, (0, 0, 1, 0))
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    for i in range(12):
+        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").unflatten(2, (3, 6, 64)).unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        a = ((q @ k.mT / math.sqrt(64)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + state[f"blocks.{i}.ls1.gamma"] * linear(a, f"blocks.{i}.attn.proj")
+        h = F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
+        x = x + state[f"blocks.{i}.ls2.gamma"] * linear(h, f"blocks.{i}.mlp.fc2")
+    return norm(x, "norm")[:, 0]
+
+
+def test_dinov2_from_a_file_of_its_layout(tmp_path: Path) -> None:
+    state = dino_state()
+    torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
+    extractor = open_extractor("dinov2-vit-s-14", 3, weights=str(tmp_path / "dinov2_vits14_pretrain.pth"))
+    assert extractor.dimension == 384 and not extractor.scores
+    images = pictures(2, 3, 224)  # the network's own size: nothing is resized on the way
+    found = extractor(images).features
+    assert torch.allclose(found, dino_forward(state, images.float()), atol=2e-3 * found.std().item())
+    assert np.isfinite(found.numpy()).all()
+    del state["blocks.3.ls1.gamma"]
+    torch.save(state, tmp_path / "less.pth")
+    with pytest.raises(ArgumentError, match=r"it does not hold the weights of dinov2-vit-s-14 \(.*blocks.3.ls1.gamma"):
+        open_extractor("dinov2-vit-s-14", 3, weights=str(tmp_path / "less.pth"))
+
+
+@pytest.mark.slow
+def test_vgg16_from_a_file_of_its_layout(tmp_path: Path) -> None:
+    """Half a gigabyte is written and read."""
+    import torchvision
+
+    torch.save(random_like(torchvision.models.vgg16().state_dict()), tmp_path / "vgg16.pth")
+    extractor = open_extractor("vgg16", 1, weights=str(tmp_path / "vgg16.pth"))
+    found = extractor(pictures(2, 1, 32))
+    assert tuple(found.features.shape) == (2, 4096) and found.logits is None and found.features.min() == 0
+    assert found.features.std() > 0
