@@ -22,6 +22,7 @@ MODULES: dict[str, str] = {}
 # Package -> the extra that brings it; every other one is in `train`.
 EXTRAS = {
     "nvidia": "dali",
+    "timm": "eval",
     "torch_fidelity": "eval",
     "torchmetrics": "eval",
     "huggingface_hub": "export",

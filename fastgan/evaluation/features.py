@@ -136,11 +136,7 @@ def open_extractor(
         if weights is not None:
             raise ArgumentError("--feature-weights", weights, "it may be left out: --features digits trains its own")
         return DigitsExtractor(channels)
-    try:
-        fidelity = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    except ModuleNotFoundError as error:
-        reason = f"it needs {error.name}, which is not installed; pip install 'fastgan[eval]'"
-        raise ArgumentError("--features", name, reason) from None
+    fidelity = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     path = Path(weights).expanduser() if weights is not None else _published(name, fidelity.URL_INCEPTION_V3)
     state = _read(path, name)
     flag = str(path)
@@ -169,7 +165,7 @@ def _url(name: str, inception: str) -> str:
 
 
 def _published(name: str, inception: str) -> Path:
-    """The published weights in torch's cache of downloads, where torch-fidelity looks too; fetched if they are not there."""
+    """The published weights in torch's cache of downloads, where torch-fidelity looks too, fetched if need be."""
     url = _url(name, inception)
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.is_file():
@@ -236,12 +232,9 @@ def _load(build: Any, name: str, path: str) -> nn.Module:
 def _dino(name: str, state: dict[str, Tensor]) -> nn.Module:
     """torch-fidelity's extractor around timm's network: its own loader runs code from the network."""
     fidelity = importlib.import_module("torch_fidelity.feature_extractor_dinov2")
-    try:
-        timm = importlib.import_module("timm")
-    except ModuleNotFoundError:
-        raise ArgumentError("--features", name, "it needs timm; pip install 'fastgan[eval]'") from None
+    timm = importlib.import_module("timm")
 
-    class Extractor(fidelity.FeatureExtractorDinoV2):  # type: ignore[name-defined, misc]
+    class Extractor(fidelity.FeatureExtractorDinoV2):  # type: ignore[name-defined]
         def __init__(self, model: nn.Module) -> None:
             fidelity.FeatureExtractorBase.__init__(self, name, ["dinov2"])
             self.feature_extractor_internal_dtype = torch.float32
@@ -256,7 +249,7 @@ def _dino(name: str, state: dict[str, Tensor]) -> nn.Module:
 
 
 def _at_side(embedding: Tensor, side: int) -> Tensor:
-    """Position embeddings [1, 1 + s^2, D] for side^2 patches: bicubic, the scale a tenth of a patch too large, as DINOv2's."""
+    """Position embeddings [1, 1 + s^2, D] for side^2 patches: bicubic, to a tenth of a patch more, as DINOv2 does it."""
     old = math.isqrt(embedding.shape[1] - 1)
     if old == side:
         return embedding
