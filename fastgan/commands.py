@@ -14,6 +14,7 @@ from fastgan.errors import ArgumentError
 COMMANDS = {
     "train": "train one of eight GAN variants",
     "sample": "draw images from a trained generator",
+    "evaluate": "say how good a trained generator's images are",
     "doctor": "print versions, devices, backends, and what is missing",
 }
 # Command -> module of fastgan, where the command's own name cannot be that of a file: a keyword, or a package.

@@ -12,8 +12,9 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -132,7 +133,7 @@ class Data(_Strict):
     """Data."""
 
     data: str = "digits"
-    """digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic, or what `fastgan prepare` wrote: PATH."""
+    """digits, stacked-digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic, or a prepared set: PATH."""
     channels: int | None = None
     """Channels of the images, 1 or 3; None: those of the data."""
     mirror: bool = False
@@ -159,6 +160,12 @@ class Run(_Strict):
     """Between sample grids; None: as checkpoints."""
     log_kimg: float | None = None
     """Between log lines; None: a hundredth of --kimg, at most 4."""
+    evaluate_kimg: Annotated[float | None, tyro.conf.arg(aliases=["--every"])] = None
+    """Between evaluations (see fastgan evaluate), and one at the end; None: no evaluation."""
+    evaluate_n: int = 5000
+    """Generated images of an evaluation."""
+    evaluate_features: str | None = None
+    """Features of an evaluation, as for fastgan evaluate; None: digits for digits, else Inception."""
     keep: int = 3
     """Checkpoints to keep, the newest ones."""
     samples: int = 64
@@ -317,6 +324,7 @@ def check(config: Config) -> None:
         "n-critic": config.optimiser.n_critic,
         "batch": s.batch,
         "accumulation": s.accumulation,
+        "evaluate-n": r.evaluate_n,
         "keep": r.keep,
         "samples": r.samples,
     }
@@ -331,6 +339,7 @@ def check(config: Config) -> None:
         "checkpoint-kimg": r.checkpoint_kimg,
         "sample-kimg": r.sample_kimg,
         "log-kimg": r.log_kimg,
+        "evaluate-kimg": r.evaluate_kimg,
     }
     for flag, amount in above_zero.items():
         _require(amount is None or (math.isfinite(amount) and amount > 0), f"--{flag}", amount, "it may be above 0")

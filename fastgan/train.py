@@ -40,7 +40,7 @@ class Train(Config):
     variant: str = DEFAULT_VARIANT
     """gan, dcgan, lsgan, wgan, wgan-gp, wgan-div, sagan or pggan."""
     preset: str | None = None
-    """paper (the published recipe) or digits (small); None: digits for --data digits, else paper."""
+    """paper (the published recipe) or digits (small); None: digits for --data digits or stacked-digits, else paper."""
     config: str | None = None
     """YAML file over the preset and under the flags; a run's config.yaml is one."""
     resume: str | None = None
@@ -131,7 +131,7 @@ def parse(argv: list[str]) -> Request:
         raise ArgumentError("--variant", variant, f"it may be {', '.join(VARIANTS)}")
     preset = first.preset or chosen["preset"]
     if preset is None:
-        preset = "digits" if (first.data or chosen["data"]) == "digits" else "paper"
+        preset = "digits" if (first.data or chosen["data"]) in ("digits", "stacked-digits") else "paper"
     if preset not in ("paper", "digits"):
         raise ArgumentError("--preset", preset, "it may be paper or digits")
     kind: Preset = "paper" if preset == "paper" else "digits"

@@ -21,7 +21,10 @@ import numpy as np
 from fastgan.data.images import Checked, area_average, check, decode, first_line, is_grey, square
 from fastgan.errors import ArgumentError
 
-_KINDS = "it may be digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic or a prepared set's folder"
+_KINDS = (
+    "it may be digits, stacked-digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic or a prepared "
+    "set's folder"
+)
 _CIFAR_RECORD = 1 + 3 * 32 * 32
 logger = logging.getLogger(__name__)
 
@@ -110,9 +113,10 @@ class Source(ABC):
 def open_source(spec: str, resolution: int, channels: int | None = None, seed: int = 0) -> Source:
     """Open what `--data` says, checked as far as that is cheap.
 
-    spec: digits | folder:PATH | cifar10:ROOT | mnist:ROOT | celeba:ROOT | synthetic | the folder of a prepared set,
-    recognised by its manifest, or prepared:PATH. resolution: the target, a power of two from 4. channels: None for the
-    source's own; a folder converts to 1 or 3, synthetic images have any number. seed: of the synthetic images.
+    spec: digits | stacked-digits | folder:PATH | cifar10:ROOT | mnist:ROOT | celeba:ROOT | synthetic | the folder of a
+    prepared set, recognised by its manifest, or prepared:PATH. resolution: the target, a power of two from 4. channels:
+    None for the source's own; a folder converts to 1 or 3, synthetic images have any number. seed: of the synthetic
+    images and the stacks.
 
     Raises: ArgumentError for an unknown spec, a missing or unusable file, a package that cannot be imported,
     or a channel count or resolution the source does not have.
@@ -126,13 +130,16 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
         path = Path(place if kind == "prepared" else spec).expanduser()
         return PreparedSource(read_manifest(path), resolution, channels)
     opener = {"folder": _folder, "cifar10": _cifar10, "mnist": _mnist, "celeba": _celeba}.get(kind)
-    if spec not in ("digits", "synthetic") and (opener is None or not place):
+    if spec not in ("digits", "stacked-digits", "synthetic") and (opener is None or not place):
         if spec and Path(spec).expanduser().is_dir():
             raise ArgumentError("--data", spec, f"it has no manifest.json; a folder of images is folder:{spec}")
         raise ArgumentError("--data", spec, _KINDS)
     _need("PIL.Image", "pillow", spec)
     if spec == "digits":
         return _digits(spec, resolution, channels)
+    if spec == "stacked-digits":
+        _require_channels(spec, 3, channels)
+        return _StackedDigits(_digits(spec, resolution, None), seed)
     if opener is None:
         return _synthetic(resolution, channels, seed)
     path = Path(place).expanduser()
@@ -232,6 +239,34 @@ def _digits(spec: str, resolution: int, channels: int | None) -> Source:
     digits = _need("sklearn.datasets", "scikit-learn", spec).load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     return ArraySource("digits", images, digits.target.astype(np.int64), resolution)
+
+
+class _StackedDigits(Source):
+    """60,000 images with three of the digits in their three channels: 1,000 modes, the label (Metz et al. 2017).
+
+    Which digits those are follows from (seed, index).
+    """
+
+    def __init__(self, digits: Source, seed: int) -> None:
+        count = 60_000
+        words = np.random.Philox(key=np.array([seed % 2**64, 1], dtype=np.uint64)).random_raw(3 * count)
+        self._digits = np.stack([digits.read(i, digits.resolution) for i in range(len(digits))])[:, 0]
+        self._chosen = (words % len(digits)).astype(np.int64).reshape(count, 3)
+        assert digits.labels is not None
+        super().__init__(
+            "stacked-digits",
+            resolution=digits.resolution,
+            channels=3,
+            labels=digits.labels[self._chosen] @ np.array([100, 10, 1]),
+            num_classes=1000,
+            fingerprint=hashlib.sha256(f"stacked {seed} {digits.fingerprint}".encode()).hexdigest()[:16],
+        )
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def _target(self, index: int) -> np.ndarray:
+        return self._digits[self._chosen[index]]
 
 
 def _synthetic(resolution: int, channels: int | None, seed: int) -> Source:

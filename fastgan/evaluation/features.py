@@ -249,7 +249,7 @@ def _dino(name: str, state: dict[str, Tensor]) -> nn.Module:
 
 
 def _at_side(embedding: Tensor, side: int) -> Tensor:
-    """Position embeddings [1, 1 + s^2, D] for side^2 patches: bicubic, to a tenth of a patch more, as DINOv2 does it."""
+    """Position embeddings [1, 1 + s^2, D] for side^2 patches: bicubic, to a tenth of a patch more, as DINOv2 does."""
     old = math.isqrt(embedding.shape[1] - 1)
     if old == side:
         return embedding

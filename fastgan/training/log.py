@@ -132,6 +132,19 @@ class Log:
                 f"{left} left"
             )
 
+    def evaluation(self, seen: int, record: dict[str, Any]) -> None:
+        """Log what an evaluation at `seen` images found; `record` is a line of evaluation.jsonl."""
+        if not self._active:
+            return
+        names = {f"evaluation/{name}": value for name, value in record["metrics"].items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"images": seen, "features": record["features"], **names}) + "\n")
+        if self._events is not None:
+            for name, value in names.items():
+                self._events.add_scalar(name, value, seen)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
+        self.line(f"{seen / 1000:9.1f}/{self._total / 1000:.0f} kimg  {record['features']} features: {shown}")
+
     def images(self, images: Tensor, path: Path, seen: int, size: int) -> None:
         if not self._active:
             return

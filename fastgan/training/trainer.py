@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from fastgan.training.growth import Stage, inherit, stage_at, stages
 from fastgan.training.log import Log
 from fastgan.training.step import Meters, Regulariser, Step
 from fastgan.training.world import World
+
+if TYPE_CHECKING:
+    from fastgan.training.evaluating import Evaluator
 
 
 class NonFiniteError(RuntimeError):
@@ -513,6 +516,7 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite.
         """
         interval = self._intervals()
+        evaluator = self._evaluator()
         log = Log(self.run_path, active=self.world.main, total=self.total, seen=self.images)
         self._logged_at = (time.monotonic(), self.images)
         try:
@@ -531,6 +535,8 @@ class Trainer:
                         self._log(log)
                     if due(interval["sample"]):
                         self._sample(log)
+                    if evaluator is not None and (due(interval["evaluate"]) or self.images >= self.total):
+                        self._evaluate(log, evaluator)
                     stop = interrupt.agreed()
                     if stop or (due(interval["checkpoint"]) and self.images < self.total):
                         self.save()
@@ -551,6 +557,7 @@ class Trainer:
             "checkpoint": every,
             "sample": run.sample_kimg or every,
             "log": run.log_kimg or min(kimg / 100, 4.0),
+            "evaluate": run.evaluate_kimg or kimg,
         }
 
     def _log(self, log: Log) -> None:
@@ -580,6 +587,28 @@ class Trainer:
             images = sample_images(self.ema.module, self.config.run.samples, self.config.run.seed, self.networks)
             path = self.run_path / "samples" / f"kimg-{self.images / 1000:010.3f}.png"
             log.images(images, path, self.images, self.config.schedule.resolution)
+
+    def _evaluator(self) -> Evaluator | None:
+        """Opened before the first step, so that features that cannot be had are told of at once."""
+        run = self.config.run
+        if run.evaluate_kimg is None:
+            return None
+        from fastgan.training.evaluating import Evaluator
+
+        return Evaluator(self.source, run.evaluate_n, run.evaluate_features, run.seed, self.world.device)
+
+    def _evaluate(self, log: Log, evaluator: Evaluator) -> None:
+        """A collective. The time it takes is not counted as training's."""
+        from fastgan.training.evaluating import append
+
+        began = time.monotonic()
+        meta = {"variant": self.variant, "networks": self.networks, "images": self.images}
+        record = evaluator(self.ema.module, meta)
+        if record is not None:
+            append(self.run_path, record)
+            log.evaluation(self.images, record)
+        then, images = self._logged_at
+        self._logged_at = (then + time.monotonic() - began, images)
 
 
 @torch.no_grad()

@@ -107,24 +107,13 @@ def start(engine: str, device: str, *, zero: int = 0, deepspeed_config: str | No
     Raises:
         ArgumentError: the device or the engine asked for is not here, or torch's engine is asked of many processes.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("--device", device, "it may be cpu: torch sees no GPU here")
     needed = "--zero" if zero else "--deepspeed-config" if deepspeed_config else None
     name, reason = _pick_engine(engine, needed)
     size = int(os.environ["WORLD_SIZE"]) if launched() else 1
     if name == "torch" and size > 1:
         raise ArgumentError("--engine", name, f"it may be deepspeed with {size} processes")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise ArgumentError(
-                "--device",
-                "cuda",
-                f"this host has {torch.cuda.device_count()} GPUs, and a rank {local_rank} of its own",
-            )
-        torch.cuda.set_device(place)
+    place = _place(device)
+    use_cuda = place.type == "cuda"
     if name == "deepspeed":
         quiet_deepspeed(place.type)
         import deepspeed
@@ -141,6 +130,41 @@ def start(engine: str, device: str, *, zero: int = 0, deepspeed_config: str | No
                 )
     rank = dist.get_rank() if dist.is_initialized() else 0
     return World(rank, size, place, name, reason)
+
+
+def join(device: str) -> World:
+    """Join the processes of a launcher, if one started this, for work that trains nothing and needs no engine.
+
+    Raises:
+        ArgumentError: the device asked for is not here.
+    """
+    place = _place(device)
+    if launched() and not dist.is_initialized():
+        # What is exchanged is gathered as plain objects on the host, once.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=2))
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return World(rank, size, place, "torch", "nothing is trained")
+
+
+def _place(device: str) -> torch.device:
+    """The device of this process; each of a host's processes has a GPU of its own.
+
+    Raises:
+        ArgumentError: there is no GPU, or there are fewer than processes.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("--device", device, "it may be cpu: torch sees no GPU here")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ArgumentError(
+            "--device",
+            "cuda",
+            f"this host has {torch.cuda.device_count()} GPUs, and a rank {local_rank} of its own",
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def stop() -> None:

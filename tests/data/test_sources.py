@@ -89,7 +89,7 @@ def test_synthetic_depends_on_seed() -> None:
 
 @pytest.mark.parametrize("spec", ["", "imagenet", "digits:x", "synthetic:", "folder:", "folder", "cifar10:"])
 def test_unknown_spec(spec: str) -> None:
-    assert "it may be digits, folder:PATH" in refusal(spec)
+    assert "it may be digits, stacked-digits, folder:PATH" in refusal(spec)
 
 
 def test_resolution_must_be_a_power_of_two() -> None:
@@ -414,3 +414,27 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: 
     monkeypatch.setitem(sys.modules, module, None)
     place = f":{tmp_path}" if spec in ("mnist", "celeba") else ""
     assert f"it needs {package}, which cannot be imported" in refusal(spec + place)
+
+
+def test_stacked_digits_are_three_digits_with_the_label_of_all_three() -> None:
+    stacked, digits = open_source("stacked-digits", 16, seed=3), open_source("digits", 16)
+    assert (len(stacked), stacked.channels, stacked.num_classes) == (60_000, 3, 1000)
+    assert digits.labels is not None and stacked.labels is not None
+    singles = {digits.read(i, 16).tobytes(): int(label) for i, label in enumerate(digits.labels)}
+    for index in (0, 1, 59_999):
+        image = stacked.read(index, 16)
+        assert image.shape == (3, 16, 16)
+        first, second, third = (singles[plane.tobytes()] for plane in image)
+        assert stacked.labels[index] == 100 * first + 10 * second + third
+    assert np.array_equal(stacked.read(7, 8), np.stack([area_average(plane, 8) for plane in stacked.read(7, 16)]))
+    counts = np.bincount(stacked.labels, minlength=1000)
+    assert counts.min() > 20 and counts.max() < 120  # 60 are expected
+
+
+def test_stacked_digits_follow_the_seed() -> None:
+    one, same, other = (open_source("stacked-digits", 8, seed=seed) for seed in (0, 0, 1))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert np.array_equal(one.read(5, 8), same.read(5, 8))
+    assert one.labels is not None and other.labels is not None and (one.labels != other.labels).mean() > 0.99
+    with pytest.raises(ArgumentError, match="--channels: was 1; stacked-digits has 3 channels; it may be 3"):
+        open_source("stacked-digits", 16, channels=1)

@@ -157,13 +157,10 @@ def test_published_weights_are_taken_from_torchs_cache(
     (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").symlink_to(inception)
     named = open_extractor("inception", 3, weights=str(inception))
     assert open_extractor("inception", 3).fingerprint == named.fingerprint
-    )
 
 
 def test_names() -> None:
-    with pytest.raises(
-        ArgumentError, match="--features: was 'resnet'; it may be digits, inception-v3-compat"
-    ):
+    with pytest.raises(ArgumentError, match="--features: was 'resnet'; it may be digits, inception-v3-compat"):
         open_extractor("resnet", 3)
     with pytest.raises(ArgumentError, match="--feature-weights: was 'x'; it may be left out"):
         open_extractor("digits", 1, weights="x")

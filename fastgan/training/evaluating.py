@@ -1,0 +1,112 @@
+"""What evaluation needs to know of a run: its images by index, its record, its place in the logs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgan import __version__, noise
+from fastgan.data import Source
+from fastgan.errors import ArgumentError
+from fastgan.evaluation.features import open_extractor
+from fastgan.evaluation.measure import Evaluation, cache_folder, choose, default_extractor
+from fastgan.training import trainer
+
+RECORD = "evaluation.jsonl"
+
+
+def drawer(generator: nn.Module, networks: dict[str, Any], source: Source, seed: int) -> Callable[[Tensor], Tensor]:
+    """The images of indices int64 [n], uint8 [n, C, R, R] on the CPU; image i depends on (seed, i) alone.
+
+    Latents are those of `fastgan sample`. With classes, labels are drawn as often as the real images have them; of
+    images without labels, they go round.
+    """
+    device = next(generator.parameters()).device
+
+    def draw(indices: Tensor) -> Tensor:
+        indices = indices.to(device)
+        latent = noise.normal(seed, "sample", indices, generator.latent)  # type: ignore[arg-type]
+        labels = None
+        if networks["num_classes"] and source.labels is not None:
+            of = noise.integers(seed, "real image whose label is evaluated", indices, len(source))
+            labels = torch.from_numpy(np.asarray(source.labels)).to(device)[of]
+        elif networks["num_classes"]:
+            labels = indices % networks["num_classes"]
+        images = trainer.generate(generator, latent, labels, networks["resolution"])
+        return ((images + 1) * 127.5).round().to(torch.uint8)
+
+    return draw
+
+
+def record(
+    evaluation: Evaluation, found: dict[str, Any], meta: dict[str, Any], source: Source, warnings: list[str]
+) -> dict[str, Any]:
+    """One line of a run's evaluation.jsonl: the numbers, and everything they depend on."""
+    extractor = evaluation.extractor
+    return {
+        "kimg": meta["images"] / 1000,
+        "variant": meta["variant"],
+        **found,
+        "features": extractor.name,
+        "feature_weights": extractor.fingerprint,
+        "resize": extractor.resize,
+        "resolution": meta["networks"]["resolution"],
+        "data": source.name,
+        "fingerprint": source.fingerprint,
+        "seed": evaluation.seed,
+        "warnings": warnings,
+        "version": __version__,
+    }
+
+
+def append(run: Path, line: dict[str, Any]) -> Path:
+    """Add a line to a run's record, which is never left with half of one."""
+    path = run / RECORD
+    before = path.read_text() if path.is_file() else ""
+    if before and not before.endswith("\n"):
+        before += "\n"
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(before + json.dumps(line) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+class Evaluator:
+    """Evaluates the averaged generator of a run that is under way.
+
+    Args:
+        source: the real images; n: generated ones; features: as in `--features`; seed: of all randomness.
+
+    Raises:
+        ArgumentError: the features cannot be had.
+    """
+
+    def __init__(self, source: Source, n: int, features: str | None, seed: int, device: torch.device) -> None:
+        self.source, self.n, self.seed = source, n, seed
+        try:
+            self.extractor = open_extractor(features or default_extractor(source), source.channels, device)
+        except ArgumentError as error:
+            if error.argument == "--features":
+                raise ArgumentError("--evaluate-features", features, str(error)) from None
+            raise
+
+    def __call__(self, generator: nn.Module, meta: dict[str, Any]) -> dict[str, Any] | None:
+        """A collective: a line of the run's record on the first rank, None on others.
+
+        meta: variant, networks and images seen, as in a checkpoint.
+        """
+        resolution = meta["networks"]["resolution"]
+        # Patches of real images are not cached, and cutting and sorting them takes longer than all the rest.
+        metrics = [name for name in choose(None, self.extractor, self.source, resolution) if name != "swd"]
+        evaluation = Evaluation(metrics, self.extractor, self.n, self.seed, cache=cache_folder())
+        warnings: list[str] = []
+        draw = drawer(generator, meta["networks"], self.source, self.seed)
+        found = evaluation(draw, self.source, resolution, warnings.append)
+        return None if found is None else record(evaluation, found, meta, self.source, warnings)
