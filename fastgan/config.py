@@ -133,7 +133,7 @@ class Data(_Strict):
     """Data."""
 
     data: str = "digits"
-    """digits, stacked-digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic, or a prepared set: PATH."""
+    """digits, stacked-digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic or a prepared set: PATH."""
     channels: int | None = None
     """Channels of the images, 1 or 3; None: those of the data."""
     mirror: bool = False
