@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastgan.data import Source, open_source
+from fastgan.errors import ArgumentError
+from fastgan.evaluation import collect, measure
+from fastgan.evaluation.features import open_extractor
+from fastgan.evaluation.frechet import Moments, frechet_distance
+from fastgan.evaluation.measure import Evaluation, choose, expected_modes
+from fastgan.evaluation.neighbours import density_coverage, precision_recall
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stubs import ALL, Stub, draw
+
+
+def silent(text: str) -> None:
+    raise AssertionError(text)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Source:
+    return open_source("digits", 16)
+
+
+def evaluate(source: Source, **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"metrics": ALL, "extractor": Stub(), "n": 300, **changes}
+    images = settings.pop("draw", draw)
+    found = Evaluation(**settings)(images, source, 16, silent)
+    assert found is not None
+    return found
+
+
+def test_the_whole_against_each_part(digits: Source) -> None:
+    found = evaluate(digits)
+    assert found["images"] == {"generated": 300, "real": 1797, "neighbours": 300, "swd": 300, "ms_ssim_pairs": 150}
+    extractor = Stub()
+    fake = extractor(draw(torch.arange(300))).features
+    order = np.random.default_rng(0).permutation(1797)
+    real = extractor(torch.from_numpy(np.stack([digits.read(int(i), 16) for i in order]))).features
+    a, b = Moments(12), Moments(12)
+    a.update(fake)
+    b.update(real)
+    m = found["metrics"]
+    assert m["frechet_distance"] == pytest.approx(frechet_distance(a, b), rel=1e-6)
+    assert (m["precision"], m["recall"]) == pytest.approx(precision_recall(fake, real[:300]))
+    assert (m["density"], m["coverage"]) == pytest.approx(density_coverage(fake, real[:300]))
+    assert m["kernel_distance"] > 5 * m["kernel_distance_std"] >= 0
+    assert 1 < m["class_score"] < 3 and m["swd"] == m["swd_level0"] > 0.05 and m["ms_ssim"] != m["ms_ssim_real"]
+
+
+def test_real_images_are_as_good_as_real_images(digits: Source) -> None:
+    def copy(indices: Tensor) -> Tensor:
+        return torch.from_numpy(np.stack([digits.read(int(i), 16) for i in indices]))
+
+    extractor = open_extractor("digits", 1)
+    metrics = choose(None, extractor, digits, 16)
+    assert metrics == list(measure.METRICS)
+    # The other two cost half a minute at this size.
+    metrics = [name for name in metrics if name not in ("kid", "swd")]
+    found = Evaluation(metrics, extractor, 1797)(copy, digits, 16, silent)
+    assert found is not None
+    m = found["metrics"]
+    assert m["frechet_distance"] == pytest.approx(0, abs=1e-3)
+    assert (m["precision"], m["recall"], m["coverage"]) == (1, 1, 1) and 0.9 < m["density"] < 1.3
+    assert m["class_score"] > 9 and m["modes"] == m["modes_of"] == 10 and m["confident"] > 0.95 and m["kl"] < 1e-3
+    assert m["ms_ssim"] == pytest.approx(m["ms_ssim_real"], abs=0.02)
+
+
+def test_few_images_are_warned_of(digits: Source) -> None:
+    told: list[str] = []
+    few = open_source("digits", 16)
+    Evaluation(["fid"], Stub(), 12)(draw, few, 16, told.append)
+    assert told == [
+        "fid: 12 generated images for 12 features: their covariance is singular, and the distance is biased upwards"
+    ]
+
+    class Wide(Stub):
+        dimension = 1797
+
+        def __call__(self, images: Tensor) -> Any:
+            return super().__call__(images)._replace(features=images.float().flatten(1).repeat(1, 8)[:, :1797])
+
+    told.clear()
+    Evaluation(["fid"], Wide(), 1800)(draw, few, 16, told.append)
+    assert len(told) == 1 and told[0].startswith("fid: 1,797 real images for 1,797 features: their covariance is sing")
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_evaluation_goes_on(
+    after: int, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as one that was not, and no image is drawn twice but those of the batch under way."""
+    monkeypatch.setattr(collect, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(collect.time, "monotonic", iter(range(10_000)).__next__)  # every batch is stored
+    whole = evaluate(digits)
+    drawn: list[int] = []
+
+    def failing(indices: Tensor) -> Tensor:
+        if len(drawn) >= 256 * after:
+            raise Interrupted
+        drawn.extend(indices.tolist())
+        return draw(indices)
+
+    if after == 1:
+        with pytest.raises(Interrupted):
+            evaluate(digits, draw=failing, partial=tmp_path / ".evaluation")
+        assert [path.name for path in tmp_path.iterdir()] == [".evaluation.rank0of1"]
+    else:  # after the last batch, while the numbers are computed
+
+        def fail(*_: object) -> None:
+            raise Interrupted
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(measure, "frechet_distance", fail)
+            evaluate(digits, draw=failing, partial=tmp_path / ".evaluation")
+
+    def counting(indices: Tensor) -> Tensor:
+        drawn.extend(indices.tolist())
+        return draw(indices)
+
+    assert evaluate(digits, draw=counting, partial=tmp_path / ".evaluation") == whole
+    assert drawn == list(range(300))
+    collect.discard(tmp_path / ".evaluation")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_leftover_is_as_none(digits: Source, tmp_path: Path) -> None:
+    (tmp_path / "p.rank0of1").write_bytes(b"half a file")
+    assert evaluate(digits, partial=tmp_path / "p") == evaluate(digits)
+
+
+class Counting(Source):
+    """Digits that count what is read, with a fingerprint of choice."""
+
+    def __init__(self, inner: Source, fingerprint: str) -> None:
+        super().__init__("counting", resolution=16, channels=1, labels=None, num_classes=0, fingerprint=fingerprint)
+        self.inner, self.reads = inner, 0
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def _target(self, index: int) -> np.ndarray:
+        self.reads += 1
+        return self.inner.read(index, 16)
+
+
+def test_real_images_are_read_once_per_data_features_and_size(digits: Source, tmp_path: Path) -> None:
+    settings = {"metrics": ["fid", "kid", "prdc", "msssim"], "cache": tmp_path / "cache"}
+    source = Counting(digits, "a" * 16)
+    first = evaluate(source, **settings)
+    assert source.reads == 1797
+    assert evaluate(source, **settings) == first and source.reads == 1797
+    files = list((tmp_path / "cache").iterdir())
+    assert len(files) == 1 and files[0].name.startswith("counting-16px-")
+    # Other data, other weights of the extractor, and a file that was damaged, are computed anew.
+    other = Counting(digits, "b" * 16)
+    evaluate(other, **settings)
+    assert other.reads == 1797
+    extractor = Stub()
+    extractor.fingerprint = "f" * 16
+    evaluate(source, extractor=extractor, **settings)
+    assert source.reads == 2 * 1797
+    files[0].write_bytes(files[0].read_bytes()[:1000])
+    assert evaluate(source, **settings) == first and source.reads == 3 * 1797
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # nothing half-written is left
+
+
+def test_memory_does_not_grow_with_the_number_of_images(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "KEPT", 50)
+    monkeypatch.setattr(collect, "PAIRED", 60)
+    sizes = []
+    for n in (100, 1000):
+        kept = collect.Collected(set(ALL), Stub(), generated=True, channels=1, swd_images=20, seed=0)
+        for part in torch.arange(n).split(50):
+            kept.update(part, draw(part))
+        assert kept.rows is not None and len(kept.rows.rows()) == 50
+        sizes.append(sum(tensor.numel() for tensor in kept.state().values()))
+    assert sizes[0] == sizes[1]
+
+
+def test_no_features_are_computed_for_metrics_of_pixels(digits: Source) -> None:
+    extractor = Stub()
+    assert set(evaluate(digits, extractor=extractor, metrics=["msssim"])["metrics"]) == {"ms_ssim", "ms_ssim_real"}
+    assert extractor.images == 0
+
+
+def test_choice_of_metrics(digits: Source) -> None:
+    stub, faces = Stub(), Counting(digits, "c" * 16)
+    assert choose(None, stub, faces, 16) == ["fid", "kid", "is", "prdc", "swd", "msssim"]
+    assert choose(None, stub, faces, 8) == ["fid", "kid", "is", "prdc", "swd"]
+    assert choose(["prdc", "fid"], stub, faces, 16) == ["fid", "prdc"]
+    stub.scores = False
+    assert "is" not in choose(None, stub, faces, 16)
+    for name, resolution, said in (
+        ("is", 16, "--features stub gives no classes of an image"),
+        ("msssim", 8, "images of 11 px or more, and these have 8"),
+        ("swd", 4, "images of 7 px or more, and these have 4"),
+        ("modes", 16, "it needs --features digits and --data digits or stacked-digits"),
+        ("lpips", 16, "it may be fid, kid, is, prdc, swd, msssim, modes, separated by commas"),
+    ):
+        with pytest.raises(ArgumentError, match=f"--metrics: was '{name}'; .*{said}"):
+            choose([name], stub, faces, resolution)
+    with pytest.raises(ArgumentError, match="--n: was 5; it may be 6 or more for prdc"):
+        Evaluation(["prdc"], stub, 5)(draw, digits, 16, silent)
+
+
+def test_expected_modes() -> None:
+    digits, stacked = open_source("digits", 8), open_source("stacked-digits", 8)
+    assert digits.labels is not None and stacked.labels is not None
+    assert torch.allclose(expected_modes(digits), torch.from_numpy(np.bincount(digits.labels) / 1797))
+    expected = expected_modes(stacked)
+    assert expected.sum().item() == pytest.approx(1)
+    direct = np.bincount(stacked.labels, minlength=1000) / len(stacked)
+    assert np.abs(expected.numpy() - direct).max() < 7e-4  # four deviations of 60 expected among 60,000
+    thousands = [np.bincount(stacked.labels // place % 10) / len(stacked) for place in (100, 10, 1)]
+    assert expected[273].item() == pytest.approx(thousands[0][2] * thousands[1][7] * thousands[2][3])
+
+
+def test_two_ranks_find_what_one_process_finds(digits: Source, tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(Path(__file__).with_name("stubs.py")), str(tmp_path / "found.json")]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
+    ]
+    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    two = json.loads((tmp_path / "found.json").read_text())
+    one = evaluate(digits, n=600)
+    assert two["images"] == one["images"]
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-8, abs=1e-10)
