@@ -200,6 +200,10 @@ def main(argv: list[str]) -> int:
             print(f"added to {path}")
         discard(partial)
         return 0
+    except KeyboardInterrupt:
+        if any(run.glob(".evaluation-*")):
+            print("what was done is kept; the same command goes on", file=sys.stderr, flush=True)
+        raise
     finally:
         processes.stop()
 

@@ -94,7 +94,7 @@ class Evaluator:
             self.extractor = open_extractor(features or default_extractor(source), source.channels, device)
         except ArgumentError as error:
             if error.argument == "--features":
-                raise ArgumentError("--evaluate-features", features, str(error)) from None
+                raise ArgumentError("--evaluate-features", features, str(error).partition("; ")[2]) from None
             raise
 
     def __call__(self, generator: nn.Module, meta: dict[str, Any]) -> dict[str, Any] | None:

@@ -234,6 +234,8 @@ class Trainer:
         self._logged_at = (time.monotonic(), 0)
         self._last_good: Path | None = None
         self._engines: tuple[Engine, Engine] | None = None
+        # Opened before the first step, so that features that cannot be had are told of at once.
+        self._evaluator = self._open_evaluator()
         if resume is None:
             self._enter(self.stages[0].resolution)
         else:
@@ -516,7 +518,6 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite.
         """
         interval = self._intervals()
-        evaluator = self._evaluator()
         log = Log(self.run_path, active=self.world.main, total=self.total, seen=self.images)
         self._logged_at = (time.monotonic(), self.images)
         try:
@@ -535,8 +536,8 @@ class Trainer:
                         self._log(log)
                     if due(interval["sample"]):
                         self._sample(log)
-                    if evaluator is not None and (due(interval["evaluate"]) or self.images >= self.total):
-                        self._evaluate(log, evaluator)
+                    if self._evaluator is not None and (due(interval["evaluate"]) or self.images >= self.total):
+                        self._evaluate(log, self._evaluator)
                     stop = interrupt.agreed()
                     if stop or (due(interval["checkpoint"]) and self.images < self.total):
                         self.save()
@@ -588,8 +589,7 @@ class Trainer:
             path = self.run_path / "samples" / f"kimg-{self.images / 1000:010.3f}.png"
             log.images(images, path, self.images, self.config.schedule.resolution)
 
-    def _evaluator(self) -> Evaluator | None:
-        """Opened before the first step, so that features that cannot be had are told of at once."""
+    def _open_evaluator(self) -> Evaluator | None:
         run = self.config.run
         if run.evaluate_kimg is None:
             return None

@@ -1,0 +1,228 @@
+"""The evaluate command as a user meets it, and evaluation while a run is trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastgan import checkpoint, commands, evaluate, train
+from fastgan.data import open_source
+from fastgan.evaluation import measure
+from fastgan.sample import load
+from fastgan.training.evaluating import drawer
+
+TINY = "--width 8 --max-width 8 --latent 4 --batch 8 --resolution 16 --samples 4".split()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fastgan" / "evaluation"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("evaluate") / "run"
+    assert train.main(["--variant", "dcgan", *TINY, "--kimg", "0.064", "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str], *words: str) -> None:
+    """The command exits with 2, says one line with these words, and writes no record."""
+    capsys.readouterr()
+    assert commands.main(["evaluate", *argv]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1, error
+    for word in words:
+        assert word in error
+    assert not (Path(argv[0]) / "evaluation.jsonl").exists()
+
+
+def test_a_run_is_evaluated_and_the_record_grows(run: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["evaluate", str(run), "--n", "64", "--metrics", "fid,is, prdc,modes"]
+    assert commands.main(asked) == 0
+    said = capsys.readouterr()
+    assert "dcgan at 0.064 kimg, 64 images of 16 px beside 1,797 real ones of digits" in said.out
+    assert "Frechet distance (digits features)" in said.out and "FID" not in said.out and "KID" not in said.out
+    assert "of 10;" in said.out and "k = 3, 64 images of each" in said.out
+    assert "warning: fid: 64 generated images for 1,024 features: their covariance is singular" in said.err
+    (line,) = lines(run)
+    names = "frechet_distance precision recall density coverage class_score class_score_std modes confident kl modes_of"
+    assert sorted(line["metrics"]) == sorted(names.split())
+    assert line["images"] == {"generated": 64, "real": 1797, "neighbours": 64}
+    assert (line["features"], line["data"], line["resolution"], line["kimg"]) == ("digits", "digits", 16, 0.064)
+    assert line["resize"] == "bilinear, antialiased, to 16 px" and "singular" in line["warnings"][0]
+    assert line["fingerprint"] == open_source("digits", 16).fingerprint and line["version"]
+    assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
+    assert not list(run.glob(".evaluation*"))
+    # Again, the real images from the cache; a line that a crash cut short does not swallow the new one.
+    with (run / "evaluation.jsonl").open("a") as file:
+        file.write('{"kimg": 0')
+    assert commands.main(asked) == 0
+    rows = (run / "evaluation.jsonl").read_text().splitlines()
+    assert len(rows) == 3 and json.loads(rows[0]) == json.loads(rows[2]) == line
+
+
+def test_one_checkpoint_other_data_and_another_seed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (30 * i, 0, 99)).save(tmp_path / "pictures" / f"{i}.png")
+    one = checkpoint.existing(run)[-1]
+    asked = [str(one), "--data", f"folder:{tmp_path / 'pictures'}", "--features", "digits", "--n", "20"]
+    assert evaluate.main([*asked, "--metrics", "prdc,msssim"]) == 0
+    assert evaluate.main([*asked, "--metrics", "prdc,msssim", "--seed", "1"]) == 0
+    first, second = lines(run)
+    assert first["data"] == "folder" and first["images"]["real"] == 8 and first["seed"] == 0 and second["seed"] == 1
+    assert first["metrics"]["ms_ssim"] != second["metrics"]["ms_ssim"]
+    assert first["metrics"]["ms_ssim_real"] == second["metrics"]["ms_ssim_real"]
+
+
+def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = str(run)
+    refused(
+        capsys, [name, "--metrics", "fid,lpips"], "--metrics: was 'lpips'", "fid, kid, is, prdc, swd, msssim, modes"
+    )
+    refused(capsys, [name, "--metrics", ","], "--metrics: was ','")
+    refused(capsys, [name, "--n", "0"], "--n: was 0; it may be 1 or more")
+    refused(capsys, [name, "--n", "1", "--metrics", "fid"], "--n: was 1; it may be 2 or more for fid")
+    refused(capsys, [name, "--seed", "-1"], "--seed: was -1")
+    refused(capsys, [name, "--device", "tpu"], "--device: was 'tpu'")
+    refused(capsys, [name, "--features", "resnet"], "--features: was 'resnet'", "inception-v3-compat")
+    refused(capsys, [name, "--feature-weights", "x.pth"], "--feature-weights: was 'x.pth'; it may be left out")
+    refused(capsys, [name, "--data", "stacked-digits"], "--data: was 'stacked-digits'", "images have 1 channel")
+    refused(capsys, [name, "--data", "imagenet"], "--data: was 'imagenet'; it may be digits")
+    refused(capsys, [name, "--data", "synthetic", "--features", "digits", "--metrics", "modes"], "modes are known")
+    refused(capsys, [str(tmp_path / "nothing")], "RUN: was", "it may be a run directory")
+    if not torch.cuda.is_available():
+        refused(capsys, [name, "--device", "cuda"], "--device: was 'cuda'; it may be cpu")
+
+
+def test_data_smaller_than_the_runs_images(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a prepared set of 8 px is: what it stores cannot be enlarged."""
+    small = open_source("digits", 8)
+    monkeypatch.setattr("fastgan.data.open_source", lambda *_: small)
+    refused(capsys, [str(run), "--data", "small"], "--data: was 'small'; the run's images have 16 px", "4 to 8")
+
+
+def test_a_run_without_an_average_or_without_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = checkpoint.existing(run)[-1]
+    (newest / "generator.safetensors").unlink()
+    refused(capsys, [str(run)], "RUN: was", "generator.safetensors is missing")
+    shutil.rmtree(run / "checkpoints")
+    refused(capsys, [str(run)], "RUN: was", "it may be a run with a checkpoint")
+
+
+def test_an_interrupted_command_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [str(run), "--n", "64", "--metrics", "modes,msssim"]
+    assert evaluate.main(asked) == 0
+    whole = lines(run)[0]
+    (run / "evaluation.jsonl").unlink()
+    monkeypatch.setattr("fastgan.evaluation.collect._SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(measure.Evaluation, "_batch", lambda *_: 16)
+    with monkeypatch.context() as patch:
+        generate, calls = drawer, []
+
+        def breaking(*args: Any) -> Any:
+            inner = generate(*args)
+
+            def draw(indices: torch.Tensor) -> torch.Tensor:
+                calls.append(len(indices))
+                if len(calls) == 3:
+                    raise KeyboardInterrupt
+                return inner(indices)
+
+            return draw
+
+        patch.setattr("fastgan.training.evaluating.drawer", breaking)
+        assert evaluate.main(asked) == 130
+    assert len(list(run.glob(".evaluation-*.rank0of1"))) == 1 and not (run / "evaluation.jsonl").exists()
+    assert evaluate.main(asked) == 0
+    assert lines(run)[0]["metrics"]["modes"] == whole["metrics"]["modes"]
+    assert lines(run)[0]["metrics"]["ms_ssim"] == pytest.approx(whole["metrics"]["ms_ssim"], rel=1e-6)
+    assert not list(run.glob(".evaluation-*"))
+
+
+def test_what_is_drawn_belongs_to_its_index(run: Path) -> None:
+    trained = load(run)
+    source = open_source("digits", 16)
+    draw = drawer(trained.module, trained.meta["networks"], source, 3)
+    whole = draw(torch.arange(10))
+    assert whole.dtype == torch.uint8 and torch.equal(draw(torch.tensor([7, 2])), whole[[7, 2]])
+    assert torch.equal(whole, ((trained.sample(10, seed=3) + 1) * 127.5).round().to(torch.uint8))
+
+
+def test_classes_are_drawn_as_often_as_the_data_has_them() -> None:
+    class Echo(torch.nn.Module):
+        """Paints the label."""
+
+        latent = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, latent: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return (labels / 127.5 - 1).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+
+    source = open_source("digits", 4)
+    source.labels[source.labels > 3] = 3
+    draw = drawer(Echo(), {"num_classes": 10, "resolution": 4}, source, 0)
+    said = draw(torch.arange(2000))[:, 0, 0, 0]
+    share = torch.bincount(said, minlength=10) / 2000
+    assert share[:4].tolist() == pytest.approx([0.099, 0.101, 0.099, 0.701], abs=0.04) and share[4:].sum() == 0
+    source.labels = None
+    assert draw(torch.arange(12))[:, 0, 0, 0].tolist() == [*range(10), 0, 1]
+
+
+def test_evaluation_during_training(tmp_path: Path) -> None:
+    """Every so many kimg and at the end; and it changes nothing of what is trained."""
+    base = ["--variant", "dcgan", *TINY, "--kimg", "0.2", "--log-kimg", "0.05", "--deterministic"]
+    assert train.main([*base, "--every", "0.08", "--evaluate-n", "16", "--out", str(tmp_path / "run")]) == 0
+    assert train.main([*base, "--out", str(tmp_path / "plain")]) == 0
+    rows = lines(tmp_path / "run")
+    assert [row["kimg"] for row in rows] == [0.08, 0.16, 0.2]
+    assert all(row["images"]["generated"] == 16 and row["features"] == "digits" for row in rows)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [row for row in logged if "evaluation/frechet_distance" in row]
+    assert [row["images"] for row in logged] == [80, 160, 200]
+    assert logged[1]["evaluation/precision"] == rows[1]["metrics"]["precision"]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    seen = events.Scalars("evaluation/frechet_distance")
+    assert [event.step for event in seen] == [80, 160, 200]
+    assert seen[2].value == pytest.approx(rows[2]["metrics"]["frechet_distance"], rel=1e-6)
+    one, other = (
+        load_file(checkpoint.existing(tmp_path / name)[-1] / "generator.safetensors") for name in ("run", "plain")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not (tmp_path / "plain" / "evaluation.jsonl").exists()
+
+
+def test_features_that_cannot_be_had_stop_a_run_before_its_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--variant", "dcgan", *TINY, "--kimg", "0.064", "--every", "0.01", "--out", str(tmp_path / "run")]
+    assert train.main([*asked, "--evaluate-features", "resnet"]) == 2
+    assert "--evaluate-features: was 'resnet'; " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert train.main([*asked, "--evaluate-n", "0"]) == 2
+    assert "--evaluate-n: was 0; it may be 1 or more" in capsys.readouterr().err
