@@ -134,7 +134,7 @@ def optimiser_factory(config: Config, *, discriminator: bool) -> OptimiserFactor
 
 
 @contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """No gradients for the parameters of `module` inside: none are computed, and no engine hook fires."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for p in parameters:
@@ -388,7 +388,7 @@ class Trainer:
     def _generator_step(self, positions: list[Tensor]) -> None:
         assert self._engines is not None
         engine = self._engines[0]
-        with _frozen(self.step.discriminator):
+        with frozen(self.step.discriminator):
             for micro in positions:
                 loss, seen = self.step.generator_loss(micro)
                 engine.backward(loss)
