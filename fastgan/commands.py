@@ -15,10 +15,12 @@ COMMANDS = {
     "train": "train one of eight GAN variants",
     "sample": "draw images from a trained generator",
     "evaluate": "say how good a trained generator's images are",
+    "prepare": "bring images into the form that training reads fastest",
+    "data": "say, check or show what a prepared set holds",
     "doctor": "print versions, devices, backends, and what is missing",
 }
 # Command -> module of fastgan, where the command's own name cannot be that of a file: a keyword, or a package.
-MODULES: dict[str, str] = {}
+MODULES = {"data": "dataset"}
 
 # Package -> the extra that brings it; every other one is in `train`.
 EXTRAS = {

@@ -1,4 +1,4 @@
-"""Image files to pixels: is it whole, what mode and size it has, and how it becomes a square.
+"""Image files to pixels, and back: is a file whole, what mode and size it has, how it becomes a square; sheets.
 
 Pillow is imported where it is used, so that a missing one stops only what needs it.
 """
@@ -6,9 +6,11 @@ Pillow is imported where it is used, so that a missing one stops only what needs
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
@@ -144,6 +146,26 @@ def area_average(images: np.ndarray, resolution: int) -> np.ndarray:
             total += images[..., row::block, column::block]
     total //= block * block
     return total.astype(np.uint8)
+
+
+def save_sheet(pixels: np.ndarray, path: Path, *, size: int | None = None, columns: int | None = None) -> None:
+    """Write uint8 [N, C, R, R], C 1 or 3, as one PNG, near-square, row by row, replacing `path` atomically.
+
+    `size` enlarges each image to that many pixels by repetition.
+    """
+    from PIL import Image
+
+    n, c, r, _ = pixels.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    scale = max(1, (size or r) // r)
+    sheet = np.zeros((rows * columns, c, r, r), dtype=np.uint8)
+    sheet[:n] = pixels
+    sheet = sheet.reshape(rows, columns, c, r, r).transpose(0, 3, 1, 4, 2).reshape(rows * r, columns * r, c)
+    sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+    partial = path.with_name(f".{path.name}.part")
+    Image.fromarray(sheet[:, :, 0] if c == 1 else sheet).save(partial, format="PNG")
+    os.replace(partial, path)
 
 
 def first_line(error: Exception) -> str:

@@ -123,10 +123,10 @@ def open_originals(src: str) -> Originals:
 
     Raises: ArgumentError if there is nothing of the sort.
     """
-    kind, _, place = src.partition(":")
+    kind, colon, place = src.partition(":")
     if src in ("digits", "synthetic"):
         return Arrays(src)
-    if kind not in _OPENERS:
+    if not colon or kind not in _OPENERS:
         kind, place = _recognise(src), src
     if not place:
         raise ArgumentError("SRC", src, _KINDS)

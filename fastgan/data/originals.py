@@ -45,8 +45,9 @@ class Originals(ABC):
 
     kind: as in SRC. path: where they lie, or None. channels: 1 or 3, if there is no choice. one_size: whether all
     images have one size, so that none is too small beside the others. usual: the resolution that such a set is
-    used at, px; largest: the highest that it has, if it cannot be enlarged. num_classes, classes: if known
-    beforehand. All of it can be sent to another process.
+    used at, px; largest: the highest that it has, if it cannot be enlarged. lasting_stamps: whether
+    the stamps of items are those of a copy, too. num_classes, classes: if known beforehand. All of it can be sent to
+    another process.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Originals(ABC):
     one_size: bool = False
     usual: int | None = None
     largest: int | None = None
+    lasting_stamps: bool = True
     num_classes: int | None = None
     classes: list[str] | None = None
 
@@ -69,6 +71,11 @@ class Originals(ABC):
 
         Raises: ArgumentError naming the file, if the whole is not what it should be.
         """
+
+    def identity(self, item: Item) -> bytes:
+        """What makes an original another one, wherever the set lies; unlike the time of a file."""
+        stamp = item.stamp if self.lasting_stamps else 0
+        return f"{item.name}\0{item.size}\0{stamp}\0{item.label}\n".encode(errors="surrogateescape")
 
     @abstractmethod
     def check(self, item: Item) -> Checked:
@@ -98,7 +105,7 @@ class Files(Originals):
 class Folder(Files):
     """Every file below a folder but hidden ones; a label is the name of the first-level subfolder."""
 
-    kind = "folder"
+    kind, lasting_stamps = "folder", False
 
     def __init__(self, path: Path) -> None:
         self.path: Path = path
@@ -133,8 +140,8 @@ def hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def walk(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, reason) of the files below `path`: relative, "/" between parts, sorted, without hidden ones.
+def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
+    """(name, reason) of the files below `path`: relative, "/" between parts, sorted; hidden ones with `everything`.
 
     The reason is "" but for a folder that cannot be read. Links are followed, as data sets are often put together
     by them, except to a folder that was visited before.
@@ -149,7 +156,7 @@ def walk(path: Path) -> Iterator[tuple[str, str]]:
         try:
             # "a/" for a folder: its files come between those of its neighbours as their whole names do.
             with os.scandir(path / inside) as entries:
-                keys = ((one.name + "/" * one.is_dir(),) for one in entries if not one.name.startswith("."))
+                keys = ((one.name + "/" * one.is_dir(),) for one in entries if everything or one.name[0] != ".")
                 names = sorted_rows(keys)
                 first = next(names, None)
         except OSError as error:

@@ -3,7 +3,7 @@
     asked.json    settings, source and versions that the work was begun with
     items/        one JSON file for each shard: its originals
     listed.json   written when items/ is complete
-    checked/      one for each shard: what looking at its originals told
+    looked/       one for each shard: what looking at its originals told
     done/         one for each shard: its finished files
     lock          held while a prepare is at work
 
@@ -59,14 +59,19 @@ class Unfinished:
         except FileNotFoundError:
             return None
 
-    def clear(self) -> None:
-        """Forget everything, as when nothing of it is worth keeping; a DST without anything else goes too."""
+    def any_done(self) -> bool:
+        return any((self.folder / "done").glob("*.json"))
+
+    def clear(self, everything: bool = False) -> None:
+        """Forget the work, when it is finished or worth nothing; with `everything`, also what was written.
+
+        A DST that is left empty goes too.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
-        for name in ("cache", "encoded"):
-            for at, _, _ in os.walk(self.dst / name, topdown=False):
-                with contextlib.suppress(OSError):  # not empty
-                    os.rmdir(at)
-        with contextlib.suppress(OSError):
+        if everything:
+            for name in ("cache", "encoded"):
+                shutil.rmtree(self.dst / name, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty
             self.dst.rmdir()
 
 
@@ -101,7 +106,7 @@ def locked(dst: Path) -> Iterator[Unfinished]:
                     state.folder.mkdir(parents=True, exist_ok=True)
                 continue
             with _refused(dst):
-                for kind in ("items", "checked", "done"):
+                for kind in ("items", "looked", "done"):
                     (state.folder / kind).mkdir(exist_ok=True)
                 for part in [*dst.glob(".*.part"), *dst.glob("*/*/.*.part"), *state.folder.glob("**/.*.part")]:
                     part.unlink()

@@ -12,29 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan.data.images import save_sheet
+
 
 def save_grid(images: Tensor, path: Path, *, size: int | None = None, columns: int | None = None) -> None:
     """Write images [N, C, R, R] in [-1, 1] as one PNG, near-square, row by row, replacing `path` atomically.
 
     `size` enlarges each image to that many pixels by repetition, so that grids of a growing network compare.
     """
-    from PIL import Image
-
-    n, c, r, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    scale = max(1, (size or r) // r)
-    pixels = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-    r *= scale
-    sheet = torch.zeros(c, rows * r, columns * r, dtype=torch.uint8)
-    for i in range(n):
-        y, x = divmod(i, columns)
-        sheet[:, y * r : (y + 1) * r, x * r : (x + 1) * r] = pixels[i]
-    array = sheet[0].numpy() if c == 1 else sheet.permute(1, 2, 0).numpy()
-    partial = path.with_name(f".{path.name}.part")
-    Image.fromarray(array).save(partial, format="PNG")
-    os.replace(partial, path)
+    save_sheet(pixels.numpy(), path, size=size, columns=columns)
 
 
 def _duration(seconds: float) -> str:

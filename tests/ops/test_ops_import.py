@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {"data", "errors", "noise"},
 }
 # Commands may import everything; so may training, except the commands.
-COMMANDS = {"train", "sample", "doctor", "evaluate", "export", "prepare", "commands", "__init__", "__main__"}
+COMMANDS = {"train", "sample", "doctor", "evaluate", "export", "prepare", "dataset", "commands", "__init__", "__main__"}
 
 
 def modules() -> Iterator[tuple[str, str, Path]]:

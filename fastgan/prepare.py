@@ -1,0 +1,105 @@
+"""Bring images into the form that training reads fastest: `fastgan prepare SRC DST`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # see train.py
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from fastgan.commands import command
+
+if TYPE_CHECKING:
+    from fastgan.data.prepared import Manifest
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Bring images into the form that training reads fastest: every resolution from 4 px to the target, once.
+
+    Stopped at any moment, the same command goes on where it was. docs/data.md describes what is written.
+    """
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """A folder of images, a zip, tar files (one, a folder, a pattern), a CIFAR-10, MNIST or CelebA root, another
+    prepared set, digits; also folder:PATH, zip:PATH, tar:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, prepared:PATH."""
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """A new or empty folder, or one that the same command began."""
+    resolution: int | None = None
+    """The target, px, a power of two; None: the largest up to 1024 that 95% of the images have."""
+    channels: int | None = None
+    """1 (grey) or 3 (colour); None: 1 if all images are grey."""
+    cache_to: int = 128
+    """Resolutions up to this are stored as decoded arrays, those above as image files; 0: none."""
+    quality: int = 95
+    """Of JPEG, 1 to 100."""
+    lossless: Literal["png", "webp"] | None = None
+    """Store PNG (also for a bare --lossless) or lossless WebP instead of JPEG."""
+    fit: bool = False
+    """The whole image, centred on black, instead of its centre square."""
+    min_size: int | None = None
+    """Skip images whose shorter side (with --fit: longer) has fewer pixels; None: the target; published sets: 1."""
+    per_shard: int = 1024
+    """Originals that share a file: the unit of work, and of what a kill may cost."""
+    strict: bool = False
+    """Stop if a file cannot be used, instead of skipping it."""
+    workers: int = 0
+    """Processes; 0: one per core."""
+
+
+@command
+def main(argv: list[str]) -> int:
+    asked = tyro.cli(Prepare, args=_lossless(argv), prog="fastgan prepare")
+    from fastgan.data.preparation import Settings, prepare
+
+    settings = Settings(**{one.name: getattr(asked, one.name) for one in fields(Settings)})
+    try:
+        made = prepare(
+            asked.src,
+            asked.dst,
+            settings,
+            strict=asked.strict,
+            workers=asked.workers,
+            progress=True,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except KeyboardInterrupt:
+        print("fastgan: interrupted; the same command goes on", file=sys.stderr, flush=True)
+        return 130
+    print(summary(made))
+    return 0
+
+
+def _lossless(argv: list[str]) -> list[str]:
+    """`--lossless` alone means png."""
+    out = []
+    for at, argument in enumerate(argv):
+        out.append(argument)
+        if argument == "--lossless" and argv[at + 1 : at + 2] not in (["png"], ["webp"], ["None"]):
+            out.append("png")
+    return out
+
+
+def summary(made: Manifest) -> str:
+    """What was made, in a line or two."""
+    from fastgan.data.prepared import SKIPPED, size_in_words
+
+    size = size_in_words(sum(file.bytes for file in made.files.values()))
+    what = f"{made.count:,} images of {made.resolution} px, {'grey' if made.channels == 1 else 'colour'}"
+    if made.num_classes:
+        what += f", {made.num_classes:,} classes"
+    lines = [f"{made.path}: {what}, {size}"]
+    if made.skipped:
+        lines.append(f"skipped: {made.skipped:,} files, named with the reason in {Path(made.path) / SKIPPED}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
