@@ -193,21 +193,22 @@ class Tar(Files):
             yield sample
 
     def _members(self, file: Path) -> Iterator[tarfile.TarInfo]:
+        last = "its beginning"
         try:
             with tarfile.open(file, "r:") as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # which would keep every one of them
-                    member.name = member.name.removeprefix("./")
+                    last = member.name = member.name.removeprefix("./")
                     if member.isreg() and not hidden(member.name):
                         yield member
                 # tarfile takes a damaged header for the end; the end is a block of zeros, or the file's.
                 assert archive.fileobj is not None
                 archive.fileobj.seek(archive.offset)
                 if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")
+                    raise tarfile.ReadError("bad header")
         except tarfile.ReadError as error:
             hint = "; compressed archives are unpacked first" if _compressed(file) else ""
-            raise ArgumentError("SRC", str(file), f"it may be a whole tar file ({error}){hint}") from error
+            raise ArgumentError("SRC", str(file), f"it may be a whole tar file ({error} after {last}){hint}") from error
         except OSError as error:
             raise ArgumentError("SRC", str(file), f"it may be a readable tar file ({error.strerror})") from error
 
@@ -222,10 +223,8 @@ class Tar(Files):
                 content = stream.read(member.size)
             try:
                 value = json.loads(content) if kind == "json" else content.decode().strip()
-                if suffix == "json":
-                    value = (
-                        next((value[key] for key in _KEYS if key in value), None) if isinstance(value, dict) else None
-                    )
+                if isinstance(value, dict):
+                    value = next((value[key] for key in _KEYS if key in value), None)
             except ValueError as error:
                 what = f"{member.name} may hold a label ({first_line(error)})"
                 raise ArgumentError("SRC", str(file), what) from error
@@ -247,7 +246,8 @@ def tar_files(pattern: str) -> list[Path]:
         return [path]
     if path.is_dir():
         return sorted(one for one in path.iterdir() if one.suffix == ".tar" and not one.name.startswith("."))
-    found = {one for each in _braces(str(path)) for one in glob.glob(each)}
+    # Without * and the like a name stands for itself, there or not: a missing shard is told by name.
+    found = {one for each in _braces(str(path)) for one in (glob.glob(each) if glob.has_magic(each) else [each])}
     return [Path(one) for one in sorted(found)]
 
 

@@ -153,28 +153,33 @@ class _Preparation:
     def _list(self) -> int:
         """Write the list of originals, or see that it is still the same: how many there are."""
         listed = self._state.note("listed.json")
-        per_shard = self._settings.per_shard
         with self._bar(None, "listing", "files") as bar:
             items = _counted(self._originals.items(), bar.update)
             if listed is not None:
-                what = changed(self._state, listed["count"], per_shard, items)
+                what = changed(self._state, listed["count"], self._settings.per_shard, items)
                 if what:
                     may_be = f"it is not what {self._dst} was begun with: {what}; delete {self._dst} to begin anew"
                     raise ArgumentError("SRC", _shown(self._originals), may_be)
                 return listed["count"]
-            count, digest = 0, hashlib.sha256()
-            for number in itertools.count():
-                part = list(itertools.islice(items, per_shard))
-                if not part:
-                    break
-                for item in part:
-                    digest.update(self._originals.identity(item))
-                self._state.write("items", number, part)
-                count += len(part)
+            try:
+                count, digest = self._write_list(items)
+            except ArgumentError:
+                self._state.clear()
+                raise
         if not count:
             raise self._useless("it is empty")
-        self._state.write_note("listed.json", {"count": count, "digest": digest.hexdigest()[:16]})
+        self._state.write_note("listed.json", {"count": count, "digest": digest})
         return count
+
+    def _write_list(self, items: Iterator[Item]) -> tuple[int, str]:
+        """How many there are, and what stands for all of them."""
+        count, digest, shards = 0, hashlib.sha256(), itertools.count()
+        while part := list(itertools.islice(items, self._settings.per_shard)):
+            for item in part:
+                digest.update(self._originals.identity(item))
+            self._state.write("items", next(shards), part)
+            count += len(part)
+        return count, digest.hexdigest()[:16]
 
     def _look(self, shards: int, count: int) -> None:
         waiting = [shard for shard in range(shards) if not self._state.has("looked", shard)]

@@ -1,0 +1,54 @@
+"""Image files, and published sets in their own layouts, made small for tests."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray | None = None, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(20, 20, 3) if pixels is None else pixels).save(path, **options)
+    return path
+
+
+def cifar10(root: Path, per_file: int = 4) -> np.ndarray:
+    """Five files in the layout of CIFAR-10's binary version; the records."""
+    records = noise(5 * per_file, 3073)
+    records[:, 0] %= 10
+    root.mkdir(parents=True)
+    for i in range(5):
+        (root / f"data_batch_{i + 1}.bin").write_bytes(records[i * per_file : (i + 1) * per_file].tobytes())
+    return records
+
+
+def mnist(raw: Path, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """The two training files of MNIST's idx layout."""
+    images, labels = noise(count, 28, 28), np.arange(count, dtype=np.uint8) % 10
+    raw.mkdir(parents=True, exist_ok=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
+    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+    return images, labels
+
+
+def celeba(root: Path, count: int = 3) -> None:
+    """A small data set in CelebA's layout, 178 x 218 images."""
+    names = [f"{i:06d}.jpg" for i in range(1, count + 1)]
+    for i, name in enumerate(names):
+        save(root / "img_align_celeba" / name, noise(218, 178, 3, seed=i))
+    for file, header, values in (
+        ("list_eval_partition.txt", "", "0"),
+        ("identity_CelebA.txt", "", "7"),
+        ("list_bbox_celeba.txt", f"{count}\nx_1 y_1\n", "1 2"),
+        ("list_landmarks_align_celeba.txt", f"{count}\nx y\n", "1 2"),
+        ("list_attr_celeba.txt", f"{count}\nMale Young\n", "1 -1"),
+    ):
+        (root / file).write_text(header + "".join(f"{name} {values}\n" for name in names))
