@@ -1,0 +1,160 @@
+"""`fastgan prepare`, `fastgan data info`, `verify` and `show`, as they are typed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastgan
+from fastgan.commands import main
+from fastgan.data.images import area_average
+from fastgan.data.prepared import read_manifest
+from fastgan.data.sampler import Sampler
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits in 4 shards: 4 and 8 px as arrays, 16 px as PNG."""
+    folder = tmp_path_factory.mktemp("prepared") / "digits"
+    flags = "--resolution 16 --cache-to 8 --per-shard 500 --workers 1 --lossless"
+    assert main(["prepare", *flags.split(), "digits", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+Out = Callable[[], tuple[str, str]]
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Out:
+    """What was printed since the last call: stdout, stderr."""
+    return lambda: (lambda both: (both.out, both.err))(capsys.readouterr())
+
+
+def test_prepare_says_what_it_made(prepared: Path, said: Out) -> None:
+    assert main(["prepare", "digits", str(prepared), *"--resolution 16 --cache-to 8 --per-shard 500".split()]) == 2
+    assert f"fastgan: --lossless: was None; {prepared} was prepared with 'png'" in said()[1]
+    again = "--lossless png --resolution 16 --cache-to 8 --per-shard 500"
+    assert main(["prepare", "digits", str(prepared), *again.split()]) == 0
+    out, err = said()
+    assert out.startswith(f"{prepared}: 1,797 images of 16 px, grey, 10 classes, ")
+    assert "is prepared already" in err
+
+
+def test_info(prepared: Path, said: Out) -> None:
+    assert main(["data", "info", str(prepared)]) == 0
+    lines = said()[0].splitlines()
+    assert lines[0] == str(prepared)
+    facts = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:] if line}
+    assert facts["images"] == "1,797, grey"
+    assert facts["classes"] == "10"
+    assert facts["skipped"] == "0"
+    assert facts["fingerprint"] == read_manifest(prepared).fingerprint
+    assert facts["4"].startswith("arrays") and facts["8"].startswith("arrays") and facts["16"].startswith("png")
+
+
+def test_verify_finds_nothing_in_a_whole_set(prepared: Path, said: Out) -> None:
+    assert main(["data", "verify", str(prepared)]) == 0
+    assert f"{prepared}: all 20 files" in said()[0]
+
+
+def test_verify_names_each_fault(copy: Path, said: Out) -> None:
+    tar = copy / "encoded" / "0016" / "00000.tar"
+    tar.write_bytes(tar.read_bytes()[:-1000])
+    array = copy / "cache" / "0004" / "00001.npy"
+    array.write_bytes(array.read_bytes()[:-1] + b"\1")
+    (copy / "cache" / "0008" / "00002.npy").unlink()
+    indexes = copy / "encoded" / "0016"
+    shutil.copy(indexes / "00002.idx", indexes / "00001.idx")
+    (copy / "cache" / "0004" / ".00001.npy.77.part").write_bytes(b"x")
+    (copy / "notes.txt").write_text("x")
+    (copy / ".preparing").mkdir()
+    (copy / ".preparing" / "asked.json").write_text("{}")
+    assert main(["data", "verify", str(copy)]) == 1
+    out, err = said()
+    found = {str(Path(line.split(" ")[0]).relative_to(copy)): line.split(" ", 1)[1] for line in out.splitlines()}
+    assert sorted(found) == [
+        ".preparing/asked.json",
+        "cache/0004/.00001.npy.77.part",
+        "cache/0004/00001.npy",
+        "cache/0008/00002.npy",
+        "encoded/0016/00000.tar",
+        "encoded/0016/00001.idx",
+        "notes.txt",
+    ]
+    assert found["encoded/0016/00000.tar"].startswith("is truncated: ")
+    assert found["cache/0004/00001.npy"].startswith("has been changed: its sha256 is ")
+    assert found["cache/0008/00002.npy"] == "is missing"
+    assert found["notes.txt"] == "does not belong to the set"
+    assert "left over from preparing" in found[".preparing/asked.json"]
+    assert "fastgan: 7 files are wrong" in err
+
+
+def test_verify_finds_a_changed_manifest(copy: Path, said: Out) -> None:
+    file = copy / "manifest.json"
+    file.write_text(file.read_text().replace('"cache_to": 8', '"cache_to": 4'))
+    assert main(["data", "verify", str(copy)]) == 1
+    assert said()[0].startswith(f"{file} has been changed: its fingerprint")
+    file.write_text(file.read_text()[:-100])
+    assert main(["data", "verify", str(copy)]) == 2
+    assert f"{file} is damaged" in said()[1]
+
+
+def test_show(prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "show", str(prepared), "--n", "5", "--start", "3"]) == 0
+    assert said()[0] == "5 of 1,797 images, 16 px: digits-16px.png\n"
+    sheet = np.asarray(Image.open("digits-16px.png"))
+    assert sheet.shape == (2 * 64, 3 * 64)
+    source = fastgan.data.open_source("digits", 16)
+    tiles = sheet[::4, ::4].reshape(2, 16, 3, 16).transpose(0, 2, 1, 3).reshape(6, 16, 16)
+    assert not tiles[5].any()
+    for i in range(5):
+        np.testing.assert_array_equal(tiles[i], source.read(3 + i, 16)[0])
+    assert main(["data", "show", str(prepared), "--n", "1", "--seed", "4", "--resolution", "8", "--out", "x.png"]) == 0
+    first = int(Sampler(1797, 4).order(0)[0])
+    shown = np.asarray(Image.open("x.png"))[::8, ::8]
+    np.testing.assert_array_equal(shown, area_average(source.read(first, 16), 8)[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--n 0", "--n: was 0"),
+        ("--start 1797", "--start: was 1797; it may be 0 to 1796"),
+        ("--resolution 32", "--resolution: was 32"),
+        ("--out x.jpg", "--out: was 'x.jpg'"),
+        ("--out nowhere/x.png", "--out: was 'nowhere/x.png'"),
+    ],
+)
+def test_show_refuses(prepared: Path, said: Out, flags: str, words: str) -> None:
+    assert main(["data", "show", str(prepared), *flags.split()]) == 2
+    assert words in said()[1]
+
+
+def test_no_prepared_set(tmp_path: Path, said: Out) -> None:
+    for what in ("info", "verify", "show"):
+        assert main(["data", what, str(tmp_path / "nowhere")]) == 2
+        out, err = said()
+        assert not out and "manifest.json is missing" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["prepare --help", "data show --help"])
+def test_help_comes_without_torch(words: str) -> None:
+    """A prepare with many workers starts many processes; torch takes seconds to import, and most of the memory."""
+    code = (
+        "import sys; from fastgan.commands import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
+    assert "usage: fastgan" in done.stdout and done.stdout.endswith("False\n")
