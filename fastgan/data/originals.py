@@ -171,20 +171,32 @@ def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
     return below("")
 
 
-def sorted_rows(rows: Iterable[Row], at_once: int = 2**15) -> Iterator[Row]:
-    """Sort any number of rows of strings and numbers, of which at most `at_once` are held in memory.
+def sorted_rows(rows: Iterable[Row], at_once: int = 2**13, at_most: int = 128) -> Iterator[Row]:
+    """Sort any number of rows of strings and numbers; `at_once` of them are held in memory, the others in files.
 
-    The input is read wholly before the first row comes out.
+    The input is read wholly before the first row comes out. at_most: files that are open.
     """
+
+    def spill(ordered: Iterable[Row]) -> IO[str]:
+        run = stack.enter_context(tempfile.TemporaryFile("w+", encoding="ascii"))  # noqa: SIM115
+        run.writelines(json.dumps(row) + "\n" for row in ordered)
+        run.seek(0)
+        return run
+
+    def merged() -> Iterator[Row]:
+        return heapq.merge(*((cast(Row, tuple(json.loads(line))) for line in run) for run in runs))
+
     rows = iter(rows)
+    runs: list[IO[str]] = []
     with ExitStack() as stack:
-        runs: list[IO[str]] = []
         while part := sorted(itertools.islice(rows, at_once)):
             if len(part) < at_once and not runs:
                 yield from part
                 return
-            run = stack.enter_context(tempfile.TemporaryFile("w+", encoding="ascii"))
-            run.writelines(json.dumps(row) + "\n" for row in part)
-            run.seek(0)
-            runs.append(run)
-        yield from heapq.merge(*((cast(Row, tuple(json.loads(line))) for line in run) for run in runs))
+            if len(runs) == at_most:
+                one = spill(merged())
+                for run in runs:
+                    run.close()
+                runs = [one]
+            runs.append(spill(part))
+        yield from merged()

@@ -16,6 +16,7 @@ from published import celeba, cifar10, mnist, noise, save
 
 from fastgan.data import open_source, prepared
 from fastgan.data.images import area_average
+from fastgan.data.originals import sorted_rows
 from fastgan.data.preparation import Settings, prepare
 from fastgan.data.prepared import Level, Manifest, read_manifest
 from fastgan.errors import ArgumentError
@@ -455,3 +456,11 @@ def test_disk_that_is_too_small(photos: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: usage._replace(free=int(estimate) - 2000))
     assert "the disk has" in refusal(photos, tmp_path / "set", cache_to=8)
     assert not list((tmp_path / "set").glob("cache/**/*.npy"))
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 95, 400])
+def test_sorting_in_pieces(count: int) -> None:
+    """Runs of ten rows, at most four of them open: the same as sorting in memory."""
+    rng = np.random.default_rng(count)
+    rows = [(f"{'a' * rng.integers(3)}\udcff{rng.integers(50)}/", int(rng.integers(9))) for _ in range(count)]
+    assert list(sorted_rows(iter(rows), at_once=10, at_most=4)) == sorted(rows)
