@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastgan.data.images import Checked, area_average, check, decode, first_line, is_grey, square
+from fastgan.data.originals import walk
 from fastgan.errors import ArgumentError
 
 _KINDS = (
@@ -360,8 +360,9 @@ def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Sou
     """Every image below `path`, ordered by relative name; labels are the ranks of first-level subfolders."""
     if channels not in (None, 1, 3):
         raise ArgumentError("--channels", channels, "a folder may be read with 1 or 3")
-    skipped: list[tuple[str, str]] = []
-    files = _walk(path, skipped)
+    listed = list(walk(path))
+    skipped = [(name, reason) for name, reason in listed if reason]
+    files = [name for name, reason in listed if not reason]
     # Opening waits for the disk more than it computes, so more threads than cores pay.
     with ThreadPoolExecutor(8) as pool:
         checked = dict(zip(files, pool.map(lambda file: _check(path / file), files), strict=True))
@@ -386,27 +387,6 @@ def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Sou
         labels, num_classes = ranks.astype(np.int64), len(classes)
     kinds = {(one.kind, one.mode, one.transparent): file for file, one in whole.items()}
     return _FileSource("folder", path, names, labels, num_classes, resolution, channels, skipped, kinds)
-
-
-def _walk(path: Path, skipped: list[tuple[str, str]]) -> list[str]:
-    """The files below `path`, relative, "/" between parts, sorted; hidden ones (.DS_Store) are left out."""
-    files: list[str] = []
-    seen: set[str] = set()
-
-    def unreadable(error: OSError) -> None:
-        skipped.append((str(error.filename), error.strerror or str(error)))
-
-    # Links are followed, as data sets are often put together by them; `seen` ends a circle.
-    for at, folders, names in os.walk(path, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(at)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = Path(at).relative_to(path)
-        files += [(inside / name).as_posix() for name in names if not name.startswith(".")]
-    return sorted(files)
 
 
 def _check(file: Path) -> Checked:

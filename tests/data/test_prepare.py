@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -464,3 +465,16 @@ def test_sorting_in_pieces(count: int) -> None:
     rng = np.random.default_rng(count)
     rows = [(f"{'a' * rng.integers(3)}\udcff{rng.integers(50)}/", int(rng.integers(9))) for _ in range(count)]
     assert list(sorted_rows(iter(rows), at_once=10, at_most=4)) == sorted(rows)
+
+
+def test_the_example_in_the_documentation_reads_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(6):
+        save(tmp_path / "photos" / f"{i}.png", np.full((128, 128, 3), 40 * i, np.uint8))
+    make(tmp_path / "photos", tmp_path / "SET", cache_to=64)
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["small"].shape == (2, 3, 64, 64) and (names["small"][-1] == 200).all()
+    assert names["large"].shape == (128, 128, 3) and (names["large"] == 200).all()
