@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastgan.data.files import File
-from fastgan.data.images import area_average, first_line, is_grey
+from fastgan.data.images import first_line, is_grey, pyramid
 from fastgan.data.originals import Item, Originals
 from fastgan.data.prepared import SUFFIXES
 from fastgan.data.shards import ShardWriter, encode, renumber
@@ -126,7 +126,8 @@ def measure(shard: int, count: int, plan: Plan) -> list[int]:
     for item in used[:: max(1, len(used) // count)][:count]:
         pixels, _ = _decode(originals, item, plan)
         if pixels is not None:
-            files = [encode(area_average(pixels, r), plan.encoding, plan.quality) for r in plan.encoded]
+            levels = pyramid(pixels, plan.encoded).values()
+            files = [encode(level, plan.encoding, plan.quality) for level in levels]
             # A tar has a header of 512 bytes before each member, and fills it up to as many; so for the label.
             sizes.append(sum(len(one) + 512 + -len(one) % 512 + 1024 * bool(plan.num_classes) for one in files))
         tick()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -137,15 +137,32 @@ def area_average(images: np.ndarray, resolution: int) -> np.ndarray:
 
     In integers, so that it gives the same bytes for one image and for a stack, on any machine.
     """
-    block = images.shape[-1] // resolution
-    if block == 1:
-        return images
-    total = np.full((*images.shape[:-2], resolution, resolution), block * block // 2, dtype=np.uint32)
-    for row in range(block):
-        for column in range(block):
-            total += images[..., row::block, column::block]
-    total //= block * block
-    return total.astype(np.uint8)
+    return pyramid(images, [resolution])[resolution]
+
+
+def pyramid(images: np.ndarray, resolutions: Iterable[int]) -> dict[int, np.ndarray]:
+    """`area_average` at each of `resolutions`, for little more than the work of the largest."""
+    total, block, out = images, 1, {}
+    for resolution in sorted(resolutions, reverse=True):
+        while total.shape[-1] > resolution:
+            block *= 2
+            total = _halved(total, block)
+        out[resolution] = images if block == 1 else _mean(total, block)
+    return out
+
+
+def _halved(total: np.ndarray, block: int) -> np.ndarray:
+    """Exact sums of 2 x 2, [..., h, w] to [..., h / 2, w / 2]; each is one of block x block bytes then."""
+    dtype = np.uint16 if block <= 16 else np.uint32  # 256 bytes fit 16 bits
+    rows = np.add(total[..., ::2, :], total[..., 1::2, :], dtype=dtype)  # first, as rows are contiguous
+    return np.add(rows[..., ::2], rows[..., 1::2], dtype=dtype)
+
+
+def _mean(total: np.ndarray, block: int) -> np.ndarray:
+    """The sums of blocks of block x block bytes, divided and rounded: uint8."""
+    count = block * block
+    # A shift, as count is a power of four; 16 bits hold the largest sum with its rounding.
+    return ((total + total.dtype.type(count // 2)) >> total.dtype.type(2 * (block.bit_length() - 1))).astype(np.uint8)
 
 
 def save_sheet(pixels: np.ndarray, path: Path, *, size: int | None = None, columns: int | None = None) -> None:

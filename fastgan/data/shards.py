@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from fastgan.data.files import File, Output, array_header, write_whole
-from fastgan.data.images import area_average
+from fastgan.data.images import pyramid
 from fastgan.data.prepared import SUFFIXES, cache_file, index_file, tar_file
 
 _BLOCK = 512  # a tar is made of blocks of this size
@@ -132,8 +132,7 @@ class ShardWriter:
     def add(self, pixels: np.ndarray, label: int | None) -> None:
         """The next image at the target resolution: uint8 [C, R, R]."""
         assert pixels.shape == (self._channels, self._resolutions[-1], self._resolutions[-1]), pixels.shape
-        for r in self._resolutions:
-            image = area_average(pixels, r)
+        for r, image in pyramid(pixels, self._resolutions).items():
             if r in self._arrays:
                 self._arrays[r].write(np.ascontiguousarray(image).data.cast("B"))
             else:

@@ -10,7 +10,7 @@ from PIL import Image
 from published import celeba, cifar10, mnist, noise, save
 
 from fastgan.data import open_source
-from fastgan.data.images import area_average
+from fastgan.data.images import area_average, pyramid
 from fastgan.errors import ArgumentError
 
 
@@ -52,6 +52,17 @@ def test_area_average_keeps_the_extremes() -> None:
     """The integer sums do not overflow and the rounding does not leave the range."""
     for value in (0, 1, 254, 255):
         assert (area_average(np.full((2, 1, 512, 512), value, np.uint8), 4) == value).all()
+        assert (area_average(np.full((64, 64), value, np.uint8), 4) == value).all()
+
+
+def test_pyramid_is_the_area_average_of_each_resolution() -> None:
+    image = noise(3, 128, 128)
+    levels = pyramid(image, [4, 16, 64, 128])
+    assert sorted(levels) == [4, 16, 64, 128]
+    for resolution, level in levels.items():
+        block = 128 // resolution
+        mean = image.reshape(3, resolution, block, resolution, block).mean(axis=(2, 4))
+        np.testing.assert_array_equal(level, np.floor(mean + 0.5))
 
 
 @pytest.mark.parametrize("resolution", [0, 2, 12, 32, -4])
