@@ -109,6 +109,7 @@ def table(manifest: Manifest) -> str:
 def _verify(manifest: Manifest, workers: int) -> int:
     from tqdm import tqdm
 
+    from fastgan.data.originals import printable
     from fastgan.data.prepared import size_in_words
     from fastgan.data.verification import verify
 
@@ -117,7 +118,7 @@ def _verify(manifest: Manifest, workers: int) -> int:
     found = 0
     for fault in verify(manifest, workers=workers, progress=True):
         found += 1
-        tqdm.write(f"{manifest.path / fault.name} {fault.what}")
+        tqdm.write(f"{manifest.path / printable(fault.name)} {fault.what}")
     if found:
         print(
             f"fastgan: {found:,} files are wrong; copy the set anew, or delete it and prepare it anew", file=sys.stderr

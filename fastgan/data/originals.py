@@ -140,6 +140,12 @@ def hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
+def printable(text: str) -> str:
+    """One line of valid UTF-8: names of files may have any character in them, and none that is valid."""
+    shown = text.encode(errors="backslashreplace").decode()
+    return "".join(f"\\x{ord(c):02x}" if ord(c) < 32 else c for c in shown)
+
+
 def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
     """(name, reason) of the files below `path`: relative, "/" between parts, sorted; hidden ones with `everything`.
 

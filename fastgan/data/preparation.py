@@ -27,7 +27,7 @@ from fastgan.data import prepared
 from fastgan.data.encoding import Done, Plan, done, encode_shard, look, looked, measure, rejected, renumber_shard
 from fastgan.data.files import File, Output, array_header, write_whole
 from fastgan.data.inputs import open_originals
-from fastgan.data.originals import Item, Originals
+from fastgan.data.originals import Item, Originals, printable
 from fastgan.data.prepared import Manifest, Shard, size_in_words
 from fastgan.data.shards import read_index
 from fastgan.data.unfinished import Unfinished, changed, difference, locked
@@ -198,7 +198,7 @@ class _Preparation:
         for shard in range(shards):
             for item, one in zip(self._state.items(shard), looked(self._state, shard), strict=True):
                 if one.reason:
-                    first = first or f"{item.name}: {one.reason}"
+                    first = first or f"{printable(item.name)}: {printable(one.reason)}"
                     continue
                 extent = max(one.width, one.height) if asked.fit else min(one.width, one.height)
                 reach[1 << max(extent.bit_length() - 1, 0)] += 1
@@ -237,7 +237,7 @@ class _Preparation:
             for at, reason in reasons.items():
                 skipped += 1
                 if skipped <= _SAID:
-                    line = f"{items[at].name}: {reason}"
+                    line = f"{printable(items[at].name)}: {printable(reason)}"
                     first = first or line
                     self._say(f"cannot use {line}")
         if skipped > _SAID:
@@ -360,7 +360,7 @@ class _Preparation:
                 reasons = rejected(looked(self._state, shard), plan) | found.late
                 skipped += len(reasons)
                 lines = (
-                    f"{_one_line(items[at].name)}\t{_one_line(reason)}\n" for at, reason in sorted(reasons.items())
+                    f"{printable(items[at].name)}\t{printable(reason)}\n" for at, reason in sorted(reasons.items())
                 )
                 outs[prepared.SKIPPED].write("".join(lines).encode())
                 used = [item for at, item in enumerate(items) if at not in reasons]
@@ -450,12 +450,6 @@ def _versions() -> dict[str, str]:
 
 def _is_resolution(value: int) -> bool:
     return value >= 4 and value & (value - 1) == 0
-
-
-def _one_line(text: str) -> str:
-    """Names may have any character: one line for each, valid UTF-8."""
-    shown = text.encode(errors="backslashreplace").decode()
-    return "".join(f"\\x{ord(c):02x}" if ord(c) < 32 else c for c in shown)
 
 
 def _cores() -> int:

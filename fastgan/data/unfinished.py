@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgan.data.files import write_whole
-from fastgan.data.originals import Item
+from fastgan.data.originals import Item, printable
 from fastgan.data.prepared import MANIFEST
 from fastgan.errors import ArgumentError
 
@@ -163,8 +163,8 @@ def changed(state: Unfinished, count: int, per_shard: int, found: Iterator[Item]
         if old == new:
             continue
         if old is None or (new is not None and new.name < old.name):
-            return f"{new.name} is new"
+            return f"{printable(new.name)} is new"
         if new is None or new.name != old.name:
-            return f"{old.name} is gone"
-        return f"{old.name} has changed"
+            return f"{printable(old.name)} is gone"
+        return f"{printable(old.name)} has changed"
     return ""

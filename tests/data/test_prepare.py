@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from published import celeba, cifar10, mnist, noise, save
 
+import fastgan.data
 from fastgan.data import open_source, prepared
 from fastgan.data.images import area_average
 from fastgan.data.originals import sorted_rows
@@ -223,6 +224,12 @@ def test_published_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         agrees(made, f"{kind}:{tmp_path / root}", sides[kind], exact=kind != "celeba")
         with pytest.raises(ArgumentError, match="--channels"):
             make(tmp_path / root, tmp_path / "x", channels=4 - made.channels)
+
+
+def test_prepare_is_part_of_the_package() -> None:
+    assert fastgan.data.prepare is prepare and "prepare" in fastgan.data.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fastgan.data.nothing  # noqa: B018
 
 
 def test_digits(tmp_path: Path) -> None:
