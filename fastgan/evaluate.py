@@ -35,8 +35,8 @@ class Evaluate:
     """Real images, as for fastgan train; None: those of the run."""
     metrics: str | None = None
     """Some of fid,kid,is,prdc,swd,msssim,modes, separated by commas; None: all that mean something here."""
-    n: int = 50_000
-    """Generated images."""
+    n: Annotated[int, tyro.conf.arg(aliases=["--images"])] = 50_000
+    """Generated images. After torchrun, which takes --n for its own, --images."""
     features: str | None = None
     """digits, inception-v3-compat, vgg16, dinov2-vit-s-14, -b-14 or -l-14; None: digits for digits, else Inception."""
     feature_weights: str | None = None
