@@ -50,7 +50,9 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     @functools.wraps(main)
     def wrapped(argv: list[str]) -> int:
         try:
-            return main(argv)
+            status = main(argv)
+            sys.stdout.flush()
+            return status
         except ArgumentError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"fastgan: {error}", file=sys.stderr, flush=True)
@@ -64,6 +66,9 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         except KeyboardInterrupt:
             print("fastgan: interrupted", file=sys.stderr, flush=True)
             return 130
+        except BrokenPipeError:  # who read this has seen enough, as `| head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
 
     return wrapped
 

@@ -158,3 +158,9 @@ def test_help_comes_without_torch(words: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
     assert "usage: fastgan" in done.stdout and done.stdout.endswith("False\n")
+
+
+def test_a_pipe_that_is_closed_is_no_error(prepared: Path) -> None:
+    words = f"{sys.executable} -m fastgan data info {prepared} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")

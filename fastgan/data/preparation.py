@@ -140,9 +140,13 @@ class _Preparation:
         return self._finish(plan, shards)
 
     def _compare_settings(self) -> None:
+        """Go on only with what was begun; as long as no shard is finished, anything may still be asked for."""
         asked = {**_flags(self._settings), "SRC": _shown(self._originals), **_versions()}
-        begun = self._state.note("asked.json")
-        if begun is None or self._state.note("listed.json") is None:
+        begun = self._state.note("asked.json") or {}
+        if not self._state.any_done():
+            # The list, and what looking told, hold for other settings too, of the same originals in the same shards.
+            if any(begun.get(name) != asked[name] for name in ("SRC", "--per-shard", *_versions())):
+                self._state.forget()
             self._state.write_note("asked.json", asked)
             return
         differs = difference(begun, asked)
@@ -154,17 +158,21 @@ class _Preparation:
         """Write the list of originals, or see that it is still the same: how many there are."""
         listed = self._state.note("listed.json")
         with self._bar(None, "listing", "files") as bar:
-            items = _counted(self._originals.items(), bar.update)
             if listed is not None:
+                items = _counted(self._originals.items(), bar.update)
                 what = changed(self._state, listed["count"], self._settings.per_shard, items)
-                if what:
+                if not what:
+                    return listed["count"]
+                if self._state.any_done():
                     may_be = f"it is not what {self._dst} was begun with: {what}; delete {self._dst} to begin anew"
                     raise ArgumentError("SRC", _shown(self._originals), may_be)
-                return listed["count"]
+                self._state.forget()
+                bar.reset()
             try:
-                count, digest = self._write_list(items)
+                count, digest = self._write_list(_counted(self._originals.items(), bar.update))
             except ArgumentError:
-                self._state.clear()
+                if not self._state.any_done():
+                    self._state.clear()
                 raise
         if not count:
             raise self._useless("it is empty")

@@ -62,6 +62,13 @@ class Unfinished:
     def any_done(self) -> bool:
         return any((self.folder / "done").glob("*.json"))
 
+    def forget(self) -> None:
+        """Drop the list of originals and what looking at them told."""
+        (self.folder / "listed.json").unlink(missing_ok=True)
+        for kind in ("items", "looked"):
+            for file in (self.folder / kind).iterdir():
+                file.unlink()
+
     def clear(self, everything: bool = False) -> None:
         """Forget the work, when it is finished or worth nothing; with `everything`, also what was written.
 

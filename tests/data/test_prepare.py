@@ -464,6 +464,12 @@ def test_disk_that_is_too_small(photos: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: usage._replace(free=int(estimate) - 2000))
     assert "the disk has" in refusal(photos, tmp_path / "set", cache_to=8)
     assert not list((tmp_path / "set").glob("cache/**/*.npy"))
+    # As nothing is written yet, anything else may be asked for, of other originals too.
+    monkeypatch.undo()
+    save(photos / "a" / "more.png", noise(16, 16, 3))
+    assert make(photos, tmp_path / "set", quality=50, per_shard=5, resolution=8).count == 11
+    clean = make(photos, tmp_path / "clean", quality=50, per_shard=5, resolution=8)
+    assert contents(tmp_path / "set") == contents(tmp_path / "clean") and clean.count == 11
 
 
 @pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 95, 400])
