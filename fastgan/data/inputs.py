@@ -119,7 +119,7 @@ class Prepared(Originals):
 
 
 def open_originals(src: str) -> Originals:
-    """What SRC means: one of the kinds with a colon, digits, synthetic, or a path that is looked at.
+    """What SRC means: one of the kinds with a colon, a set that is installed or made up, or a path that is looked at.
 
     Raises: ArgumentError if there is nothing of the sort.
     """

@@ -79,7 +79,10 @@ class Workers:
                 for one in ready:
                     yield one.result()
         except BrokenProcessPool as error:
-            may_be = "a worker process was killed, perhaps for want of memory; the same command goes on, fewer may do"
+            may_be = (
+                "a worker process was killed, perhaps for want of memory, so that fewer may do; or none could start, as "
+                "where a script has no `if __name__ == '__main__':`; what is finished is kept"
+            )
             raise ArgumentError("--workers", self._count, may_be) from error
 
     def __enter__(self) -> Self:
