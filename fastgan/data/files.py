@@ -32,6 +32,7 @@ class Output:
         # With the process in the name: one that was killed may still be writing when the next one begins.
         self._partial = file.with_name(f".{file.name}.{os.getpid()}.part")
         self._digest = hashlib.sha256()
+        self._finished = False
         self.bytes = 0
         self._stream = self._partial.open("wb", buffering=2**20)
 
@@ -47,10 +48,13 @@ class Output:
             os.fsync(self._stream.fileno())
             self._stream.close()
             os.replace(self._partial, self._file)
+        self._finished = True
         return File(self.bytes, self._digest.hexdigest())
 
     def abandon(self) -> None:
-        """Leave nothing behind. After `finish`, nothing is left to do."""
+        """Leave nothing behind; after `finish` there is nothing to leave."""
+        if self._finished:
+            return
         with contextlib.suppress(OSError):  # what is still buffered may not fit: it is not wanted
             self._stream.close()
         self._partial.unlink(missing_ok=True)

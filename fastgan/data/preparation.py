@@ -7,6 +7,7 @@ depends on the originals and the settings alone: not on workers, interruptions, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -447,6 +448,7 @@ def _shown(originals: Originals) -> str:
     return f"{originals.kind} {originals.name}"
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     """What else decides the bytes: other versions may encode otherwise."""
     try:

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,11 @@ def locked(dst: Path) -> Iterator[Unfinished]:
         if dst.exists() and not dst.is_dir():
             raise ArgumentError("DST", str(dst), "it is a file; it may be a new folder")
         if dst.is_dir():
-            foreign = sorted({one.name for one in dst.iterdir()} - _OURS)
-            if foreign or (any(dst.iterdir()) and not (state.folder.is_dir() or (dst / MANIFEST).is_file())):
-                found = (foreign or sorted(one.name for one in dst.iterdir()))[0]
-                raise ArgumentError("DST", str(dst), f"it holds {found}; it may be a new or empty folder")
+            found = sorted(one.name for one in dst.iterdir())
+            begun = state.folder.is_dir() or (dst / MANIFEST).is_file()
+            foreign = [name for name in found if not begun or not (name in _OURS or fnmatch(name, ".*.part"))]
+            if foreign:
+                raise ArgumentError("DST", str(dst), f"it holds {foreign[0]}; it may be a new or empty folder")
         state.folder.mkdir(parents=True, exist_ok=True)
     while True:
         with _refused(dst):
@@ -115,7 +117,7 @@ def locked(dst: Path) -> Iterator[Unfinished]:
             with _refused(dst):
                 for kind in ("items", "looked", "done"):
                     (state.folder / kind).mkdir(exist_ok=True)
-                for part in [*dst.glob(".*.part"), *dst.glob("*/*/.*.part"), *state.folder.glob("**/.*.part")]:
+                for part in [*dst.glob(".*.part"), *dst.glob("*/.*.part"), *dst.glob("*/*/.*.part")]:
                     part.unlink()
             yield state
             return

@@ -80,8 +80,8 @@ class Workers:
                     yield one.result()
         except BrokenProcessPool as error:
             may_be = (
-                "a worker process was killed, perhaps for want of memory, so that fewer may do; or none could start, as "
-                "where a script has no `if __name__ == '__main__':`; what is finished is kept"
+                "a worker process was killed, perhaps for want of memory, so that fewer may do; or none could start, "
+                "as in a script without `if __name__ == '__main__':`; what is finished is kept"
             )
             raise ArgumentError("--workers", self._count, may_be) from error
 

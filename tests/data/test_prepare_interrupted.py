@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from published import noise, save
 
+from fastgan.data.preparation import Settings, prepare
 from fastgan.data.prepared import is_prepared, read_manifest
 from fastgan.errors import ArgumentError
 
@@ -104,6 +106,51 @@ def test_killed_twice_it_goes_on_and_ends_with_the_same_bytes(
     assert contents(dst) == whole
     arrays = [name for name in before if name.endswith(".npy")]
     assert {name: (dst / name).stat().st_mtime_ns for name in arrays} == {name: before[name] for name in arrays}
+
+
+def end_at(number: int, before: bool) -> None:
+    """Let this process end before or after the n-th file that gets its name."""
+    replace, calls = os.replace, itertools.count()
+
+    def killed(one: str, other: str) -> None:
+        last = next(calls) == number
+        if not (last and before):
+            replace(one, other)
+        if last:
+            os._exit(9)
+
+    os.replace = killed  # type: ignore[assignment]
+
+
+def test_killed_at_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended without a chance to tidy up, before and after each file gets its name: never taken for whole, and no other
+    bytes in the end. One original is found damaged only when it is decoded, so that tars are numbered anew, too."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which is for power cuts, and slow
+    src = tmp_path / "photos"
+    for i in range(5):
+        save(src / "ab"[i % 2] / f"{i}.png", noise(8, 8, seed=i))
+    data = save(src / "a" / "1.bmp", noise(64, 64)).read_bytes()
+    (src / "a" / "1.bmp").write_bytes(data[:-300])
+    settings = Settings(per_shard=3, cache_to=4)
+    prepare(str(src), tmp_path / "whole", settings, workers=1)
+    whole = contents(tmp_path / "whole")
+    for step in itertools.count():
+        dst = tmp_path / f"set{step}"
+        child = os.fork()
+        if child == 0:
+            end_at(step // 2, before=step % 2 == 1)
+            prepare(str(src), dst, settings, workers=1)
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert is_prepared(dst) == (dst / "manifest.json").is_file()
+        if is_prepared(dst):
+            assert {name: content for name, content in contents(dst).items() if name in whole} == whole
+        prepare(str(src), dst, settings, workers=1)
+        assert contents(dst) == whole, step
+        if ended == 0:
+            break
+        assert ended == 9
+    assert step > 40
 
 
 def test_interrupted_by_hand_it_says_how_to_go_on(photos: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
