@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from fastgan import checkpoint
+from fastgan.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-# What makes the generators about equally large (100,000 parameters at 16 px and 3 channels, give or take a tenth),
-# whatever the presets' sizes; all run with the digits preset's rates.
+# Sizes that make the generators equally large within a tenth, whatever the presets': 100,000 parameters at 16 px and
+# three channels, 165,000 at 32 px and one. Everything else is the digits preset's.
 NETWORKS = {
-    "mlp": ["--width", "100"],
-    "dcgan": ["--width", "32", "--max-width", "64"],
-    "sagan": ["--width", "16", "--max-width", "64"],
-    "pggan": ["--fmap-base", "256", "--fmap-max", "41"],
+    16: {
+        "mlp": ["--width", "100"],
+        "dcgan": ["--width", "32", "--max-width", "64"],
+        "sagan": ["--width", "16", "--max-width", "64"],
+        "pggan": ["--fmap-base", "256", "--fmap-max", "41"],
+    },
+    32: {
+        "mlp": ["--width", "134"],
+        "dcgan": ["--width", "32", "--max-width", "64"],
+        "sagan": ["--width", "16", "--max-width", "59"],
+        "pggan": ["--fmap-base", "256", "--fmap-max", "53"],
+    },
 }
 
 
@@ -41,8 +50,8 @@ class Cells:
         os.replace(partial, self.file)
 
 
-def train(variant: str, model: str, run: Path, flags: Sequence[str]) -> None:
-    """Train in a process of its own, going on where an earlier one was stopped.
+def train(variant: str, resolution: int, run: Path, kimg: float, flags: Sequence[str]) -> None:
+    """Train to `kimg` in a process of its own, going on where an earlier one was stopped.
 
     Raises:
         subprocess.CalledProcessError: training failed; what it said stays in RUN.log.
@@ -52,11 +61,16 @@ def train(variant: str, model: str, run: Path, flags: Sequence[str]) -> None:
     if checkpoint.existing(run):
         command += ["--resume", str(run)]
     else:
-        fresh = ["--variant", variant, "--preset", "digits", *NETWORKS[model], *flags]
+        model = VARIANTS[variant].digits.networks.model
+        fresh = ["--variant", variant, "--preset", "digits", "--resolution", str(resolution), "--kimg", f"{kimg:g}"]
+        fresh += [*NETWORKS[resolution][model], *flags]
         command += [*fresh, *(["--resume"] if (run / "config.yaml").is_file() else ["--out"]), str(run)]
     run.parent.mkdir(parents=True, exist_ok=True)
     with run.with_name(f"{run.name}.log").open("a") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    # Training that a signal stopped saves, and ends as well as any.
+    if float(checkpoint.existing(run)[-1].name.removeprefix("kimg-")) < kimg:
+        raise KeyboardInterrupt
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -126,10 +126,9 @@ def points_cell(task: str, variant: str, seed: int, kimg: float) -> dict[str, An
 def stacked_cell(variant: str, seed: int, kimg: float, runs: Path, flags: Sequence[str]) -> dict[str, Any]:
     """Train a variant on stacked digits and count the modes of 26,000 samples."""
     run = runs / f"stacked-{variant}-seed{seed}-{kimg:g}kimg"
-    model = VARIANTS[variant].digits.networks.model
-    asked = f"--data stacked-digits --resolution 16 --batch 64 --seed {seed} --kimg {kimg:g} --keep 1".split()
+    asked = f"--data stacked-digits --batch 64 --seed {seed} --keep 1".split()
     began = time.monotonic()
-    train(variant, model, run, [*asked, "--sample-kimg", f"{kimg:g}", *flags])
+    train(variant, 16, run, kimg, [*asked, "--sample-kimg", f"{kimg:g}", *flags])
     minutes = (time.monotonic() - began) / 60
     trained = fastgan.load(run)
     source = open_source("stacked-digits", 16, seed=seed)
