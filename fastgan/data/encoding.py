@@ -12,12 +12,11 @@ import numpy as np
 
 from fastgan.data.files import File
 from fastgan.data.images import first_line, is_grey, pyramid
-from fastgan.data.originals import Item, Originals
+from fastgan.data.originals import Item, Originals, gone
 from fastgan.data.prepared import SUFFIXES
 from fastgan.data.shards import ShardWriter, encode, renumber
 from fastgan.data.unfinished import Unfinished
 from fastgan.data.workers import shared, tick
-from fastgan.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -199,9 +198,7 @@ def _decode(originals: Originals, item: Item, plan: Plan) -> tuple[np.ndarray | 
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         if isinstance(error, OSError) and error.errno is not None:
-            # Not the file but the disk or network it lies on: skipping would drop everything from here on.
-            may_be = f"it was there before and cannot be read now ({error.strerror}); the same command goes on"
-            raise ArgumentError("SRC", item.name, may_be) from error
+            raise gone(item, error) from error
         return None, first_line(error)
 
 

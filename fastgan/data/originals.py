@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
+import logging
 import os
 import tempfile
 from abc import ABC, abstractmethod
@@ -20,7 +21,9 @@ import numpy as np
 
 from fastgan.data import images
 from fastgan.data.images import Checked
+from fastgan.errors import ArgumentError
 
+logger = logging.getLogger(__name__)
 Row = TypeVar("Row", bound=tuple[Any, ...])
 
 
@@ -93,13 +96,29 @@ class Files(Originals):
     def open(self, item: Item) -> BinaryIO: ...
 
     def check(self, item: Item) -> Checked:
-        return images.check(lambda: self.open(item), item.name)
+        found = images.check(lambda: self.open(item), item.name)
+        if found.reason:
+            try:
+                with self.open(item) as stream:
+                    stream.read(1)
+            except OSError as error:
+                if not isinstance(error, PermissionError):
+                    raise gone(item, error) from error
+            except Exception:  # it is there, and damaged
+                logger.debug("%s is skipped", item.name, exc_info=True)
+        return found
 
     def pixels(self, item: Item, side: int, channels: int, fit: bool) -> np.ndarray:
         from PIL.Image import Resampling
 
         with self.open(item) as stream:
             return images.decode(stream, side, channels, shrink=Resampling.BOX, fit=fit)
+
+
+def gone(item: Item, error: OSError) -> ArgumentError:
+    """Not a damaged file, but a disk or network that failed: skipping would drop all that comes after."""
+    may_be = f"it was there before and cannot be read now ({error.strerror}); the same command goes on"
+    return ArgumentError("SRC", item.name, may_be)
 
 
 class Folder(Files):
@@ -122,7 +141,8 @@ class Folder(Files):
         return Item(name, found.st_size, found.st_mtime_ns, label=first_folder(name))
 
     def check(self, item: Item) -> Checked:
-        if not (self.path / item.name).is_file():  # opening a named pipe would wait forever
+        file = self.path / item.name
+        if file.exists() and not file.is_file():  # opening a named pipe would wait forever
             return Checked("no file")
         return super().check(item)
 

@@ -160,7 +160,7 @@ class _Preparation:
         listed = self._state.note("listed.json")
         with self._bar(None, "listing", "files") as bar:
             if listed is not None:
-                items = _counted(self._originals.items(), bar.update)
+                items = _listed(self._originals, bar.update)
                 what = changed(self._state, listed["count"], self._settings.per_shard, items)
                 if not what:
                     return listed["count"]
@@ -170,7 +170,7 @@ class _Preparation:
                 self._state.forget()
                 bar.reset()
             try:
-                count, digest = self._write_list(_counted(self._originals.items(), bar.update))
+                count, digest = self._write_list(_listed(self._originals, bar.update))
             except ArgumentError:
                 if not self._state.any_done():
                     self._state.clear()
@@ -407,7 +407,7 @@ def _again(originals: Originals, dst: Path, settings: Settings, say: Callable[[s
         name, was, now = differs
         raise ArgumentError(name, now, f"{dst} was prepared with {was!r}; delete it or name another DST")
     digest = hashlib.sha256()
-    for item in originals.items():
+    for item in _listed(originals):
         digest.update(originals.identity(item))
     if digest.hexdigest()[:16] != manifest.source["digest"]:
         may_be = f"it is not what {dst} was prepared from, which may be deleted to begin anew"
@@ -425,10 +425,18 @@ def _keep_apart(src: Path, dst: Path) -> None:
         raise ArgumentError("DST", str(dst), f"it may be a folder that neither lies in {src} nor holds it")
 
 
-def _counted(items: Iterator[Item], update: Callable[[int], object]) -> Iterator[Item]:
-    for item in items:
-        update(1)
-        yield item
+def _listed(originals: Originals, update: Callable[[int], object] = lambda count: None) -> Iterator[Item]:
+    """All originals, counted.
+
+    Raises: ArgumentError also where they cannot be read.
+    """
+    try:
+        for item in originals.items():
+            yield item
+            update(1)
+    except OSError as error:
+        may_be = f"it cannot be read ({error.filename or originals.path}: {error.strerror or error})"
+        raise ArgumentError("SRC", _shown(originals), may_be) from error
 
 
 def _usual(reach: Counter[int]) -> int:

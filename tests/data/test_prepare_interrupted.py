@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from published import noise, save
 
+from fastgan.data.archives import Zip
 from fastgan.data.preparation import Settings, prepare
 from fastgan.data.prepared import is_prepared, read_manifest
+from fastgan.data.unfinished import Unfinished
 from fastgan.errors import ArgumentError
 
 COUNT, PER_SHARD = 60, 4
@@ -231,23 +234,40 @@ def test_a_finished_file_that_was_cut_is_written_again(photos: Path, whole: dict
     assert contents(dst) == whole
 
 
-def test_a_source_that_vanishes_is_not_skipped(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", ["looked", "done"])
+def test_a_source_that_vanishes_is_not_skipped(tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network disk that goes away must not leave a set of what came before."""
-    src = tmp_path / "photos"
-    src.mkdir()
-    for file in sorted(photos.glob("b/*.png")):
-        (src / file.name).symlink_to(file)
+    for i in range(9):
+        save(tmp_path / "photos" / f"{i}.png", noise(8, 8, seed=i))
     dst = tmp_path / "set"
-    process = subprocess.Popen(command(src, dst, "--workers", "1"), stderr=subprocess.PIPE)
-    while len(list((dst / ".preparing" / "done").glob("*.json"))) < 1:
-        assert process.poll() is None
-        time.sleep(0.002)
-    for file in src.iterdir():
-        file.unlink()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "cannot be read now (No such file or directory)" in said.decode()
+    write = Unfinished.write
+
+    def vanish(state: Unfinished, kind: str, number: int, content: object) -> None:
+        write(state, kind, number, content)
+        if (kind, number) == (phase, 1):
+            (tmp_path / "photos").rename(tmp_path / "away")
+            (tmp_path / "photos").mkdir()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Unfinished, "write", vanish)
+        with pytest.raises(ArgumentError, match=r"6\.png.* cannot be read now .No such file or directory"):
+            prepare(str(tmp_path / "photos"), dst, Settings(per_shard=3), workers=1)
     assert not is_prepared(dst)
+    (tmp_path / "photos").rmdir()
+    (tmp_path / "away").rename(tmp_path / "photos")
+    assert prepare(str(tmp_path / "photos"), dst, Settings(per_shard=3), workers=1).count == 9
+
+
+def test_a_source_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.zip").write_bytes(b"PK\5\6" + bytes(18))
+
+    def broken(self: Zip) -> Iterator[object]:
+        raise OSError(5, "Input/output error", str(tmp_path / "a.zip"))
+
+    monkeypatch.setattr(Zip, "_rows", broken)
+    with pytest.raises(ArgumentError, match=r"SRC: was 'zip a.zip'; it cannot be read \(.*a.zip: Input/output error"):
+        prepare(str(tmp_path / "a.zip"), tmp_path / "set", workers=1)
+    assert not (tmp_path / "set").exists()
 
 
 def memory(src: Path, dst: Path, *flags: str) -> float:
