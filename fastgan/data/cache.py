@@ -53,7 +53,7 @@ class Mapped:
         # A plain view: indexing an np.memmap makes another np.memmap each time, which takes longer than the copy.
         self._arrays = [np.asarray(one) for one in arrays]
         self._device, self._pool = device, pool
-        self._ends = np.cumsum([len(one) for one in arrays])
+        self._starts = np.cumsum([0, *(len(one) for one in arrays[:-1])])
         self._ahead = Ahead(self._begin, indices_of)
 
     def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
@@ -61,9 +61,9 @@ class Mapped:
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """uint8 [n, C, r, r] of `indices` (int64 [n])."""
-        shards = np.searchsorted(self._ends, indices, side="right")
-        within = indices - (self._ends[shards] - [len(self._arrays[shard]) for shard in shards])
-        rows = zip(shards.tolist(), within.tolist(), strict=True)
+        # Of shards that start at the same image only the last has any.
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        rows = zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True)
         return np.concatenate([self._arrays[shard][row : row + 1] for shard, row in rows])
 
     def describe(self) -> str:

@@ -165,7 +165,8 @@ class Dali:
 def build(encoded: Encoded, channels: int, device: torch.device, largest: int, threads: int) -> Any:
     """A DALI pipeline from bytes, fed as "files", to the centre squares: uint8 [n, side, side, channels], n <= largest.
 
-    The filters are those of `sources._square`: Lanczos to shrink, cubic to enlarge, both widened when shrinking.
+    Cubic, widened when shrinking: to enlarge it is Pillow's here too; to shrink, Lanczos is Pillow's, and takes DALI as
+    long as Pillow. Means of photographs shrunk by two differ by 0.3 of 255.
     """
     from nvidia.dali import Pipeline, fn
     from nvidia.dali import math as dmath
@@ -192,8 +193,7 @@ def build(encoded: Encoded, channels: int, device: torch.device, largest: int, t
                 size=[encoded.side, encoded.side],
                 roi_start=first,
                 roi_end=first + shortest,
-                min_filter=DALIInterpType.INTERP_LANCZOS3,
-                mag_filter=DALIInterpType.INTERP_CUBIC,
+                interp_type=DALIInterpType.INTERP_CUBIC,
                 antialias=True,
             )
         graph.set_outputs(images)

@@ -1,0 +1,339 @@
+"""How fast batches come, and how much of a training step is spent waiting for them: every pipeline, 4 to 1024 px.
+
+    python benchmarks/bench_data.py [--widths small|paper] [--resolutions 4 64 ...] [--seconds 0.5] [--rounds 5]
+
+Images/s of the three pipelines beside a DataLoader with Pillow, all of them giving the same float32 batches; the same
+from files of 256 px to 128 px; the cache's gather beside memcpy; and training steps of pggan on what `--pipeline auto`
+takes. Sides take turns; medians.
+
+The images are made here: octaves of smooth noise with edges, JPEG quality 90, about as large as a photograph's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastgan import data
+from fastgan.config import Config, batch_at, replace
+from fastgan.data import dali
+from fastgan.data.cache import Mapped, Resident
+from fastgan.data.images import area_average
+from fastgan.data.sources import Encoded, Source
+from fastgan.data.store import Call
+from fastgan.training import world
+from fastgan.training.trainer import Trainer
+from fastgan.variants import VARIANTS
+
+RESOLUTIONS = [2**i for i in range(2, 11)]
+WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+# Narrow networks train faster than anyone's, which makes it harder to feed them.
+WIDTHS: dict[str, dict[str, Any]] = {
+    "small": {"fmap_base": 1024, "fmap_max": 64, "latent": 64},
+    "paper": {},
+}
+
+
+def photo(seed: int, side: int) -> np.ndarray:
+    """uint8 [side, side, 3]: each octave has 0.55 of the contrast of the one above it, and a few hard edges."""
+    rng = np.random.default_rng(seed)
+    out = np.zeros((side, side, 3), dtype=np.float32)
+    for octave in range(1, side.bit_length()):
+        noise = rng.standard_normal((3, 2**octave, 2**octave)).astype(np.float32)
+        planes = (Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC) for plane in noise)
+        out += 0.55**octave * np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    out = 0.4 * out + 0.6 * out.mean(axis=2, keepdims=True)
+    rows, columns = np.ogrid[:side, :side]
+    for _ in range(6):
+        y, x = rng.integers(0, side, 2)
+        radius = side // int(rng.integers(4, 16))
+        out[(rows - y) ** 2 + (columns - x) ** 2 < radius**2] += 0.4 * rng.standard_normal(3)
+    return (255 * (out - out.min()) / np.ptp(out)).astype(np.uint8)
+
+
+class Photos(Source):
+    """Images that lie decoded, as files, or both, by resolution."""
+
+    def __init__(
+        self, count: int, resolution: int, arrays: dict[int, np.ndarray], files: dict[int, list[Path]]
+    ) -> None:
+        super().__init__("photos", resolution=resolution, channels=3, labels=None, num_classes=0, fingerprint="photos")
+        self._count, self._arrays, self._files = count, arrays, files
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _target(self, index: int) -> np.ndarray:
+        return self.read(index, self.resolution)
+
+    def read(self, index: int, resolution: int) -> np.ndarray:
+        return pixels(self._files[resolution][index], resolution)
+
+    def arrays(self, resolution: int) -> list[np.ndarray] | None:
+        return [self._arrays[resolution]] if resolution in self._arrays else None
+
+    def encoded(self, resolution: int) -> Encoded | None:
+        files = self._files[resolution]
+        kinds = {("JPEG", "RGB", False): str(files[0])}
+        return Encoded(lambda i: files[i].read_bytes(), lambda i: str(files[i]), resolution, kinds, exact=True)
+
+
+def pixels(file: Path, resolution: int) -> np.ndarray:
+    """What anyone's Dataset does with Pillow: uint8 [3, resolution, resolution]."""
+    with Image.open(file) as opened:
+        image = opened.convert("RGB")
+        if image.width != resolution:
+            image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+class Files(torch.utils.data.Dataset):
+    """For a DataLoader."""
+
+    def __init__(self, files: list[Path], resolution: int) -> None:
+        self._files, self._resolution = files, resolution
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(pixels(self._files[index], self._resolution))
+
+
+def dataloader(files: list[Path], resolution: int, batch: int) -> Iterator[torch.Tensor]:
+    """Float batches in [-1, 1] from worker processes, in a new order for each epoch, without end."""
+    sampler = data.Sampler(len(files), seed=0)
+
+    def calls() -> Iterator[list[int]]:
+        start = 0
+        while True:
+            yield sampler.indices(range(start, start + batch)).tolist()
+            start += batch
+
+    loader = torch.utils.data.DataLoader(
+        Files(files, resolution),
+        batch_sampler=calls(),
+        num_workers=WORKERS,
+        prefetch_factor=2,
+    )
+    return (images.float().div_(127.5).sub_(1) for images in loader)
+
+
+def rate(step: Callable[[], Any], images: int, seconds: float, skip: int) -> float:
+    """Images/s over `seconds`, after `skip` batches that may have been made while another side was measured."""
+    for _ in range(skip):
+        step()
+    began, count = time.perf_counter(), 0
+    while (took := time.perf_counter() - began) < seconds or count < 3:
+        step()
+        count += 1
+    return count * images / took
+
+
+def compare(
+    sides: dict[str, tuple[Callable[[], Any], int]], batch: int, seconds: float, rounds: int
+) -> dict[str, float]:
+    """Medians of images/s. sides: what makes a batch, and how many it has ready at most."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, (step, ready) in sides.items():
+            rates[name].append(rate(step, batch, seconds, skip=ready + 1))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def stepper(pipeline: data.Pipeline) -> Callable[[], Any]:
+    return lambda: next(pipeline)
+
+
+class Bench:
+    """Files and arrays of every resolution, made when they are needed, below one temporary folder."""
+
+    def __init__(self, folder: Path, seconds: float, rounds: int) -> None:
+        self.folder, self.seconds, self.rounds = folder, seconds, rounds
+        self._base = [photo(seed, 1024) for seed in range(8)]
+        self._files: dict[int, list[Path]] = {}
+
+    def files(self, resolution: int) -> list[Path]:
+        """JPEGs: 512 of up to 256 px, 64 of the larger ones; the photos' own windows, so that detail is as fine."""
+        if resolution not in self._files:
+            count = 512 if resolution <= 256 else 64
+            where = self.folder / f"jpeg{resolution}"
+            where.mkdir()
+            rng = np.random.default_rng(resolution)
+            half = max(resolution, 256)
+            for i in range(count):
+                top, left = rng.integers(0, 1024 - half + 1, 2)
+                window = self._base[i % 8][top : top + half, left : left + half].transpose(2, 0, 1)
+                image = Image.fromarray(area_average(window, resolution).transpose(1, 2, 0))
+                image.save(where / f"{i:04}.jpg", quality=90)
+            self._files[resolution] = sorted(where.iterdir())
+        return self._files[resolution]
+
+    def array(self, resolution: int, megabytes: float) -> np.ndarray:
+        """Memory-mapped uint8 [N, 3, r, r] of about that size, at least 64 images."""
+        count = max(64, min(50_000, int(megabytes * 1e6) // (3 * resolution**2)))
+        file = self.folder / f"array{resolution}-{count}.npy"
+        if not file.exists():
+            window = self._base[0][:resolution, :resolution].transpose(2, 0, 1)
+            np.save(file, np.broadcast_to(window, (count, 3, resolution, resolution)))
+        return np.load(file, mmap_mode="r")
+
+    def throughput(self, resolution: int) -> dict[str, float]:
+        """Images/s of float32 batches, and of nothing but copying their bytes."""
+        batch = batch_of(resolution)
+        files, array = self.files(resolution), self.array(resolution, 200)
+        lying = Photos(len(array), resolution, {resolution: array}, {})
+        photos = Photos(len(files), resolution, {}, {resolution: files})
+        loader = dataloader(files, resolution, batch)
+        with contextlib.ExitStack() as stack:
+
+            def opened(source: Source, kind: Any) -> Callable[[], Any]:
+                pipeline = data.open(source, resolution, batch, pipeline=kind, workers=WORKERS, resident_bytes=0)
+                return stepper(stack.enter_context(pipeline))
+
+            sides = {"cache": (opened(lying, "cache"), 1)}
+            if not dali.missing():
+                sides["dali"] = (opened(photos, "dali"), 1)
+            sides["torch"] = (opened(photos, "torch"), 1)
+            sides["DataLoader"] = (lambda: next(loader), 2 * WORKERS)
+            return compare(sides, batch, self.seconds, self.rounds)
+
+    def resize(self) -> dict[str, float]:
+        """Images/s from files of 256 px to 128 px: decoded, resized, float32."""
+        source = data.open_source(f"folder:{self.files(256)[0].parent}", 128)
+        loader = dataloader(self.files(256), 128, 32)
+        with contextlib.ExitStack() as stack:
+
+            def opened(kind: Any) -> Callable[[], Any]:
+                pipeline = data.open(source, 128, 32, pipeline=kind, workers=WORKERS)
+                return stepper(stack.enter_context(pipeline))
+
+            sides = {} if dali.missing() else {"dali": (opened("dali"), 1)}
+            sides |= {"torch": (opened("torch"), 1), "DataLoader": (lambda: next(loader), 2 * WORKERS)}
+            return compare(sides, 32, self.seconds, self.rounds)
+
+    def gather(self, resolution: int, batch: int) -> dict[str, float]:
+        """Images/s of the cache's gather alone, and of copying as many bytes that lie in a row."""
+        array = self.array(resolution, 400)
+        whole = np.array(array)
+        order = data.Sampler(len(array), seed=0)
+        shards = [array[i : i + 1024] for i in range(0, len(array), 1024)]
+        mapped = Mapped(shards, torch.device("cpu"), None, lambda call: np.arange(0))  # type: ignore[arg-type]
+        resident = Resident(torch.from_numpy(whole))
+        calls = [order.indices(range(at, at + batch)) for at in range(0, len(array) - batch, batch)]
+        at = [0]
+
+        def following() -> int:
+            at[0] = (at[0] + 1) % len(calls)
+            return at[0]
+
+        def copy() -> np.ndarray:
+            first = batch * following()
+            return whole[first : first + batch].copy()
+
+        nothing = torch.empty(0)
+        sides: dict[str, tuple[Callable[[], Any], int]] = {
+            "memcpy": (copy, 0),
+            "memory-mapped": (lambda: mapped.gather(calls[following()]), 0),
+            "in memory": (lambda: resident.take(Call(0, batch, 0, 1), calls[following()], nothing), 0),
+        }
+        for call in calls:  # every page once
+            mapped.gather(call)
+        return compare(sides, batch, self.seconds, self.rounds)
+
+    def training(self, resolution: int, widths: str) -> tuple[int, str, float, float]:
+        """Batch, pipeline, images/s, and the share of the time between asking for a batch and having it."""
+        config = training_config(resolution, widths, str(self.folder / "run"))
+        count = 64
+        levels = [r for r in RESOLUTIONS if r <= resolution]
+        arrays = {r: self.array(r, 0)[:count] for r in levels if r <= 128}
+        files = {r: self.files(r)[:count] for r in levels if r > 128}
+        source = Photos(count, resolution, arrays, files)
+        trainer = Trainer(config, "pggan", world.start("torch", "auto", zero=0), source, self.folder)
+        try:
+            while trainer.resolution < resolution:
+                trainer._grow(2 * trainer.resolution)
+            for _ in range(2):
+                trainer.train_step()
+            trainer._waited, images, began, took = 0.0, trainer.images, time.perf_counter(), 0.0
+            while took < 4 * self.seconds or trainer.images - images < 3 * batch_at(config.schedule, resolution):
+                trainer.train_step()
+                if trainer.world.device.type == "cuda":
+                    torch.cuda.synchronize()
+                took = time.perf_counter() - began
+            kind = trainer.pipeline.kind[0]
+            return batch_at(config.schedule, resolution), kind, (trainer.images - images) / took, trainer._waited / took
+        finally:
+            trainer.pipeline.close()
+
+
+def batch_of(resolution: int) -> int:
+    """The paper's batches."""
+    return batch_at(VARIANTS["pggan"].config("paper").schedule, resolution)
+
+
+def training_config(resolution: int, widths: str, out: str) -> Config:
+    config = VARIANTS["pggan"].config("paper")
+    return replace(
+        config,
+        networks=WIDTHS[widths],
+        schedule={"resolution": resolution},
+        data={"resident_gb": 0.0, "workers": WORKERS, "mirror": True},
+        run={"out": out},
+    )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", choices=WIDTHS, default="small", help="of the pggan that is trained")
+    parser.add_argument("--resolutions", type=int, nargs="+", choices=RESOLUTIONS, default=RESOLUTIONS)
+    parser.add_argument("--seconds", type=float, default=0.3, help="each side and round")
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args(argv)
+    torch.set_flush_denormal(True)
+    print(f"{platform.processor() or platform.machine()}, {WORKERS} workers, torch {torch.__version__}, ", end="")
+    print(dali.missing() or f"DALI {dali.version()}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), asked.seconds, asked.rounds)
+        print("\nimages/s, float32 batches; cache from decoded files, the others from JPEGs of that size")
+        print("   px  batch     cache      dali     torch  DataLoader  cache/DL  dali/DL")
+        for resolution in asked.resolutions:
+            r = bench.throughput(resolution)
+            fast = f"{r['dali']:9.0f}" if "dali" in r else f"{'-':>9}"
+            gain = f"{r['dali'] / r['DataLoader']:8.2f}" if "dali" in r else f"{'-':>8}"
+            print(
+                f"{resolution:5} {batch_of(resolution):6} {r['cache']:9.0f} {fast} {r['torch']:9.0f} "
+                f"{r['DataLoader']:11.0f} {r['cache'] / r['DataLoader']:9.1f} {gain}",
+                flush=True,
+            )
+        r = bench.resize()
+        print("\n256 px files to 128 px: " + ", ".join(f"{name} {value:.0f} images/s" for name, value in r.items()))
+        print("over DataLoader: " + ", ".join(f"{name} {value / r['DataLoader']:.2f}" for name, value in r.items()))
+        print("\ngather of uint8 batches, times as long as memcpy of as many bytes")
+        for resolution in (16, 64, 128):
+            r = bench.gather(resolution, 64)
+            times = ", ".join(f"{name} {r['memcpy'] / value:.2f}" for name, value in r.items() if name != "memcpy")
+            print(f"{resolution:5} px, batch 64: {times}", flush=True)
+        print(f"\npggan, {asked.widths} widths, on what --pipeline auto takes")
+        print(f"{'px':>5} {'batch':>6} {'pipeline':>9} {'images/s':>9} {'waiting':>8}")
+        for resolution in asked.resolutions:
+            batch, kind, speed, waiting = bench.training(resolution, asked.widths)
+            print(f"{resolution:5} {batch:6} {kind:>9} {speed:9.1f} {100 * waiting:7.2f}%", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
