@@ -252,8 +252,10 @@ class Pipeline:
                 raise ArgumentError("--pipeline", "dali", f"it may be auto or torch: {no_dali}")
             return "dali", "as asked for"
         why = f"{too_large}, and {no_dali}" if no_dali else too_large
-        if resolution < source.resolution:
-            why += f"; each image is decoded at {source.resolution} px again and again, which `fastgan prepare` ends"
+        files = source.encoded(resolution)
+        side = source.resolution if files is None else files.side
+        if resolution < side:
+            why += f"; each image is decoded at {side} px again and again, which `fastgan prepare` ends"
         return ("torch", why) if no_dali else ("dali", why)
 
     def _open_store(self, resolution: int) -> Store:

@@ -168,6 +168,7 @@ def test_auto_takes_the_cache_where_there_is_one(sets: dict[str, Path]) -> None:
         for resolution in (8, 16):
             pipeline.set_resolution(resolution)
             chosen.append(pipeline.kind[0])
+            assert "again and again" not in pipeline.describe()  # each size has files of its own
         assert pipeline.describe().endswith("; decoded it takes 10 kB, above 0 kB (--resident-gb)")
     assert chosen == ["cache", "dali", "dali"]
     with fastgan.data.open(str(sets["dali"]), 16, 6) as pipeline:
