@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "say how good a trained generator's images are",
     "prepare": "bring images into the form that training reads fastest",
     "data": "say, check or show what a prepared set holds",
+    "export": "write a trained generator for other tools: safetensors, torch.export, ONNX, TorchScript",
     "doctor": "print versions, devices, backends, and what is missing",
 }
 # Command -> module of fastgan, where the command's own name cannot be that of a file: a keyword, or a package.

@@ -158,7 +158,7 @@ def main(argv: list[str]) -> int:
     from fastgan.evaluation.collect import discard
     from fastgan.evaluation.features import canonical, open_extractor
     from fastgan.evaluation.measure import Evaluation, cache_folder, choose, default_extractor
-    from fastgan.sample import load
+    from fastgan.trained import load
     from fastgan.training import evaluating
     from fastgan.training import world as processes
 

@@ -282,6 +282,11 @@ PICKLERS = ("pickle", "_pickle", "dill", "joblib", "shelve", "cloudpickle")
 def _pickling(tree: ast.AST) -> list[str]:
     """What in a file could unpickle or pickle."""
     found = []
+    safe = [  # torch.load(..., weights_only=True) reads tensors and plain values alone
+        node.func
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and "weights_only=True" in [ast.unparse(keyword) for keyword in node.keywords]
+    ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [a.name for a in node.names if a.name.split(".")[0] in PICKLERS]
@@ -289,7 +294,7 @@ def _pickling(tree: ast.AST) -> list[str]:
             names = {f"{node.module}.{a.name}" for a in node.names}
             found += [n for n in names if n.split(".")[0] in PICKLERS]
             found += [n for n in names if n in ("torch.load", "torch.save", "torch.serialization.load", "yaml.load")]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node not in safe:
             name = f"{node.value.id}.{node.attr}"
             if name in ("torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", "torch.hub", "marshal.loads"):
                 found.append(name)
@@ -304,8 +309,15 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     assert len(files) > 20
     for file in files:
         assert _pickling(ast.parse(file.read_text())) == [], file
-    for text in ("import pickle", "from torch import load", "torch.load(f)", "np.load(f, allow_pickle=True)"):
+    for text in (
+        "import pickle",
+        "from torch import load",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f, allow_pickle=True)",
+    ):
         assert _pickling(ast.parse(text)), text  # the scan does see them
+    assert _pickling(ast.parse("torch.load(f, weights_only=False)"))
     save(tmp_path, 1000)
     written = {p.suffix for p in tmp_path.rglob("*") if p.is_file()}
     assert written == {".safetensors", ".json"}

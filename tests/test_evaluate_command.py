@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastgan import checkpoint, commands, evaluate, train
 from fastgan.data import open_source
 from fastgan.evaluation import measure
-from fastgan.sample import load
+from fastgan.trained import load
 from fastgan.training.evaluating import drawer
 
 TINY = "--width 8 --max-width 8 --latent 4 --batch 8 --resolution 16 --samples 4".split()

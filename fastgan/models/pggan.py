@@ -36,6 +36,8 @@ class Progressive(nn.Module):
         self.resolution = resolution
         self.fade = False
         self.register_buffer("alpha", torch.ones(()))
+        # A state that was stored in the middle of a growth says so by its alpha.
+        self.register_load_state_dict_post_hook(lambda module, _: module.set_alpha(module.alpha.item()))
 
     def set_alpha(self, alpha: float) -> None:
         """Blend the newest level in by `alpha`; from 1 on it stands alone."""

@@ -115,12 +115,12 @@ class Op:
 
 
 def transformed() -> bool:
-    """Whether the caller is being compiled or exported, or is inside torch.func.grad, vmap or jvp.
+    """Whether the caller is being compiled, exported or traced, or is inside torch.func.grad, vmap or jvp.
 
-    A compiler fuses plain PyTorch itself and takes no second derivative; the others cannot enter autograd Functions
-    that have no rule for them. All get plain PyTorch.
+    A compiler fuses plain PyTorch itself and takes no second derivative; an exported or traced program runs where our
+    kernels are not; the others cannot enter autograd Functions that have no rule for them. All get plain PyTorch.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     stack = getattr(torch._C._functorch, "peek_interpreter_stack", None)
     return stack is not None and stack() is not None

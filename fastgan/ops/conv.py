@@ -423,7 +423,9 @@ def _fuses(x: Tensor, w: Tensor, way: str) -> bool:
 
     The 4x4 kernel costs as much as some hundred of its pixels, and the handling of it a tenth of a millisecond.
     """
-    pixels = x.shape[0] * x.shape[2] * x.shape[3] // (4 if way == "down" else 1)
+    # What is exported runs for every batch, in one form: that of one image.
+    batch = 1 if torch.compiler.is_exporting() or torch.jit.is_tracing() else x.shape[0]
+    pixels = batch * x.shape[2] * x.shape[3] // (4 if way == "down" else 1)
     return x.device.type != "cpu" or (pixels >= 400 and pixels * w.shape[0] * w.shape[1] >= 2**20)
 
 

@@ -17,7 +17,7 @@ from fastgan.data import Source
 from fastgan.errors import ArgumentError
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation, cache_folder, choose, default_extractor
-from fastgan.training import trainer
+from fastgan.trained import device_of, generate
 
 RECORD = "evaluation.jsonl"
 
@@ -28,18 +28,18 @@ def drawer(generator: nn.Module, networks: dict[str, Any], source: Source, seed:
     Latents are those of `fastgan sample`. With classes, labels are drawn as often as the real images have them; of
     images without labels, they go round.
     """
-    device = next(generator.parameters()).device
+    device = device_of(generator)
 
     def draw(indices: Tensor) -> Tensor:
         indices = indices.to(device)
-        latent = noise.normal(seed, "sample", indices, generator.latent)  # type: ignore[arg-type]
+        latent = noise.normal(seed, "sample", indices, networks["latent"])
         labels = None
         if networks["num_classes"] and source.labels is not None:
             of = noise.integers(seed, "real image whose label is evaluated", indices, len(source))
             labels = torch.from_numpy(np.asarray(source.labels)).to(device)[of]
         elif networks["num_classes"]:
             labels = indices % networks["num_classes"]
-        images = trainer.generate(generator, latent, labels, networks["resolution"])
+        images = generate(generator, latent, labels, networks["resolution"])
         return ((images + 1) * 127.5).round().to(torch.uint8)
 
     return draw

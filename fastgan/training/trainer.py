@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgan import __version__, checkpoint, models, noise, objectives
+from fastgan import __version__, checkpoint, models, objectives
 from fastgan import data as data_room
 from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, Networks, batch_at
 from fastgan.errors import ArgumentError
 from fastgan.models.pggan import Progressive
+from fastgan.trained import sample_images
 from fastgan.training.ema import Ema
 from fastgan.training.engine import DeepSpeedEngine, Engine, OptimiserFactory, TorchEngine, deepspeed_config
 from fastgan.training.finite import FiniteCheck
@@ -609,26 +610,3 @@ class Trainer:
             log.evaluation(self.images, record)
         then, images = self._logged_at
         self._logged_at = (then + time.monotonic() - began, images)
-
-
-@torch.no_grad()
-def generate(generator: nn.Module, latent: Tensor, labels: Tensor | None, resolution: int) -> Tensor:
-    """Images of latents [N, latent]: float32 [N, C, R, R] in [-1, 1] on the CPU, made few at a time if large."""
-    batch = max(1, min(64, 2**20 // resolution**2))
-    parts = []
-    for i in range(0, len(latent), batch):
-        images = generator(latent[i : i + batch], None if labels is None else labels[i : i + batch])
-        parts.append(images.float().clamp(-1, 1).cpu())
-    return torch.cat(parts)
-
-
-def sample_images(generator: nn.Module, n: int, seed: int, networks: dict[str, Any]) -> Tensor:
-    """`n` images [n, C, R, R], float32 in [-1, 1] on the CPU; sample i depends on (seed, i) alone.
-
-    `networks` are the `network_values` of the generator. With classes, labels go round: sample i has label
-    i mod `num_classes`.
-    """
-    index = torch.arange(n, device=next(generator.parameters()).device)
-    latent = noise.normal(seed, "sample", index, generator.latent)  # type: ignore[arg-type]
-    labels = index % networks["num_classes"] if networks["num_classes"] else None
-    return generate(generator, latent, labels, networks["resolution"])

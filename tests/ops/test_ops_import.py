@@ -27,9 +27,14 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"errors"},
     "variants": {"config"},
     "evaluation": {"data", "errors", "noise"},
+    "formats": {"errors", "models", "torchscript"},
+    "torchscript": set(),
+    "trained": {"checkpoint", "errors", "formats", "models", "noise"},
+    "card": {"formats"},
 }
 # Commands may import everything; so may training, except the commands.
-COMMANDS = {"train", "sample", "doctor", "evaluate", "export", "prepare", "dataset", "commands", "__init__", "__main__"}
+COMMANDS = {"train", "sample", "doctor", "evaluate", "export", "importer", "explore", "prepare", "dataset", "commands"}
+COMMANDS |= {"__init__", "__main__"}
 
 
 def modules() -> Iterator[tuple[str, str, Path]]:

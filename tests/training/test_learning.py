@@ -10,8 +10,9 @@ import torch
 from fastgan import data
 from fastgan.evaluation.sliced_wasserstein import sliced_wasserstein
 from fastgan.train import parse
+from fastgan.trained import sample_images
 from fastgan.training import world as processes
-from fastgan.training.trainer import Trainer, sample_images
+from fastgan.training.trainer import Trainer
 from fastgan.variants import VARIANTS
 
 FLAGS = {

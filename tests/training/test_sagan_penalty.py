@@ -12,8 +12,9 @@ from fastgan import data
 from fastgan.evaluation.sliced_wasserstein import sliced_wasserstein
 from fastgan.ops import attention_chunked, use_backend
 from fastgan.train import parse
+from fastgan.trained import sample_images
 from fastgan.training import world as processes
-from fastgan.training.trainer import Trainer, sample_images
+from fastgan.training.trainer import Trainer
 
 FLAGS = "--variant sagan --loss wasserstein --regulariser gradient-penalty --resolution 8 --latent 16 --batch 32"
 SIZE = "--width 8 --max-width 16 --kimg 4 --lr-g 1e-3 --lr-d 1e-3"

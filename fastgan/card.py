@@ -1,0 +1,152 @@
+"""The model card of an exported generator: README.md with the metadata that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastgan.formats import FORMATS
+
+_MARK = "<!-- Written by fastgan export, which replaces it; delete this line to keep your own. -->"
+_PAPERS = {
+    "gan": "Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661",
+    "dcgan": "Radford et al. 2015, https://arxiv.org/abs/1511.06434",
+    "lsgan": "Mao et al. 2017, https://arxiv.org/abs/1611.04076",
+    "wgan": "Arjovsky et al. 2017, https://arxiv.org/abs/1701.07875",
+    "wgan-gp": "Gulrajani et al. 2017, https://arxiv.org/abs/1704.00028",
+    "wgan-div": "Wu et al. 2018, https://arxiv.org/abs/1712.01026",
+    "sagan": "Zhang et al. 2018, https://arxiv.org/abs/1805.08318",
+    "pggan": "Karras et al. 2018, https://arxiv.org/abs/1710.10196",
+}
+_USE = {
+    "safetensors": "fastgan.load({file!r})",
+    "torch-export": "torch.export.load({file!r}).module()",
+    "onnx": "onnxruntime.InferenceSession({file!r})",
+    "torchscript": "torch.jit.load({file!r})",
+}
+
+
+def data_name(data: str) -> str:
+    """What a card may say of `--data`: its kind and the last part of its path, not where it lies on this machine."""
+    kind, colon, path = data.partition(":")
+    return f"{kind}{colon}{Path(path).name}" if colon else kind
+
+
+def evaluations(run: Path, images: int | None) -> list[dict[str, Any]]:
+    """Rows of RUN/evaluation.jsonl that measured the generator at `images`, each a mapping with "metrics".
+
+    A later row of the same features and samples replaces an earlier one; what is no such row is passed over, as a line
+    that a kill cut short.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        lines = (run / "evaluation.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            metrics = {str(k): float(v) for k, v in row["metrics"].items() if isinstance(v, int | float)}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if metrics and row.get("images") == images:
+            key = f"{row.get('features')} {row.get('n')} {sorted(metrics)}"
+            found[key] = {**row, "metrics": metrics}
+    return list(found.values())
+
+
+def _front(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The YAML block at the top."""
+    networks = meta["networks"]
+    name = meta.get("variant") or networks["model"]
+    task = "unconditional-image-generation"
+    values: dict[str, Any] = {
+        "library_name": "fastgan",
+        "license": meta.get("licence") or "unknown",
+        "pipeline_tag": task,
+        "tags": sorted({"gan", "image-generation", name, networks["model"]}),
+    }
+    if rows:
+        data = meta.get("data") or "unknown"
+        values["model-index"] = [
+            {
+                "name": f"{name} {networks['resolution']} px",
+                "results": [
+                    {
+                        "task": {"type": task},
+                        "dataset": {"name": data, "type": data},
+                        "metrics": [
+                            {"type": metric, "value": value, "name": f"{metric}, {row.get('features')} features"}
+                            for metric, value in row["metrics"].items()
+                        ],
+                    }
+                    for row in rows
+                ],
+            }
+        ]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _facts(meta: dict[str, Any]) -> list[tuple[str, str]]:
+    networks, images = meta["networks"], meta.get("images")
+    name = meta.get("variant") or networks["model"]
+    side = networks["resolution"]
+    size = f"{side} x {side} pixels, " + ("grey" if networks["channels"] == 1 else "colour")
+    alpha = meta.get("alpha", 1.0)
+    if alpha < 1:
+        size += f", in the middle of a growth: {alpha:.0%} of the newest level"
+    facts = [
+        ("Variant", f"{name} ({_PAPERS[name]})" if name in _PAPERS else name),
+        ("Images", size),
+        ("Latent", f"{networks['latent']} numbers, standard normal"),
+        ("Classes", str(networks["num_classes"] or "none")),
+        ("Trained on", meta.get("data") or "not recorded"),
+        ("Trained for", f"{images / 1000:g} kimg (thousands of real images shown)" if images else "not recorded"),
+        ("Weights", meta.get("weights", "moving average of the generator's")),
+        ("Batch", str(meta.get("batch") or "any")),
+        ("Licence of the weights", meta.get("licence") or "not stated; the training data may restrict their use"),
+        ("Written by", f"fastgan {meta.get('version', '')}".strip()),
+    ]
+    return facts
+
+
+def text(meta: dict[str, Any], files: list[str], rows: list[dict[str, Any]]) -> str:
+    """The card of the exported `files`, which lie beside it."""
+    networks = meta["networks"]
+    name = meta.get("variant") or networks["model"]
+    out = ["---", _front(meta, rows) + "---", "", _MARK, "", f"# {name}, {networks['resolution']} px", ""]
+    out += ["A generator of images, trained with fastgan.", "", "| | |", "| --- | --- |"]
+    out += [f"| {what} | {value} |" for what, value in _facts(meta)]
+    out += ["", "## Metrics", ""]
+    if rows:
+        out += ["| metric | value | features | samples |", "| --- | --- | --- | --- |"]
+        for row in rows:
+            for metric, value in row["metrics"].items():
+                out.append(f"| {metric} | {value:.4g} | {row.get('features', '')} | {row.get('n', '')} |")
+        out += ["", "Measured by `fastgan evaluate`."]
+    else:
+        out.append("Not measured.")
+    out += ["", "## Use", "", "| file | opened with |", "| --- | --- |"]
+    formats = {it.suffix: format_ for format_, it in FORMATS.items()}
+    for file in files:
+        out.append(f"| `{file}` | `{_USE[formats[Path(file).suffix]].format(file=file)}` |")
+    labels = ", and `labels`, int64 [N]" if networks["num_classes"] else ""
+    out += [
+        "",
+        "    import fastgan",
+        f"    images = fastgan.load({files[0]!r}).sample(16, seed=0)   # float32 [16, C, R, R] in [-1, 1]",
+        "",
+        f"In other tools the inputs are `latent`, float32 [N, {networks['latent']}]{labels}; the output is `images`,",
+        "float32 [N, C, R, R], where -1 is black and 1 white"
+        + ("; clamp it, values may lie beyond." if networks["model"] == "pggan" else "."),
+        "",
+    ]
+    return "\n".join(out)
+
+
+def replaceable(path: Path) -> bool:
+    """Whether there is no file at `path`, or one of ours."""
+    return not path.exists() or _MARK in path.read_text(encoding="utf-8", errors="replace")

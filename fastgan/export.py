@@ -1,0 +1,218 @@
+"""Write a trained generator for others' tools: `fastgan export RUN --format onnx`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # see train.py
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from fastgan import __version__
+from fastgan.commands import command
+from fastgan.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fastgan.trained import TrainedGenerator
+
+TOLERANCE = 1e-4  # of a pixel in [-1, 1]: a fortieth of a step of 8-bit images
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the averaged generator of a run as one file, with a model card beside it.
+
+    The file is opened again and must give the generator's images before it gets its name.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run directory, one checkpoint in it, or a .safetensors export."""
+    format: Literal["safetensors", "torch-export", "onnx", "torchscript"] = "safetensors"
+    """safetensors: weights for fastgan and Generator.from_pretrained; torch-export: torch.export.load, C++ and others;
+    onnx: onnxruntime and others; torchscript: torch.jit.load."""
+    out: str | None = None
+    """File or folder to write; None: RUN/export/model.safetensors, .pt2, .onnx or .torchscript."""
+    batch: int | None = None
+    """The one number of images that the file makes in a call; None: any."""
+    licence: str | None = None
+    """Licence of the weights, for the model card, as the Hugging Face hub calls it: apache-2.0, cc-by-nc-4.0 ..."""
+
+
+class Different(RuntimeError):
+    """An exported file does not give the generator's images."""
+
+
+def _source(path: Path) -> tuple[TrainedGenerator, Path]:
+    """The generator, and the folder of its run (or its own)."""
+    from fastgan import formats
+    from fastgan.trained import load
+
+    file = formats.find(path)
+    if file is not None and file.suffix != ".safetensors":
+        raise ArgumentError("RUN", str(path), "it may be a run, a checkpoint or a .safetensors export")
+    folder = path if path.is_dir() else path.parent
+    run = next((p for p in (folder, folder.parent, folder.parent.parent) if (p / "config.yaml").is_file()), folder)
+    return load(path), run
+
+
+def describe(trained: TrainedGenerator, run: Path, batch: int | None, licence: str | None) -> dict[str, Any]:
+    """What an exported file says of itself."""
+    keys: tuple[str, ...] = ("variant", "images", "data", "licence", "weights")
+    known = {key: trained.meta[key] for key in keys if key in trained.meta}
+    if not isinstance(known.get("data"), str):  # of a checkpoint it is where its pipeline stood
+        known.pop("data", None)
+    meta: dict[str, Any] = dict(known)
+    meta |= {"version": __version__, "networks": trained.meta["networks"], "batch": batch}
+    alpha = trained.module.state_dict().get("alpha")
+    if alpha is not None and alpha < 1:
+        meta["alpha"] = round(alpha.item(), 6)
+    if (run / "config.yaml").is_file():
+        from fastgan.card import data_name
+        from fastgan.config import read_yaml
+
+        stored = read_yaml(run / "config.yaml", "RUN")
+        meta["data"] = data_name(str(stored.get("data", {}).get("data", "")))
+        if stored.get("optimiser", {}).get("ema_decay") == 0:
+            meta["weights"] = "the last ones: the run kept no average (ema_decay 0)"
+    if licence is not None:
+        meta["licence"] = licence
+    return meta
+
+
+def _check(file: Path, trained: TrainedGenerator, meta: dict[str, Any]) -> float:
+    """Largest difference of a pixel between the file's images and the generator's, over several batches.
+
+    Raises:
+        Different: it is more than rounding.
+    """
+    import torch
+
+    from fastgan import formats
+
+    opened, stored = formats.read(file)
+    if json.loads(json.dumps(meta)) != stored:
+        raise Different("the exported file says something else of itself than was written")
+    largest = 0.0
+    for batch in (1, 2, 5):
+        inputs = formats.inputs_of(meta, batch, seed=batch)
+        with torch.no_grad():
+            expected, got = trained.module(*inputs), opened(*inputs)
+        unit = max(1.0, expected.abs().max().item())  # pggan's images are not bounded
+        difference = (got - expected).abs().max().item() / unit if got.shape == expected.shape else float("inf")
+        if not difference <= TOLERANCE:
+            raise Different(f"at batch {batch} the exported file differs by {difference:.2g}; it may by {TOLERANCE:g}")
+        largest = max(largest, difference)
+    return largest
+
+
+def _same(file: Path, meta: dict[str, Any]) -> bool:
+    """Whether a file that lies beside is an export of the same generator, which one card can describe."""
+    from fastgan import formats
+
+    if file.name.startswith("."):
+        return False
+    try:
+        stored = formats.read(file)[1]
+    except (ArgumentError, ModuleNotFoundError):
+        return False
+    return all(stored.get(key) == meta.get(key) for key in ("variant", "images", "networks", "alpha"))
+
+
+def _target(out: str | None, run: Path, suffix: str) -> Path:
+    """The file to write: one that is not there, or an export that may be replaced."""
+    from fastgan import formats
+
+    path = Path(out) if out is not None else run / "export"
+    if path.is_dir() or path.suffix == "":
+        path = path / f"model{suffix}"
+    if path.suffix != suffix:
+        raise ArgumentError("--out", out, f"it may be a folder, or a file that ends in {suffix}")
+    if path.exists() and out is not None:
+        try:
+            formats.read(path)
+        except ArgumentError:
+            raise ArgumentError("--out", out, "it exists and is no export of fastgan; it may be another name") from None
+    return path
+
+
+def write(trained: TrainedGenerator, meta: dict[str, Any], format: str, path: Path, run: Path) -> float:
+    """Write `path`, its card and, for weights named model.safetensors, config.json; all of them whole or not at all.
+
+    Returns:
+        The largest difference between the file's images and the generator's.
+
+    Raises:
+        Different: the file does not give the generator's images. OSError: it cannot be written.
+    """
+    from fastgan import card, formats
+
+    made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own ending: the check opens it as what it will be.
+    partial = path.with_name(f".part-{path.name}")
+    parts = [partial]
+    try:
+        partial.write_bytes(formats.FORMATS[format].write(trained.module, meta, meta["batch"]))
+        difference = _check(partial, trained, meta)
+        texts = {}
+        if path.name == "model.safetensors":
+            networks = meta["networks"]
+            config = {**networks, "norm": networks.get("norm_g", "batch")}
+            texts["config.json"] = json.dumps(config, indent=1, sort_keys=True) + "\n"
+        suffixes = [it.suffix for it in formats.FORMATS.values()]
+        beside = [p.name for p in path.parent.iterdir() if p.suffix in suffixes and _same(p, meta)]
+        if card.replaceable(path.with_name("README.md")):
+            files = sorted({path.name, *beside}, key=lambda name: (suffixes.index(Path(name).suffix), name))
+            texts["README.md"] = card.text(meta, files, card.evaluations(run, meta.get("images")))
+        for name, content in texts.items():
+            parts.append(path.with_name(f".part-{name}"))
+            parts[-1].write_text(content, encoding="utf-8")
+        for part in parts:
+            os.replace(part, part.with_name(part.name.removeprefix(".part-")))
+        return difference
+    except BaseException:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()
+        raise
+
+
+@command
+def main(argv: list[str]) -> int:
+    asked = tyro.cli(Export, args=argv, prog="fastgan export")
+    if asked.batch is not None and asked.batch < 1:
+        raise ArgumentError("--batch", asked.batch, "it may be 1 or more")
+    from fastgan import formats
+
+    path = Path(asked.run)
+    trained, run = _source(path)
+    if asked.format == "safetensors" and asked.batch is not None:
+        raise ArgumentError("--batch", asked.batch, "it may be left out: weights fit every batch")
+    target = _target(asked.out, run, formats.FORMATS[asked.format].suffix)
+    if target.exists() and path.exists() and target.samefile(path):
+        raise ArgumentError("--out", str(target), "it may be another file than the one that is read")
+    meta = describe(trained, run, asked.batch, asked.licence)
+    try:
+        difference = write(trained, meta, asked.format, target, run)
+    except Different as error:
+        print(f"fastgan: {error}; nothing was written", file=sys.stderr, flush=True)
+        return 1
+    except OSError as error:
+        raise ArgumentError("--out", str(target), f"it may be a file that can be written ({error.strerror})") from None
+    size = target.stat().st_size / 1e6
+    print(f"{trained}, {asked.format}, {size:.1f} MB, differs by {difference:.1g} at most: {target}")
+    if not asked.licence and not meta.get("licence"):
+        print("the model card states no licence; --licence NAME adds one")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,344 @@
+"""A generator that leaves the house: every format gives its images, and nothing that a file brings is executed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import fastgan
+from fastgan import checkpoint, export, formats, models, sample
+from fastgan.errors import ArgumentError
+
+for package in ("onnx", "onnxruntime", "onnxscript"):
+    pytest.importorskip(package, reason="extra export: pip install 'fastgan[export]'")
+
+SIZES = {"channels": 2, "latent": 6, "width": 8, "max_width": 16, "fmap_base": 2048, "fmap_max": 32, "num_classes": 0}
+# pggan at its first stage, fading, and grown: 32 px takes the fused form of a change of scale.
+CASES: dict[str, dict[str, Any]] = {
+    "mlp": {"model": "mlp", "resolution": 8},
+    "dcgan": {"model": "dcgan", "resolution": 8, "norm_g": "batch"},
+    "dcgan-no-norm": {"model": "dcgan", "resolution": 8, "norm_g": "none"},
+    "sagan": {"model": "sagan", "resolution": 8},
+    "sagan-classes": {"model": "sagan", "resolution": 8, "num_classes": 3},
+    "pggan-4": {"model": "pggan", "resolution": 4},
+    "pggan-fading": {"model": "pggan", "resolution": 16, "alpha": 0.4},
+    "pggan": {"model": "pggan", "resolution": 32},
+}
+
+
+def build(case: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A generator whose statistics and gains are not those of a new one, and its networks."""
+    networks = {**SIZES, **CASES[case]}
+    alpha = networks.pop("alpha", 1.0)
+    torch.manual_seed(3)
+    generator, _ = models.build(**networks)
+    with torch.no_grad():
+        for name, tensor in generator.state_dict().items():
+            if name.endswith(("running_mean", "gamma", "bias")):
+                tensor.normal_(0.0, 0.3)
+    if networks["model"] == "pggan":
+        generator.set_alpha(alpha)  # type: ignore[operator]
+    return generator.eval().requires_grad_(False), networks
+
+
+def make_run(path: Path, case: str = "dcgan", data: str = "folder:/home/me/photos", ema: float = 0.9) -> Path:
+    generator, networks = build(case)
+    meta = {"version": "0", "variant": networks["model"], "networks": networks, "images": 12_000, "data": {"x": 1}}
+    checkpoint.save(path, meta, dict(generator.state_dict()), {"random": {"rank0": torch.zeros(1)}}, 1)
+    config = {"schema": 1, "variant": "dcgan", "data": {"data": data}, "optimiser": {"ema_decay": ema}}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("export") / "run")
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> dict[str, Path]:
+    for name in formats.FORMATS:
+        assert export.main([str(run), "--format", name, "--licence", "cc0-1.0"]) == 0
+    return {name: run / "export" / f"model{it.suffix}" for name, it in formats.FORMATS.items()}
+
+
+def content(path: Path) -> list[Path]:
+    return sorted(path.rglob("*"))
+
+
+# Those that add little to the others are among the slow ones.
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] if c in ("sagan", "pggan-4", "dcgan-no-norm") else []) for c in CASES],
+)
+def test_every_format_gives_the_images_of_every_model(case: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", case)
+    generator, networks = build(case)
+    expected = fastgan.load(run).sample(7, seed=5)
+    for name, it in formats.FORMATS.items():
+        file = tmp_path / f"x{it.suffix}"
+        assert export.main([str(run), "--format", name, "--out", str(file)]) == 0
+        trained = fastgan.load(file)
+        assert trained.num_classes == networks["num_classes"] and trained.meta["variant"] == networks["model"]
+        found = trained.sample(7, seed=5)
+        assert found.shape == expected.shape and (found - expected).abs().max() <= 1e-4, name
+        for batch in (1, 3):
+            inputs = formats.inputs_of(trained.meta, batch, seed=batch)
+            torch.testing.assert_close(trained.module(*inputs), generator(*inputs), atol=1e-4, rtol=1e-4)
+        assert str(tmp_path).encode() not in file.read_bytes(), f"{name}: a path of this machine"
+        assert str(Path(fastgan.__file__).parent).encode() not in file.read_bytes(), f"{name}: a path of this machine"
+    assert (expected[0] - expected[1]).abs().max() > 1e-3  # and they are not all the same
+
+
+def test_load_and_commands_take_a_run_a_folder_and_files(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
+    expected = fastgan.load(run).sample(3, seed=2)
+    assert sorted(p.name for p in (run / "export").iterdir()) == sorted(
+        ["README.md", "config.json", *(p.name for p in exported.values())]
+    )
+    for path in (run / "export", *exported.values(), checkpoint.existing(run)[0]):
+        torch.testing.assert_close(fastgan.load(path).sample(3, seed=2), expected, atol=1e-4, rtol=0)
+        walk = fastgan.load(path).interpolate(1, 3, seed=2)
+        torch.testing.assert_close(walk[[0, 2]], expected[:2], atol=1e-4, rtol=0)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(exported["onnx"], alone / "digits.onnx")
+    torch.testing.assert_close(fastgan.load(alone).sample(3, seed=2), expected, atol=1e-4, rtol=0)
+    assert sample.main([str(alone / "digits.onnx"), "--n", "4", "--truncation", "0.5"]) == 0
+    assert (alone / "sample-seed0.png").is_file()
+    again = tmp_path / "again.torchscript"
+    assert export.main([str(exported["safetensors"]), "--format", "torchscript", "--out", str(again)]) == 0
+    torch.testing.assert_close(fastgan.load(again).sample(3, seed=2), expected, atol=1e-4, rtol=0)
+
+
+def test_files_open_in_others_tools(exported: dict[str, Path], run: Path) -> None:
+    import onnxruntime
+
+    latent = torch.randn(4, 6)
+    expected = fastgan.load(run).module(latent)
+    session = onnxruntime.InferenceSession(exported["onnx"], providers=["CPUExecutionProvider"])
+    assert [(i.name, i.shape[1:]) for i in session.get_inputs()] == [("latent", [6])]
+    found = [torch.from_numpy(session.run(["images"], {"latent": latent.numpy()})[0])]
+    found.append(torch.export.load(exported["torch-export"]).module()(latent))
+    found.append(torch.jit.load(exported["torchscript"])(latent))
+    for images in found:
+        torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["torch-export", "onnx", "torchscript"])
+def test_a_fixed_batch(name: str, run: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"x{formats.FORMATS[name].suffix}"
+    assert export.main([str(run), "--format", name, "--batch", "4", "--out", str(file)]) == 0
+    expected = fastgan.load(run).sample(6)
+    torch.testing.assert_close(fastgan.load(file).sample(6), expected, atol=1e-4, rtol=0)
+    if name == "onnx":
+        import onnx
+
+        shape = onnx.load(file).graph.input[0].type.tensor_type.shape
+        assert [d.dim_value for d in shape.dim] == [4, 6]
+
+
+def test_truncation_draws_nearer_to_the_average(run: Path, tmp_path: Path) -> None:
+    trained = fastgan.load(run)
+    spread = [trained.sample(32, truncation=t).std(dim=0).mean() for t in (1.0, 0.5, 0.1)]
+    assert spread[0] > spread[1] > spread[2]
+    with pytest.raises(ValueError, match=r"truncation: was 1\.5"):
+        trained.sample(1, truncation=1.5)
+    growing = make_run(tmp_path / "pggan", "pggan-4")
+    with pytest.raises(ValueError, match="normalises"):
+        fastgan.load(growing).sample(1, truncation=0.5)
+
+
+def test_the_card(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
+    text = (run / "export" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["license"] == "cc0-1.0" and front["library_name"] == "fastgan" and "dcgan" in front["tags"]
+    for words in ("12 kimg", "folder:photos", "Not measured", "cc0-1.0", *(p.name for p in exported.values())):
+        assert words in text
+    assert "/home/me" not in text
+    rows = [
+        {"images": 12_000, "metrics": {"fd": 1.5, "recall": 0.7}, "features": "digits", "n": 1000},
+        {"images": 9_000, "metrics": {"fd": 99.0}, "features": "digits", "n": 1000},
+        {"images": 12_000, "metrics": "none"},
+    ]
+    measured = make_run(tmp_path / "run", ema=0.0)
+    (measured / "evaluation.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"images": 12')
+    assert export.main([str(measured)]) == 0
+    text = (measured / "export" / "README.md").read_text()
+    assert "| fd | 1.5 | digits | 1000 |" in text and "99" not in text and "kept no average" in text
+    hub = pytest.importorskip("huggingface_hub", reason="extra export: pip install 'fastgan[export]'")
+    card = hub.ModelCard.load(measured / "export" / "README.md")
+    assert {(r.metric_type, r.metric_value) for r in card.data.eval_results} == {("fd", 1.5), ("recall", 0.7)}
+    (measured / "export" / "README.md").write_text("mine")
+    assert export.main([str(measured)]) == 0
+    assert (measured / "export" / "README.md").read_text() == "mine"
+
+
+def test_a_file_that_differs_gets_no_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(generator: nn.Module, meta: dict[str, Any], batch: int | None) -> bytes:
+        other = models.build(**meta["networks"])[0]
+        return formats.FORMATS["safetensors"].write(other, meta, batch)
+
+    it = formats.FORMATS["onnx"]
+    bad = formats.Format(it.suffix, wrong, formats.FORMATS["safetensors"].read)
+    monkeypatch.setitem(formats.FORMATS, "onnx", bad)
+    assert export.main([str(run), "--format", "onnx", "--out", str(tmp_path / "new" / "x.onnx")]) == 1
+    assert "differs by" in capsys.readouterr().err
+    assert content(tmp_path) == []
+
+
+def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert export.main([str(run), "--out", str(tmp_path / "a" / "b")]) == 2
+    assert content(tmp_path) == []
+
+
+def test_refused(run: Path, tmp_path: Path, exported: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.onnx").write_text("mine")
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "empty").mkdir()
+    without = make_run(tmp_path / "without")
+    (checkpoint.existing(without)[0] / "generator.safetensors").unlink()
+    before = content(tmp_path)
+    for argv, words in (
+        ([str(tmp_path / "nowhere")], ("RUN", "nowhere", "checkpoint")),
+        ([str(tmp_path / "empty")], ("RUN", "empty", "checkpoint")),
+        ([str(tmp_path / "notes.txt")], ("RUN", ".onnx", ".safetensors")),
+        ([str(without)], ("RUN", "generator.safetensors is missing")),
+        ([str(exported["onnx"])], ("RUN", "model.onnx", ".safetensors")),
+        ([str(run), "--format", "onnx", "--out", str(tmp_path / "x.pt2")], ("--out", "x.pt2", ".onnx")),
+        ([str(run), "--format", "onnx", "--out", str(tmp_path / "mine.onnx")], ("--out", "is no export of fastgan")),
+        ([str(run), "--format", "onnx", "--batch", "0"], ("--batch", "0", "1 or more")),
+        ([str(run), "--batch", "2"], ("--batch", "left out")),
+        ([str(run), "--out", str(tmp_path / "notes.txt" / "sub")], ("--out", "notes.txt")),
+        ([str(checkpoint.existing(run)[0] / "generator.safetensors")], ("RUN", "checkpoint it belongs to")),
+    ):
+        capsys.readouterr()
+        assert export.main(argv) == 2, argv
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and all(word in error for word in words), error
+        assert content(tmp_path) == before
+
+
+class Bomb:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def rewritten(source: Path, target: Path, change: dict[str, Any]) -> Path:
+    """A copy of an archive; `change` maps the end of a member's name to what makes its new content."""
+    done = set()
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            for end, edit in change.items():
+                if name.endswith(end):
+                    data, _ = edit(data), done.add(end)
+            new.writestr(name, data)
+    assert done == set(change)
+    return target
+
+
+def test_nothing_in_an_archive_is_unpickled_or_evaluated(exported: dict[str, Path], tmp_path: Path) -> None:
+    trace, file = tmp_path / "executed", tmp_path / "x.pt2"
+    bomb = io.BytesIO()
+    torch.save((Bomb(trace),), bomb)
+
+    def pickled(config: bytes) -> bytes:
+        entries = json.loads(config)
+        next(iter(entries["config"].values()))["use_pickle"] = True
+        return json.dumps(entries).encode()
+
+    def edited(**change: str) -> Any:
+        def edit(program: bytes) -> bytes:
+            text = program.decode()
+            for old, new in change.values():  # type: ignore[misc]
+                assert old in text
+                text = text.replace(old, new)
+            return text.encode()
+
+        return edit
+
+    call = f"__import__('pathlib').Path('{trace}').touch()"
+    for change in (
+        {"sample_inputs/model.pt": lambda _: bomb.getvalue()},
+        {"model_weights_config.json": pickled, "weights/weight_0": lambda _: bomb.getvalue()},
+        {"models/model.json": edited(a=("torch.ops.aten.tanh.default", "os.system"))},
+        {"models/model.json": edited(a=("torch.ops.aten.tanh.default", "torch.ops.aten.from_file.default"))},
+        {"models/model.json": edited(a=('"name": "tanh"', f'"name": "tanh = {call}"'))},
+        {"models/model.json": edited(a=("Symbol('", f"{call} or Symbol('"))},
+    ):
+        rewritten(exported["torch-export"], file, change)
+        with pytest.raises(ArgumentError, match="RUN: was"):
+            fastgan.load(file)
+        assert not trace.exists(), change
+
+    # Guards are evaluated by torch; here they are not read.
+    def guarded(program: bytes) -> bytes:
+        return json.dumps({**json.loads(program), "guards_code": [call]}).encode()
+
+    rewritten(exported["torch-export"], file, {"models/model.json": guarded})
+    fastgan.load(file).sample(1)
+    assert not trace.exists()
+    # The bomb is one: torch's own loader sets it off.
+    rewritten(exported["torch-export"], file, {"sample_inputs/model.pt": lambda _: bomb.getvalue()})
+    torch.export.load(file)
+    assert trace.exists()
+
+
+class Writes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.save(x, "executed")
+        return x
+
+
+class Restores(nn.Module):
+    @torch.jit.export
+    def __getstate__(self) -> int:
+        return 1
+
+    @torch.jit.export
+    def __setstate__(self, state: int) -> None:
+        self.training = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(("program", "word"), [(Writes, "torch.save"), (Restores, "__[gs]etstate__")])
+def test_a_script_with_other_calls_is_not_loaded(program: type[nn.Module], word: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.torchscript"
+    torch.jit.save(torch.jit.script(program()), file, _extra_files={"fastgan": "{}"})
+    with pytest.raises(ArgumentError, match=f"may not be trusted: it .* {word}"):
+        fastgan.load(file)
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_files_of_others_and_damaged_ones(name: str, exported: dict[str, Path], tmp_path: Path) -> None:
+    whole = exported[name].read_bytes()
+    for number, data in enumerate([whole[: len(whole) // 2], b"", b"\x80\x02" + pickle.dumps({"a": 1}), whole[:20]]):
+        file = tmp_path / f"{number}{exported[name].suffix}"
+        file.write_bytes(data)
+        with pytest.raises(ArgumentError, match=f"RUN: was .*{file.name}") as error:
+            fastgan.load(file)
+        assert len(str(error.value).splitlines()) == 1
