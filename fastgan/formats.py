@@ -340,4 +340,4 @@ def read(file: Path, device: str = "cpu") -> tuple[nn.Module, Meta]:
 
 def _meta_of(config: dict[str, Any]) -> Meta:
     """What a config.json of `save_pretrained` says."""
-    return {"networks": {"num_classes": 0, **config}}
+    return {"networks": {"num_classes": 0, **config, "norm_g": config.get("norm", "batch")}}

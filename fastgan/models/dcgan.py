@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastgan.models.hub import Pretrained
 from fastgan.nn import Activation, Conv2d
 
 
@@ -35,7 +36,7 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, Pretrained):
     """latent [N, latent] -> images [N, C, R, R] in [-1, 1]."""
 
     def __init__(

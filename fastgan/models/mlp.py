@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan.models.hub import Pretrained
 from fastgan.nn import Maxout
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, Pretrained):
     """latent [N, latent] -> images [N, C, R, R] in [-1, 1]."""
 
     def __init__(self, *, resolution: int, channels: int, latent: int, width: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import ops
+from fastgan.models.hub import Pretrained
 from fastgan.nn import EqualizedConv2d, EqualizedLinear, MinibatchStdDev
 
 
@@ -62,7 +63,7 @@ class _GeneratorBlock(nn.Module):
         return self.conv2(self.conv1(x if self.fused_scale else ops.interpolate_nearest(x)))
 
 
-class Generator(Progressive):
+class Generator(Progressive, Pretrained):
     """latent [N, latent] -> images [N, C, R, R], unbounded (the data's range is [-1, 1])."""
 
     def __init__(

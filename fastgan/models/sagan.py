@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fastgan import ops
+from fastgan.models.hub import Pretrained
 from fastgan.nn import ConditionalBatchNorm2d, Conv2d, SelfAttention2d
 
 
@@ -56,7 +57,7 @@ class _GeneratorBlock(nn.Module):
         return y + ops.interpolate_nearest(self.shortcut(x))
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, Pretrained):
     """latent [N, latent], labels int64 [N] (when `num_classes`) -> images [N, C, R, R] in [-1, 1]."""
 
     def __init__(
