@@ -125,7 +125,7 @@ def _same(file: Path, meta: dict[str, Any]) -> bool:
     return all(stored.get(key) == meta.get(key) for key in ("variant", "images", "networks", "alpha"))
 
 
-def _target(out: str | None, run: Path, suffix: str) -> Path:
+def target(out: str | None, run: Path, suffix: str) -> Path:
     """The file to write: one that is not there, or an export that may be replaced."""
     from fastgan import formats
 
@@ -196,20 +196,29 @@ def main(argv: list[str]) -> int:
     trained, run = _source(path)
     if asked.format == "safetensors" and asked.batch is not None:
         raise ArgumentError("--batch", asked.batch, "it may be left out: weights fit every batch")
-    target = _target(asked.out, run, formats.FORMATS[asked.format].suffix)
-    if target.exists() and path.exists() and target.samefile(path):
-        raise ArgumentError("--out", str(target), "it may be another file than the one that is read")
+    path_out = target(asked.out, run, formats.FORMATS[asked.format].suffix)
+    if path_out.exists() and path_out.samefile(path):
+        raise ArgumentError("--out", str(path_out), "it may be another file than the one that is read")
     meta = describe(trained, run, asked.batch, asked.licence)
+    return finish(trained, meta, asked.format, path_out, run)
+
+
+def finish(trained: TrainedGenerator, meta: dict[str, Any], format: str, path: Path, run: Path) -> int:
+    """Write the file and say so; the exit code.
+
+    Raises:
+        ArgumentError: it cannot be written.
+    """
     try:
-        difference = write(trained, meta, asked.format, target, run)
+        difference = write(trained, meta, format, path, run)
     except Different as error:
         print(f"fastgan: {error}; nothing was written", file=sys.stderr, flush=True)
         return 1
     except OSError as error:
-        raise ArgumentError("--out", str(target), f"it may be a file that can be written ({error.strerror})") from None
-    size = target.stat().st_size / 1e6
-    print(f"{trained}, {asked.format}, {size:.1f} MB, differs by {difference:.1g} at most: {target}")
-    if not asked.licence and not meta.get("licence"):
+        raise ArgumentError("--out", str(path), f"it may be a file that can be written ({error.strerror})") from None
+    size = path.stat().st_size / 1e6
+    print(f"{trained}, {format}, {size:.1f} MB, differs by {difference:.1g} at most: {path}")
+    if not meta.get("licence"):
         print("the model card states no licence; --licence NAME adds one")
     return 0
 

@@ -10,6 +10,13 @@ with contextlib.suppress(ModuleNotFoundError):
     from huggingface_hub import PyTorchModelHubMixin as _Mixin
 
 
+_CARD: Any = {
+    "library_name": "fastgan",
+    "tags": ["gan", "image-generation"],
+    "pipeline_tag": "unconditional-image-generation",
+}
+
+
 def _missing(*_: Any, **__: Any) -> Any:
     raise ModuleNotFoundError("pip install 'fastgan[export]' brings huggingface_hub", name="huggingface_hub")
 
@@ -24,12 +31,7 @@ if _Mixin is None:
 
 else:
 
-    class Pretrained(  # type: ignore[no-redef]
-        _Mixin,
-        library_name="fastgan",
-        tags=["gan", "image-generation"],
-        pipeline_tag="unconditional-image-generation",
-    ):
+    class Pretrained(_Mixin, **_CARD):  # type: ignore[no-redef]
         """A generator that a folder or a repository of the hub holds as model.safetensors and config.json.
 
         `fastgan export` writes such a folder, `fastgan.load` reads one.

@@ -75,12 +75,14 @@ class Generator(Progressive, Pretrained):
         fmap_base: int = 8192,
         fmap_max: int = 512,
         fused_scale: bool = True,
+        fmaps_at: dict[str, int] | None = None,
     ) -> None:
+        """`fmaps_at`: channels at each resolution, in place of `fmap_base` and `fmap_max`, for networks of others."""
         super().__init__(resolution)
         self.latent = latent
 
         def fmaps(size: int) -> int:
-            return _fmaps(size, fmap_base, fmap_max)
+            return fmaps_at[str(size)] if fmaps_at else _fmaps(size, fmap_base, fmap_max)
 
         # The authors divide this layer's gain by 4 so that its scale is that of a convolution.
         self.input = EqualizedLinear(latent, fmaps(4) * 16, gain=math.sqrt(2.0) / 4.0)
