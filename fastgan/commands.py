@@ -18,8 +18,8 @@ COMMANDS = {
     "prepare": "bring images into the form that training reads fastest",
     "data": "say, check or show what a prepared set holds",
     "export": "write a trained generator for other tools: safetensors, torch.export, ONNX, TorchScript",
-    "import": "read a progressive GAN that pytorch_GAN_zoo published",
     "explore": "look at a trained generator on a local page",
+    "import": "read a progressive GAN that pytorch_GAN_zoo published",
     "doctor": "print versions, devices, backends, and what is missing",
 }
 # Command -> module of fastgan, where the command's own name cannot be that of a file: a keyword, or a package.

@@ -33,7 +33,7 @@ def build(case: str) -> tuple[nn.Module, dict[str, Any]]:
     generator, _ = models.build(**networks)
     with torch.no_grad():
         for name, tensor in generator.state_dict().items():
-            if name.endswith(("running_mean", "gamma", "bias")):
+            if name.endswith(("running_mean", "gamma", "bias", "affine.weight")):
                 tensor.normal_(0.0, 0.3)
     if networks["model"] == "pggan":
         generator.set_alpha(alpha)  # type: ignore[operator]
