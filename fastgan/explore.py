@@ -99,7 +99,7 @@ def page(trained: TrainedGenerator) -> Any:
                 label = gradio.Slider(-1, max(0, classes - 1), -1, step=1, label="class (-1: all)", visible=classes > 0)
             with gradio.Column(scale=2):
                 first = draw(min(4, most), 0, 1, 0.0, 1.0, -1)
-                image = gradio.Image(value=first, label="images", format="png", elem_id="images")
+                image = gradio.Image(value=first, label="images", format="png", buttons=["download", "fullscreen"])
         inputs = [columns, seed, other, share, truncation, label]
         gradio.on([it.change for it in inputs], draw, inputs, image, api_name="picture", show_progress="hidden")
     return blocks
