@@ -22,6 +22,8 @@ from fastgan.data.prepared import is_prepared, read_manifest
 from fastgan.data.unfinished import Unfinished
 from fastgan.errors import ArgumentError
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are followed through /proc, and forked")
+
 COUNT, PER_SHARD = 60, 4
 
 
