@@ -485,7 +485,7 @@ def test_the_example_in_the_documentation_reads_a_set(tmp_path: Path, monkeypatc
         save(tmp_path / "photos" / f"{i}.png", np.full((128, 128, 3), 40 * i, np.uint8))
     make(tmp_path / "photos", tmp_path / "SET", cache_to=64)
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (example,) = [one for one in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "manifest.json" in one]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(example, names)
