@@ -185,7 +185,7 @@ def test_classes_are_drawn_as_often_as_the_data_has_them() -> None:
 
     source = open_source("digits", 4)
     source.labels[source.labels > 3] = 3
-    draw = drawer(Echo(), {"num_classes": 10, "resolution": 4}, source, 0)
+    draw = drawer(Echo(), {"num_classes": 10, "resolution": 4, "latent": 2}, source, 0)
     said = draw(torch.arange(2000))[:, 0, 0, 0]
     share = torch.bincount(said, minlength=10) / 2000
     assert share[:4].tolist() == pytest.approx([0.099, 0.101, 0.099, 0.701], abs=0.04) and share[4:].sum() == 0
