@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import platform
 import statistics
@@ -123,6 +124,7 @@ def dataloader(files: list[Path], resolution: int, batch: int) -> Iterator[torch
             yield sampler.indices(range(start, start + batch)).tolist()
             start += batch
 
+    gc.collect()  # a worker that inherits what is left of a DALI pipeline dies of taking it apart
     loader = torch.utils.data.DataLoader(
         Files(files, resolution),
         batch_sampler=calls(),

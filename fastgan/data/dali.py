@@ -110,6 +110,7 @@ class Dali:
     def close(self) -> None:
         self._ahead.drop()
         self._runner.shutdown(wait=True)
+        self._graph = None  # its memory and threads go now, and not when a cycle of references is found
 
     def _keep(self, images: torch.Tensor) -> None:
         """DALI knows nothing of torch's streams: its buffer is kept until what reads it there has run."""
