@@ -331,7 +331,7 @@ def _finish_on_host(images: torch.Tensor, flips: np.ndarray | None) -> torch.Ten
     The values of torch's operations, by NumPy in one thread: torch's are shared among all cores, and wait for a time
     slice (8 ms were seen, for work of 0.1 ms) where a decoding thread has one of them.
     """
-    values = images.numpy()
+    values = np.from_dlpack(images)  # a view, which NumPy refuses of a tensor that a device would have to send
     if flips is not None:
         chosen = flips.astype(bool)
         values = values.copy(order="K")
