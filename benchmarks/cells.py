@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastgan import checkpoint
 from fastgan.variants import VARIANTS
@@ -32,6 +35,10 @@ NETWORKS = {
 }
 
 
+class Stopped(Exception):
+    """The user stopped the comparison."""
+
+
 class Cells:
     """Finished cells by name, in a file that is replaced whole after each."""
 
@@ -48,6 +55,57 @@ class Cells:
         partial = self.file.with_name(f".{self.file.name}.part")
         partial.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n")
         os.replace(partial, self.file)
+
+    def compute(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What `work` finds, kept; None if the cell is done already, or if training in it failed, which is said.
+
+        Raises:
+            Stopped: it was interrupted.
+        """
+        if name in self.done:
+            return None
+        try:
+            values = work()
+        except subprocess.CalledProcessError as error:
+            said = error.cmd[-1] + ".log"
+            print(f"{name}: training failed with exit code {error.returncode}; see {said}", file=sys.stderr, flush=True)
+            return None
+        except KeyboardInterrupt:
+            print(f"stopped in {name}; the same command goes on", file=sys.stderr, flush=True)
+            raise Stopped from None
+        self.keep(name, values)
+        return values
+
+    def of(self, task: str, variant: str, kimg: float) -> list[dict[str, Any]]:
+        """The finished cells of all seeds."""
+        start, end = f"{task}/{variant}/seed", f"/{kimg:g}kimg"
+        return [self.done[name] for name in sorted(self.done) if name.startswith(start) and name.endswith(end)]
+
+
+def name_of(task: str, variant: str, seed: int, kimg: float) -> str:
+    """Name of a cell."""
+    return f"{task}/{variant}/seed{seed}/{kimg:g}kimg"
+
+
+def arguments(description: str | None, file: str) -> argparse.ArgumentParser:
+    """The flags that every comparison has; `file` names its cells and the folder of its runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cells", type=Path, default=ROOT / "benchmarks" / "results" / f"{file}.json")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / file, help="where cells are trained")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--table", action="store_true", help="make the table of what is done, and compute nothing")
+    return parser
+
+
+def start(asked: argparse.Namespace) -> tuple[Cells, list[str]]:
+    """The cells that are done, and the flags that training in a process of its own needs."""
+    torch.set_flush_denormal(True)
+    if asked.threads is None:
+        return Cells(asked.cells), []
+    torch.set_num_threads(asked.threads)
+    return Cells(asked.cells), ["--threads", str(asked.threads)]
 
 
 def train(variant: str, resolution: int, run: Path, kimg: float, flags: Sequence[str]) -> None:

@@ -13,9 +13,8 @@ the table and the curves of what is done. Speeds are those of the machine as bus
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from fastgan.training.trainer import build_step
 from fastgan.variants import VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cells import ROOT, Cells, spread, table, train
+from cells import ROOT, Cells, Stopped, arguments, name_of, spread, start, table, train
 
 RESOLUTION = 32
 POINTS = 20
@@ -116,14 +115,9 @@ def compute(variant: str, seed: int, kimg: float, runs: Path, figures: Path, fla
     }
 
 
-def _of(cells: Cells, variant: str, kimg: float) -> list[dict[str, Any]]:
-    start, end = f"digits/{variant}/seed", f"/{kimg:g}kimg"
-    return [cells.done[name] for name in sorted(cells.done) if name.startswith(start) and name.endswith(end)]
-
-
 def report(cells: Cells, kimg: float) -> str:
     """The table of what is done. Good enough, for its last column, is twice the best variant's final distance."""
-    all_cells = {variant: found for variant in VARIANTS if (found := _of(cells, variant, kimg))}
+    all_cells = {variant: found for variant in VARIANTS if (found := cells.of("digits", variant, kimg))}
     if not all_cells:
         return "no cell is done"
     best = min(sum(cell["frechet_distance"] for cell in found) / len(found) for found in all_cells.values())
@@ -157,7 +151,7 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for i, variant in enumerate(VARIANTS):
-            for number, cell in enumerate(_of(cells, variant, kimg)):
+            for number, cell in enumerate(cells.of("digits", variant, kimg)):
                 points = [(point["kimg"], point[key]) for point in cell["curve"] if key in point]
                 if not points:
                     continue
@@ -174,36 +168,20 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = arguments(__doc__, "variants")
     parser.add_argument("--kimg", type=float, default=150.0)
-    parser.add_argument("--cells", type=Path, default=ROOT / "benchmarks" / "results" / "variants.json")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "variants", help="where cells are trained")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "variants", help="where grids and curves go")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--table", action="store_true", help="print what is done, and draw its curves")
     asked = parser.parse_args(argv)
-    flags: list[str] = []
-    if asked.threads is not None:
-        torch.set_num_threads(asked.threads)
-        flags = ["--threads", str(asked.threads)]
-    torch.set_flush_denormal(True)
-    cells = Cells(asked.cells)
+    cells, flags = start(asked)
     order = [(seed, variant) for seed in range(asked.seeds) for variant in asked.variants]
     for seed, variant in [] if asked.table else order:
-        name = f"digits/{variant}/seed{seed}/{asked.kimg:g}kimg"
-        if name in cells.done:
-            continue
+        work = functools.partial(compute, variant, seed, asked.kimg, asked.runs, asked.figures, flags)
+        name = name_of("digits", variant, seed, asked.kimg)
         try:
-            cells.keep(name, compute(variant, seed, asked.kimg, asked.runs, asked.figures, flags))
-        except subprocess.CalledProcessError as error:
-            print(f"{name}: training failed ({error}); see {asked.runs}/*.log", file=sys.stderr, flush=True)
-            continue
-        except KeyboardInterrupt:
-            print(f"stopped in {name}; the same command goes on", file=sys.stderr, flush=True)
+            if cells.compute(name, work) is not None:
+                print(f"{name}: done", flush=True)
+        except Stopped:
             break
-        print(f"{name}: done", flush=True)
     print(report(cells, asked.kimg))
     if cells.done:
         print(f"curves: {', '.join(str(path) for path in curves(cells, asked.kimg, asked.figures))}")

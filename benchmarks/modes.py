@@ -15,10 +15,8 @@ on where it was, inside a cell of `stacked` too. --table prints what is done and
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +40,7 @@ from fastgan.training.trainer import build_step, frozen, optimiser_factory
 from fastgan.variants import VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cells import ROOT, Cells, spread, table, train
+from cells import Cells, Stopped, arguments, name_of, spread, start, table, train
 
 TASKS = ("grid", "ring", "stacked")
 KIMG = {"grid": 1280.0, "ring": 1280.0, "stacked": 300.0}
@@ -142,15 +140,11 @@ def stacked_cell(variant: str, seed: int, kimg: float, runs: Path, flags: Sequen
 def report(cells: Cells, tasks: Sequence[str], kimg: dict[str, float]) -> str:
     """Tables of the cells with these budgets; what is not done has a dash."""
 
-    def of(task: str, variant: str) -> list[dict[str, Any]]:
-        start, end = f"{task}/{variant}/seed", f"/{kimg[task]:g}kimg"
-        return [cells.done[name] for name in sorted(cells.done) if name.startswith(start) and name.endswith(end)]
-
     parts = []
     for task in [task for task in ("grid", "ring") if task in tasks]:
         rows = []
         for variant in VARIANTS:
-            found = of(task, variant)
+            found = cells.of(task, variant, kimg[task])
             hit = spread([100 * cell["modes"] for cell in found], ".0f") if found else "-"
             near = spread([100 * cell["near"] for cell in found], ".1f") if found else "-"
             rows.append([f"`{variant}`", str(len(found)), hit, near])
@@ -159,7 +153,7 @@ def report(cells: Cells, tasks: Sequence[str], kimg: dict[str, float]) -> str:
     if "stacked" in tasks:
         rows = []
         for variant in VARIANTS:
-            found = of("stacked", variant)
+            found = cells.of("stacked", variant, kimg["stacked"])
             columns = [("modes", ".0f", 1), ("kl", ".3f", 1), ("confident", ".1f", 100), ("minutes", ".1f", 1)]
             values = [spread([k * cell[key] for cell in found], form) if found else "-" for key, form, k in columns]
             size = f"{found[0]['generator_parameters']:,}" if found else "-"
@@ -170,45 +164,30 @@ def report(cells: Cells, tasks: Sequence[str], kimg: dict[str, float]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "modes")
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="grid, ring, stacked; default: all")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kimg", type=float, help="budget of every cell instead of " + str(KIMG))
-    parser.add_argument("--cells", type=Path, default=ROOT / "benchmarks" / "results" / "modes.json")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "modes", help="where cells are trained")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--table", action="store_true", help="print what is done")
     asked = parser.parse_args(argv)
     tasks = asked.tasks or list(TASKS)
     if unknown := [task for task in tasks if task not in TASKS]:
         parser.error(f"TASK: was {unknown[0]!r}; it may be {', '.join(TASKS)}")
     kimg = {task: asked.kimg or KIMG[task] for task in TASKS}
-    flags: list[str] = []
-    if asked.threads is not None:
-        torch.set_num_threads(asked.threads)
-        flags = ["--threads", str(asked.threads)]
-    torch.set_flush_denormal(True)
-    cells = Cells(asked.cells)
+    cells, flags = start(asked)
     order = [(seed, task, variant) for seed in range(asked.seeds) for task in tasks for variant in asked.variants]
     for seed, task, variant in [] if asked.table else order:
-        name = f"{task}/{variant}/seed{seed}/{kimg[task]:g}kimg"
-        if name in cells.done:
-            continue
-        try:
+
+        def work(seed: int = seed, task: str = task, variant: str = variant) -> dict[str, Any]:
             if task == "stacked":
-                values = stacked_cell(variant, seed, kimg[task], asked.runs, flags)
-            else:
-                values = points_cell(task, variant, seed, kimg[task])
-        except subprocess.CalledProcessError as error:
-            print(f"{name}: training failed ({error}); see {asked.runs}/*.log", file=sys.stderr, flush=True)
-            continue
-        except KeyboardInterrupt:
-            print(f"stopped in {name}; the same command goes on", file=sys.stderr, flush=True)
+                return stacked_cell(variant, seed, kimg[task], asked.runs, flags)
+            return points_cell(task, variant, seed, kimg[task])
+
+        name = name_of(task, variant, seed, kimg[task])
+        try:
+            values = cells.compute(name, work)
+        except Stopped:
             break
-        cells.keep(name, values)
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-        print(f"{name}: {shown}", flush=True)
+        if values is not None:
+            print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in values.items())}", flush=True)
     print(report(cells, tasks, kimg))
     return 0
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from fastgan import __version__
 from fastgan.errors import ArgumentError
@@ -74,6 +76,33 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             return 141
 
     return wrapped
+
+
+def check_device(device: str, *may_be: str) -> None:
+    """Raises ArgumentError unless `device` is one of `may_be` (cpu or cuda) and this machine has it."""
+    may_be = may_be or ("cpu", "cuda")
+    if device not in may_be:
+        raise ArgumentError("--device", device, f"it may be {', '.join(may_be[:-1])} or {may_be[-1]}")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ArgumentError("--device", device, "it may be cpu: torch sees no GPU here")
+
+
+def check_picture(out: Path) -> None:
+    """Raises ArgumentError unless `out` is named as a PNG."""
+    if out.suffix.lower() != ".png":
+        raise ArgumentError("--out", str(out), "it may be a file that ends in .png")
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Around the writing of the file that `--out` names, or its default: what the system refuses is that argument's."""
+    try:
+        yield
+    except OSError as error:
+        raise ArgumentError("--out", str(out), f"it may be a file that can be written ({error.strerror})") from None
 
 
 def main(argv: list[str] | None = None) -> int:

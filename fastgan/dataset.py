@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fastgan.commands import command
+from fastgan.commands import check_picture, command, writing
 from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -142,15 +142,13 @@ def _show(manifest: Manifest, asked: Show) -> int:
         raise ArgumentError("--start", asked.start, f"it may be 0 to {manifest.count - 1}")
     resolution = asked.resolution or max(r for r in manifest.resolutions if r <= 128)
     out = Path(asked.out or f"{manifest.path.resolve().name}-{resolution}px.png").expanduser()
-    if out.suffix.lower() != ".png":
-        raise ArgumentError("--out", str(out), "it may be a file that ends in .png")
+    check_picture(out)
     order = np.arange(manifest.count) if asked.seed is None else Sampler(manifest.count, asked.seed).order(0)
     chosen = order[asked.start : asked.start + asked.n]
     level = Level(manifest, resolution, "DST")
-    try:
-        save_sheet(np.stack([level.pixels(int(index)) for index in chosen]), out, size=64)
-    except OSError as error:
-        raise ArgumentError("--out", str(out), f"it may be a file that can be written ({error.strerror})") from None
+    images = np.stack([level.pixels(int(index)) for index in chosen])
+    with writing(out):
+        save_sheet(images, out, size=64)
     print(f"{len(chosen)} of {manifest.count:,} images, {resolution} px: {out}")
     return 0
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fastgan.commands import command
+from fastgan.commands import check_device, command
 from fastgan.config import Config, merge, read_yaml
 from fastgan.errors import ArgumentError
 
@@ -129,8 +129,7 @@ def _check(asked: Evaluate) -> list[str] | None:
         raise ArgumentError("--n", asked.n, "it may be 1 or more")
     if asked.seed < 0:
         raise ArgumentError("--seed", asked.seed, "it may be 0 or more")
-    if asked.device not in ("auto", "cpu", "cuda"):
-        raise ArgumentError("--device", asked.device, "it may be auto, cpu or cuda")
+    check_device(asked.device, "auto", "cpu", "cuda")
     if asked.metrics is None:
         return None
     names = [name.strip() for name in asked.metrics.split(",") if name.strip()]

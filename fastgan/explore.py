@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fastgan.commands import command
+from fastgan.commands import check_device, command
 from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -143,14 +143,9 @@ def main(argv: list[str]) -> int:
     asked = tyro.cli(Explore, args=argv, prog="fastgan explore")
     if asked.port is not None and not 1 <= asked.port <= 65535:
         raise ArgumentError("--port", asked.port, "it may be 1 to 65535")
-    if asked.device not in ("cpu", "cuda"):
-        raise ArgumentError("--device", asked.device, "it may be cpu or cuda")
-    import torch
-
+    check_device(asked.device)
     from fastgan.trained import load
 
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("--device", asked.device, "it may be cpu: torch sees no GPU here")
     trained = load(asked.run, asked.device)
     blocks = launch(trained, _free_port(asked.port), asked.open)
     print(f"{trained}: {blocks.local_url} (Ctrl-C ends it)", flush=True)

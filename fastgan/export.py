@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastgan import __version__
-from fastgan.commands import command
+from fastgan.commands import command, writing
 from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Different(RuntimeError):
 
 def _source(path: Path) -> tuple[TrainedGenerator, Path]:
     """The generator, and the folder of its run (or its own)."""
-    from fastgan import formats
+    from fastgan.exporting import formats
     from fastgan.trained import load
 
     file = formats.find(path)
@@ -74,8 +74,8 @@ def describe(trained: TrainedGenerator, run: Path, batch: int | None, licence: s
     if alpha is not None and alpha < 1:
         meta["alpha"] = round(alpha.item(), 6)
     if (run / "config.yaml").is_file():
-        from fastgan.card import data_name
         from fastgan.config import read_yaml
+        from fastgan.exporting.card import data_name
 
         stored = read_yaml(run / "config.yaml", "RUN")
         meta["data"] = data_name(str(stored.get("data", {}).get("data", "")))
@@ -94,7 +94,7 @@ def _check(file: Path, trained: TrainedGenerator, meta: dict[str, Any]) -> float
     """
     import torch
 
-    from fastgan import formats
+    from fastgan.exporting import formats
 
     opened, stored = formats.read(file)
     if json.loads(json.dumps(meta)) != stored:
@@ -114,7 +114,7 @@ def _check(file: Path, trained: TrainedGenerator, meta: dict[str, Any]) -> float
 
 def _same(file: Path, meta: dict[str, Any]) -> bool:
     """Whether a file that lies beside is an export of the same generator, which one card can describe."""
-    from fastgan import formats
+    from fastgan.exporting import formats
 
     if file.name.startswith("."):
         return False
@@ -127,7 +127,7 @@ def _same(file: Path, meta: dict[str, Any]) -> bool:
 
 def target(out: str | None, run: Path, suffix: str) -> Path:
     """The file to write: one that is not there, or an export that may be replaced."""
-    from fastgan import formats
+    from fastgan.exporting import formats
 
     path = Path(out) if out is not None else run / "export"
     if path.is_dir() or path.suffix == "":
@@ -151,7 +151,7 @@ def write(trained: TrainedGenerator, meta: dict[str, Any], format: str, path: Pa
     Raises:
         Different: the file does not give the generator's images. OSError: it cannot be written.
     """
-    from fastgan import card, formats
+    from fastgan.exporting import card, formats
 
     made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def main(argv: list[str]) -> int:
     asked = tyro.cli(Export, args=argv, prog="fastgan export")
     if asked.batch is not None and asked.batch < 1:
         raise ArgumentError("--batch", asked.batch, "it may be 1 or more")
-    from fastgan import formats
+    from fastgan.exporting import formats
 
     path = Path(asked.run)
     trained, run = _source(path)
@@ -210,12 +210,11 @@ def finish(trained: TrainedGenerator, meta: dict[str, Any], format: str, path: P
         ArgumentError: it cannot be written.
     """
     try:
-        difference = write(trained, meta, format, path, run)
+        with writing(path):
+            difference = write(trained, meta, format, path, run)
     except Different as error:
         print(f"fastgan: {error}; nothing was written", file=sys.stderr, flush=True)
         return 1
-    except OSError as error:
-        raise ArgumentError("--out", str(path), f"it may be a file that can be written ({error.strerror})") from None
     size = path.stat().st_size / 1e6
     print(f"{trained}, {format}, {size:.1f} MB, differs by {difference:.1g} at most: {path}")
     if not meta.get("licence"):

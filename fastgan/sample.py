@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from fastgan.commands import command
+from fastgan.commands import check_device, check_picture, command, writing
 from fastgan.errors import ArgumentError
 
 
@@ -48,15 +48,10 @@ def main(argv: list[str]) -> int:
         raise ArgumentError("--seed", asked.seed, "it may be 0 or more")
     if not 0 < asked.truncation <= 1:
         raise ArgumentError("--truncation", asked.truncation, "it may be above 0 and up to 1")
-    if asked.device not in ("cpu", "cuda"):
-        raise ArgumentError("--device", asked.device, "it may be cpu or cuda")
-    import torch
-
+    check_device(asked.device)
     from fastgan.trained import load
     from fastgan.training.log import save_grid
 
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("--device", asked.device, "it may be cpu: torch sees no GPU here")
     trained = load(asked.run, asked.device)
     kind = "interpolation" if asked.interpolate else "sample"
     if asked.truncation < 1 and not trained.truncates:
@@ -64,18 +59,15 @@ def main(argv: list[str]) -> int:
     run = Path(asked.run) if Path(asked.run).is_dir() else Path(asked.run).parent
     folder = next((p for p in (run, run.parent.parent) if (p / "config.yaml").is_file()), run)
     out = Path(asked.out) if asked.out else folder / f"{kind}-seed{asked.seed}.png"
-    if out.suffix.lower() != ".png":
-        raise ArgumentError("--out", str(out), "it may be a file that ends in .png")
+    check_picture(out)
     if asked.interpolate:
         columns = max(2, math.ceil(asked.n**0.5))  # whole walks: --n is rounded up to fill the last row
         images = trained.interpolate(math.ceil(asked.n / columns), columns, asked.seed, asked.truncation)
     else:
         columns = None
         images = trained.sample(asked.n, asked.seed, asked.truncation)
-    try:
+    with writing(out):
         save_grid(images, out, columns=columns)
-    except OSError as error:
-        raise ArgumentError("--out", str(out), f"it may be a file that can be written ({error.strerror})") from None
     print(f"{len(images)} images of {images.shape[-1]} px, {trained}: {out}")
     return 0
 

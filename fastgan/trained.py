@@ -128,7 +128,8 @@ def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
     Raises:
         ArgumentError (a ValueError): there is none, it is damaged, or it holds what loading would have to execute.
     """
-    from fastgan import checkpoint, formats, models
+    from fastgan import checkpoint, models
+    from fastgan.exporting import formats
 
     path = Path(path)
     file = formats.find(path)

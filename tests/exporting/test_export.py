@@ -18,8 +18,9 @@ from runs import build, make_run
 from torch import nn
 
 import fastgan
-from fastgan import checkpoint, export, formats, models, sample
+from fastgan import checkpoint, export, models, sample
 from fastgan.errors import ArgumentError
+from fastgan.exporting import formats
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason="extra export: pip install 'fastgan[export]'")

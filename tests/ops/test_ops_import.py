@@ -27,10 +27,8 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"errors"},
     "variants": {"config"},
     "evaluation": {"data", "errors", "noise"},
-    "formats": {"errors", "models", "torchscript"},
-    "torchscript": set(),
-    "trained": {"checkpoint", "errors", "formats", "models", "noise"},
-    "card": {"formats"},
+    "exporting": {"errors", "models"},
+    "trained": {"checkpoint", "errors", "exporting", "models", "noise"},
 }
 # Commands may import everything; so may training, except the commands.
 COMMANDS = {"train", "sample", "doctor", "evaluate", "export", "importer", "explore", "prepare", "dataset", "commands"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fastgan.formats import FORMATS
+from fastgan.exporting.formats import FORMATS
 
 _MARK = "<!-- Written by fastgan export, which replaces it; delete this line to keep your own. -->"
 _PAPERS = {

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastgan import models, torchscript
+from fastgan import models
 from fastgan.errors import ArgumentError
+from fastgan.exporting import torchscript
 
 Meta = dict[str, Any]
 KEY = "fastgan"
