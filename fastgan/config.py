@@ -24,7 +24,7 @@ SCHEMA = 1
 
 ModelName = Literal["mlp", "dcgan", "sagan", "pggan"]
 LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge"]
-RegulariserName = Literal["none", "weight-clipping", "gradient-penalty", "wasserstein-divergence"]
+RegulariserName = Literal["none", "weight-clipping", "gradient-penalty", "wasserstein-divergence", "zero-centered"]
 Norm = Literal["batch", "none"]
 
 
@@ -77,7 +77,7 @@ class Objective(_Strict):
     clip: float = 0.01
     """Weight clipping: every weight of the critic stays in [-clip, clip]."""
     penalty_weight: float = 10.0
-    """Gradient penalty: its coefficient."""
+    """Coefficient of the gradient penalty; zero-centered: of mean |grad D|^2 on real images, half of R1's gamma."""
     divergence_k: float = 2.0
     """Wasserstein divergence: k, its coefficient."""
     divergence_p: float = 6.0
@@ -300,7 +300,7 @@ def batch_at(schedule: Schedule, resolution: int) -> int:
 
 def zero3_fault(regulariser: str) -> str:
     """Why ZeRO 3 is refused."""
-    if regulariser in ("gradient-penalty", "wasserstein-divergence"):
+    if regulariser in ("gradient-penalty", "wasserstein-divergence", "zero-centered"):
         return f"ZeRO 3 cannot run the second derivative of --regulariser {regulariser}"
     return "the moving average and the checkpoints need whole parameters, which ZeRO 3 takes apart"
 

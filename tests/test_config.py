@@ -174,7 +174,7 @@ def test_recipe_but_changes_only_what_it_says() -> None:
 @pytest.mark.parametrize("model", get_args(configs.ModelName))
 def test_losses_regularisers_and_models_are_orthogonal(model: str) -> None:
     losses, regularisers = get_args(configs.LossName), get_args(configs.RegulariserName)
-    assert (len(losses), len(regularisers)) == (5, 4)
+    assert (len(losses), len(regularisers)) == (5, 5)
     for loss, regulariser in itertools.product(losses, regularisers):
         check(replace(Config(), networks={"model": model}, objective={"loss": loss, "regulariser": regulariser}))
 
@@ -238,7 +238,7 @@ def test_sagan_needs_eight_channels() -> None:
 
 
 def test_zero_3_is_refused_with_the_reason() -> None:
-    for regulariser in ("gradient-penalty", "wasserstein-divergence"):
+    for regulariser in ("gradient-penalty", "wasserstein-divergence", "zero-centered"):
         config = replace(Config(), objective={"regulariser": regulariser}, system={"zero": 3})
         text = refusal(check, config)
         assert text.startswith("--zero: was 3; it may be 0, 1 or 2: ") and f"--regulariser {regulariser}" in text

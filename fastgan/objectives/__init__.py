@@ -4,6 +4,7 @@ from fastgan.objectives.losses import Loss, hinge, least_squares, minimax, wasse
 from fastgan.objectives.regularisers import (
     clip_weights,
     gradient_penalty,
+    real_penalty,
     wasserstein_divergence,
     zero_centered_penalty,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "hinge",
     "least_squares",
     "minimax",
+    "real_penalty",
     "wasserstein",
     "wasserstein_divergence",
     "zero_centered_penalty",

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastgan.ops import gradient_penalty, wasserstein_divergence, zero_centered_penalty
+from fastgan.ops.penalty import Critic
 
-__all__ = ["clip_weights", "gradient_penalty", "wasserstein_divergence", "zero_centered_penalty"]
+__all__ = ["clip_weights", "gradient_penalty", "real_penalty", "wasserstein_divergence", "zero_centered_penalty"]
+
+
+def real_penalty(critic: Critic, real: Tensor, fake: Tensor, *, weight: Tensor) -> Tensor:
+    """R1: mean over real samples of |grad critic(x)|^2, without a factor (Mescheder et al. 2018, eq. 9).
+
+    Times gamma / 2 it is the paper's term. Called as the other penalties are; `fake` and `weight`, the place between
+    the two, do not matter to it.
+    """
+    return zero_centered_penalty(critic, real)
 
 
 def clip_weights(optimiser: torch.optim.Optimizer, limit: float) -> None:

@@ -100,6 +100,8 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
     elif o.regulariser == "wasserstein-divergence":
         divergence = functools.partial(objectives.wasserstein_divergence, k=o.divergence_k, p=o.divergence_p)
         penalty = (1.0, divergence)
+    elif o.regulariser == "zero-centered":
+        penalty = (o.penalty_weight, objectives.real_penalty)
     precision = config.system.precision
     return Step(
         generator,

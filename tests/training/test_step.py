@@ -105,3 +105,17 @@ def test_bad_gradient_of_a_leaf(trainer: Trainer) -> None:
         trainer.step.discriminator.layers[-1].weight[0, 0, 0, 0] = torch.nan  # type: ignore[index,union-attr]
     with pytest.raises(NonFiniteError, match=r"step 0: loss of the discriminator .*there is no checkpoint yet"):
         trainer.run()
+
+
+def test_zero_centered_penalty_is_part_of_the_loss(tmp_path: Path) -> None:
+    """`--penalty-weight` times mean |grad D(x)|^2 on real images, added to the loss once."""
+    flags = ("--regulariser", "zero-centered", "--norm-d", "none", "--penalty-weight")
+    steps = [make("dcgan", tmp_path / weight, *flags, weight).step for weight in ("0", "3")]
+    real = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (without, _), (with_it, seen) = (step.discriminator_loss(real, torch.arange(8)) for step in steps)
+    x = real.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(steps[1].discriminator(x).sum(), x)
+    expected = gradient.square().sum(dim=(1, 2, 3)).mean()
+    assert expected > 0
+    torch.testing.assert_close(seen["penalty"], expected)
+    torch.testing.assert_close(with_it - without, 3 * expected)
