@@ -2,8 +2,10 @@
 
     python ranks.py CASES.json OUT
 
-started by torchrun's variables (or without them, as one process). Each case is {"name", "variant", "flags", "steps"};
+started by a launcher's variables (or without them, as one process). Each case is {"name", "variant", "flags", "steps"};
 the weights and optimiser state after its steps go to OUT/NAME.safetensors, written by the first rank.
+
+`case` and `assert_same_weights` are what the tests share that compare many ranks with one process.
 """
 
 from __future__ import annotations
@@ -15,11 +17,60 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fastgan import data
 from fastgan.train import parse
 from fastgan.training import world as processes
 from fastgan.training.trainer import Trainer
+
+STEPS = {"wgan-gp": 10, "dcgan": 10, "pggan": 16}
+FLAGS = {
+    # The paper's optimiser: rounding that differs in the last bit grows with the learning rate and the steps.
+    "wgan-gp": "--width 8 --max-width 16 --latent 8 --batch 8 --resolution 16 --n-critic 2 --lr-g 1e-4 --lr-d 1e-4 "
+    "--beta2 0.9",
+    "dcgan": "--width 8 --max-width 16 --latent 8 --batch 8 --resolution 16 --lr-g 1e-4 --lr-d 1e-4 "
+    "--regulariser zero-centered --penalty-weight 1",
+    # Grows from 4 to 8 px after 10 of its 16 steps. The bias of a Wasserstein critic's output has no gradient but the
+    # drift's; at the preset's 0.001 that is the rounding error of a sum of +-1, which Adam then normalises, so the
+    # comparison is made where the gradient is one.
+    "pggan": "--fmap-base 32 --fmap-max 8 --latent 8 --batch 16 --resolution 8 --kimg 0.32 --drift 1 "
+    "--lr-g 1e-3 --lr-d 1e-3",
+}
+
+
+def case(name: str, variant: str, zero: int, accumulation: int) -> dict[str, Any]:
+    # One layout for all: convolutions round differently in another, and Adam with beta1 = 0 amplifies that.
+    flags = [*FLAGS[variant].split(), "--memory-format", "contiguous", "--zero", str(zero)]
+    return {
+        "name": name,
+        "variant": variant,
+        "flags": [*flags, "--accumulation", str(accumulation)],
+        "steps": STEPS[variant],
+    }
+
+
+def one_process(variant: str, world: int, accumulation: int) -> int:
+    """Micro-batches with which one process does what `world` ranks do.
+
+    Batch norm (wgan-gp's generator, both networks of dcgan) is per rank, so one process takes the ranks' shares as
+    micro-batches. pggan has none, and its minibatch-stddev groups fall within the ranks' strided slices: it takes the
+    batch whole.
+    """
+    return accumulation if variant == "pggan" else accumulation * world
+
+
+def assert_same_weights(one: dict[str, Tensor], many: dict[str, Tensor]) -> None:
+    """Each tensor differs by less than 1e-5 of its norm."""
+    assert one.keys() == many.keys()
+    compared = 0
+    for name, expected in one.items():
+        if "running_" in name or "num_batches" in name:
+            continue  # batch-norm statistics are a rank's own
+        difference = (expected - many[name]).norm() / expected.norm().clamp_min(1e-30)
+        assert difference < 1e-5, f"{name}: {difference:.1e}"
+        compared += 1
+    assert compared > 20
 
 
 def train(case: dict[str, Any], world: processes.World, out: Path) -> None:
@@ -39,7 +90,7 @@ def train(case: dict[str, Any], world: processes.World, out: Path) -> None:
 
 
 def main() -> None:
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    cases, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     torch.set_num_threads(1)
     world = processes.start("auto", "cpu")
     for case in cases:

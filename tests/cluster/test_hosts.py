@@ -1,0 +1,96 @@
+"""The hosts that the other tests here stand on: separate, breakable, and gone afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hosts import Hosts, _namespaces
+
+
+@pytest.fixture(scope="module")
+def two(make_hosts: Callable[..., Hosts]) -> Hosts:
+    return make_hosts(2, disk_mb=1)
+
+
+def said(hosts: Hosts, host: int, command: str) -> str:
+    return hosts.run(host, ["sh", "-c", command]).communicate(timeout=60)[0].strip()
+
+
+def seconds(hosts: Hosts, kilobytes: int) -> float:
+    """To fetch that much from the second host to the first."""
+    began = time.monotonic()
+    assert said(hosts, 0, f"ssh h2 'head -c {1000 * kilobytes} /dev/zero' | wc -c") == str(1000 * kilobytes)
+    return time.monotonic() - began
+
+
+def test_hosts_have_names_addresses_and_processes_of_their_own(two: Hosts) -> None:
+    assert said(two, 0, "hostname; pdsh -S -R ssh -w h1,h2 hostname").split("\n")[0] == "h1"
+    assert sorted(said(two, 0, "pdsh -S -R ssh -w h1,h2 hostname").splitlines()) == ["h1: h1", "h2: h2"]
+    job = two.run(1, ["sleep", "100"])
+    while "sleep 100" not in two.processes(1).values():
+        time.sleep(0.01)
+    assert "sleep 100" not in two.processes(0).values()
+    assert "sleep" not in said(two, 0, "ps ax")  # so that no `pkill` of a launcher's reaches beyond its host
+    two.send(job, signal.SIGTERM)
+    job.wait(timeout=10)
+    assert two.processes(1) == {}
+
+
+def test_links_go_down_and_are_limited_and_slowed(two: Hosts) -> None:
+    two.link(1, up=False)
+    assert "timed out" in said(two, 0, "ssh -o ConnectTimeout=1 h2 hostname 2>&1").lower()
+    two.link(1, up=True)
+    received, sent = two.traffic(1)
+    plain = seconds(two, 500)
+    assert 500e3 < two.traffic(1)[1] - sent < 600e3
+    assert two.traffic(1)[0] - received < 100e3
+    two.limit(1, megabits=2)
+    assert seconds(two, 500) > plain + 1.2  # 4 Mbit at 2 Mbit/s, less the bucket
+    two.limit(1, None)
+    two.slow(1, delay=0.1, loss=0.0)
+    assert seconds(two, 1) > plain + 0.4  # a connection, its keys, a login: four answers at least
+    two.fast(1)
+    assert said(two, 0, "ssh h2 hostname") == "h2"
+
+
+def test_a_host_that_crashed_can_be_started_again(two: Hosts) -> None:
+    job = two.run(1, ["sleep", "100"])
+    two.crash(1)
+    assert job.wait(timeout=10) != 0
+    assert two.processes(1) == {}
+    two.boot(1)
+    assert said(two, 0, "ssh h2 hostname") == "h2"
+
+
+def test_common_disk_can_be_full(two: Hosts) -> None:
+    assert "No space" in said(two, 0, f"head -c 2000000 /dev/zero > {two.disk}/file")
+    assert said(two, 1, f"stat -c %s {two.disk}/file") != ""
+
+
+def test_nothing_is_left_when_a_test_process_is_killed(possible: None, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from hosts import Hosts; "
+        "h = Hosts(1, Path(sys.argv[1]), disk_mb=1); h.run(0, ['sleep', '1000']); print(h._prefix, flush=True); "
+        "time.sleep(1000)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                               env=environment)  # fmt: skip
+    assert process.stdout is not None
+    prefix = process.stdout.readline().strip()
+    assert prefix and any(name.startswith(prefix) for name in _namespaces())
+    process.kill()
+    process.communicate()
+    other = tmp_path / "other"
+    other.mkdir()
+    with Hosts(1, other):  # sweeps before it makes its own
+        assert not any(name.startswith(prefix) for name in _namespaces())
+        assert prefix not in Path("/proc/mounts").read_text()
+        assert any(name.startswith(f"fastgan-test-{os.getpid()}-") for name in _namespaces())
