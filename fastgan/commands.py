@@ -15,6 +15,7 @@ from fastgan.errors import ArgumentError
 
 COMMANDS = {
     "train": "train one of eight GAN variants",
+    "plan": "say how long a run would take on a cluster, stage by stage",
     "sample": "draw images from a trained generator",
     "evaluate": "say how good a trained generator's images are",
     "prepare": "bring images into the form that training reads fastest",

@@ -298,6 +298,19 @@ def batch_at(schedule: Schedule, resolution: int) -> int:
     return min([schedule.batch, *limits])
 
 
+def working_ranks(batch: int, world: int, accumulation: int) -> int | None:
+    """How many of `world` ranks share a batch, in `accumulation` micro-batches each; None: it cannot be shared.
+
+    All of them where it divides. A batch of fewer images than there are micro-batches goes to as many ranks as it
+    divides over, and what the others compute counts nothing.
+    """
+    if batch % (world * accumulation) == 0:
+        return world
+    if batch > world * accumulation:
+        return None
+    return next((n for n in range(batch // accumulation, 0, -1) if batch % (n * accumulation) == 0), None)
+
+
 def zero3_fault(regulariser: str) -> str:
     """Why ZeRO 3 is refused."""
     if regulariser in ("gradient-penalty", "wasserstein-divergence", "zero-centered"):

@@ -34,8 +34,8 @@ DEFAULT_VARIANT = "pggan"
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(Config):
-    """Train a GAN on images: with no argument, a progressive GAN on scikit-learn's handwritten digits."""
+class Asked(Config):
+    """A run as a command line names it; what `parse` reads."""
 
     variant: str = DEFAULT_VARIANT
     """gan, dcgan, lsgan, wgan, wgan-gp, wgan-div, sagan or pggan."""
@@ -45,6 +45,12 @@ class Train(Config):
     """YAML file over the preset and under the flags; a run's config.yaml is one."""
     resume: str | None = None
     """A run or checkpoint folder to go on with; auto: the run in --out, or the variant's newest, if there is one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Asked):
+    """Train a GAN on images: with no argument, a progressive GAN on scikit-learn's handwritten digits."""
+
     dry_run: bool = False
     """Print the plan and exit."""
 
@@ -57,7 +63,7 @@ class Request:
     variant: str
     preset: str
     resume: Path | None
-    dry_run: bool
+    asked: Asked
 
 
 def _first_pass(argv: list[str]) -> argparse.Namespace:
@@ -95,8 +101,8 @@ def _prepared_resolution(data: object) -> int | None:
     return read_manifest(path).resolution
 
 
-def parse(argv: list[str]) -> Request:
-    """The run that a command line asks for: preset, then file, then flags.
+def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train") -> Request:
+    """The run that a command line asks for: preset, then file, then flags; `kind` has the flags of the command `prog`.
 
     Raises:
         ArgumentError: a value that cannot be; SystemExit: --help, or a flag that does not exist.
@@ -134,20 +140,20 @@ def parse(argv: list[str]) -> Request:
         preset = "digits" if (first.data or chosen["data"]) in ("digits", "stacked-digits") else "paper"
     if preset not in ("paper", "digits"):
         raise ArgumentError("--preset", preset, "it may be paper or digits")
-    kind: Preset = "paper" if preset == "paper" else "digits"
-    base = VARIANTS[variant].config(kind)
+    recipe: Preset = "paper" if preset == "paper" else "digits"
+    base = VARIANTS[variant].config(recipe)
     held = _prepared_resolution(first.data or chosen["data"])
     if held is not None:
         base = replace(base, schedule={"resolution": min(base.schedule.resolution, held)})
     for values, where in layers:
         base = merge(base, values, where)
-    defaults = Train(
+    defaults = kind(
         **{f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}, variant=variant, preset=first.preset
     )
-    asked = tyro.cli(Train, args=argv, default=defaults, prog="fastgan train", config=(tyro.conf.OmitArgPrefixes,))
+    asked = tyro.cli(kind, args=argv, default=defaults, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     config = Config(**{f.name: getattr(asked, f.name) for f in dataclasses.fields(Config)})
     check(config)
-    return Request(config, variant, preset, resume, asked.dry_run)
+    return Request(config, variant, preset, resume, asked)
 
 
 def _run_directory(request: Request, world: World) -> Path:
@@ -193,7 +199,7 @@ def _open_source(config: Config, world: World) -> Source:
     return source
 
 
-def _machine(config: Config) -> None:
+def prepare_torch(config: Config) -> None:
     """Process-wide settings of torch."""
     import torch
 
@@ -217,7 +223,8 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     request = parse(argv)
     config = request.config
-    if request.dry_run:
+    assert isinstance(request.asked, Train)
+    if request.asked.dry_run:
         from fastgan.training.plan import describe
 
         text = describe(request.variant, request.preset, config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -230,7 +237,7 @@ def main(argv: list[str]) -> int:
     from fastgan.training import world as processes
     from fastgan.training.trainer import NonFiniteError, Trainer, check_stages
 
-    _machine(config)
+    prepare_torch(config)
     world = processes.start(
         config.system.engine,
         config.system.device,

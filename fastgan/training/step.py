@@ -95,6 +95,12 @@ class Step:
         seen["loss_d"] = loss
         return loss, {name: value.detach() for name, value in seen.items()}
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of what both losses log, in order; the same on a rank that computes none."""
+        penalty = ["penalty"] if self.penalty is not None else []
+        return ["loss_d", "loss_g", *penalty, "score_fake", "score_real"]
+
     def generator_loss(self, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of the generator; `positions`, int64 [N], are those of the last discriminator step."""
         with self._autocast(positions.device, self.precision):
@@ -119,10 +125,12 @@ class Meters:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.float()
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def means(self) -> tuple[list[str], Tensor]:
-        """Names in order and their means, float32 [names], on the device."""
-        names = sorted(self._sums)
-        return names, torch.stack([self._sums[name] / self._counts[name] for name in names])
+    def totals(self, names: list[str], device: torch.device) -> Tensor:
+        """Sums and counts of `names`, float32 [2, names] on `device`; zeros for what was never added."""
+        zero = torch.zeros((), device=device)
+        sums = torch.stack([self._sums.get(name, zero) for name in names])
+        counts = torch.tensor([self._counts.get(name, 0) for name in names], dtype=torch.float32)
+        return torch.stack([sums, counts.to(device)])
 
     def clear(self) -> None:
         self._sums.clear()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastgan import __version__, checkpoint, models, objectives
 from fastgan import data as data_room
 from fastgan.checkpoint import Checkpoint
-from fastgan.config import Config, Networks, batch_at
+from fastgan.config import Config, Networks, batch_at, working_ranks
 from fastgan.errors import ArgumentError
 from fastgan.models.pggan import Progressive
 from fastgan.trained import sample_images
@@ -59,7 +59,7 @@ def plan(config: Config) -> list[Stage]:
 
 
 def check_stages(config: Config, world_size: int) -> None:
-    """Every stage's batch must divide over ranks and micro-batches, and DeepSpeed's file must fit every stage.
+    """Every stage's batch must divide over the ranks that share it, and DeepSpeed's file must fit every stage.
 
     Raises:
         ArgumentError: it does not.
@@ -68,17 +68,22 @@ def check_stages(config: Config, world_size: int) -> None:
     parts = world_size * s.accumulation
     for stage in plan(config):
         batch = batch_at(s, stage.resolution)
-        if batch % parts:
+        working = working_ranks(batch, world_size, s.accumulation)
+        if working is None:
             raise ArgumentError(
                 "--batch",
                 batch,
                 f"at {stage.resolution} px it may be a multiple of {parts} "
                 f"({world_size} ranks x {s.accumulation} micro-batches)",
             )
+        if working < world_size and system.sync_bn:
+            raise ArgumentError(
+                "--sync-bn", True, f"it needs a batch for every rank, and {batch} at {stage.resolution} px is too small"
+            )
         deepspeed_config(
             system.deepspeed_config,
             zero=system.zero,
-            micro_batch=batch // parts,
+            micro_batch=batch // (working * s.accumulation),
             accumulation=s.accumulation,
             world=world_size,
         )
@@ -263,6 +268,11 @@ class Trainer:
         self.networks = values
         return generator, discriminator
 
+    def _working(self, resolution: int) -> int:
+        """How many ranks, the first ones, share a batch at `resolution`; `check_stages` has passed."""
+        s = self.config.schedule
+        return working_ranks(batch_at(s, resolution), self.world.size, s.accumulation) or self.world.size
+
     def _place(self, module: nn.Module) -> nn.Module:
         module = module.to(self.world.device)
         if self.world.engine == "deepspeed":
@@ -310,6 +320,7 @@ class Trainer:
         generator, discriminator = self._engines[0].module, self._engines[1].module
         self.step = build_step(self.config, generator, discriminator, self.source.num_classes)
         self.resolution = resolution
+        self.working = self._working(resolution)
         self.pipeline.set_resolution(resolution)
 
     def _engine(self, module: nn.Module, discriminator: bool, resolution: int) -> Engine:
@@ -320,7 +331,7 @@ class Trainer:
         settings = deepspeed_config(
             self.config.system.deepspeed_config,
             zero=self.config.system.zero,
-            micro_batch=batch_at(s, resolution) // (s.accumulation * self.world.size),
+            micro_batch=batch_at(s, resolution) // (s.accumulation * self._working(resolution)),
             accumulation=s.accumulation,
             world=self.world.size,
         )
@@ -358,16 +369,28 @@ class Trainer:
         """This rank's micro-batches of the global batch that begins at `self.images`.
 
         Rank r's micro-batch a is slice a * world + r of world * accumulation strided slices, so that the same global
-        batch is cut the same way whether ranks or accumulation do it.
+        batch is cut the same way whether ranks or accumulation do it. A rank that has no share gets another's.
         """
         accumulation = self.config.schedule.accumulation
-        parts = self.world.size * accumulation
+        parts = self.working * accumulation
         for a in range(accumulation):
-            slice_ = a * self.world.size + self.world.rank
+            slice_ = a * self.working + self.world.rank % self.working
             began = time.monotonic()
             micro = self.pipeline.batch(self.images, batch, rank=slice_, world=parts)
             self._waited += time.monotonic() - began
             yield micro
+
+    def _backward(self, engine: Engine, name: str, loss: Tensor, seen: dict[str, Tensor]) -> None:
+        """One micro-batch's part of a step. Engines take the mean over all ranks, and the loss is one over those that
+        have a share; what the others compute counts nothing, but makes their gradients appear in the same order."""
+        if self.working < self.world.size:
+            loss = loss * (self.world.size / self.working if self.world.rank < self.working else 0.0)
+        engine.backward(loss)
+        self.finite.loss(f"loss of the {name}", loss)
+        self.finite.close_step()
+        engine.step()
+        if self.world.rank < self.working:
+            self.meters.add(seen)
 
     def _discriminator_step(self, batch: int) -> list[Tensor]:
         assert self._engines is not None
@@ -379,11 +402,7 @@ class Trainer:
             if isinstance(discriminator, Progressive) and discriminator.fade:
                 real = data_room.fade(real, discriminator.alpha)
             loss, seen = self.step.discriminator_loss(real, micro.positions, micro.labels)
-            engine.backward(loss)
-            self.finite.loss("loss of the discriminator", loss)
-            self.finite.close_step()
-            engine.step()
-            self.meters.add(seen)
+            self._backward(engine, "discriminator", loss, seen)
             positions.append(micro.positions)
         self.images += batch
         return positions
@@ -394,11 +413,7 @@ class Trainer:
         with frozen(self.step.discriminator):
             for micro in positions:
                 loss, seen = self.step.generator_loss(micro)
-                engine.backward(loss)
-                self.finite.loss("loss of the generator", loss)
-                self.finite.close_step()
-                engine.step()
-                self.meters.add(seen)
+                self._backward(engine, "generator", loss, seen)
         self.ema.update(self.step.generator)
 
     def train_step(self) -> None:
@@ -523,6 +538,7 @@ class Trainer:
         interval = self._intervals()
         log = Log(self.run_path, active=self.world.main, total=self.total, seen=self.images)
         self._logged_at = (time.monotonic(), self.images)
+        self._tell_shares(log)
         try:
             with _Interrupt(self.world) as interrupt:
                 while self.images < self.total:
@@ -531,6 +547,7 @@ class Trainer:
                     log.advance(self.images)
                     if self.resolution > resolution:
                         log.line(self.pipeline.describe())
+                        self._tell_shares(log)
 
                     def due(kimg: float, before: int = before) -> bool:
                         return int(self.images / (1000 * kimg)) > int(before / (1000 * kimg))
@@ -554,6 +571,15 @@ class Trainer:
             self.pipeline.close()
             self._close_engines()
 
+    def _tell_shares(self, log: Log) -> None:
+        if self.working < self.world.size:
+            batch = batch_at(self.config.schedule, self.resolution)
+            log.line(
+                f"{self.resolution} px: the batch of {batch} keeps {self.working} of {self.world.size} ranks at work; "
+                f"--batch, or --batch-at {self.resolution} {self.world.size * self.config.schedule.accumulation}, "
+                "uses all"
+            )
+
     def _intervals(self) -> dict[str, float]:
         run, kimg = self.config.run, self.config.schedule.kimg
         every = run.checkpoint_kimg or min(kimg / 20, 200.0)
@@ -566,8 +592,9 @@ class Trainer:
 
     def _log(self, log: Log) -> None:
         self._read_finite()
-        names, means = self.meters.means()
-        values = (self.world.sum(means) / self.world.size).tolist()
+        names = self.step.metrics
+        sums, counts = self.world.sum(self.meters.totals(names, self.world.device)).tolist()
+        values = [total / count for total, count in zip(sums, counts, strict=True)]
         self.meters.clear()
         now, (then, images) = time.monotonic(), self._logged_at
         self._logged_at = (now, self.images)

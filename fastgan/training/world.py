@@ -112,7 +112,7 @@ def start(engine: str, device: str, *, zero: int = 0, deepspeed_config: str | No
     size = int(os.environ["WORLD_SIZE"]) if launched() else 1
     if name == "torch" and size > 1:
         raise ArgumentError("--engine", name, f"it may be deepspeed with {size} processes")
-    place = _place(device)
+    place = pick_device(device)
     use_cuda = place.type == "cuda"
     if name == "deepspeed":
         quiet_deepspeed(place.type)
@@ -138,7 +138,7 @@ def join(device: str) -> World:
     Raises:
         ArgumentError: the device asked for is not here.
     """
-    place = _place(device)
+    place = pick_device(device)
     if launched() and not dist.is_initialized():
         # What is exchanged is gathered as plain objects on the host, once.
         dist.init_process_group("gloo", timeout=datetime.timedelta(hours=2))
@@ -146,7 +146,7 @@ def join(device: str) -> World:
     return World(rank, size, place, "torch", "nothing is trained")
 
 
-def _place(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
     """The device of this process; each of a host's processes has a GPU of its own.
 
     Raises:

@@ -31,7 +31,19 @@ ARROWS: dict[str, set[str]] = {
     "trained": {"checkpoint", "errors", "exporting", "models", "noise"},
 }
 # Commands may import everything; so may training, except the commands.
-COMMANDS = {"train", "sample", "doctor", "evaluate", "export", "importer", "explore", "prepare", "dataset", "commands"}
+COMMANDS = {
+    "train",
+    "plan",
+    "sample",
+    "doctor",
+    "evaluate",
+    "export",
+    "importer",
+    "explore",
+    "prepare",
+    "dataset",
+    "commands",
+}
 COMMANDS |= {"__init__", "__main__"}
 
 

@@ -16,6 +16,13 @@ from safetensors.torch import load_file
 RANKS = Path(__file__).with_name("ranks.py")
 CASES = [(variant, zero, a) for variant in ("wgan-gp", "pggan") for zero in (0, 1, 2) for a in (1, 2)]
 CASES += [("dcgan", 0, 1), ("dcgan", 2, 2)]  # with batch norm in the critic and a penalty on real images alone
+# At 8 px a batch that one of the two ranks takes alone, in one micro-batch or two.
+IDLE = [(zero, a) for zero in (0, 1, 2) for a in (1, 2)]
+
+
+def _idle(name: str, zero: int, accumulation: int) -> dict:
+    case = ranks.case(name, "pggan", zero, accumulation)
+    return {**case, "flags": [*case["flags"], "--batch-at", "8", str(accumulation)]}
 
 
 def _free_port() -> int:
@@ -46,9 +53,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("ranks")
     pairs = sorted({(v, a) for v, _, a in CASES})
     one = [ranks.case(f"one-{v}-{a}", v, 0, ranks.one_process(v, 2, a)) for v, a in pairs]
-    _run(one, out, 1)
+    _run([*one, *(_idle(f"one-idle-{a}", 0, a) for a in (1, 2))], out, 1)
     two = [ranks.case(f"two-{v}-{z}-{a}", v, z, a) for v, z, a in CASES]
-    _run(two, out, 2)
+    _run([*two, *(_idle(f"two-idle-{z}-{a}", z, a) for z, a in IDLE)], out, 2)
     return {file.stem: load_file(file) for file in out.glob("*.safetensors")}
 
 
@@ -59,3 +66,8 @@ def test_two_ranks_equal_one_process(weights: dict, variant: str, zero: int, acc
     ranks.assert_same_weights(one, two)
     if variant == "pggan":
         assert "g.to_rgb.8.weight" in one  # the run has grown
+
+
+@pytest.mark.parametrize(("zero", "accumulation"), IDLE)
+def test_ranks_without_a_share_change_nothing(weights: dict, zero: int, accumulation: int) -> None:
+    ranks.assert_same_weights(weights[f"one-idle-{accumulation}"], weights[f"two-idle-{zero}-{accumulation}"])
