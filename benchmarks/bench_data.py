@@ -31,10 +31,9 @@ from PIL import Image
 from fastgan import data
 from fastgan.config import Config, batch_at, replace
 from fastgan.data import dali
-from fastgan.data.cache import Mapped, Resident
+from fastgan.data.gather import Rows
 from fastgan.data.images import area_average
 from fastgan.data.sources import Encoded, Source
-from fastgan.data.store import Call
 from fastgan.training import world
 from fastgan.training.trainer import Trainer
 from fastgan.variants import VARIANTS
@@ -228,13 +227,15 @@ class Bench:
             return compare(sides, 32, self.seconds, self.rounds)
 
     def gather(self, resolution: int, batch: int) -> dict[str, float]:
-        """Images/s of the cache's gather alone, and of copying as many bytes that lie in a row."""
+        """Images/s of the cache's gather alone, and of copying as many bytes that lie in a row.
+
+        One thread each. 400 MB, beyond any cache: the images in the order of a run, the copy from one end to the other.
+        """
         array = self.array(resolution, 400)
         whole = np.array(array)
         order = data.Sampler(len(array), seed=0)
-        shards = [array[i : i + 1024] for i in range(0, len(array), 1024)]
-        mapped = Mapped(shards, torch.device("cpu"), None, lambda call: np.arange(0))  # type: ignore[arg-type]
-        resident = Resident(torch.from_numpy(whole))
+        mapped = Rows([array[i : i + 1024] for i in range(0, len(array), 1024)])
+        memory = Rows([whole])
         calls = [order.indices(range(at, at + batch)) for at in range(0, len(array) - batch, batch)]
         at = [0]
 
@@ -246,14 +247,13 @@ class Bench:
             first = batch * following()
             return whole[first : first + batch].copy()
 
-        nothing = torch.empty(0)
         sides: dict[str, tuple[Callable[[], Any], int]] = {
             "memcpy": (copy, 0),
-            "memory-mapped": (lambda: mapped.gather(calls[following()]), 0),
-            "in memory": (lambda: resident.take(Call(0, batch, 0, 1), calls[following()], nothing), 0),
+            "memory-mapped": (lambda: mapped.take(calls[following()]), 0),
+            "in memory": (lambda: memory.take(calls[following()]), 0),
         }
         for call in calls:  # every page once
-            mapped.gather(call)
+            mapped.take(call)
         return compare(sides, batch, self.seconds, self.rounds)
 
     def training(self, resolution: int, widths: str) -> tuple[int, str, float, float]:

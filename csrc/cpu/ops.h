@@ -45,4 +45,7 @@ std::tuple<Tensor, Tensor> minibatch_stddev_backward(const Tensor& dy, const Ten
 std::tuple<Tensor, Tensor> minibatch_stddev_second_backward(const Tensor& u, const Tensor& x, const Tensor& t,
                                                             int64_t group, int64_t num_features, double eps);
 
+Tensor gather_rows(const Tensor& addresses, const Tensor& starts, const Tensor& indices, int64_t bytes);
+Tensor finish_images(const Tensor& images, const std::optional<Tensor>& flips);
+
 }  // namespace fastgan

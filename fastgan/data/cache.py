@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgan.data.gather import Rows
 from fastgan.data.store import Ahead, Call, in_words, upload
 
 
@@ -17,13 +18,12 @@ class Resident:
 
     def __init__(self, images: torch.Tensor) -> None:
         self._images = images
-        self._host = images.numpy() if images.device.type == "cpu" else None
+        self._host = Rows([images.numpy()]) if images.device.type == "cpu" else None
 
     def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
         if self._host is None:
             return self._images.index_select(0, on_device)
-        # Rows are copied at the speed of memory by one thread; a second one is waited for longer than it saves.
-        return torch.from_numpy(self._host.take(indices, axis=0))
+        return self._host.take(indices)
 
     def describe(self) -> str:
         place = "memory" if self._host is not None else f"memory of {self._images.device}"
@@ -50,24 +50,15 @@ class Mapped:
         pool: Executor,
         indices_of: Callable[[Call], np.ndarray],
     ) -> None:
-        # A plain view: indexing an np.memmap makes another np.memmap each time, which takes longer than the copy.
-        self._arrays = [np.asarray(one) for one in arrays]
+        self._rows = Rows(arrays)
         self._device, self._pool = device, pool
-        self._starts = np.cumsum([0, *(len(one) for one in arrays[:-1])])
         self._ahead = Ahead(self._begin, indices_of)
 
     def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
         return upload(self._ahead.take(call, indices)[0], self._device)
 
-    def gather(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [n, C, r, r] of `indices` (int64 [n])."""
-        # Of shards that start at the same image only the last has any.
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        rows = zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True)
-        return np.concatenate([self._arrays[shard][row : row + 1] for shard, row in rows])
-
     def describe(self) -> str:
-        return f"memory-mapped ({in_words(sum(one.nbytes for one in self._arrays))})"
+        return f"memory-mapped ({in_words(self._rows.bytes)})"
 
     def drop(self) -> None:
         self._ahead.drop()
@@ -76,7 +67,7 @@ class Mapped:
         self._ahead.drop()
 
     def _begin(self, indices: np.ndarray) -> list[Future[Any]]:
-        return [self._pool.submit(self.gather, indices)]
+        return [self._pool.submit(self._rows.take, indices)]
 
 
 def upload_all(arrays: list[np.ndarray], device: torch.device) -> torch.Tensor:

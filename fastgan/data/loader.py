@@ -34,7 +34,7 @@ class Threads:
         self._ahead = Ahead(self._begin, indices_of)
 
     def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
-        return upload(np.concatenate(self._ahead.take(call, indices)), self._device)
+        return upload(torch.from_numpy(np.concatenate(self._ahead.take(call, indices))), self._device)
 
     def describe(self) -> str:
         return f"decoded by {count(self._workers, 'thread')}"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from fastgan.data import dali
 from fastgan.data.cache import Mapped, Resident, upload_all
+from fastgan.data.gather import finish
 from fastgan.data.images import area_average
 from fastgan.data.loader import Threads
 from fastgan.data.sampler import Sampler, rank_positions
@@ -160,10 +161,10 @@ class Pipeline:
         if flips is not None:
             # Rows of the batch and its mirror image, one below the other.
             rows.append(np.arange(len(positions)) + len(positions) * flips)
-        on_device = upload(np.stack(rows), self.device)
+        on_device = upload(torch.from_numpy(np.stack(rows)), self.device)
         images = self._store.take(call, indices, on_device[1])
         if self.device.type == "cpu":
-            images = _finish_on_host(images, flips)
+            images = finish(images, flips)
         else:
             if flips is not None:
                 # Bytes are turned round and chosen, which takes a sixth of the time of `torch.where`.
@@ -323,22 +324,6 @@ def _mix(words: np.ndarray) -> np.ndarray:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
-
-
-def _finish_on_host(images: torch.Tensor, flips: np.ndarray | None) -> torch.Tensor:
-    """uint8 [n, C, r, r] to float32 in [-1, 1], those with a 1 in `flips` (int64 [n]) turned round.
-
-    The values of torch's operations, by NumPy in one thread: torch's are shared among all cores, and wait for a time
-    slice (8 ms were seen, for work of 0.1 ms) where a decoding thread has one of them.
-    """
-    values = np.from_dlpack(images)  # a view, which NumPy refuses of a tensor that a device would have to send
-    if flips is not None:
-        chosen = flips.astype(bool)
-        values = values.copy(order="K")
-        values[chosen] = values[chosen][..., ::-1]
-    floats = np.divide(values, np.float32(127.5), dtype=np.float32)
-    floats -= 1
-    return torch.from_numpy(floats)
 
 
 def _shrink(images: np.ndarray, resolution: int) -> np.ndarray:

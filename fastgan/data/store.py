@@ -25,7 +25,7 @@ class Store(Protocol):
     def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
         """The images `indices` (int64 [n], on the host and again on the device): uint8 [n, C, r, r] there.
 
-        Dense, in any order of dimensions in memory; the caller does not write to it.
+        Dense, contiguous or channels last in memory; the caller does not write to it.
         """
 
     def describe(self) -> str:
@@ -73,9 +73,8 @@ class Ahead:
             part.cancel()
 
 
-def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
+def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A batch to the device, without waiting for it: from pinned memory where that exists."""
-    host = torch.from_numpy(values)
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

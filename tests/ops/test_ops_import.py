@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "nn": {"ops"},
     "models": {"ops", "nn"},
     "objectives": {"ops"},
-    "data": {"errors"},
+    "data": {"errors", "ops"},
     "errors": set(),
     "noise": set(),
     "config": {"errors"},
