@@ -109,9 +109,9 @@ def table(manifest: Manifest) -> str:
 def _verify(manifest: Manifest, workers: int) -> int:
     from tqdm import tqdm
 
-    from fastgan.data.originals import printable
     from fastgan.data.prepared import size_in_words
-    from fastgan.data.verification import verify
+    from fastgan.data.preparing.originals import printable
+    from fastgan.data.preparing.verification import verify
 
     if workers < 0:
         raise ArgumentError("--workers", workers, "it may be 0 (one per core) or more")

@@ -57,7 +57,7 @@ class Prepare:
 @command
 def main(argv: list[str]) -> int:
     asked = tyro.cli(Prepare, args=_lossless(argv), prog="fastgan prepare")
-    from fastgan.data.preparation import Settings, prepare
+    from fastgan.data.preparing.preparation import Settings, prepare
 
     settings = Settings(**{one.name: getattr(asked, one.name) for one in fields(Settings)})
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgan.data.pipeline import Batch, Pipeline, fade, open
-    from fastgan.data.preparation import prepare
+    from fastgan.data.preparing.preparation import prepare
     from fastgan.data.sampler import Sampler, rank_positions
     from fastgan.data.sources import Source, open_source
 
@@ -15,7 +15,7 @@ __all__ = ["Batch", "Pipeline", "Sampler", "Source", "fade", "open", "open_sourc
 
 _MODULES = {
     "pipeline": ("Batch", "Pipeline", "fade", "open"),
-    "preparation": ("prepare",),
+    "preparing.preparation": ("prepare",),
     "sampler": ("Sampler", "rank_positions"),
     "sources": ("Source", "open_source"),
 }

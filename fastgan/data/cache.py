@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from fastgan.data.gather import Rows
-from fastgan.data.store import Ahead, Call, in_words, upload
+from fastgan.data.store import AheadStore, Call, Store, in_words, upload
 
 
-class Resident:
+class Resident(Store):
     """All images in one tensor on the device. images: uint8 [N, C, r, r]."""
 
     def __init__(self, images: torch.Tensor) -> None:
@@ -29,14 +29,8 @@ class Resident:
         place = "memory" if self._host is not None else f"memory of {self._images.device}"
         return f"in {place} ({in_words(self._images.numel())})"
 
-    def drop(self) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
-
-
-class Mapped:
+class Mapped(AheadStore):
     """Images in memory-mapped arrays: the system's page cache holds what was read, once for all ranks of a machine.
 
     arrays: uint8 [n, C, r, r] each, in order. Rows are gathered in a thread, a batch ahead: that hides the disk
@@ -50,21 +44,15 @@ class Mapped:
         pool: Executor,
         indices_of: Callable[[Call], np.ndarray],
     ) -> None:
+        super().__init__(indices_of)
         self._rows = Rows(arrays)
         self._device, self._pool = device, pool
-        self._ahead = Ahead(self._begin, indices_of)
 
     def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
         return upload(self._ahead.take(call, indices)[0], self._device)
 
     def describe(self) -> str:
         return f"memory-mapped ({in_words(self._rows.bytes)})"
-
-    def drop(self) -> None:
-        self._ahead.drop()
-
-    def close(self) -> None:
-        self._ahead.drop()
 
     def _begin(self, indices: np.ndarray) -> list[Future[Any]]:
         return [self._pool.submit(self._rows.take, indices)]

@@ -11,7 +11,7 @@ import io
 import sys
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from fastgan.data.images import area_average, decode, first_line
 from fastgan.data.sources import Encoded, Source
-from fastgan.data.store import Ahead, Call, count
+from fastgan.data.store import AheadStore, Call, count
 from fastgan.errors import ArgumentError
 
 # Formats and modes of Pillow that DALI decodes to the same pixels: 16 bits and transparency are otherwise there.
@@ -67,7 +67,7 @@ def fault(source: Source, resolution: int) -> str:
     return missing()
 
 
-class Dali:
+class Dali(AheadStore):
     """The image files of a source, decoded by DALI; `fault` must have found nothing.
 
     pool: threads that read the files' bytes. workers: DALI's threads.
@@ -82,6 +82,7 @@ class Dali:
         workers: int,
         indices_of: Callable[[Call], np.ndarray],
     ) -> None:
+        super().__init__(indices_of)
         files = source.encoded(resolution)
         assert files is not None
         self._files: Encoded = files
@@ -92,7 +93,6 @@ class Dali:
         self._graph: Any = None
         self._largest = 0
         self._given: deque[tuple[torch.cuda.Event | None, torch.Tensor]] = deque()
-        self._ahead = Ahead(lambda indices: [self._runner.submit(self._decode, indices)], indices_of)
 
     def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
         images: torch.Tensor = self._ahead.take(call, indices)[0]
@@ -104,13 +104,13 @@ class Dali:
         place = "the CPU" if self._device.type == "cpu" else f"{self._device}"
         return f"decoded on {place} by {count(self._workers, 'thread')}"
 
-    def drop(self) -> None:
-        self._ahead.drop()
-
     def close(self) -> None:
-        self._ahead.drop()
+        super().close()
         self._runner.shutdown(wait=True)
         self._graph = None  # its memory and threads go now, and not when a cycle of references is found
+
+    def _begin(self, indices: np.ndarray) -> list[Future[Any]]:
+        return [self._runner.submit(self._decode, indices)]
 
     def _keep(self, images: torch.Tensor) -> None:
         """DALI knows nothing of torch's streams: its buffer is kept until what reads it there has run."""

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from fastgan.data.sources import Source
-from fastgan.data.store import Ahead, Call, count, upload
+from fastgan.data.store import AheadStore, Call, count, upload
 
 
-class Threads:
+class Threads(AheadStore):
     """Every image is read from its source when its batch is near.
 
     Threads, not the processes of a DataLoader: Pillow lets go of Python's lock while it decodes and resizes, so they
@@ -29,21 +29,15 @@ class Threads:
         workers: int,
         indices_of: Callable[[Call], np.ndarray],
     ) -> None:
+        super().__init__(indices_of)
         self._source, self._resolution, self._device = source, resolution, device
         self._pool, self._workers = pool, workers
-        self._ahead = Ahead(self._begin, indices_of)
 
     def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
         return upload(torch.from_numpy(np.concatenate(self._ahead.take(call, indices))), self._device)
 
     def describe(self) -> str:
         return f"decoded by {count(self._workers, 'thread')}"
-
-    def drop(self) -> None:
-        self._ahead.drop()
-
-    def close(self) -> None:
-        self._ahead.drop()
 
     def _begin(self, indices: np.ndarray) -> list[Future[Any]]:
         # A few images each: handing one over takes as long as decoding it, where it is small.

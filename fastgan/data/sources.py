@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastgan.data.images import Checked, area_average, check, decode, first_line, is_grey, square
-from fastgan.data.originals import walk
+from fastgan.data.listing import walk
 from fastgan.errors import ArgumentError
 
 _KINDS = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,23 +20,26 @@ class Call(NamedTuple):
     world: int
 
 
-class Store(Protocol):
+class Store(ABC):
     """The images of one source at one resolution, however kept."""
 
+    @abstractmethod
     def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
         """The images `indices` (int64 [n], on the host and again on the device): uint8 [n, C, r, r] there.
 
         Dense, contiguous or channels last in memory; the caller does not write to it.
         """
 
+    @abstractmethod
     def describe(self) -> str:
         """How they are kept, to follow "at 64 px by dali: "."""
 
-    def drop(self) -> None:
-        """Forget what was begun ahead: the order has changed."""
+    def drop(self) -> None:  # noqa: B027, as some have nothing to forget
+        """Forget what was begun ahead, if anything is: the order has changed."""
 
     def close(self) -> None:
         """Drop what is under way, and end what was started. Nothing can be taken any more."""
+        self.drop()
 
 
 class Ahead:
@@ -71,6 +75,20 @@ class Ahead:
     def _drop(self, call: Call) -> None:
         for part in self.pending.pop(call):
             part.cancel()
+
+
+class AheadStore(Store):
+    """A store that works on the next batch while one is used."""
+
+    def __init__(self, indices_of: Callable[[Call], np.ndarray]) -> None:
+        self._ahead = Ahead(self._begin, indices_of)
+
+    @abstractmethod
+    def _begin(self, indices: np.ndarray) -> list[Future[Any]]:
+        """See `Ahead`."""
+
+    def drop(self) -> None:
+        self._ahead.drop()
 
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 from fastgan.data import prepared
 from fastgan.data.files import File, write_whole
 from fastgan.data.prepared import Manifest, Shard
-from fastgan.data.shards import ShardWriter, read_index
+from fastgan.data.preparing.shards import ShardWriter, read_index
 
 
 def write_array(file: Path, array: np.ndarray) -> File:

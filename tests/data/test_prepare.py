@@ -18,9 +18,9 @@ from published import celeba, cifar10, mnist, noise, save
 import fastgan.data
 from fastgan.data import open_source, prepared
 from fastgan.data.images import area_average
-from fastgan.data.originals import sorted_rows
-from fastgan.data.preparation import Settings, prepare
+from fastgan.data.listing import sorted_rows
 from fastgan.data.prepared import Level, Manifest, read_manifest
+from fastgan.data.preparing.preparation import Settings, prepare
 from fastgan.errors import ArgumentError
 
 
@@ -453,7 +453,7 @@ def test_dali_reads_the_tars_by_their_index(photos: Path, tmp_path: Path) -> Non
 
 
 def test_disk_that_is_too_small(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgan.data import preparation
+    from fastgan.data.preparing import preparation
 
     usage = shutil.disk_usage(tmp_path)
     said: list[str] = []

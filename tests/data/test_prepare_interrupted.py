@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from published import noise, save
 
-from fastgan.data.archives import Zip
-from fastgan.data.preparation import Settings, prepare
 from fastgan.data.prepared import is_prepared, read_manifest
-from fastgan.data.unfinished import Unfinished
+from fastgan.data.preparing.archives import Zip
+from fastgan.data.preparing.preparation import Settings, prepare
+from fastgan.data.preparing.unfinished import Unfinished
 from fastgan.errors import ArgumentError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are followed through /proc, and forked")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from fastgan.data.originals import walk
+from fastgan.data.listing import walk
 from fastgan.data.prepared import MANIFEST, Manifest, fingerprint
-from fastgan.data.unfinished import FOLDER
+from fastgan.data.preparing.unfinished import FOLDER
 
 
 class Fault(NamedTuple):

@@ -25,14 +25,24 @@ from typing import Any
 import numpy as np
 
 from fastgan.data import prepared
-from fastgan.data.encoding import Done, Plan, done, encode_shard, look, looked, measure, rejected, renumber_shard
 from fastgan.data.files import File, Output, array_header, write_whole
-from fastgan.data.inputs import open_originals
-from fastgan.data.originals import Item, Originals, printable
 from fastgan.data.prepared import Manifest, Shard, size_in_words
-from fastgan.data.shards import read_index
-from fastgan.data.unfinished import Unfinished, changed, difference, locked
-from fastgan.data.workers import Workers
+from fastgan.data.preparing.encoding import (
+    Done,
+    Plan,
+    done,
+    encode_shard,
+    look,
+    looked,
+    measure,
+    rejected,
+    renumber_shard,
+)
+from fastgan.data.preparing.inputs import open_originals
+from fastgan.data.preparing.originals import Item, Originals, printable
+from fastgan.data.preparing.shards import read_index
+from fastgan.data.preparing.unfinished import Unfinished, changed, difference, locked
+from fastgan.data.preparing.workers import Workers
 from fastgan.errors import ArgumentError
 
 _SAID = 10  # files that are named when they cannot be used; skipped.txt names them all

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgan.data.files import write_whole
-from fastgan.data.originals import Item, printable
 from fastgan.data.prepared import MANIFEST
+from fastgan.data.preparing.originals import Item, printable
 from fastgan.errors import ArgumentError
 
 FOLDER = ".preparing"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgan.data.archives import Tar, Zip, image_suffixes, suffix, tar_files
 from fastgan.data.images import Checked, square
-from fastgan.data.originals import Folder, Item, Originals
 from fastgan.data.prepared import Level, is_prepared, read_manifest
+from fastgan.data.preparing.archives import Tar, Zip, image_suffixes, suffix, tar_files
+from fastgan.data.preparing.originals import Folder, Item, Originals
 from fastgan.data.sources import ArraySource, celeba_files, open_source
 from fastgan.errors import ArgumentError
 
@@ -173,22 +173,12 @@ def _holds_tars_alone(path: Path) -> bool:
     return tars > 0
 
 
-def _folder(place: str) -> Folder:
+def _existing(place: str, right: Callable[[Path], bool], what: str) -> Path:
     path = Path(place).expanduser()
-    if not path.is_dir():
-        raise ArgumentError(
-            "SRC", place, f"{path} {'is a file' if path.exists() else 'is missing'}; it may be a folder"
-        )
-    return Folder(path)
-
-
-def _zip(place: str) -> Zip:
-    path = Path(place).expanduser()
-    if not path.is_file():
-        raise ArgumentError(
-            "SRC", place, f"{path} {'is no file' if path.exists() else 'is missing'}; it may be a zip file"
-        )
-    return Zip(path)
+    if not right(path):
+        found = "is missing" if not path.exists() else "is a folder" if path.is_dir() else "is no folder"
+        raise ArgumentError("SRC", place, f"{path} {found}; it may be {what}")
+    return path
 
 
 def _tar(place: str) -> Tar:
@@ -201,8 +191,8 @@ def _tar(place: str) -> Tar:
 
 
 _OPENERS: dict[str, Callable[[str], Originals]] = {
-    "folder": _folder,
-    "zip": _zip,
+    "folder": lambda place: Folder(_existing(place, Path.is_dir, "a folder")),
+    "zip": lambda place: Zip(_existing(place, Path.is_file, "a zip file")),
     "tar": _tar,
     "cifar10": lambda place: Arrays(f"cifar10:{place}"),
     "mnist": lambda place: Arrays(f"mnist:{place}"),

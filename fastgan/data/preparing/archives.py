@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastgan.data.images import first_line
-from fastgan.data.originals import Files, Item, first_folder, hidden, sorted_rows
+from fastgan.data.listing import sorted_rows
+from fastgan.data.preparing.originals import Files, Item, first_folder, hidden
 from fastgan.errors import ArgumentError
 
 # Layouts from PKWARE's APPNOTE 6.3.10, sections 4.3.7 to 4.3.16 and 4.5.3.

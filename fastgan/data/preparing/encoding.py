@@ -12,11 +12,11 @@ import numpy as np
 
 from fastgan.data.files import File
 from fastgan.data.images import first_line, is_grey, pyramid
-from fastgan.data.originals import Item, Originals, gone
 from fastgan.data.prepared import SUFFIXES
-from fastgan.data.shards import ShardWriter, encode, renumber
-from fastgan.data.unfinished import Unfinished
-from fastgan.data.workers import shared, tick
+from fastgan.data.preparing.originals import Item, Originals, gone
+from fastgan.data.preparing.shards import ShardWriter, encode, renumber
+from fastgan.data.preparing.unfinished import Unfinished
+from fastgan.data.preparing.workers import shared, tick
 
 
 @dataclass(frozen=True)
