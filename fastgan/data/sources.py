@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -180,7 +182,10 @@ class ArraySource(Source):
 
 
 class _FileSource(Source):
-    """One image file per image, decoded when read. files: paths relative to `path`, in order."""
+    """One image file per image, decoded when read. files: paths relative to `path`, in order.
+
+    samples: `_sample` of each, where all were opened anyway.
+    """
 
     def __init__(
         self,
@@ -193,10 +198,12 @@ class _FileSource(Source):
         channels: int,
         skipped: Iterable[tuple[str, str]] = (),
         kinds: dict[tuple[str, str, bool], str] | None = None,
+        samples: dict[str, int] | None = None,
     ) -> None:
         digest = hashlib.sha256(f"{name} {len(files)}".encode())
         for file in files:
-            digest.update(f"\0{file}\0{(path / file).stat().st_size}".encode(errors="surrogateescape"))
+            sample = "" if samples is None else f" {samples[file]}"
+            digest.update(f"\0{file}\0{(path / file).stat().st_size}{sample}".encode(errors="surrogateescape"))
         super().__init__(
             name,
             resolution=resolution,
@@ -366,8 +373,9 @@ def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Sou
     # Opening waits for the disk more than it computes, so more threads than cores pay.
     with ThreadPoolExecutor(8) as pool:
         checked = dict(zip(files, pool.map(lambda file: _check(path / file), files), strict=True))
-    whole = {file: one for file, one in checked.items() if not one.reason}
-    skipped += [(file, one.reason) for file, one in checked.items() if one.reason]
+    whole = {file: one for file, (one, _) in checked.items() if not one.reason}
+    samples = {file: checked[file][1] for file in whole}
+    skipped += [(file, one.reason) for file, (one, _) in checked.items() if one.reason]
     if not whole:
         found = "it is empty"
         if skipped:
@@ -386,13 +394,21 @@ def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Sou
         classes, ranks = np.unique([name.partition("/")[0] for name in names], return_inverse=True)
         labels, num_classes = ranks.astype(np.int64), len(classes)
     kinds = {(one.kind, one.mode, one.transparent): file for file, one in whole.items()}
-    return _FileSource("folder", path, names, labels, num_classes, resolution, channels, skipped, kinds)
+    return _FileSource("folder", path, names, labels, num_classes, resolution, channels, skipped, kinds, samples)
 
 
-def _check(file: Path) -> Checked:
+def _check(file: Path) -> tuple[Checked, int]:
     if not file.is_file():  # opening a named pipe would wait forever
-        return Checked("no file")
-    return check(lambda: file.open("rb"), str(file))
+        return Checked("no file"), 0
+    found = check(lambda: file.open("rb"), str(file))
+    return found, 0 if found.reason else _sample(file)
+
+
+def _sample(file: Path) -> int:
+    """CRC-32 of 4 kB in the middle: another file of the same size has others, a copy on another host the same."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4096) // 2)
+        return zlib.crc32(stream.read(4096))
 
 
 def _is_resolution(resolution: int) -> bool:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -165,6 +167,13 @@ def test_folder_fingerprint_follows_the_data_not_its_place(tmp_path: Path) -> No
         save(tmp_path / place / "y.png", noise(20, 20, 3, seed=1))
     one, two = (open_source(f"folder:{tmp_path / place}", 16) for place in ("one", "two"))
     assert one.fingerprint == two.fingerprint
+    for name in ("x.bmp", "y.bmp"):  # all of one size
+        os.utime(save(tmp_path / "bmp" / name, noise(20, 20, 3, seed=int(name == "y.bmp"))), (0, 0))
+    before = open_source(f"folder:{tmp_path / 'bmp'}", 16).fingerprint
+    os.utime(tmp_path / "bmp" / "x.bmp")
+    assert open_source(f"folder:{tmp_path / 'bmp'}", 16).fingerprint == before
+    shutil.copy(tmp_path / "bmp" / "y.bmp", tmp_path / "bmp" / "x.bmp")
+    assert open_source(f"folder:{tmp_path / 'bmp'}", 16).fingerprint != before
     (tmp_path / "two" / "y.png").rename(tmp_path / "two" / "z.png")
     assert open_source(f"folder:{tmp_path / 'two'}", 16).fingerprint != one.fingerprint
 
