@@ -98,7 +98,7 @@ def _measure(planner: Planner, request: Request, times: Times) -> StepTimes:
     from tqdm import tqdm
 
     from fastgan.training import steptimes
-    from fastgan.training.world import pick_device
+    from fastgan.training.world import device_name, pick_device
 
     device = pick_device(request.config.system.device)
     more = times.write_step_times is not None
@@ -113,7 +113,7 @@ def _measure(planner: Planner, request: Request, times: Times) -> StepTimes:
             bar.update()
     return steptimes.StepTimes(
         steptimes.SCHEMA,
-        steptimes.device_name(device),
+        device_name(device),
         torch.__version__,
         steptimes.recipe(request.config, planner.source.channels),
         found,

@@ -6,6 +6,7 @@ name and quantity, so that a checkpoint does not depend on the engine, the ZeRO 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgan.errors import ArgumentError
+from fastgan.training.reduce import Reducer
+from fastgan.training.stopwatch import Stopwatch
 
 OptimiserFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -165,14 +168,45 @@ class TorchEngine:
         pass
 
 
+# Settings of a user's file that say how gradients are to be reduced: then DeepSpeed does it, under ZeRO 0 too.
+_REDUCTION = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients")
+
+
+def _count_waiting(engine: Any, waiting: Stopwatch) -> None:
+    """Let `waiting` run during DeepSpeed's collectives that hold the step up."""
+    from deepspeed.comm import comm
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # With `overlap_comm` a stream of their own has them, and the step does not wait for it.
+            if torch.cuda.is_initialized() and torch.cuda.current_stream() != torch.cuda.default_stream():
+                return function(*args, **kwargs)
+            with comm.cdb.fastgan_waiting():
+                return function(*args, **kwargs)
+
+        return call
+
+    if not hasattr(comm.cdb, "fastgan_waiting"):
+        for name in ("all_reduce", "reduce", "all_gather", "all_gather_into_tensor"):
+            setattr(comm.cdb, name, counted(getattr(comm.cdb, name)))
+    comm.cdb.fastgan_waiting = waiting
+    engine.allreduce_gradients = counted(engine.allreduce_gradients)
+
+
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO 0, 1 or 2.
 
     The step calls `module` and never the engine's own forward: under a gradient penalty the engine's forward hooks
     would see the inner gradient as a backward of their own and fail.
+
+    Under ZeRO 0 gradients are reduced by `Reducer`: DeepSpeed would do so in one piece when the backward is over.
+    `waiting` runs while this rank waits for others.
     """
 
-    def __init__(self, module: nn.Module, optimiser: OptimiserFactory, config: dict[str, Any]) -> None:
+    def __init__(
+        self, module: nn.Module, optimiser: OptimiserFactory, config: dict[str, Any], waiting: Stopwatch
+    ) -> None:
         import deepspeed
 
         named = _trainable(module)
@@ -181,9 +215,20 @@ class DeepSpeedEngine:
         )
         self.module = self._engine.module
         self._stage = self._engine.zero_optimization_stage()
+        self._reducer: Reducer | None = None
+        if dist.get_world_size() > 1 and not self._stage and not any(key in config for key in _REDUCTION):
+            self._engine.enable_backward_allreduce = False
+            self._reducer = Reducer(self.module, waiting)
+        elif dist.get_world_size() > 1:
+            _count_waiting(self._engine, waiting)
 
     def backward(self, loss: Tensor) -> None:
+        last = self._reducer is not None and self._engine.is_gradient_accumulation_boundary()
+        if self._reducer is not None and last:
+            self._reducer.expect()
         self._engine.backward(loss)
+        if self._reducer is not None and last:
+            self._reducer.finish()
 
     def step(self) -> None:
         self._engine.step()
@@ -214,6 +259,8 @@ class DeepSpeedEngine:
         _restore(self._fragments(), self._base(), state)
 
     def close(self) -> None:
+        if self._reducer is not None:
+            self._reducer.close()
         self._engine.destroy()
 
 
@@ -227,15 +274,20 @@ _REFUSED = {
 }
 
 
-def deepspeed_config(path: str | None, *, zero: int, micro_batch: int, accumulation: int, world: int) -> dict[str, Any]:
+def deepspeed_config(
+    path: str | None, *, zero: int, micro_batch: int, accumulation: int, world: int, overlap: bool = False
+) -> dict[str, Any]:
     """DeepSpeed's configuration: the user's file, or a sane one, with the sizes of this run.
+
+    overlap: whether ZeRO 1 and 2 reduce gradients during the backward, on a stream of their own.
 
     Raises:
         ArgumentError: the file cannot be read, or sets what is this package's to set.
     """
     sizes = dict(zip(_OURS, (micro_batch * accumulation * world, micro_batch, accumulation), strict=True))
     config: dict[str, Any] = {
-        "zero_optimization": {"stage": zero},
+        # By default DeepSpeed sends whole buckets to all ranks, each of which keeps its part: half as much again.
+        "zero_optimization": {"stage": zero, "use_multi_rank_bucket_allreduce": False, "overlap_comm": overlap},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,

@@ -105,10 +105,13 @@ class Log:
             file.write(json.dumps(row) + "\n")
         if self._events is not None:
             for name, value in row.items():
-                if name != "images":
+                if name != "images" and isinstance(value, int | float):
                     self._events.add_scalar(name, value, row["images"])
         shown = f"G {row.get('loss_g', math.nan):.3f} D {row['loss_d']:.3f}"
         stage = f"{row['resolution']} px" + (f" alpha {row['alpha']:.2f}" if row["alpha"] < 1 else "")
+        if "slowest_rank" in row:
+            times = row["slowest_step_seconds"] / max(row["step_seconds"], 1e-9)
+            stage += f", slowest rank {row['slowest_rank']} ({times:.1f}x)"
         speed = row["images_per_second"]
         if self._bar is not None:
             self._bar.set_postfix_str(f"{speed:.0f} img/s, {shown}, {stage}")

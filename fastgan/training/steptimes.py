@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from fastgan.errors import ArgumentError
 from fastgan.models.pggan import Progressive
 from fastgan.training.engine import Engine
 from fastgan.training.scaling import NetworkTime
+from fastgan.training.stopwatch import Marks
 from fastgan.training.trainer import Trainer
 from fastgan.training.world import World
 
@@ -160,19 +159,6 @@ def writable(path: str) -> None:
         raise ArgumentError("--write-step-times", path, "it may be a file in a folder that is there and can be written")
 
 
-def device_name(device: torch.device) -> str:
-    """What a reader calls the device: the GPU's name, or the processor's with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
 def free_bytes(device: torch.device) -> float:
     """Memory that may still be taken on `device`; infinite where the system does not say."""
     if device.type == "cuda":
@@ -195,33 +181,10 @@ class _Still:
         return self._batch
 
 
-class _Marks:
-    """Moments of the device's work, read afterwards: events on a GPU, where asking for the time would wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-
-    def __call__(self) -> int:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-        return len(self._marks) - 1
-
-    def seconds(self, a: int, b: int) -> float:
-        if not self._cuda:
-            return float(self._marks[b] - self._marks[a])
-        self._marks[b].synchronize()
-        return float(self._marks[a].elapsed_time(self._marks[b])) / 1000
-
-
 class _Watched:
     """An engine that notes when each gradient is there and when the backward ends."""
 
-    def __init__(self, engine: Engine, marks: _Marks) -> None:
+    def __init__(self, engine: Engine, marks: Marks) -> None:
         self._engine, self._marks = engine, marks
         self.module = engine.module
         self.ready: list[tuple[int, int]] = []
@@ -297,7 +260,7 @@ class Bench:
         while not taken or (sum(map(sum, taken)) < self._seconds and len(taken) < 50):
             taken.append(self._step(trainer, micro))
         assert trainer._engines is not None
-        watched = tuple(_Watched(engine, _Marks(device)) for engine in trainer._engines)
+        watched = tuple(_Watched(engine, Marks(device)) for engine in trainer._engines)
         trainer._engines = (watched[0], watched[1])
         self._step(trainer, micro)
         g, d = (watcher.gradients() for watcher in watched)
@@ -310,7 +273,7 @@ class Bench:
     @staticmethod
     def _step(trainer: Trainer, micro: int) -> tuple[float, float]:
         """Seconds of one step of the discriminator and of one of the generator."""
-        marks = _Marks(trainer.world.device)
+        marks = Marks(trainer.world.device)
         begun = marks()
         positions = trainer._discriminator_step(micro)
         between = marks()

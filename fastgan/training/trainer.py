@@ -28,6 +28,8 @@ from fastgan.training.engine import DeepSpeedEngine, Engine, OptimiserFactory, T
 from fastgan.training.finite import FiniteCheck
 from fastgan.training.growth import Stage, inherit, stage_at, stages
 from fastgan.training.log import Log
+from fastgan.training.pace import Pace
+from fastgan.training.ranklog import LOGGER, rank_log
 from fastgan.training.step import Meters, Regulariser, Step
 from fastgan.training.world import World
 
@@ -239,6 +241,8 @@ class Trainer:
             resident_bytes=None if config.data.resident_gb is None else round(config.data.resident_gb * 1e9),
         )
         self._waited = 0.0
+        self.pace = Pace(world)
+        self._slow: list[int] = []
         self._logged_at = (time.monotonic(), 0)
         self._last_good: Path | None = None
         self._engines: tuple[Engine, Engine] | None = None
@@ -321,6 +325,7 @@ class Trainer:
         self.step = build_step(self.config, generator, discriminator, self.source.num_classes)
         self.resolution = resolution
         self.working = self._working(resolution)
+        LOGGER.info("%d px from %g kimg", resolution, self.images / 1000)
         self.pipeline.set_resolution(resolution)
 
     def _engine(self, module: nn.Module, discriminator: bool, resolution: int) -> Engine:
@@ -334,8 +339,9 @@ class Trainer:
             micro_batch=batch_at(s, resolution) // (s.accumulation * self._working(resolution)),
             accumulation=s.accumulation,
             world=self.world.size,
+            overlap=self.world.device.type == "cuda",
         )
-        return DeepSpeedEngine(module, make, settings)
+        return DeepSpeedEngine(module, make, settings, self.pace.waiting)
 
     def _modules(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.step.generator, self.step.discriminator, self.ema.module
@@ -421,6 +427,10 @@ class Trainer:
         stage = stage_at(self.stages, self.images)
         while self.resolution < stage.resolution:
             self._grow(self.resolution * 2)
+        with self.pace.step():
+            self._step(stage)
+
+    def _step(self, stage: Stage) -> None:
         self._set_alpha(stage)
         self.finite.begin_step(self.steps)
         batch = batch_at(self.config.schedule, self.resolution)
@@ -535,6 +545,14 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient was not finite.
         """
+        with rank_log(self.run_path, self.world):
+            LOGGER.info("begins at %g kimg, %d px, with %s", self.images / 1000, self.resolution, self.run_path)
+            stopped = self._run()
+            how = f"stopped by {signal.Signals(stopped).name}" if stopped else "done"
+            LOGGER.info("%s at %g kimg", how, self.images / 1000)
+            return stopped
+
+    def _run(self) -> int | None:
         interval = self._intervals()
         log = Log(self.run_path, active=self.world.main, total=self.total, seen=self.images)
         self._logged_at = (time.monotonic(), self.images)
@@ -600,6 +618,7 @@ class Trainer:
         self._logged_at = (now, self.images)
         waited, self._waited = self._waited, 0.0
         stage = stage_at(self.stages, self.images)
+        pace = self._pace(log)
         log.metrics(
             {
                 "images": self.images,
@@ -610,8 +629,22 @@ class Trainer:
                 # The time from asking for batches to having them, as a share of all.
                 "data_share": waited / max(now - then, 1e-9),
                 **dict(zip(names, values, strict=True)),
+                **pace,
             }
         )
+
+    def _pace(self, log: Log) -> dict[str, Any]:
+        """What metrics.jsonl says of the ranks' speeds, if there are several; a straggler is named when it turns up."""
+        if self.world.size == 1:
+            return {}
+        report = self.pace.report()
+        for rank in report.stragglers:
+            if rank not in self._slow:
+                log.line(report.say(rank))
+            if rank not in self._slow or rank == self.world.rank:
+                LOGGER.warning(report.say(rank))
+        self._slow = report.stragglers
+        return report.row()
 
     def _sample(self, log: Log) -> None:
         if self.world.main:

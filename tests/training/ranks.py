@@ -5,12 +5,15 @@
 started by a launcher's variables (or without them, as one process). Each case is {"name", "variant", "flags", "steps"};
 the weights and optimiser state after its steps go to OUT/NAME.safetensors, written by the first rank.
 
-`case` and `assert_same_weights` are what the tests share that compare many ranks with one process.
+`launch`, `case` and `assert_same_weights` are what the tests share that compare many ranks with one process.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +74,30 @@ def assert_same_weights(one: dict[str, Tensor], many: dict[str, Tensor]) -> None
         assert difference < 1e-5, f"{name}: {difference:.1e}"
         compared += 1
     assert compared > 20
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(script: Path, cases: list[dict], out: Path, world: int) -> None:
+    """Run `script CASES.json OUT` in `world` processes."""
+    file = out / f"cases{world}.json"
+    file.write_text(json.dumps(cases))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if world > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
+    processes = []
+    for rank in range(world):
+        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
+        processes.append(
+            subprocess.Popen([sys.executable, str(script), str(file), str(out)], env=own, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True)
+        )  # fmt: skip
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
 
 
 def train(case: dict[str, Any], world: processes.World, out: Path) -> None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ranks
 from safetensors.torch import load_file
 
-RANKS = Path(__file__).with_name("ranks.py")
+SCRIPT = Path(ranks.__file__)
 CASES = [(variant, zero, a) for variant in ("wgan-gp", "pggan") for zero in (0, 1, 2) for a in (1, 2)]
 CASES += [("dcgan", 0, 1), ("dcgan", 2, 2)]  # with batch norm in the critic and a penalty on real images alone
 # At 8 px a batch that one of the two ranks takes alone, in one micro-batch or two.
@@ -25,37 +20,14 @@ def _idle(name: str, zero: int, accumulation: int) -> dict:
     return {**case, "flags": [*case["flags"], "--batch-at", "8", str(accumulation)]}
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _run(cases: list[dict], out: Path, world: int) -> None:
-    file = out / f"cases{world}.json"
-    file.write_text(json.dumps(cases))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if world > 1:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
-    processes = []
-    for rank in range(world):
-        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
-        processes.append(
-            subprocess.Popen([sys.executable, str(RANKS), str(file), str(out)], env=own, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True)
-        )  # fmt: skip
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("ranks")
     pairs = sorted({(v, a) for v, _, a in CASES})
     one = [ranks.case(f"one-{v}-{a}", v, 0, ranks.one_process(v, 2, a)) for v, a in pairs]
-    _run([*one, *(_idle(f"one-idle-{a}", 0, a) for a in (1, 2))], out, 1)
+    ranks.launch(SCRIPT, [*one, *(_idle(f"one-idle-{a}", 0, a) for a in (1, 2))], out, 1)
     two = [ranks.case(f"two-{v}-{z}-{a}", v, z, a) for v, z, a in CASES]
-    _run([*two, *(_idle(f"two-idle-{z}-{a}", z, a) for z, a in IDLE)], out, 2)
+    ranks.launch(SCRIPT, [*two, *(_idle(f"two-idle-{z}-{a}", z, a) for z, a in IDLE)], out, 2)
     return {file.stem: load_file(file) for file in out.glob("*.safetensors")}
 
 

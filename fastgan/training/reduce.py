@@ -1,0 +1,120 @@
+"""Gradients averaged over ranks in buckets that are sent while the backward goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastgan.training.scaling import pack
+from fastgan.training.stopwatch import Stopwatch
+
+
+class _Bucket:
+    """Some gradients one after the other in a buffer: what is sent in one piece."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        first = parameters[0]
+        self.buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        self.views = [
+            piece.view(p.shape)
+            for piece, p in zip(self.buffer.split([p.numel() for p in parameters]), parameters, strict=True)
+        ]
+        self.missing = len(parameters)
+        self.work: dist.Work | None = None
+
+    def send(self, world: int) -> None:
+        """Average over ranks; a gradient that this step has none of counts as zero."""
+        for p, view in zip(self.parameters, self.views, strict=True):
+            if p.grad is None:
+                view.zero_()
+            elif p.grad.data_ptr() != view.data_ptr():
+                view.copy_(p.grad)
+        self.buffer.mul_(1 / world)
+        self.work = dist.all_reduce(self.buffer, async_op=True)
+
+
+class Reducer:
+    """Averages the gradients of a module over all ranks, once for each optimiser step.
+
+    A bucket is sent once its last gradient is there, in one order on all ranks; NCCL and gloo both work on it while
+    the backward goes on. In which order gradients appear is seen in the first step, which sends all of them at its
+    end; the first rank's order is everybody's. The average is left in `.grad`, as a view of the bucket.
+
+    Usage: `expect` before the backward of an optimiser step's last micro-batch, `finish` after it.
+
+    Args:
+        waiting: runs while this rank waits for others.
+    """
+
+    def __init__(self, module: nn.Module, waiting: Stopwatch) -> None:
+        self._parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
+        self._world = dist.get_world_size()
+        self._waiting = waiting
+        self._expecting = False
+        self._seen: list[int] | None = []
+        self._set_order(range(len(self._parameters)))
+        self._handles = [
+            p.register_post_accumulate_grad_hook(lambda _, index=i: self._arrived(index))
+            for i, p in enumerate(self._parameters)
+        ]
+
+    def _set_order(self, order: Sequence[int]) -> None:
+        parameters = [self._parameters[i] for i in order]
+        cut = pack([p.numel() * p.element_size() for p in parameters])
+        self._buckets = [_Bucket([parameters[i] for i in indices]) for indices in cut]
+        places = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket.parameters}
+        self._bucket_of = [places[id(p)] for p in self._parameters]
+
+    def expect(self) -> None:
+        """The next backward completes the gradients."""
+        self._expecting = True
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.parameters)
+
+    def _arrived(self, index: int) -> None:
+        if not self._expecting:
+            return
+        if self._seen is not None:
+            self._seen.append(index)
+            return
+        self._buckets[self._bucket_of[index]].missing -= 1
+        while self._next < len(self._buckets) and self._buckets[self._next].missing <= 0:
+            self._send()
+
+    def _send(self) -> None:
+        self._buckets[self._next].send(self._world)
+        self._next += 1
+
+    def finish(self) -> None:
+        """Send what is left and wait, without the host waiting for a GPU; then every `.grad` is the average."""
+        self._expecting = False
+        while self._next < len(self._buckets):
+            self._send()
+        with self._waiting():
+            for bucket in self._buckets:
+                assert bucket.work is not None
+                bucket.work.wait()
+                bucket.work = None
+        for bucket in self._buckets:
+            for p, view in zip(bucket.parameters, bucket.views, strict=True):
+                p.grad = view
+        if self._seen is not None:
+            self._agree(self._seen)
+
+    def _agree(self, seen: list[int]) -> None:
+        """Pack anew in the order in which the first rank's gradients appeared, those that did not at the end."""
+        self._seen = None
+        order = [*dict.fromkeys(seen), *(i for i in range(len(self._parameters)) if i not in set(seen))]
+        agreed = torch.tensor(order, dtype=torch.int64, device=self._parameters[0].device)
+        dist.broadcast(agreed, src=0)
+        self._set_order(agreed.tolist())
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._buckets = []

@@ -1,0 +1,105 @@
+"""One rank of the tests of communication: counts collectives of training steps, then runs with a rank that is slow.
+
+    python collectives.py CASES.json OUT
+
+Each case is {"name", "variant", "flags", "steps"}; what rank r counted in the steps after the first goes to
+OUT/counts-r.json, as {name: {"sent": {collective: bytes}, "reads": {...}}}. A case with "slow" is run to its end in
+OUT/NAME, the last rank sleeping that many seconds in each step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_step import HostReads
+
+from fastgan import data
+from fastgan.train import parse
+from fastgan.training import world as processes
+from fastgan.training.trainer import Trainer
+
+_TENSORS = ("all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor")
+
+
+class Sent:
+    """Bytes of the tensors that this process hands to collectives."""
+
+    def __init__(self) -> None:
+        self.bytes: Counter[str] = Counter()
+        self.active = False
+        for name in _TENSORS:
+            setattr(dist, name, self._counting(name, getattr(dist, name)))
+
+    def _counting(self, name: str, original: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if self.active:
+                first = args[0] if args else next(iter(kwargs.values()))
+                parts = first if isinstance(first, list) else [first]
+                self.bytes[name] += sum(t.numel() * t.element_size() for t in parts)
+            return original(*args, **kwargs)
+
+        return counted
+
+
+def make(case: dict[str, Any], world: processes.World, out: Path) -> Trainer:
+    request = parse(["--variant", case["variant"], *case["flags"]])
+    source = data.open_source("digits", request.config.schedule.resolution)
+    return Trainer(request.config, request.variant, world, source, out / case["name"])
+
+
+def count(case: dict[str, Any], world: processes.World, out: Path, sent: Sent) -> dict[str, Any]:
+    trainer = make(case, world, out)
+    trainer.train_step()
+    sent.bytes.clear()
+    with pytest.MonkeyPatch.context() as patch, HostReads(patch) as reads:
+        sent.active = True
+        for _ in range(case["steps"]):
+            trainer.train_step()
+        sent.active = False
+    assert trainer._engines is not None
+    buckets = [len(e._reducer._buckets) for e in trainer._engines if getattr(e, "_reducer", None)]
+    trained = {
+        name: sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        for name, module in (("g", trainer.step.generator), ("d", trainer.step.discriminator))
+    }
+    trainer._close_engines()
+    return {"sent": dict(sent.bytes), "reads": dict(reads.seen), "trained": trained, "buckets": buckets}
+
+
+def run_slowly(case: dict[str, Any], world: processes.World, out: Path) -> None:
+    trainer = make(case, world, out)
+    original = trainer.step.discriminator_loss
+
+    def slow(*args: Any) -> Any:
+        time.sleep(case["slow"] if world.rank == world.size - 1 else 0.0)
+        return original(*args)
+
+    trainer.step.discriminator_loss = slow  # type: ignore[method-assign]
+    trainer.run()
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
+    torch.set_num_threads(1)
+    sent = Sent()
+    world = processes.start("auto", "cpu")
+    counts = {}
+    for case in cases:
+        if "slow" in case:
+            run_slowly(case, world, out)
+        else:
+            counts[case["name"]] = count(case, world, out, sent)
+    (out / f"counts-{world.rank}.json").write_text(json.dumps(counts))
+    processes.stop()
+
+
+if __name__ == "__main__":
+    main()
