@@ -121,23 +121,31 @@ class Planner:
         """
         rows = []
         for share in shares(self.config, self.cluster.size):
-            notes: list[str] = []
-            parts = []
-            for fading, images in share.parts():
-                timing, note = self._timing(times, share, fading)
-                notes += [note] if note else []
-                step = step_seconds(
-                    timing.d,
-                    timing.g,
-                    self.cluster,
-                    n_critic=self.config.optimiser.n_critic,
-                    accumulation=self.config.schedule.accumulation,
-                )
-                parts.append((float(images), step))
-            time = stage_seconds(parts, share.batch, self.config.optimiser.n_critic)
+            time, note = self.time(times, share)
             of = max((self.footprint(share.stage, share.micro, f) for f, _ in share.parts()), key=lambda f: f.bytes)
-            rows.append(Row(share, of, time, "; ".join(dict.fromkeys(notes))))
+            rows.append(Row(share, of, time, note))
         return rows
+
+    def time(self, times: StepTimes, share: Share) -> tuple[StageTime, str]:
+        """A stage's time, and how it came about if not by measuring.
+
+        Raises:
+            LookupError: as for `rows`.
+        """
+        notes: dict[str, None] = {}
+        parts = []
+        for fading, images in share.parts():
+            timing, note = self._timing(times, share, fading)
+            notes |= {note: None} if note else {}
+            step = step_seconds(
+                timing.d,
+                timing.g,
+                self.cluster,
+                n_critic=self.config.optimiser.n_critic,
+                accumulation=self.config.schedule.accumulation,
+            )
+            parts.append((float(images), step))
+        return stage_seconds(parts, share.batch, self.config.optimiser.n_critic), "; ".join(notes)
 
     def _timing(self, times: StepTimes, share: Share, fading: bool) -> tuple[Timing, str]:
         """Measured, or from other micro-batches of the stage, or from the stages nearest to it."""
@@ -194,11 +202,3 @@ def _stretched(part: NetworkTime, seconds: float, nbytes: int) -> NetworkTime:
     """Another network's step of `seconds`; its gradients become ready in the same rhythm."""
     held, factor = sum(size for size, _ in part.gradients), seconds / part.seconds
     return NetworkTime(seconds, tuple((round(n * nbytes / held), before * factor) for n, before in part.gradients))
-
-
-def with_cluster(planner: Planner, cluster: Cluster) -> Planner:
-    """The same run on another cluster, with the footprints already counted."""
-    other = Planner(planner.config, planner.source, cluster)
-    if not planner.config.system.zero:
-        other._footprints = planner._footprints
-    return other

@@ -19,12 +19,14 @@ from fastgan.data import Batch, open_source
 from fastgan.errors import ArgumentError
 from fastgan.models.pggan import Progressive
 from fastgan.training.engine import Engine
-from fastgan.training.scaling import NetworkTime
+from fastgan.training.scaling import NetworkTime, pack
 from fastgan.training.stopwatch import Marks
 from fastgan.training.trainer import Trainer
 from fastgan.training.world import World
 
 SCHEMA = 1
+# Gradients are noted in pieces of this many bytes: far below a bucket, and few.
+_SMALLEST = 2**20
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,12 @@ class _Watched:
             handle.remove()
 
     def gradients(self) -> tuple[tuple[int, float], ...]:
-        """As for `scaling.reduction_seconds`; parameters that no gradient reached are sent as zeros, at the end."""
-        found = [(size, self._marks.seconds(mark, self.end)) for size, mark in self.ready]
+        """As for `scaling.reduction_seconds`, small ones together; those that never came are sent at the end."""
+        groups = pack([size for size, _ in self.ready], _SMALLEST)
+        found = [
+            (sum(self.ready[i][0] for i in group), self._marks.seconds(self.ready[group[-1]][1], self.end))
+            for group in groups
+        ]
         missing = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
         missing -= sum(size for size, _ in found)
         return (*found, (missing, 0.0)) if missing else tuple(found)

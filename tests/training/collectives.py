@@ -2,9 +2,9 @@
 
     python collectives.py CASES.json OUT
 
-Each case is {"name", "variant", "flags", "steps"}; what rank r counted in the steps after the first goes to
-OUT/counts-r.json, as {name: {"sent": {collective: bytes}, "reads": {...}}}. A case with "slow" is run to its end in
-OUT/NAME, the last rank sleeping that many seconds in each step.
+Each case is {"name", "variant", "flags", "steps"}. What rank r counts in the steps after the first goes to
+OUT/counts-r.json by case: "sent" {collective: bytes of tensors}, "wire" bytes that left by eth0, "reads" of the host.
+A case with "slow" is run to its end in OUT/NAME, the last rank sleeping that many seconds in each step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from test_step import HostReads
 from fastgan import data
 from fastgan.train import parse
 from fastgan.training import world as processes
+from fastgan.training.step import Step
 from fastgan.training.trainer import Trainer
 
 _TENSORS = ("all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor")
@@ -49,6 +50,12 @@ class Sent:
         return counted
 
 
+def wire() -> int:
+    """Bytes that have left by this host's eth0, with all headers; 0 where there is none."""
+    lines = [line.split(":") for line in Path("/proc/net/dev").read_text().splitlines() if ":" in line]
+    return next((int(counts.split()[8]) for name, counts in lines if name.strip() == "eth0"), 0)
+
+
 def make(case: dict[str, Any], world: processes.World, out: Path) -> Trainer:
     request = parse(["--variant", case["variant"], *case["flags"]])
     source = data.open_source("digits", request.config.schedule.resolution)
@@ -60,10 +67,14 @@ def count(case: dict[str, Any], world: processes.World, out: Path, sent: Sent) -
     trainer.train_step()
     sent.bytes.clear()
     with pytest.MonkeyPatch.context() as patch, HostReads(patch) as reads:
+        dist.barrier()
+        before = wire()
         sent.active = True
         for _ in range(case["steps"]):
             trainer.train_step()
         sent.active = False
+        dist.barrier()
+        left = wire() - before
     assert trainer._engines is not None
     buckets = [len(e._reducer._buckets) for e in trainer._engines if getattr(e, "_reducer", None)]
     trained = {
@@ -71,19 +82,19 @@ def count(case: dict[str, Any], world: processes.World, out: Path, sent: Sent) -
         for name, module in (("g", trainer.step.generator), ("d", trainer.step.discriminator))
     }
     trainer._close_engines()
-    return {"sent": dict(sent.bytes), "reads": dict(reads.seen), "trained": trained, "buckets": buckets}
+    return {"sent": dict(sent.bytes), "reads": dict(reads.seen), "trained": trained, "buckets": buckets, "wire": left}
 
 
 def run_slowly(case: dict[str, Any], world: processes.World, out: Path) -> None:
-    trainer = make(case, world, out)
-    original = trainer.step.discriminator_loss
+    original = Step.discriminator_loss
 
     def slow(*args: Any) -> Any:
         time.sleep(case["slow"] if world.rank == world.size - 1 else 0.0)
         return original(*args)
 
-    trainer.step.discriminator_loss = slow  # type: ignore[method-assign]
-    trainer.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "discriminator_loss", slow)
+        make(case, world, out).run()
 
 
 def main() -> None:

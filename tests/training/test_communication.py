@@ -29,8 +29,8 @@ def _case(zero: int, accumulation: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collectives")
-    slow = {"name": "slow", "variant": "pggan", "slow": 0.2, "steps": 0}
-    slow["flags"] = [*ranks.FLAGS["pggan"].split(), *"--kimg 0.16 --batch 8 --log-kimg 0.032".split()]
+    slow = {"name": "slow", "variant": "pggan", "slow": 0.3, "steps": 0}
+    slow["flags"] = [*ranks.FLAGS["pggan"].split(), *"--kimg 0.16 --log-kimg 0.032".split()]
     ranks.launch(SCRIPT, [*(_case(*case) for case in CASES), slow], folder, 2)
     return folder
 
@@ -62,14 +62,16 @@ def test_a_straggler_is_named(out: Path) -> None:
     rows = [json.loads(line) for line in (out / "slow" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) >= 3
     for row in rows:
-        assert row["slowest_rank"] == 1 and row["slowest_step_seconds"] > 0.2
+        assert row["slowest_rank"] == 1 and row["slowest_step_seconds"] > 0.3
         # The other rank's own time is without its waiting for the slow one.
         assert row["step_seconds"] < 0.5 * row["slowest_step_seconds"]
         assert [(s["rank"], bool(s["host"])) for s in row["stragglers"]] == [(1, True)]
     logs = [(out / "slow" / "logs" / f"rank-000{rank}.log").read_text() for rank in (0, 1)]
     for rank, text in enumerate(logs):
         lines = text.splitlines()
-        assert re.search(rf"INFO rank {rank} of 2 on \S+, process \d+, cpu .*torch {torch.__version__}", lines[0])
+        assert re.search(
+            rf"INFO rank {rank} of 2 on \S+, process \d+, cpu .*torch {re.escape(torch.__version__)}", lines[0]
+        )
         assert any("INFO 8 px from 0.08 kimg" in line for line in lines)
         assert re.search(r"WARNING straggler: rank 1 on \S+ takes \d+ ms .* [\d.]+ times the median", text)
         assert lines[-1].endswith("INFO done at 0.16 kimg")

@@ -1,0 +1,50 @@
+"""Bytes that leave a host in a training step, counted on its interface, are those of a ring all-reduce."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import collectives
+import pytest
+from hosts import Hosts
+
+SCRIPT = Path(collectives.__file__)
+STEPS = 10
+# 1.9 million parameters: 7 MB for each of two optimiser steps.
+FLAGS = "--width 64 --max-width 256 --latent 64 --batch 8 --resolution 16 --n-critic 1".split()
+
+
+def case(zero: int, accumulation: int) -> dict:
+    flags = [*FLAGS, "--zero", str(zero), "--accumulation", str(accumulation)]
+    return {"name": f"{zero}-{accumulation}", "variant": "wgan-gp", "flags": flags, "steps": STEPS}
+
+
+def sent(hosts: Hosts, out: Path, cases: list[dict]) -> dict[str, float]:
+    """For each case what a host sent, as a multiple of 2 (n-1)/n times the parameters' bytes in each step."""
+    file = out / "cases.json"
+    file.write_text(json.dumps(cases))
+    job = hosts.deepspeed(SCRIPT, str(file), str(out))
+    output = job.communicate(timeout=280)[0]
+    assert job.returncode == 0, output
+    counts = [json.loads((out / f"counts-{rank}.json").read_text()) for rank in range(hosts.count)]
+    ratios = {}
+    for name, first in counts[0].items():
+        nbytes = STEPS * (first["trained"]["d"] + first["trained"]["g"])
+        ring = 2 * (hosts.count - 1) / hosts.count * nbytes
+        ratios[name] = sum(count[name]["wire"] for count in counts) / hosts.count / ring
+    return ratios
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_send_what_a_ring_does(make_hosts: Callable[..., Hosts], tmp_path: Path, count: int) -> None:
+    """What is handed to collectives is counted by test_communication.py, which is quick."""
+    hosts = make_hosts(count)
+    ratios = sent(hosts, tmp_path, [case(0, 1), case(0, 2), case(1, 1), case(2, 1)])
+    hosts.close()
+    # ZeRO reduces each rank's part to that rank and gathers the weights. gloo's reduce is a reduce-scatter over all
+    # ranks whose pieces then go to the one: (n-1)/n^2 of the bytes more.
+    expected = {name: 1.0 if name.startswith("0") else 1 + 1 / (2 * count) for name in ratios}
+    assert ratios == pytest.approx(expected, rel=0.1)
