@@ -99,8 +99,11 @@ _QUICK: dict[str, Any] = {"ema_decay": 0.999, "ema_warmup": True}
 # One critic step, not five, for each generator step: at this size a generator that moves five times as often reaches
 # better digits in the same minutes (about 79% recognised against 69%), and a longer beta2 steadies its larger steps.
 _ONE_CRITIC: dict[str, Any] = {"lr_g": 1e-3, "lr_d": 1e-3, "beta2": 0.99, "n_critic": 1, **_QUICK}
-# At one rate for both, the discriminator of so small a data set wins early; a tenth of the generator's keeps it level.
-_UNEVEN: dict[str, Any] = {"lr_g": 5e-4, "lr_d": 5e-5, **_QUICK}
+# At one rate for both, the discriminator of so small a data set wins early, and slowing it down keeps the game level at
+# 70% recognised. Holding its gradient on the real images near 0 (R1) keeps it level at any rate: both learn fast, as
+# the critics with a penalty do and like them without batch norm, and reach 80%.
+_R1: dict[str, Any] = {"regulariser": "zero-centered"}
+_R1_FAST: dict[str, Any] = {"beta1": 0.0, "beta2": 0.99, **_QUICK}
 
 VARIANTS: dict[str, Variant] = {
     v.name: v
@@ -119,9 +122,10 @@ VARIANTS: dict[str, Variant] = {
             "dcgan",
             _DCGAN,
             _DCGAN.but(
-                networks=_SMALL,
-                optimiser=_UNEVEN,
-                schedule={"resolution": 16, "kimg": 320, "batch": 64},
+                networks={**_SMALL, "norm_d": "none"},
+                objective={**_R1, "penalty_weight": 0.3},
+                optimiser={**_R1_FAST, "lr_g": 4e-3, "lr_d": 4e-3},
+                schedule={"resolution": 16, "kimg": 600, "batch": 64},
             ),
             "Radford et al. 2015, Unsupervised representation learning with deep convolutional GANs",
         ),
@@ -129,9 +133,12 @@ VARIANTS: dict[str, Variant] = {
             "lsgan",
             _LSGAN,
             _LSGAN.but(
-                networks=_SMALL,
-                optimiser=_UNEVEN,
-                schedule={"resolution": 16, "kimg": 320, "batch": 64},
+                networks={**_SMALL, "norm_d": "none"},
+                # Labels 0 and 1 ask for smaller scores than dcgan's logits, and it takes more weight to hold them: at
+                # weight 1 and dcgan's rates 72% are recognised.
+                objective={**_R1, "penalty_weight": 4.0},
+                optimiser={**_R1_FAST, "lr_g": 2e-3, "lr_d": 2e-3},
+                schedule={"resolution": 16, "kimg": 600, "batch": 64},
             ),
             "Mao et al. 2017, Least squares generative adversarial networks",
         ),
