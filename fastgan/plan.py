@@ -94,6 +94,7 @@ def cluster_of(machines: Machines) -> Cluster:
 
 
 def _measure(planner: Planner, request: Request, times: Times) -> StepTimes:
+    """Measure what the plan needs; with a file to write, it is replaced after each step, so that nothing is lost."""
     import torch
     from tqdm import tqdm
 
@@ -102,22 +103,19 @@ def _measure(planner: Planner, request: Request, times: Times) -> StepTimes:
 
     device = pick_device(request.config.system.device)
     more = times.write_step_times is not None
-    found = []
+    recipe = steptimes.recipe(request.config, planner.source.channels)
+    measured = steptimes.StepTimes(steptimes.SCHEMA, device_name(device), torch.__version__, recipe, [])
     with tqdm(total=len(planner.wanted(more)), unit="step", desc="measuring", leave=False, disable=None) as bar:
         for timing in planner.measure(request.variant, device, times.measure_seconds, more=more):
             if isinstance(timing, str):
                 bar.write(timing, file=sys.stderr)
             else:
-                found.append(timing)
+                measured.timings.append(timing)
+                if times.write_step_times:
+                    steptimes.write(measured, times.write_step_times)
                 bar.set_postfix_str(f"{timing.resolution} px, {timing.micro} per rank")
             bar.update()
-    return steptimes.StepTimes(
-        steptimes.SCHEMA,
-        device_name(device),
-        torch.__version__,
-        steptimes.recipe(request.config, planner.source.channels),
-        found,
-    )
+    return measured
 
 
 def _length(seconds: float) -> str:
@@ -178,7 +176,7 @@ def remarks(rows: list[Row], ranks: int, stddev: bool) -> list[str]:
 
 @command
 def main(argv: list[str]) -> int:
-    named = ("--data", "--preset", "--config", "--resume", "--help", "-h")
+    named = ("--data", "--preset", "--config", "--resume")
     if not any(flag.split("=")[0] in named for flag in argv):
         argv = [*argv, "--data", "synthetic"]
     request = parse(argv, Plan, "fastgan plan")
@@ -202,8 +200,6 @@ def main(argv: list[str]) -> int:
         measured = steptimes.read(times.step_times, steptimes.recipe(config, source.channels))
     else:
         measured = _measure(planner, request, times)
-        if times.write_step_times:
-            steptimes.write(measured, times.write_step_times)
     try:
         rows = planner.rows(measured)
     except LookupError as error:
