@@ -1,10 +1,11 @@
 """How fast batches come, and how much of a training step is spent waiting for them: every pipeline, 4 to 1024 px.
 
-    python benchmarks/bench_data.py [--widths small|paper] [--resolutions 4 64 ...] [--seconds 0.5] [--rounds 5]
+    python benchmarks/bench_data.py [--widths small|paper] [--resolutions 4 64 ...] [--seconds 0.3] [--rounds 5]
 
-Images/s of the three pipelines beside a DataLoader with Pillow, all of them giving the same float32 batches; the same
-from files of 256 px to 128 px; the cache's gather beside memcpy; and training steps of pggan on what `--pipeline auto`
-takes. Sides take turns; medians.
+Prints the tables of docs/data.md: images/s of the three pipelines beside a DataLoader with Pillow, all of them giving
+the same float32 batches; the same from files of 256 px to 128 px; the cache's gather beside memcpy; and
+training steps of pggan on what `--pipeline auto` takes. Sides take turns; medians. The load of the machine stands in
+front: other work slows all sides, and not all alike.
 
 The images are made here: octaves of smooth noise with edges, JPEG quality 90, about as large as a photograph's.
 """
@@ -16,7 +17,9 @@ import contextlib
 import gc
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -133,25 +136,29 @@ def dataloader(files: list[Path], resolution: int, batch: int) -> Iterator[torch
     return (images.float().div_(127.5).sub_(1) for images in loader)
 
 
-def rate(step: Callable[[], Any], images: int, seconds: float, skip: int) -> float:
+def rate(step: Callable[[], Any], images: int, seconds: float, skip: int, clock: Callable[[], float]) -> float:
     """Images/s over `seconds`, after `skip` batches that may have been made while another side was measured."""
     for _ in range(skip):
         step()
-    began, count = time.perf_counter(), 0
-    while (took := time.perf_counter() - began) < seconds or count < 3:
+    began, count = clock(), 0
+    while (took := clock() - began) < seconds or count < 3:
         step()
         count += 1
     return count * images / took
 
 
 def compare(
-    sides: dict[str, tuple[Callable[[], Any], int]], batch: int, seconds: float, rounds: int
+    sides: dict[str, tuple[Callable[[], Any], int]],
+    batch: int,
+    seconds: float,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Medians of images/s. sides: what makes a batch, and how many it has ready at most."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, (step, ready) in sides.items():
-            rates[name].append(rate(step, batch, seconds, skip=ready + 1))
+            rates[name].append(rate(step, batch, seconds, ready + 1, clock))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
@@ -229,9 +236,10 @@ class Bench:
     def gather(self, resolution: int, batch: int) -> dict[str, float]:
         """Images/s of the cache's gather alone, and of copying as many bytes that lie in a row.
 
-        One thread each. 400 MB, beyond any cache: the images in the order of a run, the copy from one end to the other.
+        One thread each, whose CPU time is taken: neither side waits for anything but memory. 200 MB, beyond any cache:
+        the images in the order of a run, the copy from one end to the other.
         """
-        array = self.array(resolution, 400)
+        array = self.array(resolution, 200)
         whole = np.array(array)
         order = data.Sampler(len(array), seed=0)
         mapped = Rows([array[i : i + 1024] for i in range(0, len(array), 1024)])
@@ -254,30 +262,37 @@ class Bench:
         }
         for call in calls:  # every page once
             mapped.take(call)
-        return compare(sides, batch, self.seconds, self.rounds)
+        # Many short turns: what else runs on the machine changes from one second to the next.
+        return compare(sides, batch, self.seconds / 10, 5 * self.rounds, time.thread_time)
 
-    def training(self, resolution: int, widths: str) -> tuple[int, str, float, float]:
-        """Batch, pipeline, images/s, and the share of the time between asking for a batch and having it."""
-        config = training_config(resolution, widths, str(self.folder / "run"))
+    def training(self, resolutions: list[int], widths: str) -> Iterator[tuple[int, str, float, float]]:
+        """Resolution, pipeline, images/s, and the share of the time between asking for a batch and having it.
+
+        One run that grows; at each of the resolutions some steps are measured.
+        """
+        target = max(resolutions)
+        config = training_config(target, widths, str(self.folder / "run"))
         count = 64
-        levels = [r for r in RESOLUTIONS if r <= resolution]
+        levels = [r for r in RESOLUTIONS if r <= target]
         arrays = {r: self.array(r, 0)[:count] for r in levels if r <= 128}
         files = {r: self.files(r)[:count] for r in levels if r > 128}
-        source = Photos(count, resolution, arrays, files)
+        source = Photos(count, target, arrays, files)
         trainer = Trainer(config, "pggan", world.start("torch", "auto", zero=0), source, self.folder)
         try:
-            while trainer.resolution < resolution:
-                trainer._grow(2 * trainer.resolution)
-            for _ in range(2):
-                trainer.train_step()
-            trainer._waited, images, began, took = 0.0, trainer.images, time.perf_counter(), 0.0
-            while took < 4 * self.seconds or trainer.images - images < 3 * batch_at(config.schedule, resolution):
-                trainer.train_step()
-                if trainer.world.device.type == "cuda":
-                    torch.cuda.synchronize()
-                took = time.perf_counter() - began
-            kind = trainer.pipeline.kind[0]
-            return batch_at(config.schedule, resolution), kind, (trainer.images - images) / took, trainer._waited / took
+            for resolution in levels:
+                if trainer.resolution < resolution:
+                    trainer._grow(resolution)
+                if resolution not in resolutions:
+                    continue
+                for _ in range(2):
+                    trainer.train_step()
+                trainer._waited, images, began, took = 0.0, trainer.images, time.perf_counter(), 0.0
+                while took < 4 * self.seconds or trainer.images - images < 3 * batch_of(resolution):
+                    trainer.train_step()
+                    if trainer.world.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    took = time.perf_counter() - began
+                yield resolution, trainer.pipeline.kind[0], (trainer.images - images) / took, trainer._waited / took
         finally:
             trainer.pipeline.close()
 
@@ -298,6 +313,22 @@ def training_config(resolution: int, widths: str, out: str) -> Config:
     )
 
 
+def machine() -> str:
+    """What a reader must know of where the numbers come from, in a line."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    found = f"{WORKERS} workers on {model}, torch {torch.__version__}, {dali.missing() or f'DALI {dali.version()}'}"
+    return f"{found}, commit {commit or 'unknown'}, load before {os.getloadavg()[0]:.1f}"
+
+
+def row(*cells: object) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", choices=WIDTHS, default="small", help="of the pggan that is trained")
@@ -306,35 +337,37 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args(argv)
     torch.set_flush_denormal(True)
-    print(f"{platform.processor() or platform.machine()}, {WORKERS} workers, torch {torch.__version__}, ", end="")
-    print(dali.missing() or f"DALI {dali.version()}", flush=True)
+    began = time.monotonic()
+    print(machine())
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), asked.seconds, asked.rounds)
-        print("\nimages/s, float32 batches; cache from decoded files, the others from JPEGs of that size")
-        print("   px  batch     cache      dali     torch  DataLoader  cache/DL  dali/DL")
+        print("\nimages/s, float32 batches; cache from decoded files, the others from JPEGs of that size\n")
+        row("px", "batch", "`cache`", "`dali`", "`torch`", "DataLoader + Pillow", "cache / DL", "dali / DL")
+        row(*["---"] * 8)
         for resolution in asked.resolutions:
-            r = bench.throughput(resolution)
-            fast = f"{r['dali']:9.0f}" if "dali" in r else f"{'-':>9}"
-            gain = f"{r['dali'] / r['DataLoader']:8.2f}" if "dali" in r else f"{'-':>8}"
-            print(
-                f"{resolution:5} {batch_of(resolution):6} {r['cache']:9.0f} {fast} {r['torch']:9.0f} "
-                f"{r['DataLoader']:11.0f} {r['cache'] / r['DataLoader']:9.1f} {gain}",
-                flush=True,
-            )
-        r = bench.resize()
-        print("\n256 px files to 128 px: " + ", ".join(f"{name} {value:.0f} images/s" for name, value in r.items()))
-        print("over DataLoader: " + ", ".join(f"{name} {value / r['DataLoader']:.2f}" for name, value in r.items()))
-        print("\ngather of uint8 batches, times as long as memcpy of as many bytes")
+            throughput(f"{resolution}", batch_of(resolution), bench.throughput(resolution))
+        throughput("256 px files to 128 px", 32, bench.resize())
+        print("\ngather of uint8 batches, times as long as memcpy of as many bytes\n")
+        row("px", "batch", "memory-mapped", "in memory", "memcpy, GB/s")
+        row(*["---"] * 5)
         for resolution in (16, 64, 128):
             r = bench.gather(resolution, 64)
-            times = ", ".join(f"{name} {r['memcpy'] / value:.2f}" for name, value in r.items() if name != "memcpy")
-            print(f"{resolution:5} px, batch 64: {times}", flush=True)
-        print(f"\npggan, {asked.widths} widths, on what --pipeline auto takes")
-        print(f"{'px':>5} {'batch':>6} {'pipeline':>9} {'images/s':>9} {'waiting':>8}")
-        for resolution in asked.resolutions:
-            batch, kind, speed, waiting = bench.training(resolution, asked.widths)
-            print(f"{resolution:5} {batch:6} {kind:>9} {speed:9.1f} {100 * waiting:7.2f}%", flush=True)
+            times = (f"{r['memcpy'] / r[name]:.2f}" for name in ("memory-mapped", "in memory"))
+            row(resolution, 64, *times, f"{r['memcpy'] * 3 * resolution**2 / 1e9:.1f}")
+        print(f"\npggan, {asked.widths} widths, on what --pipeline auto takes\n")
+        row("px", "pipeline", "images/s trained", "waiting")
+        row(*["---"] * 4)
+        for resolution, kind, speed, waiting in bench.training(sorted(asked.resolutions), asked.widths):
+            row(resolution, kind, f"{speed:.{0 if speed >= 10 else 1}f}", f"{100 * waiting:.2f}%")
+    print(f"\n{time.monotonic() - began:.0f} s, load after {os.getloadavg()[0]:.1f}")
     return 0
+
+
+def throughput(what: str, batch: int, r: dict[str, float]) -> None:
+    """One row of the first table; r: images/s by side."""
+    speeds = (f"{r[name]:,.0f}" if name in r else "" for name in ("cache", "dali", "torch", "DataLoader"))
+    gains = (f"{r[name] / r['DataLoader']:.2f}" if name in r else "" for name in ("cache", "dali"))
+    row(what, batch, *speeds, *gains)
 
 
 if __name__ == "__main__":
