@@ -279,11 +279,14 @@ def curves(speedup: float) -> Iterator[tuple[str, int, int, float, float]]:
 
     timings = [dataclasses.replace(t, d=faster(t.d), g=faster(t.g)) for t in times.timings]
     times = dataclasses.replace(times, timings=timings)
+    # Operations are those of a rank, whatever the cluster; memory, which is not, is not asked for.
+    counted = Planner(config, source, cluster_of(Machines()))._footprints
     for nodes in (2**i for i in range(11)):
         cluster = cluster_of(Machines(nodes=nodes))
         four = replace(config, schedule={"batch": 4 * cluster.size, "batch_at": {}})
         for name, wanted in (("paper", config), ("four", four)):
             planner = Planner(wanted, source, cluster)
+            planner._footprints = counted
             for share in shares(wanted, cluster.size):
                 time, _ = planner.time(times, share)
                 images = share.stage.end - share.stage.start
@@ -304,6 +307,7 @@ def draw_curve(speedup: float, path: Path) -> list[dict[str, Any]]:
             line = [(nodes, rate) for which, at, nodes, rate, _ in points if (which, at) == (name, px)]
             axis.plot(*zip(*line, strict=True), color=colours(i / len(sizes)), label=f"{px} px", marker=".")
         axis.set(xscale="log", yscale="log", xlabel="hosts of 8 ranks", title=title)
+        axis.minorticks_off()
         axis.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("kimg an hour")
