@@ -6,12 +6,14 @@ import contextlib
 import functools
 import importlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastgan import __version__
 from fastgan.errors import ArgumentError
+from fastgan.training.slurm import adopt
 
 COMMANDS = {
     "train": "train one of eight GAN variants",
@@ -48,20 +50,24 @@ def module_of(name: str) -> str:
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Turn an `ArgumentError` into one line on stderr and exit code 2, said by the first rank alone.
+    """Turn an `ArgumentError` into one line on stderr and exit code 2, said by the first rank of each host.
 
     A missing package is said with the command that installs it; an interrupt ends quietly.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str]) -> int:
+        adopt()
         try:
             status = main(argv)
             sys.stdout.flush()
             return status
         except ArgumentError as error:
-            if os.environ.get("RANK", "0") == "0":
+            rank = os.environ.get("RANK", "0")
+            if rank == "0":
                 print(f"fastgan: {error}", file=sys.stderr, flush=True)
+            elif os.environ.get("LOCAL_RANK") == "0":  # what only this host lacks, the first rank does not know
+                print(f"fastgan: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
             return 2
         except ModuleNotFoundError as error:
             extra = EXTRAS.get((error.name or "").split(".")[0], "train")

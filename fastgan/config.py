@@ -198,6 +198,8 @@ class System(_Strict):
     """Batch-norm statistics over all ranks (GPU only)."""
     threads: int | None = None
     """CPU threads of each rank; None: what torch chooses."""
+    timeout: float = 600.0
+    """Seconds that ranks wait for one another; one that is silent for three quarters of it is given up, and named."""
 
 
 @dataclass(frozen=True)
@@ -373,6 +375,7 @@ def check(config: Config) -> None:
         "label-generator": o.label_generator,
     }.items():
         _require(math.isfinite(label), f"--{flag}", label, "it may be a finite number")
+    _require(math.isfinite(m.timeout) and m.timeout >= 5, "--timeout", m.timeout, "it may be 5 seconds or more")
     _require(m.threads is None or m.threads >= 1, "--threads", m.threads, "it may be 1 or more")
     for flag, rate in {
         "beta1": config.optimiser.beta1,

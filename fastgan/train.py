@@ -64,6 +64,8 @@ class Request:
     preset: str
     resume: Path | None
     asked: Asked
+    accumulation: bool = False
+    """Whether --accumulation was given: a resumed run otherwise keeps the cut of its batches, on whatever ranks."""
 
 
 def _first_pass(argv: list[str]) -> argparse.Namespace:
@@ -153,7 +155,8 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
     asked = tyro.cli(kind, args=argv, default=defaults, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     config = Config(**{f.name: getattr(asked, f.name) for f in dataclasses.fields(Config)})
     check(config)
-    return Request(config, variant, preset, resume, asked)
+    cut = any(flag.split("=")[0] == "--accumulation" for flag in argv)
+    return Request(config, variant, preset, resume, asked, cut)
 
 
 def _run_directory(request: Request, world: World) -> Path:
@@ -187,9 +190,19 @@ def _create(run: Path, request: Request, world: World) -> None:
 
 
 def _open_source(config: Config, world: World) -> Source:
+    """The images, which may be a copy of each host's own, if they are the same."""
     from fastgan import data
+    from fastgan.training.agreement import same
 
-    source = data.open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
+    source, fault = None, None
+    try:
+        source = data.open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
+    except ArgumentError as error:
+        fault = error
+    same(world, {"--data": str(fault) if source is None else f"{len(source)} images, {source.fingerprint}"})
+    if source is None:
+        assert fault is not None
+        raise fault
     if world.main and source.skipped:
         for file, reason in source.skipped[:10]:
             print(f"skipped {file}: {reason}", file=sys.stderr)
@@ -233,9 +246,7 @@ def main(argv: list[str]) -> int:
         return 0
     if "RANK" not in os.environ:
         print(f"fastgan {__version__}: {request.variant}, {request.preset} preset; loading torch", flush=True)
-    from fastgan import checkpoint
     from fastgan.training import world as processes
-    from fastgan.training.trainer import NonFiniteError, Trainer, check_stages
 
     prepare_torch(config)
     world = processes.start(
@@ -243,63 +254,108 @@ def main(argv: list[str]) -> int:
         config.system.device,
         zero=config.system.zero,
         deepspeed_config=config.system.deepspeed_config,
+        timeout=config.system.timeout,
     )
-    try:
-        if config.system.sync_bn and world.device.type != "cuda":
-            raise ArgumentError("--sync-bn", True, "it needs GPUs; it may be left out on a CPU")
-        check_stages(config, world.size)
-        run = _run_directory(request, world)
-        source = _open_source(config, world)
-        stored: Checkpoint | None = None
-        if request.resume is not None:
-            stored = checkpoint.read(request.resume, "--resume") if _has_checkpoint(request.resume) else None
-            newest = checkpoint.existing(run)[-1:]
-            if stored is not None and newest and not newest[0].samefile(stored.path):
-                raise ArgumentError(
-                    "--resume",
-                    str(request.resume),
-                    f"the run has a newer one, {newest[0]}; to go on from here, copy the run without what is newer",
-                )
-            if stored is not None and stored.meta["variant"] != request.variant:
-                raise ArgumentError(
-                    "--resume",
-                    str(request.resume),
-                    f"it is a checkpoint of {stored.meta['variant']}, and --variant says {request.variant}",
-                )
-        trainer = Trainer(config, request.variant, world, source, run, stored)
-        _create(run, request, world)
-        if world.main:
-            print(f"{trainer.pipeline.describe()}", flush=True)
-            print(
-                f"engine {world.engine} ({world.reason}), {world.size} x {world.device.type}, run {run}"
-                + (f", going on at {trainer.images / 1000:g} kimg" if stored else ""),
-                flush=True,
-            )
+    with world.guard():
         try:
-            stopped = trainer.run()
-        except NonFiniteError as error:  # raised by all ranks together
-            if world.main:
-                print(f"fastgan: {error}", file=sys.stderr, flush=True)
-            return 1
-        except (ArgumentError, OSError) as error:
-            if world.size == 1 and isinstance(error, ArgumentError):
-                raise
-            if world.size == 1:
-                raise ArgumentError("--out", str(run), f"it could not be written ({error})") from None
-            # One rank alone may be here, while the others wait in a collective: say why, and let the launcher end them.
-            print(f"fastgan: rank {world.rank}: {error}", file=sys.stderr, flush=True)
-            os._exit(2)
+            return _train(request, world, began)
+        finally:
+            processes.stop()
+
+
+def _stored(request: Request, run: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, if there is one.
+
+    Raises:
+        ArgumentError: it is damaged, not the run's newest, or of another variant.
+    """
+    from fastgan import checkpoint
+
+    if request.resume is None or not _has_checkpoint(request.resume):
+        return None
+    stored = checkpoint.read(request.resume, "--resume")
+    newest = checkpoint.existing(run)[-1:]
+    if newest and not newest[0].samefile(stored.path):
+        raise ArgumentError(
+            "--resume",
+            str(request.resume),
+            f"the run has a newer one, {newest[0]}; to go on from here, copy the run without what is newer",
+        )
+    if stored.meta["variant"] != request.variant:
+        raise ArgumentError(
+            "--resume",
+            str(request.resume),
+            f"it is a checkpoint of {stored.meta['variant']}, and --variant says {request.variant}",
+        )
+    return stored
+
+
+def _cut(request: Request, stored: Checkpoint, world: World) -> Request:
+    """`request` with the accumulation that keeps the cut of the batches on other ranks than the checkpoint's."""
+    from fastgan.training.agreement import accumulation_for
+    from fastgan.training.trainer import plan
+
+    schedule = request.config.schedule
+    before = stored.meta["world_size"]
+    if request.accumulation or before == world.size:
+        return request
+    resolutions = [stage.resolution for stage in plan(request.config)]
+    parts = before * stored.meta.get("accumulation", schedule.accumulation)
+    found = accumulation_for(parts, world.size, schedule, resolutions)
+    if found is None:
+        return request  # which is refused below, with the batches that may be
+    if world.main:
+        print(
+            f"{world.size} ranks where there were {before}: --accumulation {found} keeps the batch as it was",
+            flush=True,
+        )
+    return dataclasses.replace(request, config=replace(request.config, schedule={"accumulation": found}))
+
+
+def _train(request: Request, world: World, began: float) -> int:
+    """What each rank does once it has found the others."""
+    from fastgan.training.agreement import same, settings
+    from fastgan.training.trainer import NonFiniteError, Trainer, check_stages
+
+    if request.config.system.sync_bn and world.device.type != "cuda":
+        raise ArgumentError("--sync-bn", True, "it needs GPUs; it may be left out on a CPU")
+    same(world, settings(request.config))
+    run = _run_directory(request, world)
+    stored = _stored(request, run)
+    same(world, {"the checkpoint to go on from": None if stored is None else (str(stored.path), stored.meta["files"])})
+    if stored is not None:
+        request = _cut(request, stored, world)
+    config = request.config
+    check_stages(config, world.size)
+    source = _open_source(config, world)
+    if world.lives is not None:
+        world.lives.run, world.lives.last_good = run, None if stored is None else stored.path
+    trainer = Trainer(config, request.variant, world, source, run, stored)
+    _create(run, request, world)
+    if world.main:
+        print(f"{trainer.pipeline.describe()}", flush=True)
+        print(
+            f"engine {world.engine} ({world.reason}), {world.size} x {world.device.type}, run {run}"
+            + (f", going on at {trainer.images / 1000:g} kimg" if stored else ""),
+            flush=True,
+        )
+    try:
+        stopped = trainer.run()
+    except NonFiniteError as error:  # raised by all ranks together
         if world.main:
-            seen, took = f"{trainer.images / 1000:g} kimg", f"{(time.monotonic() - began) / 60:.1f} minutes"
-            if stopped:
-                name = signal.Signals(stopped).name
-                print(f"stopped by {name} at {seen} after {took}; go on with: fastgan train --resume {run}", flush=True)
-            else:
-                samples = run / "samples"
-                print(f"done: {seen} in {took}; samples in {samples}, more with: fastgan sample {run}", flush=True)
-        return 0
-    finally:
-        processes.stop()
+            print(f"fastgan: {error}", file=sys.stderr, flush=True)
+        return 1
+    except OSError as error:
+        raise ArgumentError("--out", str(run), f"it could not be written ({error})") from None
+    if world.main:
+        seen, took = f"{trainer.images / 1000:g} kimg", f"{(time.monotonic() - began) / 60:.1f} minutes"
+        if stopped:
+            name = signal.Signals(stopped).name
+            print(f"stopped by {name} at {seen} after {took}; go on with: fastgan train --resume {run}", flush=True)
+        else:
+            samples = run / "samples"
+            print(f"done: {seen} in {took}; samples in {samples}, more with: fastgan sample {run}", flush=True)
+    return 0
 
 
 def _has_checkpoint(resume: Path) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastgan.errors import ArgumentError
 from fastgan.training.reduce import Reducer
 from fastgan.training.stopwatch import Stopwatch
+from fastgan.training.world import bound
 
 OptimiserFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -205,7 +206,12 @@ class DeepSpeedEngine:
     """
 
     def __init__(
-        self, module: nn.Module, optimiser: OptimiserFactory, config: dict[str, Any], waiting: Stopwatch
+        self,
+        module: nn.Module,
+        optimiser: OptimiserFactory,
+        config: dict[str, Any],
+        waiting: Stopwatch,
+        timeout: float = 600.0,
     ) -> None:
         import deepspeed
 
@@ -213,6 +219,8 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimiser([p for _, p in named]), config=config, dist_init_required=False
         )
+        if dist.get_world_size() > 1:
+            bound(self._engine.data_parallel_group, timeout)  # made with torch's default, half an hour
         self.module = self._engine.module
         self._stage = self._engine.zero_optimization_stage()
         self._reducer: Reducer | None = None

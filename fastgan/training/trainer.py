@@ -6,14 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgan import __version__, checkpoint, models, objectives
@@ -27,6 +25,7 @@ from fastgan.training.ema import Ema
 from fastgan.training.engine import DeepSpeedEngine, Engine, OptimiserFactory, TorchEngine, deepspeed_config
 from fastgan.training.finite import FiniteCheck
 from fastgan.training.growth import Stage, inherit, stage_at, stages
+from fastgan.training.interrupt import Interrupt
 from fastgan.training.log import Log
 from fastgan.training.pace import Pace
 from fastgan.training.ranklog import LOGGER, rank_log
@@ -154,51 +153,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for p in parameters:
             p.requires_grad_(True)
-
-
-class _Interrupt:
-    """SIGINT and SIGTERM as a request to stop after the step, agreed on by all ranks without stalling any.
-
-    Each step's agreement is collected at the next one, so that its all-reduce (over gloo, of one host integer)
-    overlaps the step. A second SIGINT interrupts at once.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.signal: int | None = None
-        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._flag = torch.zeros((), dtype=torch.int32)
-        self._work: Any = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._work is not None:
-            self._work.wait()
-        for number, handler in self._before.items():
-            # A launcher repeats its signal; what follows one that was obeyed must not cut the way out short.
-            signal.signal(number, handler if self.signal is None else signal.SIG_IGN)
-
-    def _receive(self, number: int, _: object) -> None:
-        if self.signal == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def agreed(self) -> bool:
-        """Whether the ranks agreed at the step before to stop now; called by all at every step."""
-        if self._group is None:
-            return self.signal is not None
-        stop = False
-        if self._work is not None:
-            self._work.wait()
-            stop = bool(self._flag.item())
-        self._flag.fill_(int(self.signal is not None))
-        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return stop
 
 
 class Trainer:
@@ -341,7 +295,7 @@ class Trainer:
             world=self.world.size,
             overlap=self.world.device.type == "cuda",
         )
-        return DeepSpeedEngine(module, make, settings, self.pace.waiting)
+        return DeepSpeedEngine(module, make, settings, self.pace.waiting, self.config.system.timeout)
 
     def _modules(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.step.generator, self.step.discriminator, self.ema.module
@@ -452,8 +406,7 @@ class Trainer:
     def _random_state(self) -> dict[str, Tensor]:
         states: list[Any] = [torch.get_rng_state()]
         if self.world.size > 1:
-            states = [None] * self.world.size
-            dist.all_gather_object(states, torch.get_rng_state())
+            states = self.world.gather(torch.get_rng_state())
         return {f"rank{i}": state for i, state in enumerate(states)}
 
     def save(self) -> Path:
@@ -480,6 +433,7 @@ class Trainer:
             "ema_steps": int(self.ema.steps.item()),
             "resolution": self.resolution,
             "world_size": self.world.size,
+            "accumulation": self.config.schedule.accumulation,
             "seed": self.config.run.seed,
             "data": self.pipeline.state_dict(),
         }
@@ -496,6 +450,8 @@ class Trainer:
             good = f"the last good one is {self._last_good}" if self._last_good else "there is none yet"
             raise ArgumentError("--out", str(self.run_path), f"the checkpoint could not be written ({failure}); {good}")
         assert self._last_good is not None
+        if self.world.lives is not None:
+            self.world.lives.last_good = self._last_good
         return self._last_good
 
     def _restore(self, resume: Checkpoint) -> None:
@@ -558,7 +514,7 @@ class Trainer:
         self._logged_at = (time.monotonic(), self.images)
         self._tell_shares(log)
         try:
-            with _Interrupt(self.world) as interrupt:
+            with Interrupt(self.world, self.config.system.timeout) as interrupt:
                 while self.images < self.total:
                     before, resolution = self.images, self.resolution
                     self.train_step()

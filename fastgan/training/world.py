@@ -7,26 +7,29 @@ import datetime
 import importlib.util
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastgan.errors import ArgumentError
+from fastgan.training.liveness import FAULT, Liveness, host, joining
 
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`; `engine` is deepspeed or torch, `reason` says why."""
+    """One process among `size`; `engine` is deepspeed or torch, `reason` says why, `lives` watches over the others."""
 
     rank: int
     size: int
     device: torch.device
     engine: str
     reason: str
+    lives: Liveness | None = None
 
     @property
     def main(self) -> bool:
@@ -51,6 +54,18 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, small plain objects, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def guard(self) -> contextlib.AbstractContextManager[None]:
+        """Around a rank's work; see `Liveness.guard`."""
+        return self.lives.guard() if self.lives is not None else contextlib.nullcontext()
 
 
 def launched() -> bool:
@@ -103,8 +118,21 @@ def _pick_engine(asked: str, needed: str | None) -> tuple[str, str]:
     return asked, reason
 
 
-def start(engine: str, device: str, *, zero: int = 0, deepspeed_config: str | None = None) -> World:
-    """Join the processes of this run.
+def bound(group: Any, timeout: float) -> None:
+    """Let no collective of `group` (None: of all ranks) wait longer than `timeout` seconds."""
+    limit = datetime.timedelta(seconds=timeout)
+    if hasattr(dist, "set_timeout"):  # torch 2.15; before, the same function under another name
+        dist.set_timeout(limit, group)
+    else:
+        dist.distributed_c10d._set_pg_timeout(limit, group)
+
+
+def start(
+    engine: str, device: str, *, zero: int = 0, deepspeed_config: str | None = None, timeout: float = 600.0
+) -> World:
+    """Join the processes of this run, which from then on wait no longer than `timeout` seconds for one another.
+
+    Where the others do not come, says so in one line and ends this process with `FAULT`.
 
     Raises:
         ArgumentError: the device or the engine asked for is not here, or torch's engine is asked of many processes.
@@ -123,15 +151,41 @@ def start(engine: str, device: str, *, zero: int = 0, deepspeed_config: str | No
         if not launched():
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         if not dist.is_initialized():
-            with contextlib.redirect_stdout(None):
-                deepspeed.init_distributed(
-                    dist_backend="nccl" if use_cuda else "gloo",
-                    auto_mpi_discovery=False,
-                    timeout=datetime.timedelta(minutes=10),
-                    verbose=False,
-                )
+            try:
+                with contextlib.redirect_stdout(None):
+                    deepspeed.init_distributed(
+                        dist_backend="nccl" if use_cuda else "gloo",
+                        auto_mpi_discovery=False,
+                        timeout=datetime.timedelta(seconds=joining(timeout)),
+                        verbose=False,
+                    )
+            except (RuntimeError, OSError) as error:
+                _alone(error)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return World(rank, size, place, name, reason)
+    lives = None
+    if size > 1:
+        box = World(rank, size, place, name, reason)
+        try:
+            lives = Liveness(
+                rank,
+                size,
+                int(os.environ.get("LOCAL_RANK", "0")),
+                os.environ.get("MASTER_ADDR", "127.0.0.1"),
+                timeout,
+                box.broadcast,
+            )
+        except (RuntimeError, OSError) as error:
+            _alone(error)
+        bound(None, timeout)
+    return World(rank, size, place, name, reason, lives)
+
+
+def _alone(error: Exception) -> NoReturn:
+    """The other ranks are not there, or cannot be reached."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    line = f"fastgan: rank {os.environ.get('RANK')} on {host()}: did not find the other ranks, at {where} or from there"
+    print(f"{line} ({str(error).splitlines()[0]}); see docs/cluster.md", file=sys.stderr, flush=True)
+    os._exit(FAULT)
 
 
 def join(device: str) -> World:

@@ -57,10 +57,11 @@ def one_process(variant: str, world: int, accumulation: int) -> int:
     """Micro-batches with which one process does what `world` ranks do.
 
     Batch norm (wgan-gp's generator, both networks of dcgan) is per rank, so one process takes the ranks' shares as
-    micro-batches. pggan has none, and its minibatch-stddev groups fall within the ranks' strided slices: it takes the
-    batch whole.
+    micro-batches. pggan has none, and its minibatch-stddev groups of four fall within the ranks' strided slices: it
+    takes the batch of 16 whole, unless a slice is smaller than a group.
     """
-    return accumulation if variant == "pggan" else accumulation * world
+    whole = variant == "pggan" and world * accumulation <= 4
+    return accumulation if whole else accumulation * world
 
 
 def assert_same_weights(one: dict[str, Tensor], many: dict[str, Tensor]) -> None:
