@@ -1,0 +1,119 @@
+"""Ranks that fail are named by the others, in one line, and nobody waits: processes without torch's groups."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastgan.config import Schedule
+from fastgan.training.agreement import accumulation_for
+from fastgan.training.slurm import adopt, first_host
+
+RANK = """
+import json, sys, time
+from pathlib import Path
+from fastgan.training.liveness import Liveness
+rank, folder, does = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+told = folder / "told"
+def broadcast(value):
+    if rank == 0:
+        (folder / "part").write_text(json.dumps(value))
+        (folder / "part").rename(told)
+        return value
+    while not told.exists():
+        time.sleep(0.01)
+    return json.loads(told.read_text())
+lives = Liveness(rank, 3, 0, "127.0.0.1", 5.0, broadcast)
+lives.run, lives.last_good = Path("RUN"), Path("RUN/checkpoints/kimg-1")
+(folder / f"up{rank}").touch()
+while not all((folder / f"up{r}").exists() for r in range(3)):
+    time.sleep(0.01)
+with lives.guard():
+    time.sleep(0.5)
+    if does == "lost":
+        raise RuntimeError("gloo: Connection closed by peer")
+    if does == "bug":
+        raise KeyError("mistake")
+    time.sleep(60 if does == "hang" else 1)
+lives.close()
+"""
+
+
+def _ranks(tmp_path: Path, *does: str) -> list[subprocess.Popen[str]]:
+    return [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path), what], stderr=subprocess.PIPE,
+                         text=True)
+        for rank, what in enumerate(does)
+    ]  # fmt: skip
+
+
+def _up(tmp_path: Path) -> None:
+    while not all((tmp_path / f"up{rank}").exists() for rank in range(3)):
+        time.sleep(0.01)
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    error = process.communicate(timeout=30)[1]
+    return process.returncode, error.splitlines()
+
+
+@pytest.mark.parametrize("failed", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_rank_that_dies_or_falls_silent_is_named(tmp_path: Path, failed: int, number: int) -> None:
+    processes = _ranks(tmp_path, "hang", "hang", "hang")
+    _up(tmp_path)
+    began = time.monotonic()
+    processes[failed].send_signal(number)
+    what = "its connection closed" if number == signal.SIGKILL else "no sign of life for"
+    for rank in {0, 1, 2} - {failed}:
+        code, lines = _end(processes[rank])
+        assert code == 75 and len(lines) == 1, lines
+        assert f"rank {failed} on " in lines[0] and what in lines[0]
+        assert "kimg-1; go on with: fastgan train --resume RUN" in lines[0]
+    assert time.monotonic() - began < 9  # the timeout is 5
+    processes[failed].kill()
+    processes[failed].communicate()
+
+
+def test_rank_that_has_a_bug_says_so_to_all(tmp_path: Path) -> None:
+    first, second, third = (_end(p) for p in _ranks(tmp_path, "hang", "bug", "hang"))
+    assert "Traceback" in second[1][0]
+    for code, lines in (first, third):
+        assert code == 75 and len(lines) == 1 and "rank 1 on" in lines[0] and "KeyError: 'mistake'" in lines[0]
+
+
+def test_rank_that_others_wait_for_is_named(tmp_path: Path) -> None:
+    first, _, third = (_end(p) for p in _ranks(tmp_path, "lost", "hang", "lost"))
+    for code, lines in (first, third):
+        assert code == 75 and len(lines) == 1 and "rank 1 on" in lines[0] and "alive, but not where" in lines[0]
+
+
+def test_ranks_that_are_done_leave_in_any_order(tmp_path: Path) -> None:
+    assert [_end(p) for p in _ranks(tmp_path, "done", "done", "done")] == [(0, [])] * 3
+
+
+def test_srun_is_a_launcher() -> None:
+    assert [first_host(n) for n in ("a1", "n[07-09,12],g3", "n[3,5]-ib", "x,y")] == ["a1", "n07", "n3-ib", "x"]
+    task = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
+    task |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[07-10]", "SLURM_STEP_TASKS_PER_NODE": "2(x4)"}
+    environment = dict(task)
+    adopt(environment)
+    found = {key: value for key, value in environment.items() if not key.startswith("SLURM")}
+    assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n07",
+                     "MASTER_PORT": "20616"}  # fmt: skip
+    for other in ({**task, "RANK": "0"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {}):
+        before = dict(other)
+        adopt(other)
+        assert other == before
+
+
+def test_accumulation_makes_up_for_ranks() -> None:
+    schedule = Schedule(batch=16, batch_at={128: 8})
+    assert [accumulation_for(4, world, schedule, [4, 8]) for world in (1, 2, 4, 8)] == [4, 2, 1, 1]
+    assert accumulation_for(16, 1, schedule, [64, 128]) == 8  # no more parts than images
+    assert accumulation_for(4, 3, schedule, [4]) is None
