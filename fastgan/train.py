@@ -22,6 +22,7 @@ from fastgan import __version__
 from fastgan.commands import command
 from fastgan.config import Config, check, merge, read_yaml, replace, write_yaml
 from fastgan.errors import ArgumentError
+from fastgan.training import supervisor
 from fastgan.variants import VARIANTS, Preset
 
 if TYPE_CHECKING:
@@ -51,6 +52,14 @@ class Asked(Config):
 class Train(Asked):
     """Train a GAN on images: with no argument, a progressive GAN on scikit-learn's handwritten digits."""
 
+    hostfile: str | None = None
+    """Start the ranks with DeepSpeed on these hosts, lines of `HOST slots=N`; None: this process, or its launcher's."""
+    max_restarts: int | None = None
+    """Starts after a fault of a rank, a host or the network, each from the last checkpoint; None: no supervision."""
+    min_nodes: int | None = None
+    """Hosts of --hostfile that suffice for a start; None: all of them."""
+    ssh_port: int | None = None
+    """Of the hosts' ssh servers; None: ssh's own choice."""
     dry_run: bool = False
     """Print the plan and exit."""
 
@@ -244,6 +253,12 @@ def main(argv: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(text)
         return 0
+    supervision = supervisor.asked(argv)
+    if supervision is not None:
+        resumed = request.resume is not None
+        name = config.run.out or f"runs/{request.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = _run_of(str(request.resume)) if resumed else Path(name)
+        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout)()
     if "RANK" not in os.environ:
         print(f"fastgan {__version__}: {request.variant}, {request.preset} preset; loading torch", flush=True)
     from fastgan.training import world as processes
