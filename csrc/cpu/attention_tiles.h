@@ -1,4 +1,4 @@
-// Register-tiled products over a panel of query rows, and exp: what the three passes of attention.cpp are made of.
+// Register-tiled products over a panel of query rows, and exp: what the three passes of attention_panels.h are made of.
 //
 // Lanes are query rows. A panel is R = RV * kVector of them, and an array over (column j, row i) is stored as x[j * R + i],
 // so that row statistics are vertical sums, keys and values are read in their natural layout one number at a time
