@@ -29,9 +29,9 @@ from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation, cache_folder
 from fastgan.models.pggan import Progressive
+from fastgan.training.build import build_step
 from fastgan.training.evaluating import drawer
 from fastgan.training.log import save_grid
-from fastgan.training.trainer import build_step
 from fastgan.variants import VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parent))

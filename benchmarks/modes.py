@@ -33,10 +33,11 @@ from fastgan.config import Config
 from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation
+from fastgan.training.build import build_step, optimiser_factory
 from fastgan.training.ema import Ema
 from fastgan.training.engine import TorchEngine
 from fastgan.training.evaluating import drawer
-from fastgan.training.trainer import build_step, frozen, optimiser_factory
+from fastgan.training.trainer import frozen
 from fastgan.variants import VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parent))

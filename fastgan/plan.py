@@ -186,8 +186,8 @@ def main(argv: list[str]) -> int:
     from fastgan.data import open_source
     from fastgan.train import prepare_torch
     from fastgan.training import steptimes
+    from fastgan.training.build import check_stages
     from fastgan.training.forecast import Planner
-    from fastgan.training.trainer import check_stages
 
     prepare_torch(config)
     cluster = cluster_of(machines)

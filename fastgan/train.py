@@ -308,7 +308,7 @@ def _stored(request: Request, run: Path) -> Checkpoint | None:
 def _cut(request: Request, stored: Checkpoint, world: World) -> Request:
     """`request` with the accumulation that keeps the cut of the batches on other ranks than the checkpoint's."""
     from fastgan.training.agreement import accumulation_for
-    from fastgan.training.trainer import plan
+    from fastgan.training.build import plan
 
     schedule = request.config.schedule
     before = stored.meta["world_size"]
@@ -330,7 +330,8 @@ def _cut(request: Request, stored: Checkpoint, world: World) -> Request:
 def _train(request: Request, world: World, began: float) -> int:
     """What each rank does once it has found the others."""
     from fastgan.training.agreement import same, settings
-    from fastgan.training.trainer import NonFiniteError, Trainer, check_stages
+    from fastgan.training.build import check_stages
+    from fastgan.training.trainer import NonFiniteError, Trainer
 
     if request.config.system.sync_bn and world.device.type != "cuda":
         raise ArgumentError("--sync-bn", True, "it needs GPUs; it may be left out on a CPU")

@@ -16,7 +16,7 @@ import fastgan
 from fastgan import checkpoint, commands, doctor, sample, train
 from fastgan.config import Config
 from fastgan.errors import ArgumentError
-from fastgan.training.trainer import check_stages
+from fastgan.training.build import check_stages
 from fastgan.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]

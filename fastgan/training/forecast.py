@@ -10,11 +10,11 @@ import torch
 
 from fastgan.config import Config, batch_at, working_ranks
 from fastgan.data import Source
+from fastgan.training.build import plan
 from fastgan.training.growth import Stage
 from fastgan.training.plan import Footprint, footprint
 from fastgan.training.scaling import Cluster, NetworkTime, StageTime, stage_seconds, step_seconds
 from fastgan.training.steptimes import Bench, StepTimes, Timing, free_bytes
-from fastgan.training.trainer import plan
 
 # Beyond what a step keeps: workspaces of convolutions, the allocator's gaps, the images.
 _MEMORY_HEADROOM = 1.3

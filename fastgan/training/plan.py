@@ -16,9 +16,9 @@ from fastgan import models
 from fastgan.config import Config, batch_at, replace, working_ranks
 from fastgan.data import Source
 from fastgan.models.pggan import Progressive
+from fastgan.training.build import build_step, check_stages, network_values, plan
 from fastgan.training.growth import Stage
 from fastgan.training.step import Step
-from fastgan.training.trainer import build_step, check_stages, network_values, plan
 
 _STATE_COPIES = {"adam": 2, "rmsprop": 1, "sgd": 1}
 

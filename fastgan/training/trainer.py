@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import signal
 import time
 from collections.abc import Iterator
@@ -14,22 +12,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastgan import __version__, checkpoint, models, objectives
+from fastgan import __version__, models
 from fastgan import data as data_room
 from fastgan.checkpoint import Checkpoint
-from fastgan.config import Config, Networks, batch_at, working_ranks
-from fastgan.errors import ArgumentError
+from fastgan.config import Config, batch_at, working_ranks
 from fastgan.models.pggan import Progressive
 from fastgan.trained import sample_images
+from fastgan.training import saving
+from fastgan.training.build import build_step, network_values, optimiser_factory, plan
 from fastgan.training.ema import Ema
-from fastgan.training.engine import DeepSpeedEngine, Engine, OptimiserFactory, TorchEngine, deepspeed_config
+from fastgan.training.engine import DeepSpeedEngine, Engine, TorchEngine, deepspeed_config
 from fastgan.training.finite import FiniteCheck
-from fastgan.training.growth import Stage, inherit, stage_at, stages
+from fastgan.training.growth import Stage, inherit, stage_at
 from fastgan.training.interrupt import Interrupt
 from fastgan.training.log import Log
 from fastgan.training.pace import Pace
 from fastgan.training.ranklog import LOGGER, rank_log
-from fastgan.training.step import Meters, Regulariser, Step
+from fastgan.training.step import Meters
 from fastgan.training.world import World
 
 if TYPE_CHECKING:
@@ -38,108 +37,6 @@ if TYPE_CHECKING:
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient was not finite; the message names the step, the tensor and the last good checkpoint."""
-
-
-def network_values(networks: Networks, *, resolution: int, channels: int, num_classes: int) -> dict[str, Any]:
-    """What `models.build` needs to make the networks of a stage; stored in checkpoints."""
-    values = dataclasses.asdict(networks)
-    values["num_classes"] = num_classes if values.pop("conditional") else 0
-    return {**values, "resolution": resolution, "channels": channels}
-
-
-def plan(config: Config) -> list[Stage]:
-    """The stages of a run."""
-    s = config.schedule
-    return stages(
-        s.resolution,
-        s.kimg,
-        progressive=config.networks.model == "pggan",
-        fade_kimg=s.fade_kimg,
-        stable_kimg=s.stable_kimg,
-    )
-
-
-def check_stages(config: Config, world_size: int) -> None:
-    """Every stage's batch must divide over the ranks that share it, and DeepSpeed's file must fit every stage.
-
-    Raises:
-        ArgumentError: it does not.
-    """
-    s, system = config.schedule, config.system
-    parts = world_size * s.accumulation
-    for stage in plan(config):
-        batch = batch_at(s, stage.resolution)
-        working = working_ranks(batch, world_size, s.accumulation)
-        if working is None:
-            raise ArgumentError(
-                "--batch",
-                batch,
-                f"at {stage.resolution} px it may be a multiple of {parts} "
-                f"({world_size} ranks x {s.accumulation} micro-batches)",
-            )
-        if working < world_size and system.sync_bn:
-            raise ArgumentError(
-                "--sync-bn", True, f"it needs a batch for every rank, and {batch} at {stage.resolution} px is too small"
-            )
-        deepspeed_config(
-            system.deepspeed_config,
-            zero=system.zero,
-            micro_batch=batch // (working * s.accumulation),
-            accumulation=s.accumulation,
-            world=world_size,
-        )
-
-
-def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, num_classes: int) -> Step:
-    """The step that `config` asks for on two networks."""
-    o = config.objective
-    loss = {
-        "minimax": objectives.minimax(),
-        "minimax-saturating": objectives.minimax(saturating=True),
-        "least-squares": objectives.least_squares(o.label_fake, o.label_real, o.label_generator),
-        "wasserstein": objectives.wasserstein(),
-        "hinge": objectives.hinge(),
-    }[o.loss]
-    penalty: tuple[float, Regulariser] | None = None
-    if o.regulariser == "gradient-penalty":
-        penalty = (o.penalty_weight, objectives.gradient_penalty)
-    elif o.regulariser == "wasserstein-divergence":
-        divergence = functools.partial(objectives.wasserstein_divergence, k=o.divergence_k, p=o.divergence_p)
-        penalty = (1.0, divergence)
-    elif o.regulariser == "zero-centered":
-        penalty = (o.penalty_weight, objectives.real_penalty)
-    precision = config.system.precision
-    return Step(
-        generator,
-        discriminator,
-        loss=loss,
-        penalty=penalty,
-        drift=o.drift,
-        num_classes=num_classes if config.networks.conditional else 0,
-        seed=config.run.seed,
-        precision=precision,
-        penalty_precision="fp32" if config.system.penalty_precision == "fp32" else precision,
-    )
-
-
-def optimiser_factory(config: Config, *, discriminator: bool) -> OptimiserFactory:
-    """Makes the optimiser of one network from its parameters; fused forms, which read nothing back to the host."""
-    o = config.optimiser
-    lr = o.lr_d if discriminator else o.lr_g
-
-    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        optimiser: torch.optim.Optimizer
-        if o.optimiser == "adam":
-            optimiser = torch.optim.Adam(parameters, lr=lr, betas=(o.beta1, o.beta2), eps=1e-8, fused=True)
-        elif o.optimiser == "rmsprop":
-            optimiser = torch.optim.RMSprop(parameters, lr=lr, alpha=o.beta2)
-        else:
-            optimiser = torch.optim.SGD(parameters, lr=lr, momentum=o.beta1, fused=True)
-        if discriminator and config.objective.regulariser == "weight-clipping":
-            objectives.clip_weights(optimiser, config.objective.clip)
-        return optimiser
-
-    return make
 
 
 @contextlib.contextmanager
@@ -209,14 +106,17 @@ class Trainer:
 
     # --- stages -----------------------------------------------------------------------------------------------------
 
-    def _build(self, resolution: int) -> tuple[nn.Module, nn.Module]:
-        """Fresh networks of a stage, the same on every rank: drawn from (seed, resolution), whatever came before."""
-        values = network_values(
+    def _network_values(self, resolution: int) -> dict[str, Any]:
+        return network_values(
             self.config.networks,
             resolution=resolution,
             channels=self.source.channels,
             num_classes=self.source.num_classes,
         )
+
+    def _build(self, resolution: int) -> tuple[nn.Module, nn.Module]:
+        """Fresh networks of a stage, the same on every rank: drawn from (seed, resolution), whatever came before."""
+        values = self._network_values(resolution)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed * 4096 + resolution)
             generator, discriminator = models.build(**values)
@@ -403,17 +303,12 @@ class Trainer:
             good = f"the last good checkpoint is {self._last_good}" if self._last_good else "there is no checkpoint yet"
             raise NonFiniteError(f"step {bad[0]}: {bad[1]} was not finite; {good}")
 
-    def _random_state(self) -> dict[str, Tensor]:
-        states: list[Any] = [torch.get_rng_state()]
-        if self.world.size > 1:
-            states = self.world.gather(torch.get_rng_state())
-        return {f"rank{i}": state for i, state in enumerate(states)}
-
     def save(self) -> Path:
         """Checkpoint the run; a collective.
 
         Raises:
             NonFiniteError: something was not finite, so that nothing after the bad step is ever saved.
+            ArgumentError: it could not be written.
         """
         self._read_finite()
         assert self._engines is not None
@@ -422,7 +317,7 @@ class Trainer:
             "discriminator": dict(self.step.discriminator.state_dict()),
             "optimiser_g": self._engines[0].state(),
             "optimiser_d": self._engines[1].state(),
-            "random": self._random_state(),
+            "random": saving.random_state(self.world),
         }
         meta = {
             "version": __version__,
@@ -437,51 +332,13 @@ class Trainer:
             "seed": self.config.run.seed,
             "data": self.pipeline.state_dict(),
         }
-        failure = None
-        if self.world.main:
-            try:
-                self._last_good = checkpoint.save(
-                    self.run_path, meta, dict(self.ema.module.state_dict()), training, self.config.run.keep
-                )
-            except OSError as error:
-                failure = str(error)
-        failure, self._last_good = self.world.broadcast((failure, self._last_good))
-        if failure is not None:
-            good = f"the last good one is {self._last_good}" if self._last_good else "there is none yet"
-            raise ArgumentError("--out", str(self.run_path), f"the checkpoint could not be written ({failure}); {good}")
-        assert self._last_good is not None
-        if self.world.lives is not None:
-            self.world.lives.last_good = self._last_good
+        ema, keep = dict(self.ema.module.state_dict()), self.config.run.keep
+        self._last_good = saving.write(self.world, self.run_path, keep, meta, ema, training, self._last_good)
         return self._last_good
 
     def _restore(self, resume: Checkpoint) -> None:
         meta = resume.meta
-        expected = network_values(
-            self.config.networks,
-            resolution=meta["resolution"],
-            channels=self.source.channels,
-            num_classes=self.source.num_classes,
-        )
-        for key, value in meta["networks"].items():
-            if expected.get(key) != value:
-                raise ArgumentError(
-                    f"--{key.replace('_', '-')}", expected.get(key), f"the checkpoint {resume.path} has {value!r}"
-                )
-        if meta["resolution"] not in [stage.resolution for stage in self.stages]:
-            raise ArgumentError(
-                "--resolution",
-                self.config.schedule.resolution,
-                f"the checkpoint {resume.path} is at {meta['resolution']} px",
-            )
-        if stage_at(self.stages, meta["images"]).resolution < meta["resolution"]:
-            raise ArgumentError(
-                "--kimg",
-                self.config.schedule.kimg,
-                f"it would move the growth of a run that is at {meta['resolution']} px; give the old run's stages too, "
-                "with --fade-kimg and --stable-kimg",
-            )
-        if meta["seed"] != self.config.run.seed:
-            raise ArgumentError("--seed", self.config.run.seed, f"the checkpoint {resume.path} has {meta['seed']}")
+        saving.check(resume, self.config, self._network_values(meta["resolution"]), self.stages)
         self.pipeline.load_state_dict(meta["data"])
         self.images, self.steps = meta["images"], meta["steps"]
         training = resume.training()

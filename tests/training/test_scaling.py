@@ -14,6 +14,7 @@ from fastgan import commands
 from fastgan.config import working_ranks
 from fastgan.data import open_source
 from fastgan.train import parse
+from fastgan.training.build import plan
 from fastgan.training.forecast import Planner
 from fastgan.training.plan import footprint
 from fastgan.training.scaling import (
@@ -28,7 +29,6 @@ from fastgan.training.scaling import (
     step_seconds,
 )
 from fastgan.training.steptimes import SCHEMA, StepTimes, Timing, recipe, write
-from fastgan.training.trainer import plan
 
 GIGABIT = Link(bandwidth=1e8, latency=1e-3)
 ALONE = Link(bandwidth=1e12, latency=0.0)
