@@ -40,10 +40,11 @@ class Engine(Protocol):
     """One network and its optimiser.
 
     `backward` takes the mean loss of a micro-batch; `step` is called after every micro-batch and moves the weights
-    after the last of an accumulation.
+    after the last of an accumulation. memory_format: of the weights, where it applies to them.
     """
 
     module: nn.Module
+    memory_format: torch.memory_format
 
     def backward(self, loss: Tensor) -> None: ...
 
@@ -136,8 +137,15 @@ def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 class TorchEngine:
     """Plain torch, for one process: what macOS and Windows use, and a laptop that wants no launcher."""
 
-    def __init__(self, module: nn.Module, optimiser: OptimiserFactory, accumulation: int) -> None:
-        self.module = module
+    def __init__(
+        self,
+        module: nn.Module,
+        optimiser: OptimiserFactory,
+        accumulation: int,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.module = module.to(memory_format=memory_format)
+        self.memory_format = memory_format
         self._named = _trainable(module)
         self._optimiser = optimiser([p for _, p in self._named])
         self._accumulation = accumulation
@@ -173,6 +181,12 @@ class TorchEngine:
 _REDUCTION = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients")
 
 
+def own_reduction(config: dict[str, Any]) -> bool:
+    """Whether under this DeepSpeed configuration gradients are averaged by `Reducer`, and not by DeepSpeed."""
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    return not stage and not any(key in config for key in _REDUCTION)
+
+
 def _count_waiting(engine: Any, waiting: Stopwatch) -> None:
     """Let `waiting` run during DeepSpeed's collectives that hold the step up."""
     from deepspeed.comm import comm
@@ -201,8 +215,12 @@ class DeepSpeedEngine:
     The step calls `module` and never the engine's own forward: under a gradient penalty the engine's forward hooks
     would see the inner gradient as a backward of their own and fail.
 
-    Under ZeRO 0 gradients are reduced by `Reducer`: DeepSpeed would do so in one piece when the backward is over.
-    `waiting` runs while this rank waits for others.
+    Under ZeRO 0 gradients are reduced by `Reducer`: DeepSpeed would do so in one piece when the backward is over. The
+    weights are then in `memory_format`; ZeRO 1 and 2 flatten them and know no layout but the contiguous one.
+
+    Args:
+        waiting: runs while this rank waits for others.
+        timeout: seconds that DeepSpeed's collectives may take.
     """
 
     def __init__(
@@ -212,6 +230,7 @@ class DeepSpeedEngine:
         config: dict[str, Any],
         waiting: Stopwatch,
         timeout: float = 600.0,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         import deepspeed
 
@@ -224,7 +243,12 @@ class DeepSpeedEngine:
         self.module = self._engine.module
         self._stage = self._engine.zero_optimization_stage()
         self._reducer: Reducer | None = None
-        if dist.get_world_size() > 1 and not self._stage and not any(key in config for key in _REDUCTION):
+        self.memory_format = torch.contiguous_format
+        if own_reduction(config):
+            # Not before: when it starts, DeepSpeed views the weights as bytes, which only contiguous ones can be.
+            self.module.to(memory_format=memory_format)
+            self.memory_format = memory_format
+        if dist.get_world_size() > 1 and own_reduction(config):
             self._engine.enable_backward_allreduce = False
             self._reducer = Reducer(self.module, waiting)
         elif dist.get_world_size() > 1:

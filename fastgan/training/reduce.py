@@ -19,9 +19,11 @@ class _Bucket:
         self.parameters = parameters
         first = parameters[0]
         self.buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        pieces = self.buffer.split([p.numel() for p in parameters])
+        # With the parameter's own strides, which fused optimisers take for granted.
         self.views = [
-            piece.view(p.shape)
-            for piece, p in zip(self.buffer.split([p.numel() for p in parameters]), parameters, strict=True)
+            piece.as_strided(p.shape, torch.empty_like(p, device="meta").stride(), piece.storage_offset())
+            for piece, p in zip(pieces, parameters, strict=True)
         ]
         self.missing = len(parameters)
         self.work: dist.Work | None = None

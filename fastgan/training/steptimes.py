@@ -188,7 +188,7 @@ class _Watched:
 
     def __init__(self, engine: Engine, marks: Marks) -> None:
         self._engine, self._marks = engine, marks
-        self.module = engine.module
+        self.module, self.memory_format = engine.module, engine.memory_format
         self.ready: list[tuple[int, int]] = []
         self.end = 0
         self._handles = [

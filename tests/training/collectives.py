@@ -3,7 +3,8 @@
     python collectives.py CASES.json OUT
 
 Each case is {"name", "variant", "flags", "steps"}. What rank r counts in the steps after the first goes to
-OUT/counts-r.json by case: "sent" {collective: bytes of tensors}, "wire" bytes that left by eth0, "reads" of the host.
+OUT/counts-r.json by case: "sent" {collective: bytes of tensors}, "wire" bytes that left by eth0, "reads" of the host,
+"channels_last" whether weights, their averages and optimiser states are.
 A case with "slow" is run to its end in OUT/NAME, the last rank sleeping that many seconds in each step.
 """
 
@@ -62,6 +63,14 @@ def make(case: dict[str, Any], world: processes.World, out: Path) -> Trainer:
     return Trainer(request.config, request.variant, world, source, out / case["name"])
 
 
+def channels_last(trainer: Trainer) -> bool:
+    assert trainer._engines is not None
+    held = [p.detach() for module in trainer._modules() for p in module.parameters()]
+    for engine in trainer._engines:
+        held += [value for state in engine._base().state.values() for value in state.values()]  # type: ignore[attr-defined]
+    return all(t.is_contiguous(memory_format=torch.channels_last) for t in held if t.dim() == 4)
+
+
 def count(case: dict[str, Any], world: processes.World, out: Path, sent: Sent) -> dict[str, Any]:
     trainer = make(case, world, out)
     trainer.train_step()
@@ -81,8 +90,10 @@ def count(case: dict[str, Any], world: processes.World, out: Path, sent: Sent) -
         name: sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
         for name, module in (("g", trainer.step.generator), ("d", trainer.step.discriminator))
     }
+    counts = {"sent": dict(sent.bytes), "reads": dict(reads.seen), "trained": trained, "buckets": buckets, "wire": left}
+    counts["channels_last"] = channels_last(trainer)
     trainer._close_engines()
-    return {"sent": dict(sent.bytes), "reads": dict(reads.seen), "trained": trained, "buckets": buckets, "wire": left}
+    return counts
 
 
 def run_slowly(case: dict[str, Any], world: processes.World, out: Path) -> None:

@@ -53,6 +53,13 @@ def test_what_a_step_sends(out: Path, zero: int, accumulation: int) -> None:
     assert set(sent) == {"reduce", "all_gather_into_tensor"}
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_layout_of_weights(out: Path, zero: int) -> None:
+    """Contiguous under ZeRO 1 and 2, which flatten them."""
+    for rank in (0, 1):
+        assert json.loads((out / f"counts-{rank}.json").read_text())[f"{zero}-1"]["channels_last"] is (zero == 0)
+
+
 def test_steps_of_two_ranks_read_nothing(out: Path) -> None:
     for rank in (0, 1):
         assert json.loads((out / f"counts-{rank}.json").read_text())["0-1"]["reads"] == {}
@@ -97,6 +104,7 @@ def test_buckets_are_sent_as_soon_as_they_are_whole(monkeypatch: pytest.MonkeyPa
     """The first step shows the order; from then on the last layer's gradients leave before the first layer's exist."""
     torch.manual_seed(0)
     module = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)), nn.Linear(4, 4, bias=False))
+    module[1].weight = nn.Parameter(torch.randn(4, 4).t())
     module[4].weight.requires_grad_(False)
     idle = nn.Parameter(torch.ones(3))
     module.register_parameter("idle", idle)
@@ -140,6 +148,7 @@ def test_buckets_are_sent_as_soon_as_they_are_whole(monkeypatch: pytest.MonkeyPa
         if step == 0:
             assert [numel for numel, _ in sent] == [16 + 3, 32, 16] and {n for _, n in sent} == {4}
         else:
+            assert all(p.grad is not None and p.grad.stride() == p.stride() for p in module[:4].parameters())
             assert [numel for numel, _ in sent] == [32, 32, 3]
             assert sent[0][1] < 2 and sent[1][1] < 4 and sent[2][1] == 4
     reducer.close()

@@ -20,14 +20,23 @@ def _idle(name: str, zero: int, accumulation: int) -> dict:
     return {**case, "flags": [*case["flags"], "--batch-at", "8", str(accumulation)]}
 
 
+def _channels_last(name: str, variant: str, accumulation: int) -> dict:
+    case = ranks.case(name, variant, 0, accumulation)
+    return {**case, "flags": [*case["flags"], "--memory-format", "channels_last"]}
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("ranks")
     pairs = sorted({(v, a) for v, _, a in CASES})
     one = [ranks.case(f"one-{v}-{a}", v, 0, ranks.one_process(v, 2, a)) for v, a in pairs]
-    ranks.launch(SCRIPT, [*one, *(_idle(f"one-idle-{a}", 0, a) for a in (1, 2))], out, 1)
+    one += [_idle(f"one-idle-{a}", 0, a) for a in (1, 2)]
+    one += [_channels_last(f"one-last-{v}", v, ranks.one_process(v, 2, 1)) for v in ("wgan-gp", "pggan")]
+    ranks.launch(SCRIPT, one, out, 1)
     two = [ranks.case(f"two-{v}-{z}-{a}", v, z, a) for v, z, a in CASES]
-    ranks.launch(SCRIPT, [*two, *(_idle(f"two-idle-{z}-{a}", z, a) for z, a in IDLE)], out, 2)
+    two += [_idle(f"two-idle-{z}-{a}", z, a) for z, a in IDLE]
+    two += [_channels_last(f"two-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
+    ranks.launch(SCRIPT, two, out, 2)
     return {file.stem: load_file(file) for file in out.glob("*.safetensors")}
 
 
@@ -38,6 +47,11 @@ def test_two_ranks_equal_one_process(weights: dict, variant: str, zero: int, acc
     ranks.assert_same_weights(one, two)
     if variant == "pggan":
         assert "g.to_rgb.8.weight" in one  # the run has grown
+
+
+@pytest.mark.parametrize("variant", ["wgan-gp", "pggan"])
+def test_channels_last(weights: dict, variant: str) -> None:
+    ranks.assert_same_weights(weights[f"one-last-{variant}"], weights[f"two-last-{variant}"])
 
 
 @pytest.mark.parametrize(("zero", "accumulation"), IDLE)
