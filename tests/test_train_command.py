@@ -135,7 +135,7 @@ def test_precedence_preset_file_flags(tmp_path: Path) -> None:
     request = train.parse(["--config", str(file), "--lr-d", "0.125"])
     assert (request.variant, request.preset) == ("lsgan", "digits")
     o = request.config.optimiser
-    assert (o.lr_g, o.lr_d, o.beta1) == (0.5, 0.125, 0.5)
+    assert (o.lr_g, o.lr_d, o.beta2) == (0.5, 0.125, VARIANTS["lsgan"].digits.optimiser.beta2)
     assert request.config.schedule.batch == 16
     assert train.parse(["--data", "synthetic"]).preset == "paper"
     assert train.parse(["--data", "synthetic", "--preset", "digits"]).preset == "digits"

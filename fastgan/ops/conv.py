@@ -298,7 +298,8 @@ class _Linear(Function):
         x, w = ctx.saved_tensors
         parts = [F.linear(a, b) for a, b in ((tx, w), (x, tw)) if a is not None and b is not None]
         if tbias is not None:
-            parts.append(tbias.expand(*x.shape[:-1], -1))
+            # Dense, as torch before 2.15 wants the tangent of what it takes for a view in the layout of its primal.
+            parts.append(tbias.expand(*x.shape[:-1], -1).contiguous())
         return sum(parts[1:], parts[0])
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -224,7 +225,9 @@ def rewritten(source: Path, target: Path, change: dict[str, Any]) -> Path:
     return target
 
 
-def test_nothing_in_an_archive_is_unpickled_or_evaluated(exported: dict[str, Path], tmp_path: Path) -> None:
+def test_nothing_in_an_archive_is_unpickled_or_evaluated(
+    exported: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trace, file = tmp_path / "executed", tmp_path / "x.pt2"
     bomb = io.BytesIO()
     torch.save((Bomb(trace),), bomb)
@@ -267,7 +270,8 @@ def test_nothing_in_an_archive_is_unpickled_or_evaluated(exported: dict[str, Pat
     assert not trace.exists()
     # The bomb is one: torch's own loader sets it off.
     rewritten(exported["torch-export"], file, {"sample_inputs/model.pt": lambda _: bomb.getvalue()})
-    torch.export.load(file)
+    with caplog.at_level(logging.ERROR, "torch._export.serde.serialize"):  # 2.14 cannot format it
+        torch.export.load(file)
     assert trace.exists()
 
 
