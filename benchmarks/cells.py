@@ -17,22 +17,66 @@ from fastgan import checkpoint
 from fastgan.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
+# Settings by section, as `config.replace` takes them.
+Changes = dict[str, dict[str, Any]]
 # Sizes that make the generators equally large within a tenth, whatever the presets': 100,000 parameters at 16 px and
-# three channels, 165,000 at 32 px and one. Everything else is the digits preset's.
-NETWORKS = {
+# three channels, 165,000 at 32 px and one.
+NETWORKS: dict[int, dict[str, dict[str, Any]]] = {
     16: {
-        "mlp": ["--width", "100"],
-        "dcgan": ["--width", "32", "--max-width", "64"],
-        "sagan": ["--width", "16", "--max-width", "64"],
-        "pggan": ["--fmap-base", "256", "--fmap-max", "41"],
+        "mlp": {"width": 100},
+        "dcgan": {"width": 32, "max_width": 64},
+        "sagan": {"width": 16, "max_width": 64},
+        "pggan": {"fmap_base": 256, "fmap_max": 41},
     },
     32: {
-        "mlp": ["--width", "134"],
-        "dcgan": ["--width", "32", "--max-width", "64"],
-        "sagan": ["--width", "16", "--max-width", "59"],
-        "pggan": ["--fmap-base", "256", "--fmap-max", "53"],
+        "mlp": {"width": 134},
+        "dcgan": {"width": 32, "max_width": 64},
+        "sagan": {"width": 16, "max_width": 59},
+        "pggan": {"fmap_base": 256, "fmap_max": 53},
     },
 }
+# The digits presets of dcgan and lsgan hold the discriminator by R1 and leave out its batch norm. As published they
+# have neither, and these are the rates that suit them best then.
+_AS_PUBLISHED: Changes = {
+    "networks": {"norm_d": "batch"},
+    "objective": {"regulariser": "none"},
+    "optimiser": {"lr_g": 5e-4, "lr_d": 5e-5, "beta1": 0.5, "beta2": 0.999},
+}
+# What is compared: a variant's digits preset with some settings changed.
+ARMS: dict[str, tuple[str, Changes]] = {
+    "gan": ("gan", {}),
+    "dcgan": ("dcgan", _AS_PUBLISHED),
+    "dcgan-r1": ("dcgan", {}),
+    "lsgan": ("lsgan", _AS_PUBLISHED),
+    "lsgan-r1": ("lsgan", {}),
+    "wgan": ("wgan", {}),
+    "wgan-gp": ("wgan-gp", {}),
+    "wgan-div": ("wgan-div", {}),
+    "sagan": ("sagan", {}),
+    "pggan": ("pggan", {}),
+}
+
+
+def merged(*changes: Changes) -> Changes:
+    """All of them; the later ones win."""
+    found: Changes = {}
+    for change in changes:
+        for section, values in change.items():
+            found[section] = {**found.get(section, {}), **values}
+    return found
+
+
+def changed(arm: str, resolution: int, *more: Changes) -> Changes:
+    """What an arm trains with that its variant's digits preset has not."""
+    variant, changes = ARMS[arm]
+    size = NETWORKS[resolution][VARIANTS[variant].digits.networks.model]
+    return merged({"networks": size, "schedule": {"resolution": resolution}}, changes, *more)
+
+
+def as_flags(changes: Changes) -> list[str]:
+    """The same as flags of fastgan train."""
+    values = [pair for section in changes.values() for pair in section.items()]
+    return [word for key, value in values for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
 class Stopped(Exception):
@@ -90,7 +134,7 @@ def name_of(task: str, variant: str, seed: int, kimg: float) -> str:
 def arguments(description: str | None, file: str) -> argparse.ArgumentParser:
     """The flags that every comparison has; `file` names its cells and the folder of its runs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--variants", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="VARIANT")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cells", type=Path, default=ROOT / "benchmarks" / "results" / f"{file}.json")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / file, help="where cells are trained")
@@ -108,7 +152,7 @@ def start(asked: argparse.Namespace) -> tuple[Cells, list[str]]:
     return Cells(asked.cells), ["--threads", str(asked.threads)]
 
 
-def train(variant: str, resolution: int, run: Path, kimg: float, flags: Sequence[str]) -> None:
+def train(arm: str, run: Path, kimg: float, changes: Changes, flags: Sequence[str]) -> None:
     """Train to `kimg` in a process of its own, going on where an earlier one was stopped.
 
     Raises:
@@ -119,10 +163,8 @@ def train(variant: str, resolution: int, run: Path, kimg: float, flags: Sequence
     if checkpoint.existing(run):
         command += ["--resume", str(run)]
     else:
-        model = VARIANTS[variant].digits.networks.model
-        fresh = ["--variant", variant, "--preset", "digits", "--resolution", str(resolution), "--kimg", f"{kimg:g}"]
-        fresh += [*NETWORKS[resolution][model], *flags]
-        command += [*fresh, *(["--resume"] if (run / "config.yaml").is_file() else ["--out"]), str(run)]
+        command += ["--variant", ARMS[arm][0], "--preset", "digits", *as_flags(changes), "--kimg", f"{kimg:g}", *flags]
+        command += [*(["--resume"] if (run / "config.yaml").is_file() else ["--out"]), str(run)]
     run.parent.mkdir(parents=True, exist_ok=True)
     with run.with_name(f"{run.name}.log").open("a") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)

@@ -1,20 +1,25 @@
 """The eight variants on handwritten digits of 32 px, with generators of one size and one budget of images.
 
-    python benchmarks/compare_variants.py [--variants wgan-gp pggan] [--seeds 3] [--kimg 150]
+    python benchmarks/compare_variants.py --speed --threads 1
+    python benchmarks/compare_variants.py [--variants wgan-gp pggan] [--seeds 1] [--kimg 60] [--threads 1]
 
 For each variant and seed: quality of 10,000 images of the averaged generator (Frechet distance, precision, recall,
-density, coverage, all of digits features; modes and KL), images per second of training, and at 20 points of it the
-Frechet distance of 2,000 images and the norm of the gradient of the generator's loss that reaches an image from the
-discriminator. Sample grids and curves go to --figures as PNG, and a table is printed.
+density, coverage, all of digits features; modes and KL), and at ten points of the training the Frechet distance of
+2,000 images and the norm of the gradient of the generator's loss that reaches an image from the discriminator (where
+that loss is the minimax one's non-saturating form, of the saturating form too, at the same weights). Sample grids and
+curves go to --figures as PNG, and a table is printed. dcgan and lsgan are compared as published, and with the R1 of
+their digits presets as dcgan-r1 and lsgan-r1.
+
+--speed times a step of every stage of each variant for a few seconds, and trains nothing: images per second and the
+seconds of the table are worked out from it, so that a comparison may run on a busy machine and be timed on a quiet one.
 
 A finished cell is kept in the file --cells; stopped and started again, the command goes on where it was. --table makes
-the table and the curves of what is done. Speeds are those of the machine as busy as it was.
+the table and the curves of what is done.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,23 +29,28 @@ import torch
 
 import fastgan
 from fastgan import checkpoint, models, noise
-from fastgan.config import Config, merge, read_yaml
+from fastgan.config import Config, merge, read_yaml, replace
 from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation, cache_folder
 from fastgan.models.pggan import Progressive
-from fastgan.training.build import build_step
+from fastgan.training.build import build_step, plan
 from fastgan.training.evaluating import drawer
 from fastgan.training.log import save_grid
+from fastgan.training.steptimes import Bench
 from fastgan.variants import VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cells import ROOT, Cells, Stopped, arguments, name_of, spread, start, table, train
+from cells import ARMS, ROOT, Cells, Changes, Stopped, arguments, changed, merged, name_of, spread, start, table, train
 
 RESOLUTION = 32
-POINTS = 20
+POINTS = 10
 CURVE_IMAGES = 2000
 IMAGES = 10_000
+# One batch for all. pggan's low resolutions are over early: at an equal share for each of them half of so short a run
+# would be over before the first image of 32 px.
+SETTINGS: dict[str, Changes] = {arm: {"schedule": {"batch": 32}} for arm in ARMS}
+SETTINGS["pggan"]["schedule"] |= {"fade_kimg": 5.0, "stable_kimg": 5.0}
 
 
 def gradient_norm(stored: checkpoint.Checkpoint, config: Config) -> float:
@@ -63,23 +73,48 @@ def gradient_norm(stored: checkpoint.Checkpoint, config: Config) -> float:
     return gradient.flatten(1).norm(dim=1).mean().item()
 
 
-def seconds_at(run: Path) -> list[tuple[int, float]]:
-    """(images, seconds of training until then) of each logged interval."""
-    found, images, seconds = [], 0, 0.0
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if "images_per_second" in row:
-            seconds += (row["images"] - images) / row["images_per_second"]
-            images = row["images"]
-            found.append((images, seconds))
-    return found
+def settings(arm: str) -> Changes:
+    return changed(arm, RESOLUTION, SETTINGS[arm])
+
+
+def configured(arm: str, kimg: float) -> Config:
+    """The configuration that an arm is trained with."""
+    changes = merged(settings(arm), {"schedule": {"kimg": kimg}})
+    return replace(VARIANTS[ARMS[arm][0]].config("digits"), **changes)
+
+
+def step_key(resolution: int, fading: bool) -> str:
+    return f"{resolution} px{', fading' if fading else ''}"
+
+
+def speed(arm: str, kimg: float, seconds: float) -> dict[str, Any]:
+    """Images per second of each kind of step that the arm takes, by `step_key`."""
+    config = configured(arm, kimg)
+    bench = Bench(config, ARMS[arm][0], torch.device("cpu"), 1, seconds)
+    found = {}
+    for stage in plan(config):
+        for fading in [True] * (stage.fade_end > stage.start) + [False]:
+            timing = bench.time(stage.resolution, config.schedule.batch, fading)
+            taken = timing.d.seconds + timing.g.seconds / config.optimiser.n_critic
+            found[step_key(stage.resolution, fading)] = config.schedule.batch / taken
+    return {"images_per_second": found, "threads": torch.get_num_threads()}
+
+
+def seconds_until(arm: str, kimg: float, speeds: dict[str, float], images: float) -> float:
+    """Seconds of training until `images` have been seen."""
+    total = 0.0
+    for stage in plan(configured(arm, kimg)):
+        total += max(min(images, stage.fade_end) - stage.start, 0) / speeds.get(step_key(stage.resolution, True), 1.0)
+        whole = max(min(images, stage.end) - stage.fade_end, 0)
+        total += whole / speeds[step_key(stage.resolution, False)]
+    return total
 
 
 def compute(variant: str, seed: int, kimg: float, runs: Path, figures: Path, flags: Sequence[str]) -> dict[str, Any]:
     """Train one cell, or go on with it, and measure it."""
     run = runs / f"digits-{variant}-seed{seed}-{kimg:g}kimg"
-    asked = f"--data digits --batch 64 --seed {seed} --keep 1000 --checkpoint-kimg {kimg / POINTS:g}"
-    train(variant, RESOLUTION, run, kimg, [*asked.split(), "--sample-kimg", f"{kimg:g}", *flags])
+    asked = f"--data digits --seed {seed} --keep 1000 --checkpoint-kimg {kimg / POINTS:g} --sample-kimg {kimg:g}"
+    train(variant, run, kimg, settings(variant), [*asked.split(), *flags])
     values = read_yaml(run / "config.yaml", "RUN")
     values = {key: value for key, value in values.items() if key not in ("variant", "preset")}
     config = merge(Config(), values, str(run / "config.yaml"))
@@ -93,12 +128,14 @@ def compute(variant: str, seed: int, kimg: float, runs: Path, figures: Path, fla
         assert found is not None
         return found["metrics"]
 
-    times, curve = seconds_at(run), []
+    curve = []
     for path in checkpoint.existing(run):
         stored = checkpoint.read(path, "RUN")
         images = stored.meta["images"]
         point = {"kimg": images / 1000, "gradient": gradient_norm(stored, config)}
-        point["seconds"] = min((second for at, second in times if at >= images), default=times[-1][1])
+        if config.objective.loss == "minimax":
+            saturating = replace(config, objective={"loss": "minimax-saturating"})
+            point["gradient_saturating"] = gradient_norm(stored, saturating)
         # A generator that has yet to grow is compared with real images of its own size: no number to put in a row.
         if stored.meta["resolution"] == RESOLUTION:
             point["frechet_distance"] = evaluate(path, ["fid"], CURVE_IMAGES)["frechet_distance"]
@@ -109,7 +146,6 @@ def compute(variant: str, seed: int, kimg: float, runs: Path, figures: Path, fla
     return {
         **evaluate(run, ["fid", "prdc", "modes"], IMAGES),
         "kimg": kimg,
-        "images_per_second": times[-1][0] / times[-1][1],
         "generator_parameters": sum(p.numel() for p in trained.module.parameters()),
         "curve": curve,
     }
@@ -117,27 +153,31 @@ def compute(variant: str, seed: int, kimg: float, runs: Path, figures: Path, fla
 
 def report(cells: Cells, kimg: float) -> str:
     """The table of what is done. Good enough, for its last column, is twice the best variant's final distance."""
-    all_cells = {variant: found for variant in VARIANTS if (found := cells.of("digits", variant, kimg))}
+    all_cells = {arm: found for arm in ARMS if (found := cells.of("digits", arm, kimg))}
     if not all_cells:
         return "no cell is done"
     best = min(sum(cell["frechet_distance"] for cell in found) / len(found) for found in all_cells.values())
     rows = []
-    for variant in VARIANTS:
-        found = all_cells.get(variant, [])
-        if not found:
-            rows.append([f"`{variant}`", "0", *["-"] * 10])
-            continue
+    for arm, found in all_cells.items():
         names = {"frechet_distance": ".0f", "precision": ".2f", "recall": ".2f", "density": ".2f", "coverage": ".2f"}
-        names |= {"modes": ".0f", "kl": ".3f", "images_per_second": ".0f"}
+        names |= {"modes": ".0f", "kl": ".3f"}
         values = [spread([cell[name] for cell in found], form) for name, form in names.items()]
-        reached = []
-        for cell in found:
-            good = [point["seconds"] for point in cell["curve"] if point.get("frechet_distance", 1e9) <= 2 * best]
-            reached += good[:1]
-        seconds = spread(reached, ".0f") if len(reached) == len(found) else f"{len(reached)} of {len(found)} reach it"
-        rows.append([f"`{variant}`", str(len(found)), *values, seconds, f"{found[0]['generator_parameters']:,}"])
+        good = [
+            next((point["kimg"] for point in cell["curve"] if point.get("frechet_distance", 1e9) <= 2 * best), None)
+            for cell in found
+        ]
+        reached = [at for at in good if at is not None]
+        rate = seconds = "-"
+        if speeds := cells.done.get(f"speed/{arm}", {}).get("images_per_second"):
+            rate = f"{1000 * kimg / seconds_until(arm, kimg, speeds, 1000 * kimg):.0f}"
+            seconds = spread([seconds_until(arm, kimg, speeds, 1000 * at) for at in reached or [0.0]], ".0f")
+        if len(reached) < len(found):
+            seconds = f"{len(reached)} of {len(found)} reach it" if reached or len(found) > 1 else "not reached"
+        at = spread(reached, ".0f") if len(reached) == len(found) else "-"
+        rows.append([f"`{arm}`", str(len(found)), *values, rate, at, seconds, f"{found[0]['generator_parameters']:,}"])
     head = "variant|seeds|Frechet distance (digits features)|precision|recall|density|coverage|modes of 10|KL|images/s"
-    return table([*head.split("|"), f"seconds to a distance of {2 * best:.0f}", "parameters of G"], rows)
+    quality = f"a distance of {2 * best:.0f}"
+    return table([*head.split("|"), f"kimg to {quality}", f"seconds to {quality}", "parameters of G"], rows)
 
 
 def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
@@ -150,14 +190,21 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
     for key, label in names.items():
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        for i, variant in enumerate(VARIANTS):
-            for number, cell in enumerate(cells.of("digits", variant, kimg)):
+        for arm in ARMS:
+            # The two with R1 are dashed, in the colours of those without.
+            colour = colormaps["tab10"](list(VARIANTS).index(ARMS[arm][0]))
+            dashes = "-" if arm in VARIANTS else "--"
+            for number, cell in enumerate(cells.of("digits", arm, kimg)):
                 points = [(point["kimg"], point[key]) for point in cell["curve"] if key in point]
                 if not points:
                     continue
                 # A gradient may vanish to zero, which no logarithm shows.
                 x, y = zip(*[(at, max(value, 1e-12)) for at, value in points], strict=True)
-                axes.plot(x, y, color=colormaps["tab10"](i), label=None if number else variant, linewidth=1.3)
+                axes.plot(x, y, dashes, color=colour, label=None if number else arm, linewidth=1.3)
+                saturating = [(point["kimg"], point.get("gradient_saturating")) for point in cell["curve"]]
+                if key == "gradient" and all(value for _, value in saturating):
+                    label_of = None if number else f"{arm}, saturating"
+                    axes.plot(*zip(*saturating, strict=True), ":", color=colour, label=label_of, linewidth=1.3)
         axes.set(xlabel="kimg", ylabel=label, yscale="log")
         if axes.lines:
             axes.legend(ncols=2, fontsize=8)
@@ -169,12 +216,17 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
 
 def main(argv: list[str]) -> int:
     parser = arguments(__doc__, "variants")
-    parser.add_argument("--kimg", type=float, default=150.0)
+    parser.add_argument("--kimg", type=float, default=60.0)
+    parser.add_argument("--speed", action="store_true", help="time steps, and train nothing")
+    parser.add_argument("--measure-seconds", type=float, default=3.0, help="of each kind of step, for --speed")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "variants", help="where grids and curves go")
     asked = parser.parse_args(argv)
     cells, flags = start(asked)
+    for arm in asked.variants if asked.speed else []:
+        cells.keep(f"speed/{arm}", speed(arm, asked.kimg, asked.measure_seconds))
+        print(f"speed/{arm}: {cells.done[f'speed/{arm}']['images_per_second']}", flush=True)
     order = [(seed, variant) for seed in range(asked.seeds) for variant in asked.variants]
-    for seed, variant in [] if asked.table else order:
+    for seed, variant in [] if asked.table or asked.speed else order:
         work = functools.partial(compute, variant, seed, asked.kimg, asked.runs, asked.figures, flags)
         name = name_of("digits", variant, seed, asked.kimg)
         try:
@@ -183,7 +235,7 @@ def main(argv: list[str]) -> int:
         except Stopped:
             break
     print(report(cells, asked.kimg))
-    if cells.done:
+    if any(cells.of("digits", arm, asked.kimg) for arm in ARMS):
         print(f"curves: {', '.join(str(path) for path in curves(cells, asked.kimg, asked.figures))}")
     return 0
 

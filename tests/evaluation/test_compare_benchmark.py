@@ -65,21 +65,57 @@ def test_the_gradient_that_reaches_an_image(compare: ModuleType, variant: str, t
 def test_the_table(compare: ModuleType) -> None:
     cells = compare.Cells(Path("none.json"))
     assert compare.report(cells, 9.0) == "no cell is done"
-    curve = [{"kimg": 1, "seconds": 5.0, "gradient": 1.0}, {"kimg": 9, "seconds": 40.0, "frechet_distance": 150.0}]
+    curve = [
+        {"kimg": 1, "gradient": 1.0},
+        *({"kimg": at, "frechet_distance": fd} for at, fd in ((6, 150.0), (9, 90.0))),
+    ]
     cell = dict.fromkeys(["precision", "recall", "density", "coverage", "kl"], 0.5)
-    cell |= {"modes": 10, "images_per_second": 100.0, "generator_parameters": 1234, "curve": curve}
+    cell |= {"modes": 10, "generator_parameters": 1234, "curve": curve}
     cells.done["digits/wgan/seed0/9kimg"] = {**cell, "frechet_distance": 100.0}
-    cells.done["digits/wgan/seed1/9kimg"] = {**cell, "frechet_distance": 80.0}
+    cells.done["digits/wgan/seed1/9kimg"] = {**cell, "frechet_distance": 80.0, "curve": curve[::2]}
     cells.done["digits/gan/seed0/9kimg"] = {**cell, "frechet_distance": 400.0, "curve": curve[:1]}
+    cells.done["speed/wgan"] = {"images_per_second": {"32 px": 200.0}, "threads": 1}
     text = compare.report(cells, 9.0)
-    assert "seconds to a distance of 180" in text
-    assert "| `wgan` | 2 | 90 (80 to 100) | 0.50 (0.50 to 0.50) |" in text and "| 40 (40 to 40) | 1,234 |" in text
-    assert "| 0 of 1 reach it | 1,234 |" in text and "| `pggan` | 0 | - |" in text
+    assert "| kimg to a distance of 180 | seconds to a distance of 180 |" in text
+    assert "| `wgan` | 2 | 90 (80 to 100) | 0.50 (0.50 to 0.50) |" in text
+    assert "| 200 | 8 (6 to 9) | 38 (30 to 45) | 1,234 |" in text
+    assert "| - | - | not reached | 1,234 |" in text and "pggan" not in text
 
 
-def test_seconds_leave_out_what_is_no_training(compare: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"images": 100, "images_per_second": 50}\n{"images": 100, "features": "digits"}\n'
-        '{"images": 400, "images_per_second": 100}\n'
-    )
-    assert compare.seconds_at(tmp_path) == [(100, 2.0), (400, 5.0)]
+def test_seconds_are_those_of_the_steps_of_each_stage(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pggan with 30 kimg: 4 px to 5, 8 px fading to 15, alone to 20, 16 px fading to 30."""
+    monkeypatch.setattr(compare, "settings", lambda arm: {"schedule": {"fade_kimg": 10.0, "stable_kimg": 5.0}})
+    speeds = {"4 px": 1000.0, "8 px, fading": 500.0, "8 px": 100.0, "16 px, fading": 10.0, "16 px": 1.0}
+    found = [compare.seconds_until("pggan", 30.0, speeds, images) for images in (2500, 10_000, 16_000, 30_000)]
+    assert found == pytest.approx([2.5, 5 + 10, 5 + 20 + 10, 5 + 20 + 50 + 1000])
+    assert compare.seconds_until("sagan", 30.0, {"16 px": 100.0}, 30_000) == pytest.approx(300)
+
+
+def test_speed_is_of_every_kind_of_step(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "RESOLUTION", 8)
+    tiny = {"networks": {"fmap_base": 16, "fmap_max": 4}, "schedule": {"resolution": 8, "batch": 4}}
+    monkeypatch.setattr(compare, "settings", lambda arm: tiny)
+    found = compare.speed("pggan", 20.0, 0.0)
+    assert list(found["images_per_second"]) == ["4 px", "8 px, fading", "8 px"]
+    assert all(1 < rate < 1e5 for rate in found["images_per_second"].values())
+
+
+@pytest.mark.parametrize("arm", ["dcgan", "dcgan-r1", "pggan"])
+def test_flags_say_what_is_compared(compare: ModuleType, arm: str) -> None:
+    """The flags that training gets and the configuration whose steps are timed are one."""
+    from fastgan.train import Train, parse
+
+    variant, _ = compare.ARMS[arm]
+    flags = [
+        "--variant",
+        variant,
+        "--preset",
+        "digits",
+        *sys.modules["cells"].as_flags(compare.settings(arm)),
+        "--kimg",
+        "50",
+    ]
+    asked, config = parse(flags, Train, "fastgan train").config, compare.configured(arm, 50.0)
+    for section in ("networks", "objective", "optimiser", "schedule"):
+        assert getattr(asked, section) == getattr(config, section)
+    assert (config.objective.regulariser == "none") == (arm == "dcgan")

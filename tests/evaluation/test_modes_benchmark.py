@@ -81,7 +81,7 @@ def test_cells_are_kept_and_gone_on_with(
     assert modes.main(asked) == 0
     said = capsys.readouterr()
     assert "stopped in grid/lsgan/seed1/1kimg; the same command goes on" in said.err
-    assert "| `gan` | 2 |" in said.out and "| `lsgan` | 1 |" in said.out and "| `wgan` | 0 | - | - |" in said.out
+    assert "| `gan` | 2 |" in said.out and "| `lsgan` | 1 |" in said.out and "wgan" not in said.out
     monkeypatch.setattr(modes, "points_cell", lambda *args: (calls.append(args[1:3]), cell(*args))[1])
     assert modes.main(asked) == 0
     assert calls == [("gan", 0), ("lsgan", 0), ("gan", 1), ("lsgan", 1)]
