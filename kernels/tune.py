@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import triton
-from fastgan.kernels import attention, tiles
+from fastgan.kernels import attention, scaled_conv, tiles
 from fastgan.kernels.tiles import KINDS, Tile
 from torch import Tensor
 
@@ -23,23 +23,42 @@ PASSES = {
     "forward": ("attention_forward",),
     "backward": ("attention_backward_rows", "attention_backward_columns"),
     "second backward": ("attention_second_statistics", "attention_second_rows", "attention_second_columns"),
+    "scaled convolution, down": ("scaled_conv_down",),
+    "scaled convolution, up": ("scaled_conv_up",),
+    "scaled convolution, weight": ("scaled_conv_weight",),
 }
 
 
 def candidates(op: str, kind: str, size: int) -> Iterator[Tile]:
-    chunks = (0,) if kind == "half" and size < 256 else (0, 32, 64) if kind != "float32" else (16, 32)
-    sides = (16, 32, 64) if kind == "float32" else (16, 32, 64, 128)
+    exact = kind == "float32"
+    chunks: tuple[int, ...]
+    if op.startswith("scaled_conv"):
+        weight = op.endswith("weight")
+        chunks = (16, 32, 64) if exact else (32, 64)
+        sides, widths = (16, 32, 64, 128) if weight else (64, 128, 256), (16, 32, 64, 128)
+        for rows, cols, warps, stages, chunk in itertools.product(sides, widths, (4, 8), (1, 2, 3, 4), chunks):
+            if cols <= size and (rows <= size or not weight) and not (exact and stages > 1):
+                yield Tile(rows, cols, warps, stages, chunk)
+        return
+    chunks = (0,) if kind == "half" and size < 256 else (0, 32, 64) if not exact else (16, 32)
+    sides = (16, 32, 64) if exact else (16, 32, 64, 128)
     for rows, cols, warps, stages, chunk in itertools.product(sides, sides, (4, 8), (1, 2, 3), chunks):
         owned = cols if op.endswith("columns") else rows
         swept = rows if op.endswith("columns") else cols
-        if swept <= owned and chunk <= size and not (kind == "float32" and stages > 1):
+        if swept <= owned and chunk <= size and not (exact and stages > 1):
             yield Tile(rows, cols, warps, stages, chunk)
 
 
 def passes(kind: str, size: int) -> dict[str, Callable[[], object]]:
-    """The three passes at a size that fills a GPU: about 2^32 products of one inner dimension of 64."""
+    """Each pass at a size that fills a GPU: of attention about 2^32 products of one inner dimension of 64."""
     n = 4096 if size <= 64 else 2048
     dtype = torch.bfloat16 if kind == "half" else torch.float32
+    side = 128 if size <= 64 else 32
+    w = torch.randn(size, size, 4, 4, device="cuda", dtype=dtype)
+    small, large = (
+        torch.randn(16, size, s, s, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+        for s in (side, 2 * side)
+    )
     q, k, v, do = (torch.randn(8, 2, n, size, device="cuda", dtype=dtype) for _ in range(4))
     u: tuple[Tensor, ...] = (k, v, q)
     o, lse = attention.attention_forward(q, k, v, 0.1, False)
@@ -48,6 +67,9 @@ def passes(kind: str, size: int) -> dict[str, Callable[[], object]]:
         "forward": lambda: attention.attention_forward(q, k, v, 0.1, False),
         "backward": lambda: attention.attention_backward(*rest),
         "second backward": lambda: attention.attention_second_backward(*u, *rest),
+        "scaled convolution, down": lambda: scaled_conv.down(large, w),
+        "scaled convolution, up": lambda: scaled_conv.up(small, w),
+        "scaled convolution, weight": lambda: scaled_conv.weight(small, large),
     }
 
 
@@ -66,6 +88,7 @@ def tune(kinds: tuple[str, ...], sizes: tuple[int, ...]) -> dict[str, dict[str, 
     found: dict[str, dict[str, Tile]] = {}
     for kind, size in itertools.product(kinds, sizes):
         torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if kind == "tf32" else "ieee"
         for name, run in passes(kind, size).items():
             best: dict[str, Tile] = {}
             for op in PASSES[name]:

@@ -41,6 +41,8 @@ from triton.runtime.jit import JITFunction
 # Shared memory that one program may have, in bytes (CUDA C++ programming guide, table of compute capabilities).
 # "default" is what sm_86, sm_89 and sm_120 have, and is compiled for sm_86.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "default": 99 * 1024}
+# Tensor memory, of sm_100 alone, in columns.
+TENSOR = 512
 
 # Interpreted on the CPU, or on the GPU: the same test. Interpreted bfloat16 is silently wrong, so it is a GPU's alone.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -158,9 +160,14 @@ class Resources:
     registers: int
     shared: int
     local: int  # bytes of a thread in local memory: what was spilled
+    tensor: int  # columns of tensor memory
+
+    def fits(self, architecture: str) -> bool:
+        return not self.local and self.shared <= SHARED[architecture] and self.tensor <= TENSOR
 
     def __str__(self) -> str:
-        return f"{self.registers} registers, {self.shared} bytes shared, {self.local} bytes spilled"
+        tensor = f", {self.tensor} columns of tensor memory" if self.tensor else ""
+        return f"{self.registers} registers, {self.shared} bytes shared, {self.local} bytes spilled{tensor}"
 
 
 _TYPES = {
@@ -210,17 +217,18 @@ def compiled(launch: Launch, architecture: str) -> Resources:
         command = [str(tool), "--dump-resource-usage", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return Resources(usage["REG"], binary.metadata.shared, usage["STACK"] + usage["LOCAL"])
+    tensor = getattr(binary.metadata, "tmem_size", None) or 0
+    return Resources(usage["REG"], binary.metadata.shared, usage["STACK"] + usage["LOCAL"], tensor)
 
 
 def check_resources(architecture: str, launcher: Callable[[], Any], record: Callable[[str, object], None]) -> None:
-    """Every kernel that `launcher` launches compiles without a spill, within the shared memory there is."""
+    """Every kernel that `launcher` launches compiles without a spill, within the memory that a program has."""
     found = launches(architecture, launcher)
     assert found
     wrong = []
     for it in found:
         resources = compiled(it, architecture)
         record(f"{it.name} {architecture}", str(resources))
-        if resources.local or resources.shared > SHARED[architecture]:
+        if not resources.fits(architecture):
             wrong.append(f"{it.name}: {resources}")
     assert not wrong, f"{architecture}: {'; '.join(wrong)}"

@@ -1,0 +1,260 @@
+"""The 4x4 convolution of stride 2, its adjoint and the gradient of its weight, as implicit matrix products.
+
+    down:    small[n, k, i, j] = sum over c, p, q of large[n, c, 2 i + p - 1, 2 j + q - 1] w[k, c, p, q]
+    up:      its adjoint, small to large: a transposed convolution
+    weight:  gw[k, c, p, q] = sum over n, i, j of small[n, k, i, j] large[n, c, 2 i + p - 1, 2 j + q - 1]
+
+`conv2d_downsample` is `down` and `upsample_conv2d` is `up`, each with a 3x3 kernel spread over 4x4 taps; the three are
+each other's derivatives, of every order. In `up` a pixel of one of the four parities meets 2x2 of the 16 taps.
+
+large: [N, C, 2H, 2W]; small: [N, K, H, W]; w: [K, C, 4, 4]; any strides; float32, float16 or bfloat16, one dtype in a
+call; sums are float32. float32 is multiplied as torch's setting for convolutions says, in TF32 or exactly. A program
+owns what it writes: no atomics, two runs agree bit for bit. `down` and `up` end with act(y + bias) gain, for
+piecewise linear acts, as in `fastgan.ops.bias_act`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastgan.kernels import tiles
+from fastgan.kernels.bias_act import activate
+from fastgan.kernels.launch import on, wide
+from torch import Tensor
+
+LINEAR = 0  # of fastgan.ops.bias_act.ACTS
+
+# A weight's gradient has few results, each over all pixels: these are cut into as many parts as make so many programs,
+# while the parts' sums stay so small.
+_PROGRAMS, _PARTIAL = 1024, 2**22
+
+
+@triton.jit
+def _pixels(first, count, height, width, BLOCK: tl.constexpr):
+    """(image, row, column, whether there is one) of BLOCK pixels of small images."""
+    at = first + tl.arange(0, BLOCK)
+    rest = at % (height * width)
+    return at // (height * width), rest // width, rest % width, at < count
+
+
+@triton.jit
+def _offsets(image, y, x, strides, WIDE: tl.constexpr):
+    if WIDE:
+        image = image.to(tl.int64)
+        y = y.to(tl.int64)
+        x = x.to(tl.int64)
+    return image * strides[0] + y * strides[2] + x * strides[3]
+
+
+@triton.jit
+def _channels(channel, strides, WIDE: tl.constexpr):
+    if WIDE:
+        channel = channel.to(tl.int64)
+    return channel * strides[1]
+
+
+@triton.jit
+def _of_large(image, i, j, inside, tap, height, width, strides, WIDE: tl.constexpr):
+    """(offsets, mask) of the pixels of a large image that tap p, q of its 4x4 joins to pixels i, j of the small one."""
+    y = 2 * i + tap // 4 - 1
+    x = 2 * j + tap % 4 - 1
+    inside = inside & (y >= 0) & (y < 2 * height) & (x >= 0) & (x < 2 * width)
+    return _offsets(image, y, x, strides, WIDE), inside
+
+
+@triton.jit
+def _finish(
+    total, bias, to, to_strides, pixels, inside, channel, channels, slope, gain, ACT: tl.constexpr, WIDE: tl.constexpr
+):
+    """act(total + bias) gain to pixels and channels of an image."""
+    if bias is not None:
+        total += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    total = activate(total, slope, gain, ACT).to(to.dtype.element_ty)
+    at = to + pixels[:, None] + _channels(channel, to_strides, WIDE)[None, :]
+    tl.store(at, total, mask=inside[:, None] & (channel < channels)[None, :])
+
+
+@triton.jit
+def down_kernel(
+    large, w, bias, small, large_strides, small_strides, count, height, width, slope, gain,
+    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
+    ACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """w: [16, K, C], contiguous. Rows are pixels, columns channels of the small images."""
+    across = tl.cdiv(K, COLS)
+    image, i, j, inside = _pixels(tl.program_id(0) // across * ROWS, count, height, width, ROWS)
+    k = tl.program_id(0) % across * COLS + tl.arange(0, COLS)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    chunks: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    for step in range(16 * chunks):  # one loop over taps and channels, so that loads run ahead of products
+        tap = step // chunks
+        c = step % chunks * CHUNK + tl.arange(0, CHUNK)
+        pixels, seen = _of_large(image, i, j, inside, tap, height, width, large_strides, WIDE)
+        at = large + pixels[:, None] + _channels(c, large_strides, WIDE)[None, :]
+        taps = w + tap * (K * C) + k[None, :] * C + c[:, None]
+        if C % CHUNK == 0:
+            a = tl.load(at, mask=seen[:, None], other=0.0)
+            b = tl.load(taps, mask=(k < K)[None, :], other=0.0)
+        else:
+            a = tl.load(at, mask=seen[:, None] & (c < C)[None, :], other=0.0)
+            b = tl.load(taps, mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    pixels = _offsets(image, i, j, small_strides, WIDE)
+    _finish(total, bias, small, small_strides, pixels, inside, k, K, slope, gain, ACT, WIDE)
+
+
+@triton.jit
+def up_kernel(
+    small, w, bias, large, small_strides, large_strides, count, height, width, slope, gain,
+    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
+    ACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """w: [16, C, K], contiguous. Rows are pixels of one parity, columns channels of the large images."""
+    # The four parities of the same pixels are neighbours: they read the same, and write between each other.
+    parity = tl.program_id(0) % 4
+    below = parity // 2
+    right = parity % 2
+    across = tl.cdiv(C, COLS)
+    program = tl.program_id(0) // 4
+    image, i, j, inside = _pixels(program // across * ROWS, count, height, width, ROWS)
+    c = program % across * COLS + tl.arange(0, COLS)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    chunks: tl.constexpr = (K + CHUNK - 1) // CHUNK
+    for step in range(4 * chunks):
+        # Row 2 i + below of the large image meets rows i + below - 1 and i + below of the small one, in taps
+        # 3 - below and 1 - below; columns alike.
+        down = step // chunks // 2
+        over = step // chunks % 2
+        k = step % chunks * CHUNK + tl.arange(0, CHUNK)
+        y = i + (below - 1 + down)
+        x = j + (right - 1 + over)
+        seen = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        pixels = _offsets(image, y, x, small_strides, WIDE)
+        at = small + pixels[:, None] + _channels(k, small_strides, WIDE)[None, :]
+        tap = (3 - below - 2 * down) * 4 + 3 - right - 2 * over
+        taps = w + tap * (K * C) + c[None, :] * K + k[:, None]
+        if K % CHUNK == 0:
+            a = tl.load(at, mask=seen[:, None], other=0.0)
+            b = tl.load(taps, mask=(c < C)[None, :], other=0.0)
+        else:
+            a = tl.load(at, mask=seen[:, None] & (k < K)[None, :], other=0.0)
+            b = tl.load(taps, mask=(c < C)[None, :] & (k < K)[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    pixels = _offsets(image, 2 * i + below, 2 * j + right, large_strides, WIDE)
+    _finish(total, bias, large, large_strides, pixels, inside, c, C, slope, gain, ACT, WIDE)
+
+
+@triton.jit
+def weight_kernel(
+    small, large, partial, small_strides, large_strides, count, height, width, part,
+    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial: float32 [parts, 16, K, C], each over `part` pixels, a multiple of CHUNK."""
+    across = tl.cdiv(C, COLS)
+    below = tl.cdiv(K, ROWS)
+    program = tl.program_id(0)
+    tap = program % 16  # neighbours read the same pixels
+    c = program // 16 % across * COLS + tl.arange(0, COLS)
+    k = program // 16 // across % below * ROWS + tl.arange(0, ROWS)
+    which = program // 16 // across // below
+    first = which * part
+    of_small = _channels(k, small_strides, WIDE)
+    of_large = _channels(c, large_strides, WIDE)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for begin in range(first, tl.minimum(first + part, count), CHUNK):
+        image, i, j, inside = _pixels(begin, count, height, width, CHUNK)
+        at = small + of_small[:, None] + _offsets(image, i, j, small_strides, WIDE)[None, :]
+        a = tl.load(at, mask=(k < K)[:, None] & inside[None, :], other=0.0)
+        pixels, seen = _of_large(image, i, j, inside, tap, height, width, large_strides, WIDE)
+        b = tl.load(large + pixels[:, None] + of_large[None, :], mask=seen[:, None] & (c < C)[None, :], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    to = partial + (which * 16 + tap).to(tl.int64) * (K * C) + k[:, None] * C + c[None, :]
+    tl.store(to, total, mask=(k < K)[:, None] & (c < C)[None, :])
+
+
+def float32_precision() -> str:
+    """How float32 is multiplied: as torch's own setting for convolutions says."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def _padded(channels: int) -> int:
+    return min(max(16, triton.next_power_of_2(channels)), 256)
+
+
+def _tile(op: str, x: Tensor, results: int, summed: int) -> tuple[tiles.Tile, str]:
+    """The tile of `op` with `results` columns, sums over blocks of `summed` at most; how numbers are multiplied."""
+    precision = float32_precision()
+    kind = "half" if x.dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
+    tile = tiles.find(op, kind, _padded(results), x.device)
+    return tile._replace(chunk=min(tile.chunk, _padded(summed))), precision
+
+
+def _image(like: Tensor, *shape: int) -> Tensor:
+    """An empty image in the memory format of another."""
+    last = like.stride(1) == 1 and like.shape[1] > 1
+    form = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=form)
+
+
+def down(
+    large: Tensor, w: Tensor, bias: Tensor | None = None, act: int = LINEAR, slope: float = 0.0, gain: float = 1.0
+) -> Tensor:
+    """[N, C, 2H, 2W], [K, C, 4, 4], [K] or None -> [N, K, H, W]."""
+    n, c, height, width = large.shape[0], large.shape[1], large.shape[2] // 2, large.shape[3] // 2
+    k = w.shape[0]
+    small = _image(large, n, k, height, width)
+    tile, precision = _tile("scaled_conv_down", large, k, c)
+    count = n * height * width
+    with on(large.device):
+        down_kernel[(triton.cdiv(count, tile.rows) * triton.cdiv(k, tile.cols),)](
+            large, w.permute(2, 3, 0, 1).contiguous(), bias, small, large.stride(), small.stride(),
+            count, height, width, slope, gain,
+            C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
+            ACT=act, WIDE=wide(large, small, dims=4), PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return small
+
+
+def up(
+    small: Tensor, w: Tensor, bias: Tensor | None = None, act: int = LINEAR, slope: float = 0.0, gain: float = 1.0
+) -> Tensor:
+    """[N, K, H, W], [K, C, 4, 4], [C] or None -> [N, C, 2H, 2W]."""
+    n, k, height, width = small.shape
+    c = w.shape[1]
+    large = _image(small, n, c, 2 * height, 2 * width)
+    tile, precision = _tile("scaled_conv_up", small, c, k)
+    count = n * height * width
+    with on(small.device):
+        up_kernel[(4 * triton.cdiv(count, tile.rows) * triton.cdiv(c, tile.cols),)](
+            small, w.permute(2, 3, 1, 0).contiguous(), bias, large, small.stride(), large.stride(),
+            count, height, width, slope, gain,
+            C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
+            ACT=act, WIDE=wide(large, small, dims=4), PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return large
+
+
+def weight(small: Tensor, large: Tensor) -> Tensor:
+    """[N, K, H, W], [N, C, 2H, 2W] -> [K, C, 4, 4]."""
+    (n, k, height, width), c = small.shape, large.shape[1]
+    tile, precision = _tile("scaled_conv_weight", small, max(c, k), 256)
+    count = n * height * width
+    programs = 16 * triton.cdiv(k, tile.rows) * triton.cdiv(c, tile.cols)
+    parts = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(count, 8 * tile.chunk), max(1, _PARTIAL // (16 * k * c)))
+    part = triton.cdiv(triton.cdiv(count, parts), tile.chunk) * tile.chunk
+    parts = triton.cdiv(count, part)
+    partial = torch.empty(parts, 4, 4, k, c, dtype=torch.float32, device=small.device)
+    settings: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
+    with on(small.device):
+        weight_kernel[(programs * parts,)](
+            small, large, partial, small.stride(), large.stride(), count, height, width, part,
+            C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
+            WIDE=wide(large, small, dims=4), PRECISION=precision, **settings,
+        )  # fmt: skip
+    return (partial[0] if parts == 1 else partial.sum(0)).permute(2, 3, 0, 1).to(small.dtype)

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastgan.kernels import scaled_conv, tiles
+from torch import Tensor
+from triton_offline import DEVICES, DTYPES, check, check_resources, running
+
+from fastgan.ops.bias_act import ACTS
+
+OPS = ("scaled_conv_down", "scaled_conv_up", "scaled_conv_weight")
+# N, C, K, H, W of the small images; interpreted with tiles of 16 x 16, on a GPU with the table's.
+SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 2, 3), (1, 17, 2, 3, 5), (3, 2, 19, 4, 1), (1, 16, 32, 4, 4)]
+LARGE = [(16, 16, 16, 8, 8), (3, 59, 111, 13, 7), (8, 128, 64, 32, 32), (2, 512, 512, 4, 4), (1, 3, 100, 65, 63)]
+EVERY_SHAPE = [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.gpu) for shape in LARGE)]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(n: int, c: int, k: int, h: int, w: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """large, small, weight."""
+    sizes = [(n, c, 2 * h, 2 * w), (n, k, h, w), (k, c, 4, 4)]
+    large, small, weight = (random(*size, seed=i).to(device, dtype) for i, size in enumerate(sizes))
+    return large, small, weight
+
+
+def plain(large: Tensor, small: Tensor, w: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """What `down`, `up` and `weight` compute, by PyTorch in `dtype`."""
+    large, small, w = (x.to(dtype) for x in (large, small, w))
+    gw = torch.nn.grad.conv2d_weight(large, w.shape, small, stride=2, padding=1)
+    return [F.conv2d(large, w, stride=2, padding=1), F.conv_transpose2d(small, w, stride=2, padding=1), gw]
+
+
+def ours(large: Tensor, small: Tensor, w: Tensor) -> list[Tensor]:
+    device = large.device.type
+    tile = tiles.Tile(16, 16, 4, 1, 16)
+    with running(device), tiles.using(dict.fromkeys(OPS, tile) if device == "cpu" else {}):
+        return [scaled_conv.down(large, w), scaled_conv.up(small, w), scaled_conv.weight(small, large)]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def compare(large: Tensor, small: Tensor, w: Tensor) -> list[Tensor]:
+    found = ours(large, small, w)
+    exact, simple = (plain(large, small, w, dtype) for dtype in (torch.float64, w.dtype))
+    for name, a, b, c in zip(OPS, found, exact, simple, strict=True):
+        check(a, b, c, name)
+    return found
+
+
+@pytest.mark.parametrize(("device", "dtype"), DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("n", "c", "k", "h", "w"), EVERY_SHAPE)
+def test_the_three_products_are_as_near_to_float64_as_pytorch(
+    device: str, dtype: torch.dtype, layout: torch.memory_format, n: int, c: int, k: int, h: int, w: int
+) -> None:
+    large, small, weight = inputs(n, c, k, h, w, device, dtype)
+    down, up, _ = compare(large.contiguous(memory_format=layout), small.contiguous(memory_format=layout), weight)
+    assert down.is_contiguous(memory_format=layout) and up.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_strides(device: str) -> None:
+    large, small, w = inputs(2, 4, 3, 3, 2, device, torch.float32)
+    with_gaps = torch.full((2, 4, 6, 8), torch.nan, device=device)
+    with_gaps[..., 1::2] = large
+    compare(with_gaps[..., 1::2], small[:1, :, :1].expand(2, 3, 3, 2), w.transpose(2, 3))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("act", ["linear", "relu", "lrelu"])
+def test_the_end_of_down_and_up_is_bias_act(device: str, act: str) -> None:
+    large, small, w = inputs(2, 3, 5, 2, 3, device, torch.float32)
+    code = ACTS.index(act)
+    for name, x, channels, stage in (("down", large, 5, 0), ("up", small, 3, 1)):
+        bias = random(channels, seed=9).to(device, torch.float32)
+        tile = tiles.Tile(16, 16, 4, 1, 16)
+        with running(device), tiles.using(dict.fromkeys(OPS, tile) if device == "cpu" else {}):
+            y = getattr(scaled_conv, name)(x, w, bias, code, 0.1, 1.5)
+        expected = []
+        for dtype in (torch.float64, torch.float32):
+            z = plain(large, small, w, dtype)[stage] + bias.to(dtype).view(-1, 1, 1)
+            slope = {"linear": 1.0, "relu": 0.0, "lrelu": 0.1}[act]
+            expected.append(torch.where(z < 0, z * slope, z) * 1.5)
+        check(y, *expected, name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_weight_gradient_is_summed_in_parts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small, w = inputs(3, 2, 3, 11, 13, device, torch.float32)
+    seen: list[int] = []
+    empty = torch.empty
+
+    def watched(*shape: int, **options: object) -> Tensor:
+        seen.append(shape[0])
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", watched)
+    compare(large, small, w)
+    assert seen[-1] > 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_runs_and_offsets_of_64_bits_change_no_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = inputs(2, 5, 3, 5, 4, device, torch.float16)
+    first, again = ours(*arguments), ours(*arguments)
+    monkeypatch.setattr(scaled_conv, "wide", lambda *tensors, dims: True)
+    for a, b, c in zip(first, again, ours(*arguments), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_float32_is_multiplied_as_convolutions_are_allowed_to() -> None:
+    assert scaled_conv.float32_precision() == "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    assert scaled_conv.float32_precision() == "tf32"
+
+
+SLOW = pytest.mark.slow
+KINDS = ["half", *(pytest.param(kind, marks=SLOW) for kind in ("tf32", "float32"))]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", pytest.param("default", marks=SLOW)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [torch.channels_last, pytest.param(torch.contiguous_format, marks=SLOW)])
+@pytest.mark.parametrize("c", [pytest.param(c, marks=[SLOW] * (c != 64)) for c in (16, 32, 64, 128, 256, 59)])
+def test_compiles_without_spills(
+    architecture: str,
+    kind: str,
+    layout: torch.memory_format,
+    c: int,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    monkeypatch.setattr(scaled_conv, "float32_precision", lambda: "tf32" if kind == "tf32" else "ieee")
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    sides = (31, 62) if c == 59 else (64, 128)
+
+    def products() -> None:
+        small, large = (torch.empty(16, c, s, s, dtype=dtype, device="meta").to(memory_format=layout) for s in sides)
+        w, bias = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((c, c, 4, 4), (c,)))
+        for y, product, x in ((small, scaled_conv.down, large), (large, scaled_conv.up, small)):
+            assert product(x, w, bias, ACTS.index("lrelu"), 0.2, 1.4).shape == y.shape
+        scaled_conv.weight(small, large)
+
+    check_resources(architecture, products, record_property)
