@@ -116,7 +116,7 @@ class Log:
         if self._bar is not None:
             self._bar.set_postfix_str(f"{speed:.0f} img/s, {shown}, {stage}")
         else:
-            left = _duration((self._total - row["images"]) / max(speed, 1e-9))
+            left = _duration(max(self._total - row["images"], 0) / max(speed, 1e-9))
             self.line(
                 f"{row['images'] / 1000:9.1f}/{self._total / 1000:.0f} kimg  {speed:7.1f} img/s  {shown}  {stage}  "
                 f"{left} left"
