@@ -2,7 +2,7 @@
 
 Sides: the implementation that the default chooses, then the others that run here; `math` and `flash` are torch's own
 (on a GPU `flash` is whatever fused kernel torch picks), `plain` is matrix products and a softmax. The fused ones have
-no second derivative. -k '4096x4096' selects a shape, -k second a mode.
+no second derivative. -k '4096x4096' selects a shape, -k second a mode, -k float32 a dtype.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if GPU:
         Case("4096x4096 batch 16", 16, 1, 4096, 4096, 64, 64),
         Case("SAGAN 64 px batch 16", 16, 1, 4096, 1024, 16, 64),
     ]
-DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
+DTYPES = [torch.float32, torch.bfloat16]
 MODES = ("forward", "first", "second")  # ... + backward; ... + backward + second backward
 
 

@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from fastgan.ops import scaled_conv
 from fastgan.ops.autograd import asked, autocast, autocasts, node_of, without_autocast
 from fastgan.ops.backend import LEAN, Op, forward_mode
+from fastgan.ops.bias_act import bias_act, check
 from fastgan.ops.implementations import dense, kernels, tracked
 
 Ints = int | tuple[int, ...]
@@ -33,7 +35,10 @@ Ints = int | tuple[int, ...]
 CONV2D = Op("conv2d", {"lean": LEAN}, forward_mode=True)
 CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN}, forward_mode=True)
 AVG_POOL2D = Op("avg_pool2d", {"cpp": kernels("avg_pool2d")["cpp"], "lean": LEAN}, forward_mode=True)
-for _name in ("upsample_conv2d", "conv2d_downsample", "interpolate_nearest", "linear"):
+UPSAMPLE_CONV2D, CONV2D_DOWNSAMPLE = (
+    Op(name, {"triton": scaled_conv.implementation()}) for name in ("upsample_conv2d", "conv2d_downsample")
+)
+for _name in ("interpolate_nearest", "linear"):
     Op(_name)
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -437,41 +442,88 @@ def _check_scaled(x: Tensor, w: Tensor) -> None:
         raise ValueError(f"w: had shape {tuple(w.shape)}; it may be [O, {x.shape[1]}, 3, 3]")
 
 
-def upsample_conv2d(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """conv2d(interpolate_nearest(x, 2), w, bias, padding=1) as one transposed convolution of stride 2
+def _scaled(
+    op: Op,
+    backend: str | None,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    act: str,
+    negative_slope: float,
+    gain: float,
+) -> Tensor:
+    """Either op, its arguments checked but for what the convolution itself checks."""
+    way = "up" if op is UPSAMPLE_CONV2D else "down"
+    code = check(x, None, act)
+    options = {"act": code, "negative_slope": negative_slope, "gain": gain}
+    if op.choose(backend, x, w, bias, **options) == "triton":
+        w4 = _with_box(w.transpose(0, 1) if way == "up" else w, way)
+        _check(x, w4, bias, 1, transposed=way == "up")
+        return scaled_conv.scaled_conv(way, x, w4, bias, code, negative_slope, gain)
+    if act != "linear" or gain != 1:
+        return bias_act(_scaled(op, backend, x, w, None, "linear", 0.0, 1.0), bias, act, negative_slope, gain)
+    if way == "up":
+        if not _fuses(x, w, way):
+            return conv2d(interpolate_nearest(x), w, bias, padding=1)
+        return conv_transpose2d(x, _with_box(w.transpose(0, 1), way), bias, stride=2, padding=1)
+    if not _fuses(x, w, way):
+        return avg_pool2d(conv2d(x, w, bias, padding=1))
+    return conv2d(x, _with_box(w, way), bias, stride=2, padding=1)
+
+
+def upsample_conv2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    act: str = "linear",
+    negative_slope: float = 0.2,
+    gain: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """act(conv2d(interpolate_nearest(x, 2), w, bias, padding=1)) * gain as one transposed convolution of stride 2
     (in two steps where that is faster).
 
     Args:
         x: [N, I, H, W]; w: [O, I, 3, 3]; bias: [O] or None; one floating dtype.
+        act, negative_slope, gain: as in `bias_act`, which runs after the convolution; "triton" does it in the same
+            pass, for the acts linear, relu and lrelu.
+        backend: "triton", or "torch", PyTorch's convolutions.
 
     Returns:
         [N, O, 2H, 2W].
 
     Raises:
-        ValueError: `x` is not 4-dimensional, or `w` does not fit it.
+        ValueError: `x` is not 4-dimensional, `w` does not fit it, or `act` is unknown.
     """
     _check_scaled(x, w)
-    if not _fuses(x, w, "up"):
-        return conv2d(interpolate_nearest(x), w, bias, padding=1)
-    return conv_transpose2d(x, _with_box(w.transpose(0, 1), "up"), bias, stride=2, padding=1)
+    return _scaled(UPSAMPLE_CONV2D, backend, x, w, bias, act, negative_slope, gain)
 
 
-def conv2d_downsample(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """avg_pool2d(conv2d(x, w, bias, padding=1), 2) as one convolution of stride 2 (in two steps where
+def conv2d_downsample(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    act: str = "linear",
+    negative_slope: float = 0.2,
+    gain: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """act(avg_pool2d(conv2d(x, w, bias, padding=1), 2)) * gain as one convolution of stride 2 (in two steps where
     that is faster).
 
     Args:
         x: [N, I, H, W] with even H and W; w: [O, I, 3, 3]; bias: [O] or None; one floating dtype.
+        act, negative_slope, gain, backend: as in `upsample_conv2d`.
 
     Returns:
         [N, O, H/2, W/2].
 
     Raises:
-        ValueError: `x` is not 4-dimensional or has an odd size, or `w` does not fit it.
+        ValueError: `x` is not 4-dimensional or has an odd size, `w` does not fit it, or `act` is unknown.
     """
     _check_scaled(x, w)
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"x: had size {tuple(x.shape[2:])}; height and width may be even")
-    if not _fuses(x, w, "down"):
-        return avg_pool2d(conv2d(x, w, bias, padding=1))
-    return conv2d(x, _with_box(w, "down"), bias, stride=2, padding=1)
+    return _scaled(CONV2D_DOWNSAMPLE, backend, x, w, bias, act, negative_slope, gain)

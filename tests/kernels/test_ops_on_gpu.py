@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from triton_offline import check
 
-from fastgan.ops import bias_act, bias_act_pixel_norm, minibatch_stddev, pixel_norm, scaled_dot_product_attention
+from fastgan.ops import (
+    bias_act,
+    bias_act_pixel_norm,
+    conv2d_downsample,
+    minibatch_stddev,
+    pixel_norm,
+    scaled_dot_product_attention,
+    upsample_conv2d,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +48,8 @@ OPS: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
     "bias_act_pixel_norm": (bias_act_pixel_norm, [IMAGES, BIAS]),
     "pixel_norm": (pixel_norm, [IMAGES]),
     "minibatch_stddev": (minibatch_stddev, [IMAGES]),
+    "upsample_conv2d": (upsample_conv2d, [IMAGES, (40, 24, 3, 3), (40,)]),
+    "conv2d_downsample": (conv2d_downsample, [(8, 24, 18, 16), (40, 24, 3, 3), (40,)]),
 }
 
 

@@ -9,6 +9,9 @@ from fastgan.kernels import scaled_conv, tiles
 from torch import Tensor
 from triton_offline import DEVICES, DTYPES, check, check_resources, running
 
+from fastgan import ops
+from fastgan.ops import conv
+from fastgan.ops.backend import Implementation
 from fastgan.ops.bias_act import ACTS
 
 OPS = ("scaled_conv_down", "scaled_conv_up", "scaled_conv_weight")
@@ -125,6 +128,74 @@ def test_float32_is_multiplied_as_convolutions_are_allowed_to() -> None:
     assert scaled_conv.float32_precision() == "ieee"
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     assert scaled_conv.float32_precision() == "tf32"
+
+
+def derivatives(name: str, act: str, arguments: list[Tensor], backend: str) -> list[Tensor]:
+    """The op, its first derivatives, and those of the sum of the squares of the first ones."""
+    y = getattr(ops, name)(*arguments, act, 0.3, 1.5, backend=backend)
+    seed = random(*y.shape, seed=7).to(y.device, y.dtype).requires_grad_()
+    first = torch.autograd.grad(y, arguments, seed, create_graph=True)
+    penalty = sum((g.square().mean() for g in first), torch.zeros((), device=y.device))
+    second = torch.autograd.grad(penalty, [seed, *arguments], allow_unused=True)
+    return [y.detach(), *(g.detach() for g in first), *(g for g in second if g is not None)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("act", ["linear", "lrelu"])
+@pytest.mark.parametrize("name", ["upsample_conv2d", "conv2d_downsample"])
+def test_the_op_and_its_derivatives(name: str, act: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in (conv.UPSAMPLE_CONV2D, conv.CONV2D_DOWNSAMPLE):  # which refuse tensors of a CPU
+        monkeypatch.setitem(op.implementations, "triton", Implementation())
+    sizes = [(2, 3, 4, 2), (5, 3, 3, 3), (5,)]
+    exact, plain, mine = (
+        [random(*size, seed=i).to(device, dtype).requires_grad_() for i, size in enumerate(sizes)]
+        for dtype in (torch.float64, torch.float32, torch.float32)
+    )
+    with running(device), tiles.using(dict.fromkeys(OPS, tiles.Tile(16, 16, 4, 1, 16)) if device == "cpu" else {}):
+        found = derivatives(name, act, mine, "triton")
+    expected, simple = derivatives(name, act, exact, "torch"), derivatives(name, act, plain, "torch")
+    assert len(found) == 7  # y, three first derivatives, those of the seed, the input and the weight
+    for i, (a, b, c) in enumerate(zip(found, expected, simple, strict=True)):
+        check(a, b, c, f"{name} {i}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_but_what_is_asked_for_is_computed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in (conv.UPSAMPLE_CONV2D, conv.CONV2D_DOWNSAMPLE):
+        monkeypatch.setitem(op.implementations, "triton", Implementation())
+    calls: list[str] = []
+
+    def counted(name: str, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def count(*arguments: object) -> Tensor:
+            calls.append(name)
+            return product(*arguments)
+
+        return count
+
+    for name in ("down", "up", "weight"):
+        monkeypatch.setattr(scaled_conv, name, counted(name, getattr(scaled_conv, name)))
+    x, w = (random(*size, seed=1).to(device, torch.float32).requires_grad_() for size in ((1, 2, 2, 2), (3, 2, 3, 3)))
+    with running(device), tiles.using(dict.fromkeys(OPS, tiles.Tile(16, 16, 4, 1, 16)) if device == "cpu" else {}):
+        with torch.no_grad():
+            ops.upsample_conv2d(x, w, backend="triton")
+        assert calls == ["up"]
+        calls.clear()
+        y = ops.upsample_conv2d(x, w, act="lrelu", backend="triton")
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        torch.autograd.grad(g.square().sum(), w)
+    assert calls == ["up", "down", "weight"]  # no layer comes before or behind
+
+
+def test_the_triton_form_is_not_the_default_and_says_why() -> None:
+    found = ops.backends("upsample_conv2d")
+    assert next(iter(found)) == "torch"
+    reason = conv.UPSAMPLE_CONV2D.implementations["triton"].worth()
+    assert reason is not None and "cuDNN" in reason
+    x, w = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3)
+    with pytest.raises(ValueError, match="backend: was 'triton', but it runs on cuda, not cpu"):
+        ops.conv2d_downsample(x, w, backend="triton")
+    y = ops.conv2d_downsample(x, w, act="silu", gain=2.0)
+    torch.testing.assert_close(y, 2 * F.silu(F.avg_pool2d(F.conv2d(x, w, padding=1), 2)))
 
 
 SLOW = pytest.mark.slow
