@@ -1,8 +1,9 @@
 """How training scales over ranks, and whether `fastgan plan` knows: writes docs/scaling/*.png.
 
-    python benchmarks/bench_scaling.py [--parts ranks hosts curve] [--seconds 3] [--rounds 4]
+    python benchmarks/bench_scaling.py [--parts ranks hosts curve] [--hosts 2 4] [--seconds 3] [--rounds 4]
 
-ranks: two ranks of one thread beside one rank of one thread, pggan's digits preset at 32 px, the same images per rank.
+ranks: two ranks of one thread beside one rank of one thread, pggan's digits preset at 32 px, the same images per rank;
+and beside two runs of one rank that have nothing to do with each other, which shows what the cores share.
 hosts: the plan's prediction beside what 2 and 4 hosts measure at three bandwidths, on network namespaces (root, Linux,
 and what tests/cluster/hosts.py names). curve: kimg an hour of each stage of the published recipe on up to 1,024 hosts
 of 8, from the step times of benchmarks/results/step_times_cpu.json and the model.
@@ -138,13 +139,20 @@ class Job:
 
     def order(self, **order: Any) -> list[dict[str, Any]]:
         """Each rank's answer."""
+        self.send(**order)
+        return self.answers()
+
+    def end(self) -> None:
+        self.send(kind="end")
+        for process in self.processes:
+            process.communicate(timeout=60)
+
+    def send(self, **order: Any) -> None:
         file = self.folder / f"order-{self._number}.json"
         file.with_suffix(".part").write_text(json.dumps(order))
         os.replace(file.with_suffix(".part"), file)
-        if order["kind"] == "end":
-            for process in self.processes:
-                process.communicate(timeout=60)
-            return []
+
+    def answers(self) -> list[dict[str, Any]]:
         answers = [self.folder / f"answer-{self._number}-{rank}.json" for rank in range(self.ranks)]
         self._wait_for(answers)
         self._number += 1
@@ -160,40 +168,38 @@ def _step(answers: list[dict[str, Any]]) -> float:
 
 
 def scale_ranks(folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
-    jobs = {n: Job(folder / f"ranks-{n}", n) for n in (1, 2)}
-    for job in jobs.values():
+    alone, together, other = (Job(folder / name, n) for name, n in (("alone", 1), ("two", 2), ("other", 1)))
+    for job in (alone, together, other):
         job.start_here()
         job.ready()
-    steps = max(2, round(seconds / _step(jobs[1].order(kind="steps", steps=2))))
-    taken: dict[int, list[float]] = {1: [], 2: []}
+    steps = max(2, round(seconds / _step(alone.order(kind="steps", steps=2))))
+    kinds = {"one rank": [alone], "two ranks": [together], "two runs of one rank": [alone, other]}
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    busy: dict[str, list[float]] = {kind: [] for kind in kinds}
     own: list[float] = []
-    busy: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(2 * rounds):
-        for n, job in jobs.items():
-            answers = job.order(kind="steps", steps=steps)
-            taken[n].append(_step(answers))
+        for kind, jobs in kinds.items():
+            for job in jobs:
+                job.send(kind="steps", steps=steps)
+            answers = [answer for job in jobs for answer in job.answers()]
+            taken[kind].append(_step(answers))
+            busy[kind] += [answer["processor"] for answer in answers]
             own += answers[0]["own"]
-            busy[n] += [answer["processor"] for answer in answers]
-    for job in jobs.values():
-        job.order(kind="end")
-    one, two = (statistics.median(taken[n]) for n in (1, 2))
-    # Each pair of neighbours in time is a measurement of its own.
-    pairs = sorted(a / b for a, b in zip(taken[1], taken[2], strict=True))
-    print(f"one rank:  {1000 * one:7.1f} ms a step, {PER_RANK / one:7.1f} images/s")
-    print(
-        f"two ranks: {1000 * two:7.1f} ms a step, {2 * PER_RANK / two:7.1f} images/s, of which a rank's own "
-        f"part {1000 * statistics.median(own):.1f} ms"
-    )
-    cores = statistics.median(busy[1]) / statistics.median(busy[2])
-    print(f"processor time of a rank's step, one rank's over two ranks': {cores:.3f}")
-    print(f"of linear: {statistics.median(pairs):.3f} (pairs from {pairs[0]:.3f} to {pairs[-1]:.3f})")
-    return {
-        "one": one,
-        "two": two,
-        "own": statistics.median(own),
-        "of_linear": statistics.median(pairs),
-        "pairs": pairs,
-    }
+    for job in (alone, together, other):
+        job.end()
+    found: dict[str, Any] = {"own": statistics.median(own)}
+    for kind in kinds:
+        step = statistics.median(taken[kind])
+        # Each pair of neighbours in time is a measurement of its own.
+        pairs = sorted(a / b for a, b in zip(taken["one rank"], taken[kind], strict=True))
+        processor = statistics.median(busy[kind])
+        found[kind] = {"step": step, "processor": processor, "of_linear": statistics.median(pairs), "pairs": pairs}
+        print(
+            f"{kind + ':':22} {1000 * step:6.1f} ms a step, {1000 * processor:6.1f} ms of processor time; of linear "
+            f"{statistics.median(pairs):.3f} (pairs from {pairs[0]:.3f} to {pairs[-1]:.3f})"
+        )
+    print(f"a rank's own part of a step of two ranks: {1000 * found['own']:.1f} ms")
+    return found
 
 
 # --- hosts beside the plan -------------------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ def predicted(answers: list[dict[str, Any]], nodes: int, megabits: float) -> tup
     return step.seconds, step.exposed
 
 
-def compare_hosts(folder: Path, seconds: float, rounds: int) -> list[dict[str, Any]]:
+def compare_hosts(folder: Path, seconds: float, rounds: int, counts: list[int]) -> list[dict[str, Any]]:
     from hosts import Hosts, missing
 
     reason = missing()
@@ -224,7 +230,7 @@ def compare_hosts(folder: Path, seconds: float, rounds: int) -> list[dict[str, A
         print(f"hosts: left out, {reason}")
         return []
     rows = []
-    for count in (2, 4):
+    for count in counts:
         place = folder / f"hosts-{count}"
         place.mkdir()
         with Hosts(count, place) as hosts:
@@ -244,7 +250,7 @@ def compare_hosts(folder: Path, seconds: float, rounds: int) -> list[dict[str, A
                     found[megabits].append((measured, *predicted(alone, count, megabits)))
                     for host in range(count):
                         hosts.limit(host, None)
-            job.order(kind="end")
+            job.end()
         for megabits, triples in found.items():
             measured, plan, waiting = (statistics.median(part) for part in zip(*triples, strict=True))
             error = plan / measured - 1
@@ -349,6 +355,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("ranks", "hosts", "curve"), default=["ranks", "hosts", "curve"])
     parser.add_argument("--seconds", type=float, default=3.0, help="of a measurement")
     parser.add_argument("--rounds", type=int, default=4, help="measurements of each kind")
+    parser.add_argument("--hosts", nargs="+", type=int, choices=(2, 4), default=[2, 4], help="of the part with hosts")
     parser.add_argument("--speedup", type=float, default=1000.0, help="of the curve's ranks over those measured")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_known_args()[0]  # a launcher adds --local_rank
@@ -366,9 +373,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "ranks" in asked.parts:
             kept["ranks"] = scale_ranks(Path(folder), asked.seconds, asked.rounds)
-        if "hosts" in asked.parts and (rows := compare_hosts(Path(folder), asked.seconds, asked.rounds)):
-            kept["hosts"] = rows
-            draw_hosts(rows, FIGURES / "hosts.png")
+        if "hosts" in asked.parts:
+            rows = compare_hosts(Path(folder), asked.seconds, asked.rounds, asked.hosts)
+            measured = {row["hosts"] for row in rows}
+            kept["hosts"] = [row for row in kept.get("hosts", []) if row["hosts"] not in measured] + rows
+            kept["hosts"].sort(key=lambda row: (row["hosts"], row["megabits"]))
+            draw_hosts(kept["hosts"], FIGURES / "hosts.png")
     if "curve" in asked.parts:
         draw_curve(1.0, FIGURES / "curve_cpu.png")
         draw_curve(asked.speedup, FIGURES / "curve_fast.png")

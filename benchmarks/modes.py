@@ -37,7 +37,7 @@ from fastgan.training.build import build_step, optimiser_factory
 from fastgan.training.ema import Ema
 from fastgan.training.engine import TorchEngine
 from fastgan.training.evaluating import drawer
-from fastgan.training.trainer import frozen
+from fastgan.training.step import frozen
 from fastgan.variants import VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parent))

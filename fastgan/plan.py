@@ -163,7 +163,8 @@ def remarks(rows: list[Row], ranks: int, stddev: bool) -> list[str]:
         )
     if idle:
         lines.append(
-            f"what the others do counts nothing; raise --batch, or --batch-at {idle[0].stage.resolution} {ranks} ..."
+            f"the others have no part in it; --batch, or --batch-at {idle[0].stage.resolution} {ranks} ..., gives them "
+            "one"
         )
     small = [str(row.share.stage.resolution) for row in rows if row.share.micro < 4]
     if stddev and small:

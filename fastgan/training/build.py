@@ -36,6 +36,26 @@ def plan(config: Config) -> list[Stage]:
     )
 
 
+def engine_settings(config: Config, resolution: int, world_size: int, *, overlap: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration for a stage whose batch can be shared.
+
+    Raises:
+        ArgumentError: the user's file does not fit.
+    """
+    s, system = config.schedule, config.system
+    batch = batch_at(s, resolution)
+    working = working_ranks(batch, world_size, s.accumulation)
+    assert working is not None
+    return deepspeed_config(
+        system.deepspeed_config,
+        zero=system.zero,
+        micro_batch=batch // (working * s.accumulation),
+        accumulation=s.accumulation,
+        world=world_size,
+        overlap=overlap,
+    )
+
+
 def check_stages(config: Config, world_size: int) -> None:
     """Every stage's batch must divide over the ranks that share it, and DeepSpeed's file must fit every stage.
 
@@ -58,13 +78,7 @@ def check_stages(config: Config, world_size: int) -> None:
             raise ArgumentError(
                 "--sync-bn", True, f"it needs a batch for every rank, and {batch} at {stage.resolution} px is too small"
             )
-        deepspeed_config(
-            system.deepspeed_config,
-            zero=system.zero,
-            micro_batch=batch // (working * s.accumulation),
-            accumulation=s.accumulation,
-            world=world_size,
-        )
+        engine_settings(config, stage.resolution, world_size)
 
 
 def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, num_classes: int) -> Step:

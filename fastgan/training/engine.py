@@ -221,6 +221,8 @@ class DeepSpeedEngine:
     Args:
         waiting: runs while this rank waits for others.
         timeout: seconds that DeepSpeed's collectives may take.
+        group: the ranks whose gradients are averaged; None: all. With a group, which only ZeRO 0 can have, a rank that
+            is not in it keeps the engine and calls neither `backward` nor `step`.
     """
 
     def __init__(
@@ -231,6 +233,7 @@ class DeepSpeedEngine:
         waiting: Stopwatch,
         timeout: float = 600.0,
         memory_format: torch.memory_format = torch.contiguous_format,
+        group: Any = None,
     ) -> None:
         import deepspeed
 
@@ -250,7 +253,8 @@ class DeepSpeedEngine:
             self.memory_format = memory_format
         if dist.get_world_size() > 1 and own_reduction(config):
             self._engine.enable_backward_allreduce = False
-            self._reducer = Reducer(self.module, waiting)
+            if dist.get_rank(group) >= 0:
+                self._reducer = Reducer(self.module, waiting, group)
         elif dist.get_world_size() > 1:
             _count_waiting(self._engine, waiting)
 

@@ -10,7 +10,8 @@ import torch
 
 from fastgan.config import Config, batch_at, working_ranks
 from fastgan.data import Source
-from fastgan.training.build import plan
+from fastgan.training.build import engine_settings, plan
+from fastgan.training.engine import own_reduction
 from fastgan.training.growth import Stage
 from fastgan.training.plan import Footprint, footprint
 from fastgan.training.scaling import Cluster, NetworkTime, StageTime, stage_seconds, step_seconds
@@ -126,6 +127,12 @@ class Planner:
             rows.append(Row(share, of, time, note))
         return rows
 
+    def reducing(self, share: Share) -> Cluster:
+        """The ranks that average gradients: those at work, where the trainer gives them a group of their own."""
+        if own_reduction(engine_settings(self.config, share.stage.resolution, self.cluster.size)):
+            return self.cluster.first(share.working)
+        return self.cluster
+
     def time(self, times: StepTimes, share: Share) -> tuple[StageTime, str]:
         """A stage's time, and how it came about if not by measuring.
 
@@ -140,7 +147,7 @@ class Planner:
             step = step_seconds(
                 timing.d,
                 timing.g,
-                self.cluster,
+                self.reducing(share),
                 n_critic=self.config.optimiser.n_critic,
                 accumulation=self.config.schedule.accumulation,
             )

@@ -20,7 +20,7 @@ _SLOW = 2.0
 
 @dataclass(frozen=True)
 class Report:
-    """Seconds of a step on each rank without waiting for others, over a log interval; `hosts` are the ranks'."""
+    """Seconds of a step on each rank at work, without waiting for others, over a log interval; `hosts` are theirs."""
 
     seconds: list[float]
     hosts: list[str]
@@ -81,9 +81,10 @@ class Pace:
             yield
         self._steps += 1
 
-    def report(self) -> Report:
-        """Of the steps since the last one; a collective, called when the device is read anyway."""
+    def report(self, working: int | None = None) -> Report:
+        """Of the steps since the last one, for the first `working` ranks or all; a collective, called when the device
+        is read anyway."""
         own = torch.zeros(self._world.size, device=self._world.device)
         own[self._world.rank] = max(self._step.read() - self.waiting.read(), 0.0) / max(self._steps, 1)
         self._steps = 0
-        return Report(self._world.sum(own).tolist(), self._hosts)
+        return Report(self._world.sum(own).tolist()[:working], self._hosts)

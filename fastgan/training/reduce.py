@@ -1,12 +1,13 @@
-"""Gradients averaged over ranks in buckets that are sent while the backward goes on."""
+"""Gradients averaged over ranks in buckets that are sent while the backward goes on; weights to ranks that had none."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from fastgan.training.scaling import pack
 from fastgan.training.stopwatch import Stopwatch
@@ -28,19 +29,19 @@ class _Bucket:
         self.missing = len(parameters)
         self.work: dist.Work | None = None
 
-    def send(self, world: int) -> None:
+    def send(self, ranks: int, group: Any) -> None:
         """Average over ranks; a gradient that this step has none of counts as zero."""
         for p, view in zip(self.parameters, self.views, strict=True):
             if p.grad is None:
                 view.zero_()
             elif p.grad.data_ptr() != view.data_ptr():
                 view.copy_(p.grad)
-        self.buffer.mul_(1 / world)
-        self.work = dist.all_reduce(self.buffer, async_op=True)
+        self.buffer.mul_(1 / ranks)
+        self.work = dist.all_reduce(self.buffer, group=group, async_op=True)
 
 
 class Reducer:
-    """Averages the gradients of a module over all ranks, once for each optimiser step.
+    """Averages the gradients of a module over ranks, once for each optimiser step.
 
     A bucket is sent once its last gradient is there, in one order on all ranks; NCCL and gloo both work on it while
     the backward goes on. In which order gradients appear is seen in the first step, which sends all of them at its
@@ -50,11 +51,12 @@ class Reducer:
 
     Args:
         waiting: runs while this rank waits for others.
+        group: the ranks, among them this one and the first of all; None: all.
     """
 
-    def __init__(self, module: nn.Module, waiting: Stopwatch) -> None:
+    def __init__(self, module: nn.Module, waiting: Stopwatch, group: Any = None) -> None:
         self._parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
-        self._world = dist.get_world_size()
+        self._group, self._ranks = group, dist.get_world_size(group)
         self._waiting = waiting
         self._expecting = False
         self._seen: list[int] | None = []
@@ -89,7 +91,7 @@ class Reducer:
             self._send()
 
     def _send(self) -> None:
-        self._buckets[self._next].send(self._world)
+        self._buckets[self._next].send(self._ranks, self._group)
         self._next += 1
 
     def finish(self) -> None:
@@ -113,10 +115,16 @@ class Reducer:
         self._seen = None
         order = [*dict.fromkeys(seen), *(i for i in range(len(self._parameters)) if i not in set(seen))]
         agreed = torch.tensor(order, dtype=torch.int64, device=self._parameters[0].device)
-        dist.broadcast(agreed, src=0)
+        dist.broadcast(agreed, src=0, group=self._group)
         self._set_order(agreed.tolist())
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._buckets = []
+
+
+def spread(tensors: Iterable[Tensor]) -> None:
+    """The first rank's values into every rank's `tensors`, in place; a collective of all ranks."""
+    for tensor in tensors:
+        dist.broadcast(tensor, src=0)

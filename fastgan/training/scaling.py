@@ -6,7 +6,7 @@ Plain arithmetic over numbers that `steptimes` measures and `plan` counts; secon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # A gradient bucket is sent as soon as it holds this much; large enough that bandwidth and not latency decides, small
 # enough that several are sent during a backward of 20 million parameters.
@@ -37,6 +37,10 @@ class Cluster:
     @property
     def size(self) -> int:
         return self.nodes * self.per_node
+
+    def first(self, ranks: int) -> Cluster:
+        """The hosts of the first `ranks` ranks; one that they fill in part counts whole, if it is not the only one."""
+        return replace(self, nodes=-(-ranks // self.per_node), per_node=min(ranks, self.per_node))
 
 
 def ring_seconds(nbytes: float, ranks: int, link: Link) -> float:

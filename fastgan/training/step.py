@@ -7,7 +7,7 @@ that a step neither waits for its device nor changes from one call to the next; 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -111,6 +111,19 @@ class Step:
             scores = self.discriminator(self.generator(latent, labels), labels).float()
         loss = self.loss.generator(scores)
         return loss, {"loss_g": loss.detach()}
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for the parameters of `module` inside: none are computed, and no engine hook fires."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 class Meters:

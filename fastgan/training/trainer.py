@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import datetime
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgan import __version__, models
@@ -19,16 +20,17 @@ from fastgan.config import Config, batch_at, working_ranks
 from fastgan.models.pggan import Progressive
 from fastgan.trained import sample_images
 from fastgan.training import saving
-from fastgan.training.build import build_step, network_values, optimiser_factory, plan
+from fastgan.training.build import build_step, engine_settings, network_values, optimiser_factory, plan
 from fastgan.training.ema import Ema
-from fastgan.training.engine import DeepSpeedEngine, Engine, TorchEngine, deepspeed_config
+from fastgan.training.engine import DeepSpeedEngine, Engine, TorchEngine, own_reduction
 from fastgan.training.finite import FiniteCheck
 from fastgan.training.growth import Stage, inherit, stage_at
 from fastgan.training.interrupt import Interrupt
 from fastgan.training.log import Log
 from fastgan.training.pace import Pace
 from fastgan.training.ranklog import LOGGER, rank_log
-from fastgan.training.step import Meters
+from fastgan.training.reduce import spread
+from fastgan.training.step import Meters, frozen
 from fastgan.training.world import World
 
 if TYPE_CHECKING:
@@ -37,19 +39,6 @@ if TYPE_CHECKING:
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient was not finite; the message names the step, the tensor and the last good checkpoint."""
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients for the parameters of `module` inside: none are computed, and no engine hook fires."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
 
 
 class Trainer:
@@ -97,6 +86,7 @@ class Trainer:
         self._logged_at = (time.monotonic(), 0)
         self._last_good: Path | None = None
         self._engines: tuple[Engine, Engine] | None = None
+        self._groups: dict[int, Any] = {}
         # Opened before the first step, so that features that cannot be had are told of at once.
         self._evaluator = self._open_evaluator()
         if resume is None:
@@ -126,10 +116,27 @@ class Trainer:
         self.networks = values
         return generator, discriminator
 
-    def _working(self, resolution: int) -> int:
-        """How many ranks, the first ones, share a batch at `resolution`; `check_stages` has passed."""
-        s = self.config.schedule
-        return working_ranks(batch_at(s, resolution), self.world.size, s.accumulation) or self.world.size
+    def _share_out(self, resolution: int) -> None:
+        """Which ranks share a batch at `resolution`, and what the others do; a collective, `check_stages` has passed.
+
+        Sets `working`, the number of those that share, the first ones; `apart`, whether they average their gradients
+        among themselves; and `idle`, whether this rank then waits for them, with weights that are out of date.
+        """
+        s, system = self.config.schedule, self.config.system
+        self.working = working_ranks(batch_at(s, resolution), self.world.size, s.accumulation) or self.world.size
+        self.apart = self.working < self.world.size and own_reduction(
+            engine_settings(self.config, resolution, self.world.size)
+        )
+        self.idle = self.apart and self.world.rank >= self.working
+        if self.apart and self.working not in self._groups:
+            limit = datetime.timedelta(seconds=system.timeout)
+            self._groups[self.working] = dist.new_group(list(range(self.working)), timeout=limit)
+
+    def _catch_up(self) -> None:
+        """Weights of ranks that wait are those of the first again; a collective, before they are used or saved."""
+        if self.apart:
+            spread([tensor for module in self._modules() for tensor in module.state_dict().values()])
+            spread([self.ema.steps])
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -167,30 +174,31 @@ class Trainer:
         self.finite = FiniteCheck(self.world.device)
         self.finite.watch("discriminator", discriminator)
         self.finite.watch("generator", generator)
+        for name in ("discriminator", "generator"):  # on ranks too that compute none
+            self.finite.loss(f"loss of the {name}", torch.zeros((), device=self.world.device))
+        self._share_out(resolution)
         self._engines = (self._engine(generator, False, resolution), self._engine(discriminator, True, resolution))
         generator, discriminator = self._engines[0].module, self._engines[1].module
         ema.module.to(memory_format=self._engines[0].memory_format)
         self.step = build_step(self.config, generator, discriminator, self.source.num_classes)
         self.resolution = resolution
-        self.working = self._working(resolution)
         LOGGER.info("%d px from %g kimg", resolution, self.images / 1000)
         self.pipeline.set_resolution(resolution)
 
     def _engine(self, module: nn.Module, discriminator: bool, resolution: int) -> Engine:
         make = optimiser_factory(self.config, discriminator=discriminator)
-        s = self.config.schedule
         if self.world.engine == "torch":
-            return TorchEngine(module, make, s.accumulation, self.memory_format)
-        settings = deepspeed_config(
-            self.config.system.deepspeed_config,
-            zero=self.config.system.zero,
-            micro_batch=batch_at(s, resolution) // (s.accumulation * self._working(resolution)),
-            accumulation=s.accumulation,
-            world=self.world.size,
-            overlap=self.world.device.type == "cuda",
+            return TorchEngine(module, make, self.config.schedule.accumulation, self.memory_format)
+        overlap = self.world.device.type == "cuda"
+        return DeepSpeedEngine(
+            module,
+            make,
+            engine_settings(self.config, resolution, self.world.size, overlap=overlap),
+            self.pace.waiting,
+            self.config.system.timeout,
+            self.memory_format,
+            self._groups[self.working] if self.apart else None,
         )
-        timeout = self.config.system.timeout
-        return DeepSpeedEngine(module, make, settings, self.pace.waiting, timeout, self.memory_format)
 
     def _modules(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.step.generator, self.step.discriminator, self.ema.module
@@ -203,6 +211,7 @@ class Trainer:
 
     def _grow(self, resolution: int) -> None:
         """Networks of the next resolution with the weights of this one; the optimisers start fresh (Karras 2018)."""
+        self._catch_up()
         names = ("generator", "discriminator", "ema")
         state = {
             name: {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
@@ -224,7 +233,8 @@ class Trainer:
         """This rank's micro-batches of the global batch that begins at `self.images`.
 
         Rank r's micro-batch a is slice a * world + r of world * accumulation strided slices, so that the same global
-        batch is cut the same way whether ranks or accumulation do it. A rank that has no share gets another's.
+        batch is cut the same way whether ranks or accumulation do it. A rank that has no share and does not wait gets
+        another's.
         """
         accumulation = self.config.schedule.accumulation
         parts = self.working * accumulation
@@ -236,9 +246,9 @@ class Trainer:
             yield micro
 
     def _backward(self, engine: Engine, name: str, loss: Tensor, seen: dict[str, Tensor]) -> None:
-        """One micro-batch's part of a step. Engines take the mean over all ranks, and the loss is one over those that
-        have a share; what the others compute counts nothing, but makes their gradients appear in the same order."""
-        if self.working < self.world.size:
+        """One micro-batch's part of a step. Engines that take the mean over all ranks get a loss that makes it one over
+        those that have a share: what the others compute counts nothing, but meets them in the collectives."""
+        if self.working < self.world.size and not self.apart:
             loss = loss * (self.world.size / self.working if self.world.rank < self.working else 0.0)
         engine.backward(loss)
         self.finite.loss(f"loss of the {name}", loss)
@@ -276,6 +286,10 @@ class Trainer:
         stage = stage_at(self.stages, self.images)
         while self.resolution < stage.resolution:
             self._grow(self.resolution * 2)
+        if self.idle:
+            self.images += self.config.optimiser.n_critic * batch_at(self.config.schedule, self.resolution)
+            self.steps += 1
+            return
         with self.pace.step():
             self._step(stage)
 
@@ -306,6 +320,7 @@ class Trainer:
             ArgumentError: it could not be written.
         """
         self._read_finite()
+        self._catch_up()
         assert self._engines is not None
         training = {
             "generator": dict(self.step.generator.state_dict()),
@@ -445,7 +460,7 @@ class Trainer:
         """What metrics.jsonl says of the ranks' speeds, if there are several; a straggler is named when it turns up."""
         if self.world.size == 1:
             return {}
-        report = self.pace.report()
+        report = self.pace.report(self.working if self.apart else self.world.size)
         for rank in report.stragglers:
             if rank not in self._slow:
                 log.line(report.say(rank))
@@ -473,6 +488,7 @@ class Trainer:
         from fastgan.training.evaluating import append
 
         began = time.monotonic()
+        self._catch_up()
         meta = {"variant": self.variant, "networks": self.networks, "images": self.images}
         record = evaluator(self.ema.module, meta)
         if record is not None:

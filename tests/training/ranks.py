@@ -3,7 +3,9 @@
     python ranks.py CASES.json OUT
 
 started by a launcher's variables (or without them, as one process). Each case is {"name", "variant", "flags", "steps"};
-the weights and optimiser state after its steps go to OUT/NAME.safetensors, written by the first rank.
+the weights and optimiser state after its steps go to OUT/NAME.safetensors, written by the first rank. A case with
+"stop" is run by the loop in OUT/NAME until the last rank, once so many images were seen, gets SIGTERM; then each rank R
+writes its weights and averages to OUT/NAME-R.safetensors.
 
 `launch`, `case` and `assert_same_weights` are what the tests share that compare many ranks with one process.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -101,10 +104,31 @@ def launch(script: Path, cases: list[dict], out: Path, world: int) -> None:
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
 
 
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, file)
+
+
+def stop(case: dict[str, Any], trainer: Trainer, out: Path) -> None:
+    world, step = trainer.world, trainer.train_step
+
+    def signalled() -> None:
+        step()
+        if world.rank == world.size - 1 and trainer.images >= case["stop"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.train_step = signalled  # type: ignore[method-assign]
+    assert trainer.run() == signal.SIGTERM
+    tensors = {f"{i}.{k}": v for i, m in enumerate(trainer._modules()) for k, v in m.state_dict().items()}
+    _write({**tensors, "ema.steps": trainer.ema.steps}, out / f"{case['name']}-{world.rank}.safetensors")
+
+
 def train(case: dict[str, Any], world: processes.World, out: Path) -> None:
     request = parse(["--variant", case["variant"], *case["flags"]])
     source = data.open_source("digits", request.config.schedule.resolution)
-    trainer = Trainer(request.config, request.variant, world, source, out)
+    trainer = Trainer(request.config, request.variant, world, source, out / case["name"])
+    if "stop" in case:
+        stop(case, trainer, out)
+        return
     for _ in range(case["steps"]):
         trainer.train_step()
     assert trainer._engines is not None
@@ -113,7 +137,7 @@ def train(case: dict[str, Any], world: processes.World, out: Path) -> None:
     tensors |= {f"og.{k}": v for k, v in trainer._engines[0].state().items()}
     tensors |= {f"od.{k}": v for k, v in trainer._engines[1].state().items()}
     if world.main:
-        save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, out / f"{case['name']}.safetensors")
+        _write(tensors, out / f"{case['name']}.safetensors")
     trainer._close_engines()
 
 

@@ -110,10 +110,10 @@ def test_buckets_are_sent_as_soon_as_they_are_whole(monkeypatch: pytest.MonkeyPa
     module.register_parameter("idle", idle)
     sent: list[tuple[int, int]] = []
     done: list[int] = []
-    monkeypatch.setattr(reduce.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(reduce.dist, "broadcast", lambda tensor, src: None)
+    monkeypatch.setattr(reduce.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(reduce.dist, "broadcast", lambda tensor, src, group: None)
 
-    def all_reduce(tensor: torch.Tensor, async_op: bool) -> _Work:
+    def all_reduce(tensor: torch.Tensor, group: None, async_op: bool) -> _Work:
         sent.append((tensor.numel(), len(done)))
         tensor.mul_(2)  # another rank with the same gradients
         return _Work()

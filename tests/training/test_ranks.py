@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import ranks
+import torch
 from safetensors.torch import load_file
+
+from fastgan import checkpoint
 
 SCRIPT = Path(ranks.__file__)
 CASES = [(variant, zero, a) for variant in ("wgan-gp", "pggan") for zero in (0, 1, 2) for a in (1, 2)]
@@ -25,6 +29,17 @@ def _channels_last(name: str, variant: str, accumulation: int) -> dict:
     return {**case, "flags": [*case["flags"], "--memory-format", "channels_last"]}
 
 
+# Of four ranks all share the batches at 4 and 16 px, and two of them those of two images at 8 px.
+FOUR = "--batch 16 --batch-at 8 2 --resolution 16 --fade-kimg 0.008 --stable-kimg 0.032 --kimg 0.112".split()
+FOUR += "--lr-g 1e-4 --lr-d 1e-4".split()
+STOPPED = "--log-kimg 0.002 --checkpoint-kimg 0.01 --evaluate-kimg 0.016 --evaluate-n 16".split()
+
+
+def _four(name: str, accumulation: int) -> dict:
+    case = ranks.case(name, "pggan", 0, accumulation)
+    return {**case, "flags": [*case["flags"], *FOUR], "steps": 25}
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("ranks")
@@ -32,7 +47,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     one = [ranks.case(f"one-{v}-{a}", v, 0, ranks.one_process(v, 2, a)) for v, a in pairs]
     one += [_idle(f"one-idle-{a}", 0, a) for a in (1, 2)]
     one += [_channels_last(f"one-last-{v}", v, ranks.one_process(v, 2, 1)) for v in ("wgan-gp", "pggan")]
-    ranks.launch(SCRIPT, one, out, 1)
+    ranks.launch(SCRIPT, [*one, _four("one-of-four", 2)], out, 1)
     two = [ranks.case(f"two-{v}-{z}-{a}", v, z, a) for v, z, a in CASES]
     two += [_idle(f"two-idle-{z}-{a}", z, a) for z, a in IDLE]
     two += [_channels_last(f"two-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
@@ -49,6 +64,15 @@ def test_two_ranks_equal_one_process(weights: dict, variant: str, zero: int, acc
         assert "g.to_rgb.8.weight" in one  # the run has grown
 
 
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("four")
+    stopped = _four("stopped", 1)
+    stopped = {**stopped, "flags": [*stopped["flags"], *STOPPED], "stop": 60}
+    ranks.launch(SCRIPT, [_four("four", 1), stopped], out, 4)
+    return out
+
+
 @pytest.mark.parametrize("variant", ["wgan-gp", "pggan"])
 def test_channels_last(weights: dict, variant: str) -> None:
     ranks.assert_same_weights(weights[f"one-last-{variant}"], weights[f"two-last-{variant}"])
@@ -57,3 +81,24 @@ def test_channels_last(weights: dict, variant: str) -> None:
 @pytest.mark.parametrize(("zero", "accumulation"), IDLE)
 def test_ranks_without_a_share_change_nothing(weights: dict, zero: int, accumulation: int) -> None:
     ranks.assert_same_weights(weights[f"one-idle-{accumulation}"], weights[f"two-idle-{zero}-{accumulation}"])
+
+
+def test_ranks_that_wait_for_a_stage_go_on_after_it(weights: dict, four: Path) -> None:
+    """And two that share a batch average among themselves."""
+    ranks.assert_same_weights(weights["one-of-four"], load_file(four / "four.safetensors"))
+
+
+def test_ranks_that_wait_have_the_weights_at_a_save(four: Path) -> None:
+    """Stopped by a signal to a rank that waited, at 8 px, after logs, an evaluation and a checkpoint."""
+    first = load_file(four / "stopped-0.safetensors")
+    assert "0.to_rgb.8.weight" in first and first["ema.steps"] > 15
+    for rank in (1, 2, 3):
+        other = load_file(four / f"stopped-{rank}.safetensors")
+        assert all(torch.equal(value, other[name]) for name, value in first.items())
+    saved = checkpoint.read(checkpoint.existing(four / "stopped")[-1], "--resume")
+    assert 60 <= saved.meta["images"] <= 64
+    assert all(torch.equal(first[f"2.{name}"], value) for name, value in saved.generator().items())
+    rows = [json.loads(line) for line in (four / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    slowest = {row["slowest_rank"] for row in rows if row.get("resolution") == 8}
+    assert slowest and slowest <= {0, 1}
+    assert (four / "stopped" / "evaluation.jsonl").is_file()

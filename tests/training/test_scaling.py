@@ -148,6 +148,25 @@ def test_rows_of_a_plan() -> None:
     assert rows[1].time.communication == pytest.approx(500 / 16 * reductions)
 
 
+@pytest.mark.parametrize(("zero", "hosts"), [("0", [2, 1]), ("1", [2, 2])])
+def test_ranks_at_work_average_among_themselves(zero: str, hosts: list[int]) -> None:
+    """2 hosts of 4: at 8 px the batch of 2 is for two ranks of one host, which under ZeRO 0 are a group."""
+    flags = [*SMALL, "--batch", "16", "--batch-at", "8", "2", "--zero", zero]
+    planner = Planner(parse(flags).config, open_source("digits", 8), cluster(2, 4, overlap=False))
+    rows = planner.rows(times_of(flags, [(4, 2, False, 0.1), (8, 1, True, 0.2), (8, 1, False, 0.2)]))
+    assert [row.share.working for row in rows] == [8, 2]
+    alike = [cluster(2, 4), cluster(2, 4) if zero == "1" else cluster(1, 2)]
+    assert [of.nodes for of in alike] == hosts
+    for row, of, computing in zip(rows, alike, (0.1, 0.2), strict=True):
+        assert row.time.step == pytest.approx(computing + 2 * all_reduce_seconds(1000, of))
+
+
+def test_hosts_of_the_first_ranks() -> None:
+    of = cluster(4, 8)
+    sizes = {n: (of.first(n).nodes, of.first(n).per_node) for n in (1, 8, 12, 16, 32)}
+    assert sizes == {1: (1, 1), 8: (1, 8), 12: (2, 8), 16: (2, 8), 32: (4, 8)}
+
+
 def test_a_stage_that_was_not_measured_goes_by_operations_and_parameters() -> None:
     flags = [*SMALL, "--batch", "16", "--resolution", "16", "--kimg", "3", "--fmap-base", "64"]
     planner = Planner(parse(flags).config, open_source("digits", 16), cluster(1))
