@@ -304,7 +304,7 @@ def working_ranks(batch: int, world: int, accumulation: int) -> int | None:
     """How many of `world` ranks share a batch, in `accumulation` micro-batches each; None: it cannot be shared.
 
     All of them where it divides. A batch of fewer images than there are micro-batches goes to as many ranks as it
-    divides over, and what the others compute counts nothing.
+    divides over, and the others have no part in it.
     """
     if batch % (world * accumulation) == 0:
         return world

@@ -157,14 +157,12 @@ def remarks(rows: list[Row], ranks: int, stddev: bool) -> list[str]:
         at = ", ".join(str(row.share.stage.resolution) for row in rows if row.note == note)
         lines.append(f"* {at} px: {note}")
     idle = [row.share for row in rows if row.share.working < ranks]
-    for share in idle:
-        lines.append(
-            f"{share.stage.resolution} px: the batch of {share.batch} keeps {share.working} of {ranks} ranks at work"
-        )
     if idle:
+        at = ", ".join(str(share.stage.resolution) for share in idle)
+        working = ", ".join(str(share.working) for share in idle)
         lines.append(
-            f"the others have no part in it; --batch, or --batch-at {idle[0].stage.resolution} {ranks} ..., gives them "
-            "one"
+            f"{at} px: the batch keeps {working} of {ranks} ranks at work; the others have no part in it, unless "
+            f"--batch, or --batch-at {idle[0].stage.resolution} {ranks} ..., gives them one"
         )
     small = [str(row.share.stage.resolution) for row in rows if row.share.micro < 4]
     if stddev and small:

@@ -223,7 +223,7 @@ def test_plan_measures_writes_and_reads(working_folder: Path, capsys: pytest.Cap
     # 10 ranks: the batch of 8 is for 8 of them, of one image each, and the file knows a step on one image.
     assert commands.main([*command, "--gpus-per-node", "5", "--step-times", "times.json"]) == 0
     text = capsys.readouterr().out
-    assert "8 px: the batch of 8 keeps 8 of 10 ranks at work" in text and "minibatch standard deviation" in text
+    assert "4, 8 px: the batch keeps 8, 8 of 10 ranks at work" in text and "minibatch standard deviation" in text
     assert sorted(p.name for p in working_folder.iterdir()) == ["times.json"]
 
 
