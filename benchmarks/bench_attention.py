@@ -2,7 +2,8 @@
 
 Sides: the implementation that the default chooses, then the others that run here; `math` and `flash` are torch's own
 (on a GPU `flash` is whatever fused kernel torch picks), `plain` is matrix products and a softmax. The fused ones have
-no second derivative. -k '4096x4096' selects a shape, -k second a mode, -k float32 a dtype.
+no second derivative; `mixed`, on a GPU, is their forward and backward under our second backward. -k '4096x4096'
+selects a shape, -k second a mode, -k float32 a dtype.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgan.ops import scaled_dot_product_attention
+from fastgan.ops import attention, scaled_dot_product_attention
 from fastgan.ops.attention import OP
+from fastgan.ops.implementations import functions
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -67,6 +69,55 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
 
 
+class FusedFirstOrder:
+    """torch's fused forward and backward on a GPU, the second backward of the Triton kernels: an alternative to them.
+
+    The three functions of an implementation, as in `fastgan.ops.attention`: flash for halves with d = dv, else
+    torch's memory-efficient kernels.
+    """
+
+    @staticmethod
+    def flash(q: Tensor, v: Tensor) -> bool:
+        return q.dtype != torch.float32 and q.shape[-1] == v.shape[-1]
+
+    @staticmethod
+    def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        if FusedFirstOrder.flash(q, v):
+            o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        else:
+            kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+            o, lse, *_ = kernel(q, k, v, None, True, 0.0, causal, scale=scale)
+        return o, lse[..., : q.shape[2]].contiguous()  # some kernels pad the rows
+
+    @staticmethod
+    def attention_backward(
+        do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, m = q.shape[2], k.shape[2]
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout's random numbers
+        if FusedFirstOrder.flash(q, v):
+            backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+            return backward(do, q, k, v, o, lse, None, None, n, m, 0.0, causal, unused, unused, scale=scale)
+        backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+        lse = F.pad(lse, (0, -n % 32), value=torch.inf)
+        seed, offset = unused.long().unbind()
+        wanted = [True, True, True, False]
+        dq, dk, dv, _ = backward(do, q, k, v, None, o, lse, seed, offset, 0.0, wanted, causal, scale=scale)
+        return dq, dk, dv
+
+    @staticmethod
+    def attention_second_backward(*arguments: Any) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = functions("attention", "triton").attention_second_backward(*arguments)
+        return found
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            o: Tensor = attention._Forward.apply(q, k, v, q.shape[-1] ** -0.5, False, FusedFirstOrder)
+            return o
+        return FusedFirstOrder.attention_forward(q, k, v, q.shape[-1] ** -0.5, False)[0]
+
+
 def ours(backend: str | None) -> Attend:
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, backend=backend)
 
@@ -109,6 +160,12 @@ def test_attention(benchmark: Any, mode: str, dtype: torch.dtype, case: Case) ->
     able = [name for name, it in OP.implementations.items() if name != "torch" and it.able(*tensors) is None]
     chosen = OP.choose(None, *tensors)
     sides = {name: ours(name) for name in (chosen, *able)}
+    if "triton" in able:
+        try:
+            run(FusedFirstOrder.attend, tensors, do, us, mode)
+            sides["mixed"] = FusedFirstOrder.attend
+        except (RuntimeError, TypeError) as error:  # private functions of torch: the other sides are measured anyway
+            benchmark.extra_info["mixed"] = str(error)
     large = case.batch * case.heads * case.n * case.m > 2**24 and not GPU
     sides["math"] = math_form
     if not large:

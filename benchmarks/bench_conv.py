@@ -2,7 +2,8 @@
 
     pytest benchmarks/bench_conv.py --benchmark-only
 
-Forward; with the first backward; with a second backward through the gradients of x and w.
+Forward; with the first backward; with a second backward through the gradients of x and w. On a GPU, in bfloat16 too,
+and beside them the Triton kernels, which are the default only once they are measured to be faster than cuDNN.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from fastgan import ops
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
 # batch, channels in and out, size of the larger image
 SHAPES = [
     (16, 512, 8),
@@ -45,6 +48,14 @@ def plain_down(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return F.avg_pool2d(F.conv2d(x, w, bias, padding=1), 2)
 
 
+def triton_up(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return ops.upsample_conv2d(x, w, bias, backend="triton")
+
+
+def triton_down(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return ops.conv2d_downsample(x, w, bias, backend="triton")
+
+
 PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "upsample_conv2d": (ops.upsample_conv2d, plain_up),
     "conv2d_downsample": (ops.conv2d_downsample, plain_down),
@@ -65,24 +76,32 @@ def run(op: Callable[..., Tensor], inputs: list[Tensor], seeds: list[Tensor], mo
 @pytest.mark.parametrize("mode", ["forward", "backward", "second backward"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PAIRS)
-def test_scaled_convolution(benchmark: Any, name: str, shape: tuple[int, int, int], layout: str, mode: str) -> None:
+def test_scaled_convolution(
+    benchmark: Any, name: str, dtype: torch.dtype, shape: tuple[int, int, int], layout: str, mode: str
+) -> None:
     n, c, size = shape
     ours, plain = PAIRS[name]
     before = size // 2 if ours is ops.upsample_conv2d else size
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     torch.manual_seed(0)
     inputs = [torch.randn(n, c, before, before), torch.randn(c, c, 3, 3) / (3 * c**0.5), torch.randn(c)]
+    inputs = [t.to(DEVICE, dtype) for t in inputs]
     inputs = [t.to(memory_format=form) if t.ndim == 4 else t for t in inputs]
     with torch.no_grad():
         seeds = [torch.randn_like(t) for t in (plain(*inputs), *inputs[:2])]
     double = [t.double().requires_grad_() for t in inputs]
     expected = run(plain, double, [t.double() for t in seeds], mode)
     inputs = [t.requires_grad_() for t in inputs]
+    sides = {"lean": lambda: run(ours, inputs, seeds, mode), "plain": lambda: run(plain, inputs, seeds, mode)}
+    if "cannot run" not in ops.backends(name, *inputs)["triton"]:
+        kernels = triton_up if ours is ops.upsample_conv2d else triton_down
+        sides["triton"] = lambda: run(kernels, inputs, seeds, mode)
     compare(
         benchmark,
-        f"{shape} {layout} {mode}",
-        {"lean": lambda: run(ours, inputs, seeds, mode), "plain": lambda: run(plain, inputs, seeds, mode)},
+        f"{shape} {layout} {mode}" + (f" {dtype}".replace("torch.", "") if len(DTYPES) > 1 else ""),
+        sides,
         expected=expected,
         baseline="plain",
     )

@@ -24,6 +24,7 @@ from fastgan import models, ops
 from fastgan.models import pggan
 from fastgan.nn import layers
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = [3, 16, 16, 32, 32, 64, 64, 128, 128]
 
 
@@ -66,12 +67,13 @@ def convolutional(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Callable[[A
                 x = f.avg_pool2d(x, 2)
         return f.linear(x.mean((2, 3)), last)
 
-    return [t.to(dtype) for t in (*weights, *biases, last)], torch.randn(8, 3, 64, 64).to(dtype), critic
+    images = torch.randn(8, 3, 64, 64)
+    return [t.to(DEVICE, dtype) for t in (*weights, *biases, last)], images.to(DEVICE, dtype), critic
 
 
 def progressive(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Callable[[Any, list[Tensor], Tensor], Tensor]]:
     _, network = models.build("pggan", resolution=64, channels=3, latent=4, fmap_base=2048, fmap_max=128)
-    network = network.to(dtype)
+    network = network.to(DEVICE, dtype)
     names = [name for name, p in network.named_parameters() if p.requires_grad]
     weights = dict(network.named_parameters())
 
@@ -79,7 +81,7 @@ def progressive(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Callable[[Any
         with mock.patch.object(layers, "ops", f), mock.patch.object(pggan, "ops", f):
             return torch.func.functional_call(network, dict(zip(names, parameters, strict=True)), (x,))
 
-    return [weights[n].detach() for n in names], torch.randn(16, 3, 64, 64).to(dtype), critic
+    return [weights[n].detach() for n in names], torch.randn(16, 3, 64, 64).to(DEVICE, dtype), critic
 
 
 CRITICS = {"convolutional": convolutional, "pggan": progressive}
@@ -99,7 +101,7 @@ def test_penalty(benchmark: Any, name: str, dtype: torch.dtype, layout: str) -> 
             [p.to(memory_format=form).requires_grad_() if p.ndim == 4 else p.requires_grad_() for p in parameters],
             x.to(memory_format=form),
         )
-        weight = torch.zeros(len(x))
+        weight = torch.zeros(len(x), device=DEVICE)
 
         def penalty(f: Any, method: str) -> list[Tensor]:
             value = ops.gradient_penalty(lambda t: critic(f, parameters, t), x, x, weight=weight, method=method)
