@@ -1,7 +1,7 @@
 """The eight variants on handwritten digits of 32 px, with generators of one size and one budget of images.
 
     python benchmarks/compare_variants.py --speed --threads 1
-    python benchmarks/compare_variants.py [--variants wgan-gp pggan] [--seeds 1] [--kimg 60] [--threads 1]
+    python benchmarks/compare_variants.py [--variants wgan-gp pggan] [--seeds 1] [--kimg 40] [--threads 1]
 
 For each variant and seed: quality of 10,000 images of the averaged generator (Frechet distance, precision, recall,
 density, coverage, all of digits features; modes and KL), and at ten points of the training the Frechet distance of
@@ -216,7 +216,7 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
 
 def main(argv: list[str]) -> int:
     parser = arguments(__doc__, "variants")
-    parser.add_argument("--kimg", type=float, default=60.0)
+    parser.add_argument("--kimg", type=float, default=40.0)
     parser.add_argument("--speed", action="store_true", help="time steps, and train nothing")
     parser.add_argument("--measure-seconds", type=float, default=3.0, help="of each kind of step, for --speed")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "variants", help="where grids and curves go")
