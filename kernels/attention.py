@@ -41,10 +41,11 @@ def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float,
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (d, dv))
     precision = float32_precision()
     kind = "half" if q.dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
-    tile = tiles.find(op, kind, max(block_d, block_dv), q.device)
-    count, block = (m, tile.cols) if op.endswith("columns") else (n, tile.rows)
     strided = {name: x for name, x in arrays.items() if name not in ("lse", "delta", "e", "r")}
     strides = {f"{name}_strides": None if x is None else x.stride() for name, x in strided.items()}
+    odd = any(step % 16 and step != 1 for steps in strides.values() if steps for step in steps)
+    tile = tiles.find(op, kind, max(block_d, block_dv), q.device, odd)
+    count, block = (m, tile.cols) if op.endswith("columns") else (n, tile.rows)
     with on(q.device):
         kernel[(triton.cdiv(count, block) * batch * heads,)](
             **arrays, **strides, heads=heads, n=n, m=m, scale=scale, D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv,

@@ -1,8 +1,10 @@
 """Which tile a kernel runs with: looked up in tiles.json, never timed while a program runs.
 
 tiles.json: architecture ("sm_90", or "default") -> operation -> kind of numbers and padded size ("half/64") -> the
-fields of `Tile`. `python -m fastgan.kernels.tune` measures and writes the entries of the GPU at hand. What was not
-measured yet is the largest of a few usual tiles that compiles without spills.
+fields of `Tile`. An entry "half/64/odd" is for tensors with strides that are no multiples of 16: their addresses are
+computed one by one, in more registers, and the tile of the others would spill. `python -m fastgan.kernels.tune`
+measures and writes the entries of the GPU at hand. What was not measured yet is the largest of a few usual tiles that
+compiles without spills.
 The entries of "default" fit into the 99 KiB of shared memory that the smallest supported GPUs have.
 """
 
@@ -49,13 +51,17 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def find(op: str, kind: str, size: int, device: torch.device) -> Tile:
-    """The tile of `op` for numbers of `kind` and inner dimensions padded to `size` (a power of two)."""
+def find(op: str, kind: str, size: int, device: torch.device, odd: bool = False) -> Tile:
+    """The tile of `op` for numbers of `kind` and inner dimensions padded to `size` (a power of two); `odd`: strides."""
     if op in _given:
         return _given[op]
     key = f"{kind}/{size}"
-    ops = table()
-    return ops.get(architecture(device), {}).get(op, {}).get(key) or ops["default"][op][key]
+    for name in (architecture(device), "default"):
+        entries = table().get(name, {}).get(op, {})
+        found = (entries.get(f"{key}/odd") if odd else None) or entries.get(key)
+        if found:
+            return found
+    raise KeyError(f"{op} {key}")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """python -m fastgan.kernels.tune: measure tiles on the GPU at hand and write the fastest into tiles.json.
 
 Run once for a new architecture, and again when a kernel changes; programs only look the table up. Afterwards
-`pytest -m slow tests/kernels` says whether an entry spills.
+`pytest -m slow tests/kernels` says whether an entry spills. Entries for odd strides (see tiles.py) are not measured.
 """
 
 from __future__ import annotations
@@ -110,10 +110,8 @@ def write(architecture: str, found: dict[str, dict[str, Tile]]) -> None:
         lines = []
         for op in sorted(table[name]):
             entries = table[name][op]
-            rows = [
-                ", ".join(f'"{key}": {json.dumps(entries[key])}' for s in SIZES if (key := f"{kind}/{s}") in entries)
-                for kind in KINDS
-            ]
+            names = [[f"{kind}/{size}{odd}" for size in SIZES] for kind in KINDS for odd in ("", "/odd")]
+            rows = [", ".join(f'"{key}": {json.dumps(entries[key])}' for key in row if key in entries) for row in names]
             body = ",\n      ".join(row for row in rows if row)
             lines.append(f'    "{op}": {{\n      {body}\n    }}')
         blocks.append(f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }")

@@ -177,31 +177,50 @@ def test_nothing_to_attend_to_and_nothing_that_attends(n: int, m: int, heads: in
         assert not x.any()
 
 
+def test_strides_that_are_no_multiples_of_16_have_tiles_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def find(op: str, kind: str, size: int, device: torch.device, odd: bool) -> tiles.Tile:
+        seen.append(odd)
+        return tiles.Tile(16, 16, 4, 1, 16)
+
+    monkeypatch.setattr(tiles, "find", find)
+    for n, d, transposed in ((20, 16, False), (20, 8, False), (32, 8, True), (20, 8, True), (32, 11, True)):
+        q, k, v, *_ = (x.float() for x in inputs(n, n, d, d, "cpu", torch.float32, heads=1))
+        if transposed:
+            q, k, v = map(features_first, (q, k, v))
+        with running("cpu"):
+            attention.attention_forward(q, k, v, SCALE, False)
+    assert seen == [False, True, False, True, False]
+
+
 SLOW = pytest.mark.slow
 SIZES = [pytest.param(size, marks=[SLOW] * (size != 64)) for size in (16, 32, 64, 128, 256)]
 KINDS = ["half", *(pytest.param(kind, marks=SLOW) for kind in ("tf32", "float32"))]
-UNEVEN = [pytest.param(uneven, marks=[SLOW] * uneven) for uneven in (False, True)]
+LENGTHS = ["even", pytest.param("uneven", marks=SLOW), pytest.param("odd", marks=SLOW)]
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", pytest.param("default", marks=SLOW)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("uneven", UNEVEN)
+@pytest.mark.parametrize("lengths", LENGTHS)
 def test_compiles_without_spills(
     architecture: str,
     kind: str,
     size: int,
-    uneven: bool,
+    lengths: str,
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """uneven: lengths that no tile divides, under a causal mask."""
+    """uneven: lengths that no tile divides, under a causal mask; odd: feature sizes and so all strides, besides."""
+    uneven = lengths != "even"
+    features = size - 5 if lengths == "odd" else size
     monkeypatch.setattr(attention, "float32_precision", lambda: "tf32" if kind == "tf32" else "ieee")
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     n, m = (1025, 1023) if uneven else (4096, 4096)
 
     def array(length: int) -> Tensor:
-        return torch.empty(2, 2, length, size, dtype=dtype, device="meta")
+        return torch.empty(2, 2, length, features, dtype=dtype, device="meta")
 
     def passes() -> None:
         q, k, v, do = array(n), array(m), array(m), array(n)

@@ -30,6 +30,13 @@ def test_an_architecture_has_its_own_tiles_or_the_default(monkeypatch: pytest.Mo
     assert tiles.find("op", "half", 32, CPU) == (9, 9, 9, 9, 0)
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_86")
     assert tiles.find("op", "half", 16, CPU) == (5, 6, 7, 8, 0)
+    # Odd strides have entries of their own where the others' would spill.
+    table["default"]["op"]["half/16/odd"] = Tile(4, 4, 4, 4)
+    assert tiles.find("op", "half", 16, CPU, odd=True) == (4, 4, 4, 4, 0)
+    assert tiles.find("op", "half", 32, CPU, odd=True) == (9, 9, 9, 9, 0)
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
+    assert tiles.find("op", "half", 16, CPU, odd=True) == (1, 2, 3, 4, 0)  # it needs none there
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_86")
     with tiles.using({"op": Tile(0, 0, 0, 0)}):
         assert tiles.find("op", "half", 16, CPU) == (0, 0, 0, 0, 0)
     assert tiles.find("op", "half", 16, CPU) == (5, 6, 7, 8, 0)
@@ -38,9 +45,10 @@ def test_an_architecture_has_its_own_tiles_or_the_default(monkeypatch: pytest.Mo
 def test_what_was_tuned_is_merged_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tiles.table()
     monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
-    tune.write("sm_77", {"attention_forward": {"half/64": Tile(16, 32, 4, 2)}})
+    tune.write("sm_77", {"attention_forward": {"half/64": Tile(16, 32, 4, 2), "half/64/odd": Tile(16, 16, 4, 2)}})
     try:
-        assert tiles.table()["sm_77"] == {"attention_forward": {"half/64": Tile(16, 32, 4, 2)}}
+        assert tiles.table()["sm_77"]["attention_forward"]["half/64"] == Tile(16, 32, 4, 2)
+        assert tiles.table()["sm_77"]["attention_forward"]["half/64/odd"] == Tile(16, 16, 4, 2)
         assert {name: ops for name, ops in tiles.table().items() if name != "sm_77"} == before
     finally:
         tiles.table.cache_clear()
