@@ -1,11 +1,16 @@
 """How fast batches come, and how much of a training step is spent waiting for them: every pipeline, 4 to 1024 px.
 
-    python benchmarks/bench_data.py [--widths small|paper] [--resolutions 4 64 ...] [--seconds 0.3] [--rounds 5]
+    python benchmarks/bench_data.py [PART ...] [--widths small|paper] [--resolutions 4 64 ...] [--seconds 0.3]
+                                    [--rounds 5]
 
-Prints the tables of docs/data.md: images/s of the three pipelines beside a DataLoader with Pillow, all of them giving
-the same float32 batches; the same from files of 256 px to 128 px; the cache's gather beside memcpy; and
-training steps of pggan on what `--pipeline auto` takes. Sides take turns; medians. The load of the machine stands in
-front: other work slows all sides, and not all alike.
+Prints the tables of docs/data.md, all or those of the parts named:
+
+- throughput: images/s of the three pipelines beside a DataLoader with Pillow, all of them giving the same float32
+  batches, and the same from files of 256 px to 128 px;
+- memcpy: the cache's gather, and its whole batches, beside copying as many bytes;
+- training: steps of pggan on what `--pipeline auto` takes.
+
+Sides take turns; medians. The load of the machine stands in front: other work slows all sides, and not all alike.
 
 The images are made here: octaves of smooth noise with edges, JPEG quality 90, about as large as a photograph's.
 """
@@ -200,7 +205,7 @@ class Bench:
         return np.load(file, mmap_mode="r")
 
     def throughput(self, resolution: int) -> dict[str, float]:
-        """Images/s of float32 batches, and of nothing but copying their bytes."""
+        """Images/s of float32 batches."""
         batch = batch_of(resolution)
         files, array = self.files(resolution), self.array(resolution, 200)
         lying = Photos(len(array), resolution, {resolution: array}, {})
@@ -264,6 +269,26 @@ class Bench:
             mapped.take(call)
         # Many short turns: what else runs on the machine changes from one second to the next.
         return compare(sides, batch, self.seconds / 10, 5 * self.rounds, time.thread_time)
+
+    def batches(self, resolution: int, batch: int) -> dict[str, float]:
+        """Images/s of the cache's whole batches, float32 and flipped, and of copying float32 images that lie in a row.
+
+        CPU time of all threads, 200 MB on both sides, every page in memory.
+        """
+        array = self.array(resolution, 200)
+        floats = np.ones((max(4 * batch, len(array) // 4), 3, resolution, resolution), dtype=np.float32)
+        at = [0]
+
+        def copy() -> np.ndarray:
+            at[0] = (at[0] + batch) % (len(floats) - batch)
+            return floats[at[0] : at[0] + batch].copy()
+
+        source = Photos(len(array), resolution, {resolution: array}, {})
+        with data.open(source, resolution, batch, pipeline="cache", resident_bytes=0, mirror=True) as pipeline:
+            for _ in range(max(100, len(array) // batch)):  # every page once, and until no thread gathers any more
+                next(pipeline)
+            sides = {"memcpy": (copy, 0), "cache": (stepper(pipeline), 0)}
+            return compare(sides, batch, self.seconds / 10, 5 * self.rounds, time.process_time)
 
     def training(self, resolutions: list[int], widths: str) -> Iterator[tuple[int, str, float, float]]:
         """Resolution, pipeline, images/s, and the share of the time between asking for a batch and having it.
@@ -329,36 +354,55 @@ def row(*cells: object) -> None:
     print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
 
+def throughput_table(bench: Bench, resolutions: list[int], widths: str) -> None:
+    print("\nimages/s, float32 batches; cache from decoded files, the others from JPEGs of that size\n")
+    row("px", "batch", "`cache`", "`dali`", "`torch`", "DataLoader + Pillow", "cache / DL", "dali / DL")
+    row(*["---"] * 8)
+    for resolution in resolutions:
+        throughput(f"{resolution}", batch_of(resolution), bench.throughput(resolution))
+    throughput("256 px files to 128 px", 32, bench.resize())
+
+
+def memcpy_table(bench: Bench, resolutions: list[int], widths: str) -> None:
+    print("\nCPU time in times of memcpy: gather beside as many bytes, whole batches beside as many floats\n")
+    row("px", "batch", "gather, mapped", "gather, in memory", "whole batches", "memcpy of bytes, GB/s")
+    row(*["---"] * 6)
+    for resolution in (16, 64, 128):
+        r, whole = bench.gather(resolution, 64), bench.batches(resolution, 64)
+        times = (f"{r['memcpy'] / r[name]:.2f}" for name in ("memory-mapped", "in memory"))
+        speed = r["memcpy"] * 3 * resolution**2 / 1e9
+        row(resolution, 64, *times, f"{whole['memcpy'] / whole['cache']:.2f}", f"{speed:.1f}")
+
+
+def training_table(bench: Bench, resolutions: list[int], widths: str) -> None:
+    print(f"\npggan, {widths} widths, on what --pipeline auto takes\n")
+    row("px", "pipeline", "images/s trained", "waiting")
+    row(*["---"] * 4)
+    for resolution, kind, speed, waiting in bench.training(sorted(resolutions), widths):
+        row(resolution, kind, f"{speed:.{0 if speed >= 10 else 1}f}", f"{100 * waiting:.2f}%")
+
+
+PARTS = {"throughput": throughput_table, "memcpy": memcpy_table, "training": training_table}
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all without one")
     parser.add_argument("--widths", choices=WIDTHS, default="small", help="of the pggan that is trained")
     parser.add_argument("--resolutions", type=int, nargs="+", choices=RESOLUTIONS, default=RESOLUTIONS)
     parser.add_argument("--seconds", type=float, default=0.3, help="each side and round")
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args(argv)
+    unknown = [part for part in asked.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"PART: was {unknown[0]!r}; it may be {', '.join(PARTS)}")
     torch.set_flush_denormal(True)
     began = time.monotonic()
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), asked.seconds, asked.rounds)
-        print("\nimages/s, float32 batches; cache from decoded files, the others from JPEGs of that size\n")
-        row("px", "batch", "`cache`", "`dali`", "`torch`", "DataLoader + Pillow", "cache / DL", "dali / DL")
-        row(*["---"] * 8)
-        for resolution in asked.resolutions:
-            throughput(f"{resolution}", batch_of(resolution), bench.throughput(resolution))
-        throughput("256 px files to 128 px", 32, bench.resize())
-        print("\ngather of uint8 batches, times as long as memcpy of as many bytes\n")
-        row("px", "batch", "memory-mapped", "in memory", "memcpy, GB/s")
-        row(*["---"] * 5)
-        for resolution in (16, 64, 128):
-            r = bench.gather(resolution, 64)
-            times = (f"{r['memcpy'] / r[name]:.2f}" for name in ("memory-mapped", "in memory"))
-            row(resolution, 64, *times, f"{r['memcpy'] * 3 * resolution**2 / 1e9:.1f}")
-        print(f"\npggan, {asked.widths} widths, on what --pipeline auto takes\n")
-        row("px", "pipeline", "images/s trained", "waiting")
-        row(*["---"] * 4)
-        for resolution, kind, speed, waiting in bench.training(sorted(asked.resolutions), asked.widths):
-            row(resolution, kind, f"{speed:.{0 if speed >= 10 else 1}f}", f"{100 * waiting:.2f}%")
+        for part in asked.parts or PARTS:
+            PARTS[part](bench, asked.resolutions, asked.widths)
     print(f"\n{time.monotonic() - began:.0f} s, load after {os.getloadavg()[0]:.1f}")
     return 0
 

@@ -44,18 +44,39 @@ void turn_pixels(const uint8_t* x, float* y, int64_t width, int64_t step) {
   }
 }
 
-// width pixels of `step` bytes, turned round where `turned`, in [-1, 1] as torch has them: divided and then lowered.
-void finish_row(const uint8_t* x, float* y, int64_t width, int64_t step, bool turned) {
-  if (!turned) {
+// Width is `width` where that is known to the compiler, else 0: a short row takes longer to begin than to turn.
+template <int64_t Width>
+void turn_rows(const uint8_t* x, float* y, int64_t rows, int64_t width) {
+  const int64_t wide = Width ? Width : width;
+  for (int64_t row = 0; row < rows; ++row, x += wide, y += wide) {
 #pragma omp simd
-    for (int64_t i = 0; i < width * step; ++i) y[i] = static_cast<float>(x[i]) / 127.5f - 1.0f;
-  } else if (step == 1) {
+    for (int64_t i = 0; i < wide; ++i) y[i] = static_cast<float>(x[wide - 1 - i]) / 127.5f - 1.0f;
+  }
+}
+
+// Bytes in [-1, 1] as torch has them: divided and then lowered.
+void finish_bytes(const uint8_t* x, float* y, int64_t count) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) y[i] = static_cast<float>(x[width - 1 - i]) / 127.5f - 1.0f;
-  } else if (step == 3) {
-    turn_pixels<3>(x, y, width, step);
-  } else {
-    turn_pixels<0>(x, y, width, step);
+  for (int64_t i = 0; i < count; ++i) y[i] = static_cast<float>(x[i]) / 127.5f - 1.0f;
+}
+
+// The same, rows of `width` pixels of `step` bytes turned round.
+void finish_turned(const uint8_t* x, float* y, int64_t rows, int64_t width, int64_t step) {
+  if (step == 1) {
+    switch (width) {
+      case 4: return turn_rows<4>(x, y, rows, width);
+      case 8: return turn_rows<8>(x, y, rows, width);
+      case 16: return turn_rows<16>(x, y, rows, width);
+      case 32: return turn_rows<32>(x, y, rows, width);
+      default: return turn_rows<0>(x, y, rows, width);
+    }
+  }
+  for (int64_t at = 0; at < rows * width * step; at += width * step) {
+    if (step == 3) {
+      turn_pixels<3>(x + at, y + at, width, step);
+    } else {
+      turn_pixels<0>(x + at, y + at, width, step);
+    }
   }
 }
 
@@ -95,9 +116,16 @@ Tensor finish_images(const Tensor& images, const std::optional<Tensor>& flips) {
   const auto sizes = f.last ? std::vector<int64_t>{f.n, h, w, f.c} : std::vector<int64_t>{f.n, f.c, h, w};
   const Tensor made = fresh<float>(torch::stable::new_empty(images, sizes, ScalarType::Float));
   float* y = output<float>(made);
-  const int64_t step = f.last ? f.c : 1, rows = f.last ? h : f.c * h;
-  for (int64_t i = 0; i < f.n * rows; ++i) {
-    finish_row(x + i * w * step, y + i * w * step, w, step, flip != nullptr && flip[i / rows] != 0);
+  const int64_t step = f.last ? f.c : 1, rows = f.last ? h : f.c * h, size = rows * w * step;
+  for (int64_t first = 0, next = 0; first < f.n; first = next) {
+    const bool turned = flip != nullptr && flip[first] != 0;
+    // Images that are alike in this are finished as one.
+    for (next = first + 1; next < f.n && (flip != nullptr && flip[next] != 0) == turned; ++next) continue;
+    if (turned) {
+      finish_turned(x + first * size, y + first * size, (next - first) * rows, w, step);
+    } else {
+      finish_bytes(x + first * size, y + first * size, (next - first) * size);
+    }
   }
   return f.last ? torch::stable::transpose(torch::stable::transpose(made, 2, 3), 1, 2) : made;
 }

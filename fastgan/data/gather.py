@@ -20,15 +20,15 @@ class Rows:
         self._arrays = [np.asarray(one) for one in arrays]
         self._shape = arrays[0].shape[1:]
         self._starts = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
-        self._table: tuple[torch.Tensor, torch.Tensor, int] | None = None
-        bytes_of_row = int(np.prod(self._shape, dtype=np.int64))
+        self._table: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.bytes_of_row = int(np.prod(self._shape, dtype=np.int64))
         # Large rows of one array are copied faster by NumPy: 1.4 times memcpy's time at 128 px, where C++ was seen to
         # take 1.7 and more.
-        large = len(arrays) == 1 and bytes_of_row > 2**14
+        large = len(arrays) == 1 and self.bytes_of_row > 2**14
         # What is laid out otherwise (`fortran_order` in a .npy) has no rows to copy.
         if not large and all(one.flags.c_contiguous for one in self._arrays) and extension.cpu() is None:
             addresses = np.array([one.ctypes.data for one in self._arrays], dtype=np.int64)
-            self._table = torch.from_numpy(addresses), torch.from_numpy(self._starts), bytes_of_row
+            self._table = torch.from_numpy(addresses), torch.from_numpy(self._starts)
 
     @property
     def bytes(self) -> int:
@@ -37,8 +37,8 @@ class Rows:
     def take(self, indices: np.ndarray) -> torch.Tensor:
         """uint8 [n, ...] of `indices` (int64 [n], each from 0 to below the number of rows)."""
         if self._table is not None:
-            addresses, starts, bytes_of_row = self._table
-            rows = torch.ops.fastgan.gather_rows.default(addresses, starts, torch.from_numpy(indices), bytes_of_row)
+            which = torch.from_numpy(indices)
+            rows = torch.ops.fastgan.gather_rows.default(*self._table, which, self.bytes_of_row)
             return rows.view(-1, *self._shape)
         if len(self._arrays) == 1:
             return torch.from_numpy(self._arrays[0].take(indices, axis=0))

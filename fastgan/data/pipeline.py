@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, Self
@@ -157,22 +158,23 @@ class Pipeline:
         positions = rank_positions(*call)
         indices = self._sampler.indices(positions)
         flips = mirrored(self.seed, positions) if self.mirror else None
-        rows = [positions, indices]
-        if flips is not None:
-            # Rows of the batch and its mirror image, one below the other.
-            rows.append(np.arange(len(positions)) + len(positions) * flips)
-        on_device = upload(torch.from_numpy(np.stack(rows)), self.device)
-        images = self._store.take(call, indices, on_device[1])
         if self.device.type == "cpu":
-            images = finish(images, flips)
+            where, which = torch.from_numpy(positions), torch.from_numpy(indices)
+            images = finish(self._store.take(call, indices, which), flips)
         else:
+            rows = [positions, indices]
+            if flips is not None:
+                # Rows of the batch and its mirror image, one below the other.
+                rows.append(np.arange(len(positions)) + len(positions) * flips)
+            where, which, *chosen = upload(torch.from_numpy(np.stack(rows)), self.device)
+            images = self._store.take(call, indices, which)
             if flips is not None:
                 # Bytes are turned round and chosen, which takes a sixth of the time of `torch.where`.
-                images = torch.cat([images, images.flip(3)]).index_select(0, on_device[2])
+                images = torch.cat([images, images.flip(3)]).index_select(0, chosen[0])
             images = images.float().div_(127.5).sub_(1)
-        labels = None if self._labels is None else self._labels[on_device[1]]
+        labels = None if self._labels is None else self._labels[which]
         self.position = start + size
-        return Batch(images, labels, on_device[0])
+        return Batch(images, labels, where)
 
     def __iter__(self) -> Self:
         return self
@@ -314,9 +316,14 @@ def mirrored(seed: int, positions: np.ndarray) -> np.ndarray:
     The top bit of SplitMix64 (Steele 2014) at step `position` of a stream whose state is the mixed seed;
     unmixed, seeds that differ by a multiple of its step would give one sequence, shifted.
     """
-    base = _mix(np.array([(seed ^ 0x6D6972726F72) % 2**64], dtype=np.uint64))
     step = np.uint64(0x9E3779B97F4A7C15)
-    return (_mix(base + positions.astype(np.uint64) * step) >> np.uint64(63)).astype(np.int64)
+    return (_mix(_flip_stream(seed) + positions.astype(np.uint64) * step) >> np.uint64(63)).astype(np.int64)
+
+
+@functools.lru_cache(maxsize=8)
+def _flip_stream(seed: int) -> np.ndarray:
+    """The state of a seed's stream of flips: uint64 [1]."""
+    return _mix(np.array([(seed ^ 0x6D6972726F72) % 2**64], dtype=np.uint64))
 
 
 def _mix(words: np.ndarray) -> np.ndarray:

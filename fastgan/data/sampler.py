@@ -48,6 +48,10 @@ class Sampler:
         at = np.asarray(positions, dtype=np.int64)
         if at.size and at.min() < 0:
             raise ArgumentError("positions", int(at.min()), "they may be 0 or more")
+        if at.size:
+            epoch = int(at.min()) // self.size
+            if epoch == int(at.max()) // self.size:
+                return self.order(epoch)[at - epoch * self.size]
         epochs, within = np.divmod(at, self.size)
         out = np.empty_like(at)
         for epoch in np.unique(epochs):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastgan.data import open_source
+from fastgan.data import cache, open_source
 from fastgan.data.cache import Mapped, Resident, upload_all
+from fastgan.data.gather import Rows
 from fastgan.data.prepared import Manifest
 from fastgan.data.store import Call
 from fastgan.errors import ArgumentError
@@ -35,6 +39,87 @@ def test_mapped_and_resident_gather_by_index(counts: tuple[int, ...]) -> None:
             np.testing.assert_array_equal(store.take(call, indices, on_device), whole[indices])
         # The next batch was begun ahead, from the order and not from what is asked for then.
         np.testing.assert_array_equal(mapped.take(Call(7, 7, 0, 1), indices, on_device), whole[:7])
+
+
+def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After enough of them in a row; at the first that waits for the disk the thread has the next ones again."""
+    arrays = shards(30, 34)
+    whole = np.concatenate(arrays)
+    waits = {threading.get_ident(): 0}
+    gathered_by: list[str] = []
+
+    def counted() -> int:
+        gathered_by.append(threading.current_thread().name)
+        return waits.setdefault(threading.get_ident(), 0)
+
+    def check(start: int) -> None:
+        indices = np.arange(start, start + 4) % 64
+        taken = mapped.take(Call(start, 4, 0, 1), indices, torch.from_numpy(indices))
+        np.testing.assert_array_equal(taken, whole[indices])
+
+    monkeypatch.setattr(cache, "_waits_for_disk", counted)
+    monkeypatch.setattr(cache, "_IN_A_ROW", 3)
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        mapped = Mapped(arrays, torch.device("cpu"), pool, lambda call: np.arange(call.start, call.start + 4) % 64)
+        for step in range(3):
+            check(4 * step)
+        assert {name[:5] for name in gathered_by} == {"ahead"}
+        for step in range(3, 40):
+            check(4 * step)
+            assert gathered_by[-2:] == [threading.current_thread().name] * 2
+        rows = mapped._rows
+        monkeypatch.setattr(mapped, "_rows", Waiting(rows, waits))
+        check(160)
+        monkeypatch.setattr(mapped, "_rows", rows)
+        del gathered_by[:]
+        for step in range(41, 44):
+            check(4 * step)
+        assert {name[:5] for name in gathered_by} == {"ahead"}
+        monkeypatch.setattr(cache, "_SMALL", 4 * 3 * 4 * 4 - 1)
+        check(176)
+        assert gathered_by[-1].startswith("ahead")
+        # Where the system does not say what was waited for, the thread goes on with it.
+        monkeypatch.setattr(cache, "_SMALL", 2**20)
+        monkeypatch.setattr(cache, "_waits_for_disk", lambda: None)
+        for step in range(45, 52):
+            check(4 * step)
+        assert mapped._without_disk == 0
+
+
+class Waiting:
+    """Rows, each batch of which needs the disk."""
+
+    def __init__(self, rows: Rows, waits: dict[int, int]) -> None:
+        self._rows, self._waits, self.bytes_of_row = rows, waits, rows.bytes_of_row
+
+    def take(self, indices: np.ndarray) -> torch.Tensor:
+        self._waits[threading.get_ident()] += 1
+        return self._rows.take(indices)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not say")
+def test_a_page_that_is_not_in_memory_counts(tmp_path: Path) -> None:
+    file = tmp_path / "rows.npy"
+    np.save(file, np.ones((64, 3, 64, 64), dtype=np.uint8))
+    array = np.load(file, mmap_mode="r")
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = cache._waits_for_disk()
+    assert before is not None
+    assert array.sum() == array.size
+    first = cache._waits_for_disk()
+    assert array.sum() == array.size
+    assert cache._waits_for_disk() == first
+    if file_system(tmp_path) != "tmpfs":  # whose files are memory
+        assert first is not None and first > before
+
+
+def file_system(path: Path) -> str:
+    """The type of the one that `path` is on."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    on = [mount for mount in mounts if path.resolve().is_relative_to(mount[1])]
+    return max(on, key=lambda mount: len(mount[1]))[2]
 
 
 def test_prepared_shards_are_mapped_not_read(tmp_path: Path, prepared_set: Callable[..., Manifest]) -> None:
