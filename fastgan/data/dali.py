@@ -92,6 +92,7 @@ class Dali(AheadStore):
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="fastgan-dali")
         self._graph: Any = None
         self._largest = 0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._given: deque[tuple[torch.cuda.Event | None, torch.Tensor]] = deque()
 
     def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
@@ -113,7 +114,7 @@ class Dali(AheadStore):
         return [self._runner.submit(self._decode, indices)]
 
     def _keep(self, images: torch.Tensor) -> None:
-        """DALI knows nothing of torch's streams: its buffer is kept until what reads it there has run."""
+        """Keep a batch until what reads it has run: neither DALI nor `_average`'s stream knows of the caller's."""
         if self._given:
             event = torch.cuda.Event()
             event.record()
@@ -130,7 +131,15 @@ class Dali(AheadStore):
         except Exception as error:  # RuntimeError and IndexError are seen, with a page of C++ in the message
             self._graph = None  # of no more use after an error
             self._raise(indices, contents, error)
-        return _average(images.permute(0, 3, 1, 2), self._resolution)
+        images = images.permute(0, 3, 1, 2)
+        if self._stream is None:
+            return _average(images, self._resolution)
+        # On a stream of its own, so that waiting for it is not waiting for the training that is queued: DALI may take
+        # the buffer back as soon as this returns.
+        with torch.cuda.stream(self._stream):
+            averaged = _average(images, self._resolution)
+            self._stream.synchronize()
+        return averaged
 
     def _read(self, index: int) -> bytes:
         try:
@@ -174,9 +183,10 @@ def build(encoded: Encoded, channels: int, device: torch.device, largest: int, t
     from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
     gpu = device.type == "cuda"
-    index = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
     # Batches are made ahead by `Ahead`; DALI's own prefetching would want to know the next batch's order itself.
-    graph = Pipeline(largest, threads, device_id=index, prefetch_queue_depth=1)
+    # exec_dynamic: the memory of an output is its own as long as anyone holds it, and not until the next run.
+    place = device.index if gpu else None
+    graph = Pipeline(largest, threads, device_id=place, prefetch_queue_depth=1, exec_dynamic=True)
     with graph:
         files = fn.external_source(name="files", dtype=DALIDataType.UINT8, ndim=1)
         images: Any = fn.decoders.image(

@@ -79,6 +79,9 @@ def open(
         source = open_source(source, target or resolution)
     source.check_resolution(resolution)
     place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        # Its number now: to a thread of ours the current device is another.
+        place = torch.device("cuda", torch.cuda.current_device())
     if resident_bytes is None:
         resident_bytes = 2**30 if place.type != "cuda" else torch.cuda.mem_get_info(place)[0] // 4
     threads = workers or _cores()

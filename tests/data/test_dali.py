@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fastgan.data
@@ -134,6 +135,25 @@ def test_what_dali_would_read_otherwise_is_left_to_pillow(tmp_path: Path, mode: 
     assert words in str(error.value)
     with fastgan.data.open(source, 16, resident_bytes=0) as pipeline:
         assert pipeline.kind[0] == "torch" and words in pipeline.describe()
+
+
+def test_an_output_stays_while_later_batches_are_decoded(tmp_path: Path) -> None:
+    """The next batch is decoded while this one is used, and its memory is DALI's own."""
+    contents = []
+    for i in range(6):
+        Image.new("L", (64, 64), 40 * i).save(tmp_path / f"{i}.png")
+        contents.append(np.frombuffer((tmp_path / f"{i}.png").read_bytes(), dtype=np.uint8))
+    encoded = open_source(f"folder:{tmp_path}", 64).encoded(64)
+    assert encoded is not None
+    graph = dali.build(encoded, 1, torch.device("cpu"), 8, 2)
+    held = []
+    for content in contents:
+        graph.feed_input("files", [content] * 8)
+        (images,) = graph.run()
+        held.append(torch.from_dlpack(images.as_tensor()))
+        del images
+    for i, images in enumerate(held):
+        assert torch.equal(images, torch.full_like(images, 40 * i))
 
 
 def auto(folder: Path, resolution: int = 32) -> Pipeline:
