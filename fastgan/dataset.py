@@ -81,7 +81,8 @@ def main(argv: list[str]) -> int:
 
 def table(manifest: Manifest) -> str:
     """A prepared set, in lines."""
-    from fastgan.data.prepared import SKIPPED, size_in_words
+    from fastgan.data.files import size_in_words
+    from fastgan.data.prepared import SKIPPED
 
     settings = ", ".join(f"{name} {value}" for name, value in sorted(manifest.settings.items()) if value is not None)
     classes = manifest.classes()
@@ -109,7 +110,7 @@ def table(manifest: Manifest) -> str:
 def _verify(manifest: Manifest, workers: int) -> int:
     from tqdm import tqdm
 
-    from fastgan.data.prepared import size_in_words
+    from fastgan.data.files import size_in_words
     from fastgan.data.preparing.originals import printable
     from fastgan.data.preparing.verification import verify
 

@@ -89,7 +89,8 @@ def _lossless(argv: list[str]) -> list[str]:
 
 def summary(made: Manifest) -> str:
     """What was made, in a line or two."""
-    from fastgan.data.prepared import SKIPPED, size_in_words
+    from fastgan.data.files import size_in_words
+    from fastgan.data.prepared import SKIPPED
 
     size = size_in_words(sum(file.bytes for file in made.files.values()))
     what = f"{made.count:,} images of {made.resolution} px, {'grey' if made.channels == 1 else 'colour'}"

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgan.data.files import size_in_words
 from fastgan.data.gather import Rows
-from fastgan.data.store import AheadStore, Call, Store, in_words, upload
+from fastgan.data.store import AheadStore, Call, Store, upload
 
 if sys.platform == "linux":
     import resource
@@ -34,7 +35,7 @@ class Resident(Store):
 
     def describe(self) -> str:
         place = "memory" if self._host is not None else f"memory of {self._images.device}"
-        return f"in {place} ({in_words(self._images.numel())})"
+        return f"in {place} ({size_in_words(self._images.numel())})"
 
 
 class Mapped(AheadStore):
@@ -67,7 +68,7 @@ class Mapped(AheadStore):
         return upload(images, self._device)
 
     def describe(self) -> str:
-        return f"memory-mapped ({in_words(self._rows.bytes)})"
+        return f"memory-mapped ({size_in_words(self._rows.bytes)})"
 
     def _begin(self, indices: np.ndarray) -> list[Future[Any]]:
         return [self._pool.submit(self._gather, indices)]

@@ -82,3 +82,12 @@ def array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
     return stream.getvalue()
+
+
+def size_in_words(count: float) -> str:
+    """Bytes for people: 12.3 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:  # 999.7 would round to 1e+03
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"

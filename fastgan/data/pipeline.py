@@ -13,12 +13,13 @@ import torch.nn.functional as F
 
 from fastgan.data import dali
 from fastgan.data.cache import Mapped, Resident, upload_all
+from fastgan.data.files import size_in_words
 from fastgan.data.gather import finish
 from fastgan.data.images import area_average
 from fastgan.data.loader import Threads
 from fastgan.data.sampler import Sampler, rank_positions
 from fastgan.data.sources import Source, open_source
-from fastgan.data.store import Call, Store, count, in_words, upload
+from fastgan.data.store import Call, Store, count, upload
 from fastgan.errors import ArgumentError
 
 # `open` hides the builtin on purpose, for callers that write `fastgan.data.open(...)`.
@@ -241,8 +242,8 @@ class Pipeline:
             if source.arrays(resolution) is not None:
                 return "cache", "prepared"
             if fits:
-                return "cache", f"it fits in {in_words(self._resident_bytes)}"
-            takes, limit = in_words(self._bytes(resolution)), in_words(self._resident_bytes)
+                return "cache", f"it fits in {size_in_words(self._resident_bytes)}"
+            takes, limit = size_in_words(self._bytes(resolution)), size_in_words(self._resident_bytes)
             too_large = f"decoded it takes {takes}, above {limit} (--resident-gb)"
             if asked == "cache":
                 where = "`fastgan prepare` decodes it once for all runs"

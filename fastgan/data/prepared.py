@@ -339,15 +339,6 @@ def write_manifest(manifest: Manifest) -> None:
     write_whole(manifest.path / MANIFEST, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
 
 
-def size_in_words(count: float) -> str:
-    """Bytes for people: 12.3 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
 def fingerprint(files: dict[str, File], settings: dict[str, Any]) -> str:
     """16 hex digits that change with any file or setting."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

@@ -101,10 +101,3 @@ def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 def count(number: int, thing: str) -> str:
     """`number` of things, as said: "1 image", "1,797 images"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def in_words(number: int) -> str:
-    """A number of bytes, as said: "12 kB", "0.5 MB", "1.1 GB"."""
-    if number >= 1e9:
-        return f"{number / 1e9:,.1f} GB"
-    return f"{number / 1e6:.1f} MB" if number >= 1e5 else f"{number / 1e3:.0f} kB"

@@ -213,7 +213,7 @@ def test_unlabelled_folder(tmp_path: Path) -> None:
 
 def test_describe_digits() -> None:
     with fastgan.data.open(open_source("digits", 16), resolution=16, seed=0) as pipeline:
-        said = "digits: 1,797 images, 1 channel, at 16 px by cache: in memory (0.5 MB); it fits in 1.1 GB"
+        said = "digits: 1,797 images, 1 channel, at 16 px by cache: in memory (460 kB); it fits in 1.07 GB"
         assert pipeline.describe() == said
 
 

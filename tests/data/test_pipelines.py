@@ -169,10 +169,10 @@ def test_auto_takes_the_cache_where_there_is_one(sets: dict[str, Path]) -> None:
             pipeline.set_resolution(resolution)
             chosen.append(pipeline.kind[0])
             assert "again and again" not in pipeline.describe()  # each size has files of its own
-        assert pipeline.describe().endswith("; decoded it takes 10 kB, above 0 kB (--resident-gb)")
+        assert pipeline.describe().endswith("; decoded it takes 9.98 kB, above 0 bytes (--resident-gb)")
     assert chosen == ["cache", "dali", "dali"]
     with fastgan.data.open(str(sets["dali"]), 16, 6) as pipeline:
-        assert pipeline.describe().endswith("in memory (10 kB); it fits in 1.1 GB")
+        assert pipeline.describe().endswith("in memory (9.98 kB); it fits in 1.07 GB")
 
 
 def test_cache_that_cannot_last_is_refused_at_the_start(sets: dict[str, Path]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fastgan.data import prepared
+from fastgan.data.files import size_in_words
 from fastgan.data.images import area_average
 from fastgan.data.prepared import Level, Manifest, is_prepared, read_manifest
 from fastgan.errors import ArgumentError
@@ -133,3 +134,19 @@ def test_missing_and_cut_files_are_named_when_a_resolution_is_opened(tmp_path: P
     assert Level(manifest, 8).pixels(5).shape == (1, 8, 8)
     with pytest.raises(ArgumentError, match="holds 4, 8, 16, 32"):
         Level(manifest, 64)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (999.7, "1 kB"),
+        (12_345, "12.3 kB"),
+        (999_600, "1 MB"),
+        (2**30, "1.07 GB"),
+        (1.2345e15, "1234 TB"),
+    ],
+)
+def test_sizes_for_people(size: float, words: str) -> None:
+    assert size_in_words(size) == words

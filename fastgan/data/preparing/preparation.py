@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from fastgan.data import prepared
-from fastgan.data.files import File, Output, array_header, write_whole
-from fastgan.data.prepared import Manifest, Shard, size_in_words
+from fastgan.data.files import File, Output, array_header, size_in_words, write_whole
+from fastgan.data.prepared import Manifest, Shard
 from fastgan.data.preparing.encoding import (
     Done,
     Plan,
