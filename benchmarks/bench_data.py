@@ -91,12 +91,17 @@ class Photos(Source):
         return pixels(self._files[resolution][index], resolution)
 
     def arrays(self, resolution: int) -> list[np.ndarray] | None:
-        return [self._arrays[resolution]] if resolution in self._arrays else None
+        return shards(self._arrays[resolution]) if resolution in self._arrays else None
 
     def encoded(self, resolution: int) -> Encoded | None:
         files = self._files[resolution]
         kinds = {("JPEG", "RGB", False): str(files[0])}
         return Encoded(lambda i: files[i].read_bytes(), lambda i: str(files[i]), resolution, kinds, exact=True)
+
+
+def shards(array: np.ndarray) -> list[np.ndarray]:
+    """As `fastgan prepare` would have cut it."""
+    return [array[i : i + 1024] for i in range(0, len(array), 1024)]
 
 
 def pixels(file: Path, resolution: int) -> np.ndarray:
@@ -247,7 +252,7 @@ class Bench:
         array = self.array(resolution, 200)
         whole = np.array(array)
         order = data.Sampler(len(array), seed=0)
-        mapped = Rows([array[i : i + 1024] for i in range(0, len(array), 1024)])
+        mapped = Rows(shards(array))
         memory = Rows([whole])
         calls = [order.indices(range(at, at + batch)) for at in range(0, len(array) - batch, batch)]
         at = [0]
