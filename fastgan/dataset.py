@@ -121,9 +121,8 @@ def _verify(manifest: Manifest, workers: int) -> int:
         found += 1
         tqdm.write(f"{manifest.path / printable(fault.name)} {fault.what}")
     if found:
-        print(
-            f"fastgan: {found:,} files are wrong; copy the set anew, or delete it and prepare it anew", file=sys.stderr
-        )
+        files = "1 file is" if found == 1 else f"{found:,} files are"
+        print(f"fastgan: {files} wrong; copy the set anew, or delete it and prepare it anew", file=sys.stderr)
         return 1
     size = size_in_words(sum(file.bytes for file in manifest.files.values()))
     print(f"{manifest.path}: all {len(manifest.files):,} files, {size}, are as they were written")

@@ -17,6 +17,7 @@ from fastgan.commands import main
 from fastgan.data.images import area_average
 from fastgan.data.prepared import read_manifest
 from fastgan.data.sampler import Sampler
+from fastgan.errors import ArgumentError
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,21 @@ def test_verify_names_each_fault(copy: Path, said: Out) -> None:
     assert "fastgan: 7 files are wrong" in err
 
 
+def test_one_wrong_file_is_one(copy: Path, said: Out) -> None:
+    (copy / "cache" / "0008" / "00002.npy").unlink()
+    assert main(["data", "verify", str(copy)]) == 1
+    assert "fastgan: 1 file is wrong; " in said()[1]
+
+
+def test_show_names_an_image_that_is_damaged(copy: Path, said: Out) -> None:
+    tar = copy / "encoded" / "0016" / "00000.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    assert main(["data", "show", str(copy), "--resolution", "16", "--out", str(copy / "x.png")]) == 2
+    named = f"DST: was '{tar}, member 000000000.png'; the image cannot be decoded (no image format Pillow knows); "
+    assert named in said()[1]
+    assert not (copy / "x.png").exists()
+
+
 def test_verify_finds_a_changed_manifest(copy: Path, said: Out) -> None:
     file = copy / "manifest.json"
     file.write_text(file.read_text().replace('"cache_to": 8', '"cache_to": 4'))
@@ -148,6 +164,18 @@ def test_no_prepared_set(tmp_path: Path, said: Out) -> None:
         assert main(["data", what, str(tmp_path / "nowhere")]) == 2
         out, err = said()
         assert not out and "manifest.json is missing" in err and err.count("\n") == 1
+
+
+def test_a_set_that_is_not_finished(copy: Path, said: Out) -> None:
+    """As a kill leaves it."""
+    (copy / "manifest.json").unlink()
+    (copy / ".preparing").mkdir()
+    for what in ("info", "verify", "show"):
+        assert main(["data", what, str(copy)]) == 2
+        assert "not finished; the `fastgan prepare` that began it goes on" in said()[1]
+    for spec in (str(copy), f"prepared:{copy}"):
+        with pytest.raises(ArgumentError, match=r"--data: .*not finished"):
+            fastgan.data.open_source(spec, 16)
 
 
 @pytest.mark.parametrize("words", ["prepare --help", "data show --help"])

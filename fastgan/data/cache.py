@@ -17,7 +17,7 @@ from fastgan.data.store import AheadStore, Call, Store, upload
 if sys.platform == "linux":
     import resource
 
-_IN_A_ROW = 64  # batches
+_IN_A_ROW = 8  # batches
 _SMALL = 2**22  # bytes of a batch that is not worth handing over
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastgan.data.images import area_average, decode, first_line
+from fastgan.data.images import area_average, decode, first_line, undecodable
 from fastgan.data.sources import Encoded, Source
 from fastgan.data.store import AheadStore, Call, count
 from fastgan.errors import ArgumentError
@@ -167,7 +167,7 @@ class Dali(AheadStore):
                 try:
                     decode(io.BytesIO(content), self._files.side, self._source.channels)
                 except Exception as damage:  # Pillow's decoders raise nearly anything on a damaged file
-                    reason = f"the image cannot be decoded ({first_line(damage)}); replace the file"
+                    reason = f"the image cannot be decoded ({undecodable(damage)}); replace the file"
                 raise ArgumentError("--data", self._files.name(index), reason) from error
         raise error
 

@@ -38,7 +38,7 @@ class Checked(NamedTuple):
 
 def check(open_file: Callable[[], BinaryIO], name: str) -> Checked:
     """Look at one file without decoding it, where that is enough to tell that it is whole. `name` is for the log."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with open_file() as stream, Image.open(stream) as image:
@@ -52,11 +52,9 @@ def check(open_file: Callable[[], BinaryIO], name: str) -> Checked:
                 if not _ends_whole(stream):
                     with Image.open(stream) as image:
                         image.load()
-    except UnidentifiedImageError:
-        return Checked("no image format Pillow knows")
     except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
         logger.debug("%s is skipped", name, exc_info=True)
-        return Checked(first_line(error))
+        return Checked(undecodable(error))
     return Checked("", mode, size, kind, transparent)
 
 
@@ -183,6 +181,13 @@ def save_sheet(pixels: np.ndarray, path: Path, *, size: int | None = None, colum
     partial = path.with_name(f".{path.name}.part")
     Image.fromarray(sheet[:, :, 0] if c == 1 else sheet).save(partial, format="PNG")
     os.replace(partial, path)
+
+
+def undecodable(error: Exception) -> str:
+    """Why Pillow could not open or decode an image, in a line."""
+    from PIL import UnidentifiedImageError
+
+    return "no image format Pillow knows" if isinstance(error, UnidentifiedImageError) else first_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from fastgan.data.files import File, write_whole
-from fastgan.data.images import first_line
+from fastgan.data.images import undecodable
 from fastgan.data.sources import Encoded, Source
 from fastgan.errors import ArgumentError
 
 FORMAT = "fastgan-prepared"
 SCHEMA = 1
 MANIFEST = "manifest.json"
+UNFINISHED = ".preparing"  # holds what `prepare` must know to go on
 LABELS, NAMES, CLASSES, SKIPPED = "labels.npy", "names.jsonl", "classes.json", "skipped.txt"
 # np.load reads a header with `ast`, which Python 3.11 cannot in two threads at once (SystemError: AST constructor ...).
 _LOADING = threading.Lock()
@@ -155,6 +156,7 @@ class Level:
         manifest.check(resolution, flag)
         self.manifest = manifest
         self.resolution = resolution
+        self._flag = flag
         self.cached = resolution in manifest.cached
         self._arrays: dict[int, np.ndarray] = {}
         self._offsets: np.ndarray | None = None
@@ -184,10 +186,9 @@ class Level:
                 with Image.open(io.BytesIO(self.encoded(index))) as image:
                     pixels = np.array(image.convert(mode))
             except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-                may_be = (
-                    f"the image cannot be decoded ({first_line(error)}); `fastgan data verify` lists what is damaged"
-                )
-                raise ArgumentError("--data", self.name(index), may_be) from error
+                reason = f"the image cannot be decoded ({undecodable(error)})"
+                may_be = f"{reason}; `fastgan data verify` lists what is damaged"
+                raise ArgumentError(self._flag, self.name(index), may_be) from error
             return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
         shard = self._shard(index)
         return np.array(self.array(shard)[index - self.manifest.shards[shard].first])
@@ -203,7 +204,7 @@ class Level:
             shape = (self.manifest.shards[shard].count, self.manifest.channels, self.resolution, self.resolution)
             if array.shape != shape or array.dtype != np.uint8:
                 may_be = f"{name} holds {array.dtype} {list(array.shape)}; it may be uint8 {list(shape)}"
-                raise ArgumentError("--data", str(self.manifest.path), may_be)
+                raise ArgumentError(self._flag, str(self.manifest.path), may_be)
             self._arrays[shard] = array
         return self._arrays[shard]
 
@@ -300,6 +301,13 @@ def is_prepared(path: str | Path) -> bool:
         return False
 
 
+def begun(path: Path) -> str:
+    """What to say of a set that `prepare` has not finished, or ""."""
+    if not (path / UNFINISHED).is_dir():
+        return ""
+    return "it is a prepared set that is not finished; the `fastgan prepare` that began it goes on"
+
+
 def read_manifest(path: str | Path, flag: str = "--data") -> Manifest:
     """Open a prepared set: reads one file, whatever the number of images. `flag` names the argument in errors.
 
@@ -310,7 +318,8 @@ def read_manifest(path: str | Path, flag: str = "--data") -> Manifest:
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise ArgumentError(flag, str(path), f"it may be a prepared set; {file} is missing") from None
+        may_be = begun(path) or f"it may be a prepared set; {file} is missing"
+        raise ArgumentError(flag, str(path), may_be) from None
     except OSError as error:
         raise ArgumentError(flag, str(path), f"{file} cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastgan.data.images import Checked, area_average, check, decode, first_line, is_grey, square
+from fastgan.data.images import Checked, area_average, check, decode, first_line, is_grey, square, undecodable
 from fastgan.data.listing import walk
 from fastgan.errors import ArgumentError
 
@@ -126,7 +126,7 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
     kind, _, place = spec.partition(":")
     if not _is_resolution(resolution):
         raise ArgumentError("--resolution", resolution, "it may be a power of two from 4")
-    from fastgan.data.prepared import PreparedSource, is_prepared, read_manifest  # which needs `Source`
+    from fastgan.data.prepared import PreparedSource, begun, is_prepared, read_manifest  # which needs `Source`
 
     if kind == "prepared" or is_prepared(Path(spec).expanduser()):
         path = Path(place if kind == "prepared" else spec).expanduser()
@@ -134,7 +134,11 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
     opener = {"folder": _folder, "cifar10": _cifar10, "mnist": _mnist, "celeba": _celeba}.get(kind)
     if spec not in ("digits", "stacked-digits", "synthetic") and (opener is None or not place):
         if spec and Path(spec).expanduser().is_dir():
-            raise ArgumentError("--data", spec, f"it has no manifest.json; a folder of images is folder:{spec}")
+            found = begun(Path(spec).expanduser()) or f"it has no manifest.json; a folder of images is folder:{spec}"
+            raise ArgumentError("--data", spec, found)
+        if spec.endswith((".zip", ".tar", ".tar.gz", ".tgz")) or kind in ("zip", "tar"):
+            may_be = f"an archive is brought into a folder first: fastgan prepare {spec} SET, and --data SET"
+            raise ArgumentError("--data", spec, may_be)
         raise ArgumentError("--data", spec, _KINDS)
     _need("PIL.Image", "pillow", spec)
     if spec == "digits":
@@ -236,7 +240,7 @@ class _FileSource(Source):
             with file.open("rb") as stream:
                 return decode(stream, self.resolution, self.channels)
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-            reason = f"the image cannot be decoded ({first_line(error)}); remove the file or replace it"
+            reason = f"the image cannot be decoded ({undecodable(error)}); remove the file or replace it"
             raise ArgumentError("--data", str(file), reason) from error
 
 

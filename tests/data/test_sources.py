@@ -414,3 +414,10 @@ def test_stacked_digits_follow_the_seed() -> None:
     assert one.labels is not None and other.labels is not None and (one.labels != other.labels).mean() > 0.99
     with pytest.raises(ArgumentError, match="--channels: was 1; stacked-digits has 3 channels; it may be 3"):
         open_source("stacked-digits", 16, channels=1)
+
+
+@pytest.mark.parametrize("spec", ["photos.zip", "zip:photos.zip", "x-{000..099}.tar", "tar:shards", "photos.tar.gz"])
+def test_an_archive_is_prepared_first(spec: str) -> None:
+    with pytest.raises(ArgumentError, match=r"fastgan prepare \S+ SET, and --data SET") as error:
+        open_source(spec, 16)
+    assert f"fastgan prepare {spec} SET" in str(error.value)

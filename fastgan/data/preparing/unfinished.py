@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from fastgan.data.files import write_whole
-from fastgan.data.prepared import MANIFEST
+from fastgan.data.prepared import MANIFEST, UNFINISHED
 from fastgan.data.preparing.originals import Item, printable
 from fastgan.errors import ArgumentError
 
-FOLDER = ".preparing"
 # What a set consists of; a folder with anything else in it is not touched.
-_OURS = {FOLDER, "cache", "encoded", "labels.npy", "names.jsonl", "classes.json", "skipped.txt", MANIFEST}
+_OURS = {UNFINISHED, "cache", "encoded", "labels.npy", "names.jsonl", "classes.json", "skipped.txt", MANIFEST}
 
 
 class Unfinished:
@@ -37,7 +36,7 @@ class Unfinished:
 
     def __init__(self, dst: Path) -> None:
         self.dst = dst
-        self.folder = dst / FOLDER
+        self.folder = dst / UNFINISHED
 
     def write(self, kind: str, number: int, content: Any) -> None:
         write_whole(self.folder / kind / f"{number:05}.json", json.dumps(content).encode())

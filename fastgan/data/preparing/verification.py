@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from fastgan.data.listing import walk
-from fastgan.data.prepared import MANIFEST, Manifest, fingerprint
-from fastgan.data.preparing.unfinished import FOLDER
+from fastgan.data.prepared import MANIFEST, UNFINISHED, Manifest, fingerprint
 
 
 class Fault(NamedTuple):
@@ -42,7 +41,7 @@ def verify(manifest: Manifest, *, workers: int = 0, progress: bool = False) -> I
     for name, reason in walk(manifest.path, everything=True):
         if reason:
             yield Fault(name, f"cannot be read ({reason})")
-        elif name.startswith(f"{FOLDER}/"):
+        elif name.startswith(f"{UNFINISHED}/"):
             yield Fault(name, "is left over from preparing; the command that prepared the set removes it")
         elif name not in manifest.files and name != MANIFEST:
             yield Fault(name, "does not belong to the set")
