@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,11 +126,9 @@ class Dali(AheadStore):
     def _decode(self, indices: np.ndarray) -> torch.Tensor:
         """In the runner's thread: uint8 [n, C, r, r] on the device, channels last in memory."""
         contents = list(self._pool.map(self._read, indices.tolist()))
-        try:
-            images = self._run(contents)
-        except Exception as error:  # RuntimeError and IndexError are seen, with a page of C++ in the message
-            self._graph = None  # of no more use after an error
-            self._raise(indices, contents, error)
+        images = self._run(contents)
+        if isinstance(images, Exception):
+            raise self._refused(indices, contents, images)
         images = images.permute(0, 3, 1, 2)
         if self._stream is None:
             return _average(images, self._resolution)
@@ -148,28 +146,36 @@ class Dali(AheadStore):
             reason = f"the file cannot be read ({error.strerror}); put it back"
             raise ArgumentError("--data", self._files.name(index), reason) from error
 
-    def _run(self, contents: list[bytes]) -> torch.Tensor:
-        """uint8 [n, side, side, C], in DALI's own memory."""
+    def _run(self, contents: list[bytes]) -> torch.Tensor | Exception:
+        """uint8 [n, side, side, C], in DALI's own memory; or why not."""
         if self._graph is None or len(contents) > self._largest:
             self._largest = max(self._largest, len(contents))
             self._graph = build(self._files, self._source.channels, self._device, self._largest, self._workers)
-        self._graph.feed_input("files", [np.frombuffer(content, dtype=np.uint8) for content in contents])
-        (images,) = self._graph.run()
+        try:
+            self._graph.feed_input("files", [np.frombuffer(content, dtype=np.uint8) for content in contents])
+            (images,) = self._graph.run()
+        except Exception as error:  # RuntimeError and IndexError are seen, with a page of C++ in the message
+            # The pipeline is of no more use. It is taken apart here and now, in its own thread: the error's frames
+            # would keep it until another thread has handled the error.
+            self._graph = None
+            return error.with_traceback(None)
         return torch.from_dlpack(images.as_tensor())
 
-    def _raise(self, indices: np.ndarray, contents: list[bytes], error: Exception) -> NoReturn:
-        """Find the image that DALI refused, and say whether it is damaged."""
+    def _refused(self, indices: np.ndarray, contents: list[bytes], error: Exception) -> Exception:
+        """The error that names the image that DALI refused, and says whether it is damaged."""
         for index, content in zip(indices.tolist(), contents, strict=True):
+            alone = self._run([content])
+            if not isinstance(alone, Exception):
+                continue
+            reason = "DALI cannot decode it, and Pillow can; --pipeline torch goes on"
             try:
-                self._run([content])
-            except Exception:
-                reason = "DALI cannot decode it, and Pillow can; --pipeline torch goes on"
-                try:
-                    decode(io.BytesIO(content), self._files.side, self._source.channels)
-                except Exception as damage:  # Pillow's decoders raise nearly anything on a damaged file
-                    reason = f"the image cannot be decoded ({undecodable(damage)}); replace the file"
-                raise ArgumentError("--data", self._files.name(index), reason) from error
-        raise error
+                decode(io.BytesIO(content), self._files.side, self._source.channels)
+            except Exception as damage:  # Pillow's decoders raise nearly anything on a damaged file
+                reason = f"the image cannot be decoded ({undecodable(damage)}); replace the file"
+            named = ArgumentError("--data", self._files.name(index), reason)
+            named.__cause__ = alone
+            return named
+        return error
 
 
 def build(encoded: Encoded, channels: int, device: torch.device, largest: int, threads: int) -> Any:

@@ -188,8 +188,14 @@ def test_a_file_damaged_after_opening_is_named(tmp_path: Path) -> None:
     with fastgan.data.open(f"folder:{tmp_path}", 32, 4, pipeline="dali") as pipeline:
         whole = (tmp_path / "2.jpg").read_bytes()
         (tmp_path / "2.jpg").write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ArgumentError, match=r"2\.jpg.*cannot be decoded"):
+        with pytest.raises(ArgumentError, match=r"2\.jpg.*cannot be decoded") as error:
             next(pipeline)
+        assert error.value.__cause__ is not None and error.value.__cause__.__traceback__ is None
+        store = pipeline._store
+        assert isinstance(store, dali.Dali)
+        for begun in [part for parts in store._ahead.pending.values() for part in parts]:
+            assert begun.exception() is not None
+        assert store._graph is None  # of no more use after an error
         (tmp_path / "2.jpg").unlink()
         with pytest.raises(ArgumentError, match=r"2\.jpg"):
             next(pipeline)
