@@ -91,6 +91,7 @@ class Dali(AheadStore):
         # A DALI pipeline is one thread's.
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="fastgan-dali")
         self._graph: Any = None
+        self._seen = np.zeros(len(source), dtype=bool)  # that there is an image in the file, whole or not
         self._largest = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._given: deque[tuple[torch.cuda.Event | None, torch.Tensor]] = deque()
@@ -141,10 +142,24 @@ class Dali(AheadStore):
 
     def _read(self, index: int) -> bytes:
         try:
-            return self._files.read(index)
+            content = self._files.read(index)
         except OSError as error:
             reason = f"the file cannot be read ({error.strerror}); put it back"
             raise ArgumentError("--data", self._files.name(index), reason) from error
+        if not self._seen[index]:
+            from PIL import Image
+
+            # Two files in a batch that DALI finds no image in, and the process dies (a segmentation fault, DALI 2.4).
+            try:
+                with Image.open(io.BytesIO(content)):
+                    self._seen[index] = True
+            except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
+                raise self._damaged(index, error) from error
+        return content
+
+    def _damaged(self, index: int, error: Exception) -> ArgumentError:
+        reason = f"the image cannot be decoded ({undecodable(error)}); replace the file"
+        return ArgumentError("--data", self._files.name(index), reason)
 
     def _run(self, contents: list[bytes]) -> torch.Tensor | Exception:
         """uint8 [n, side, side, C], in DALI's own memory; or why not."""
@@ -167,12 +182,12 @@ class Dali(AheadStore):
             alone = self._run([content])
             if not isinstance(alone, Exception):
                 continue
-            reason = "DALI cannot decode it, and Pillow can; --pipeline torch goes on"
             try:
                 decode(io.BytesIO(content), self._files.side, self._source.channels)
+                reason = "DALI cannot decode it, and Pillow can; --pipeline torch goes on"
+                named = ArgumentError("--data", self._files.name(index), reason)
             except Exception as damage:  # Pillow's decoders raise nearly anything on a damaged file
-                reason = f"the image cannot be decoded ({undecodable(damage)}); replace the file"
-            named = ArgumentError("--data", self._files.name(index), reason)
+                named = self._damaged(index, damage)
             named.__cause__ = alone
             return named
         return error

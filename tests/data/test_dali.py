@@ -187,7 +187,7 @@ def test_a_file_damaged_after_opening_is_named(tmp_path: Path) -> None:
         picture(32, 32, i).save(tmp_path / f"{i}.jpg")
     with fastgan.data.open(f"folder:{tmp_path}", 32, 4, pipeline="dali") as pipeline:
         whole = (tmp_path / "2.jpg").read_bytes()
-        (tmp_path / "2.jpg").write_bytes(whole[: len(whole) // 2])
+        (tmp_path / "2.jpg").write_bytes(whole[: whole.index(b"\xff\xda") + 20])  # it still says what it holds
         with pytest.raises(ArgumentError, match=r"2\.jpg.*cannot be decoded") as error:
             next(pipeline)
         assert error.value.__cause__ is not None and error.value.__cause__.__traceback__ is None
@@ -201,3 +201,15 @@ def test_a_file_damaged_after_opening_is_named(tmp_path: Path) -> None:
             next(pipeline)
         (tmp_path / "2.jpg").write_bytes(whole)
         assert next(pipeline).images.shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(3000), b"\xff\xd8\xff\xe0" + bytes(3000)])
+def test_files_that_are_no_images_any_more_are_named(tmp_path: Path, content: bytes) -> None:
+    """All of a batch: two of them are enough for DALI to end the process."""
+    for i in range(8):
+        picture(32, 32, i).save(tmp_path / f"{i}.jpg")
+    with fastgan.data.open(f"folder:{tmp_path}", 32, 8, pipeline="dali") as pipeline:
+        for i in range(8):
+            (tmp_path / f"{i}.jpg").write_bytes(content)
+        with pytest.raises(ArgumentError, match=r"\d\.jpg'; the image cannot be decoded"):
+            next(pipeline)

@@ -288,7 +288,7 @@ def test_strict(mixed: Path, tmp_path: Path) -> None:
     for name in ("cut.jpg", "notes.txt", "tiny.png"):
         (mixed / "a" / name).unlink()
     assert "--strict: 1 of its files cannot be decoded" in refusal(mixed, tmp_path / "set", strict=True)
-    with pytest.raises(ArgumentError, match=r"it may be a prepared set"):
+    with pytest.raises(ArgumentError, match="it is a prepared set that is not finished"):
         read_manifest(tmp_path / "set")
 
 

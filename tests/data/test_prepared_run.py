@@ -43,7 +43,7 @@ def test_killed_and_resumed_is_bit_identical(folder: Path, tmp_path: Path) -> No
     whole, run = tmp_path / "whole", tmp_path / "run"
     result = subprocess.run(command("--data", str(folder), "--out", str(whole)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "at 4 px by cache: memory-mapped (1.15 kB); prepared" in result.stdout
+    assert "at 4 px by cache: memory-mapped (1.01 kB); prepared" in result.stdout
     assert "at 8 px by cache" in result.stdout and "at 16 px by dali" in result.stdout
     process = subprocess.Popen(command("--data", str(folder), "--out", str(run)), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
