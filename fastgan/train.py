@@ -118,7 +118,8 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
     Raises:
         ArgumentError: a value that cannot be; SystemExit: --help, or a flag that does not exist.
     """
-    argv = [flag for flag in argv if not flag.startswith("--local_rank=")]  # DeepSpeed's launcher; the variable serves
+    # DeepSpeed's launcher adds the first, whose variable serves, and ours the second.
+    argv = [flag for flag in argv if not flag.startswith(("--local_rank=", supervisor.JOB))]
     first = _first_pass(argv)
     layers: list[tuple[dict[str, Any], str]] = []
     if first.config:
@@ -262,6 +263,7 @@ def main(argv: list[str]) -> int:
     if "RANK" not in os.environ:
         print(f"fastgan {__version__}: {request.variant}, {request.preset} preset; loading torch", flush=True)
     from fastgan.training import world as processes
+    from fastgan.training.interrupt import readers_may_go
 
     prepare_torch(config)
     world = processes.start(
@@ -271,7 +273,7 @@ def main(argv: list[str]) -> int:
         deepspeed_config=config.system.deepspeed_config,
         timeout=config.system.timeout,
     )
-    with world.guard():
+    with world.guard(), readers_may_go():
         try:
             return _train(request, world, began)
         finally:
@@ -362,7 +364,11 @@ def _train(request: Request, world: World, began: float) -> int:
             print(f"fastgan: {error}", file=sys.stderr, flush=True)
         return 1
     except OSError as error:
-        raise ArgumentError("--out", str(run), f"it could not be written ({error})") from None
+        from fastgan import checkpoint
+
+        good = checkpoint.existing(run)[-1:]
+        on = f"the last checkpoint is {good[0]}" if good else "there is no checkpoint yet"
+        raise ArgumentError("--out", str(run), f"it could not be written ({error}); {on}") from None
     if world.main:
         seen, took = f"{trainer.images / 1000:g} kimg", f"{(time.monotonic() - began) / 60:.1f} minutes"
         if stopped:

@@ -16,7 +16,6 @@ import re
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -310,9 +309,15 @@ class Liveness:
         beside = self.local_rank == 1 and rank == self.rank - 1  # the first of this host is the one that is gone
         if (self.local_rank == 0 or beside) and rank != self.rank:
             good = f"the last checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
-            on = f"; go on with: fastgan train --resume {self.run}" if self.run else ""
-            with contextlib.suppress(OSError):
-                line = f"fastgan: rank {rank} on {verdict['host']}: {verdict['what']}; {good}{on}\n"
-                sys.stderr.write(line)
-                sys.stderr.flush()
+            on = f"; go on with --resume {self.run}" if self.run else ""
+            line = f"fastgan: rank {rank} on {verdict['host']}: {verdict['what']}; {good}{on}\n"
+            # A launcher behind a dead link reads nothing, and its pipe is full: that must not hold this process up.
+            saying = threading.Thread(target=self._say, args=(line,), daemon=True)
+            saying.start()
+            saying.join(timeout=2)
         os._exit(verdict["code"])
+
+    @staticmethod
+    def _say(line: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())

@@ -7,12 +7,16 @@ on one that never fails, and they know neither which checkpoint is good nor that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import secrets
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,9 @@ from fastgan.training.liveness import FAULT
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
 
+JOB = "--job="
+"""Begins an argument of the ranks that says nothing to them: by it a supervisor knows its own on a host."""
+
 
 @dataclass(frozen=True)
 class Supervision:
@@ -31,6 +38,7 @@ class Supervision:
     restarts: int
     min_nodes: int | None
     hosts: dict[str, int]
+    hostfile: Path | None
     ssh_port: int | None
     rest: list[str]
 
@@ -53,11 +61,12 @@ def asked(argv: list[str]) -> Supervision | None:
         if text is not None and (not text.isdigit() or int(text) < least):
             raise ArgumentError(f"--{name.replace('_', '-')}", text, f"it may be a whole number, {least} or more")
         numbers[name] = None if text is None else int(text)
-    hosts = {} if given.hostfile is None else read_hostfile(Path(given.hostfile))
+    hostfile = None if given.hostfile is None else Path(given.hostfile)
+    hosts = {} if hostfile is None else read_hostfile(hostfile)
     least_nodes = numbers["min_nodes"]
     if least_nodes is not None and least_nodes > max(len(hosts), 1):
         raise ArgumentError("--min-nodes", least_nodes, f"it may be at most {max(len(hosts), 1)}, the hosts there are")
-    return Supervision(numbers["max_restarts"] or 0, least_nodes, hosts, numbers["ssh_port"], rest)
+    return Supervision(numbers["max_restarts"] or 0, least_nodes, hosts, hostfile, numbers["ssh_port"], rest)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -95,23 +104,31 @@ class Supervisor:
 
     def __init__(self, asked: Supervision, run: Path, resume: bool, timeout: float) -> None:
         self._asked, self._run, self._resume, self._timeout = asked, run, resume, timeout
-        self._child: subprocess.Popen[bytes] | None = None
         self._signal: int | None = None
+        self._urgent = False
+        # What the ranks on the hosts are found by; see `JOB`.
+        self._job = secrets.token_hex(8)
 
     def __call__(self) -> int:
         """Run to the end; the exit code is that of the last start."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._pass_on)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` wants it
+                signal.signal(number, self._receive)
         idle = 0
         for start in range(self._asked.restarts + 1):
-            hosts = self._answering()
+            hosts = self._answering(start)
+            if self._signal is not None:
+                return self._stopped()
             if hosts is None:
-                return self._give_up("too few hosts answer")
+                return FAULT
             before = self._newest()
             code = self._launch(hosts, start)
-            if self._signal is not None or code in (0, 1, 2):
-                # Done, stopped, a bad argument, a NaN or an error of the program's own: again would be the same again.
-                return 0 if self._signal is not None and self._newest() is not None else code
+            if self._signal is not None:
+                self._leave(hosts, code)
+                return code if code in (0, 2) else self._stopped()
+            if code in (0, 1, 2):
+                # Done, a NaN, an error of the program's own, an argument: again would be the same again.
+                return code
             idle = 0 if self._newest() != before else idle + 1
             if idle == 2:
                 return self._give_up("two starts in a row brought no new checkpoint")
@@ -121,45 +138,93 @@ class Supervisor:
         return self._give_up(f"no restarts are left of --max-restarts {self._asked.restarts}")
 
     def _say(self, text: str) -> None:
-        print(f"fastgan: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # whoever read this may be gone
+            print(f"fastgan: {text}", file=sys.stderr, flush=True)
 
     def _give_up(self, why: str) -> int:
-        self._say(f"given up: {why}; go on with: fastgan train --resume {self._run}")
+        self._say(f"given up: {why}{self._how_to_go_on()}")
         return FAULT
+
+    def _stopped(self) -> int:
+        assert self._signal is not None
+        self._say(f"stopped by {signal.Signals(self._signal).name}{self._how_to_go_on()}")
+        return 128 + self._signal if self._newest() is None else 0
+
+    def _how_to_go_on(self) -> str:
+        if not (self._run / "config.yaml").is_file():
+            return ""
+        asked = [f"--max-restarts {self._asked.restarts}"]
+        if self._asked.hostfile is not None:
+            asked.insert(0, f"--hostfile {shlex.quote(str(self._asked.hostfile))}")
+        for flag, value in (("--min-nodes", self._asked.min_nodes), ("--ssh-port", self._asked.ssh_port)):
+            asked += [] if value is None else [f"{flag} {value}"]
+        return f"; go on with: fastgan train {' '.join(asked)} --resume {shlex.quote(str(self._run))}"
+
+    def _leave(self, hosts: dict[str, int], code: int) -> None:
+        """Wait until no rank is left: a signal to every process ends the launcher before they have saved."""
+        if hosts and code != 0:
+            ended = (
+                f"for i in $(seq {round(self._timeout)}); do pgrep -f {self._ranks()} >/dev/null || exit; sleep 1; done"
+            )
+            self._on_hosts(hosts, f"{ended}; pkill -KILL -f {self._ranks()}", self._timeout + 10)
 
     def _newest(self) -> Path | None:
         return next(iter(checkpoint.existing(self._run)[-1:]), None)
 
-    def _ssh(self) -> list[str]:
-        port = [] if self._asked.ssh_port is None else ["-p", str(self._asked.ssh_port)]
-        return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", *port]
+    # --- the hosts --------------------------------------------------------------------------------------------------
 
-    def _answering(self) -> dict[str, int] | None:
+    def _on_hosts(self, hosts: Iterable[str], command: str, timeout: float) -> dict[str, str]:
+        """What a shell command says, by host, of those where it succeeds within `timeout` seconds; on all at once."""
+        port = [] if self._asked.ssh_port is None else ["-p", str(self._asked.ssh_port)]
+        ssh = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", *port]
+        calls = {host: subprocess.Popen([*ssh, host, command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+                 for host in hosts}  # fmt: skip
+        deadline, said = time.monotonic() + timeout, {}
+        for host, call in calls.items():
+            try:
+                text = call.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0]
+                if call.returncode == 0:
+                    said[host] = text
+            except subprocess.TimeoutExpired:
+                call.kill()
+                call.communicate()
+        return said
+
+    def _ranks(self) -> str:
+        """A pattern for pkill that the ranks match, and neither their launcher nor the shell that runs pkill."""
+        return shlex.quote(f"[-]-local_rank=.*{JOB}{self._job}")
+
+    def _answering(self, start: int) -> dict[str, int] | None:
         """The hosts to start on: all, or with --min-nodes those that answer; waits up to the timeout for enough."""
         hosts = self._asked.hosts
         if not hosts:
             return {}
         needed = self._asked.min_nodes or len(hosts)
-        deadline = time.monotonic() + self._timeout
+        # A connection of the launcher's may have broken where the ranks' own have not: two jobs would write one run.
+        ended = f"pkill -KILL -f {self._ranks()}; " if start else ""
+        deadline, told = time.monotonic() + self._timeout, False
         while True:
-            probes = {host: subprocess.Popen([*self._ssh(), host, "true"], stdin=subprocess.DEVNULL,
-                                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                      for host in hosts}  # fmt: skip
-            found = {}
-            for host, probe in probes.items():
-                try:
-                    if probe.wait(timeout=10) == 0:
-                        found[host] = hosts[host]
-                except subprocess.TimeoutExpired:
-                    probe.kill()
-                    probe.wait()
+            said = self._on_hosts(hosts, f"{ended}hostname -I || true", 10)
+            found = {host: slots for host, slots in hosts.items() if host in said}
+            missing = ", ".join(host for host in hosts if host not in found)
             if len(found) >= needed:
-                if len(found) < len(hosts):
-                    self._say(f"without {', '.join(host for host in hosts if host not in found)}, which do not answer")
+                if missing:
+                    self._say(f"without {missing}: no answer over ssh")
+                first = next(iter(found))
+                self._master = next(iter(said[first].split()), first)
                 return found
-            if time.monotonic() > deadline or self._signal is not None:
+            if self._signal is not None:
                 return None
+            if time.monotonic() > deadline:
+                self._give_up(f"no answer over ssh from {missing}, and {needed} hosts are needed")
+                return None
+            if not told:
+                self._say(f"no answer over ssh from {missing}; trying for {self._timeout:g} s")
+                told = True
             time.sleep(1)
+
+    # --- the launcher -----------------------------------------------------------------------------------------------
 
     def _launch(self, hosts: dict[str, int], start: int) -> int:
         flags = list(self._asked.rest)
@@ -168,39 +233,49 @@ class Supervisor:
         elif not self._resume and "--out" not in {flag.split("=")[0] for flag in flags}:
             flags += ["--out", str(self._run)]
         environment = dict(os.environ)
-        if hosts:
-            file = self._hostfile(hosts)
-            port = [] if self._asked.ssh_port is None else ["--ssh_port", str(self._asked.ssh_port)]
-            line = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(file), "--force_multi"]
-            # Another port than the last start's, which may still be held by what is ending.
-            line += ["--master_port", str(29500 + start % 100), *port]
-            line += ["--master_addr", self._address(next(iter(hosts)))]
-            # A connection to a host that is gone ends with it, and with that the launcher.
-            alive = max(1, round(self._timeout / 4))
-            kept = environment.get("PDSH_SSH_ARGS_APPEND", "")
-            environment["PDSH_SSH_ARGS_APPEND"] = f"{kept} -o ServerAliveInterval={alive} -o ServerAliveCountMax=3"
-        else:
-            line = [sys.executable]
-        argv = [*line, str(SCRIPT), *flags]
-        self._say(f"start {start + 1}: {shlex.join(argv)}")
-        self._child = subprocess.Popen(argv, env=environment, start_new_session=True)
-        code = self._child.wait()
-        self._child = None
+        with tempfile.TemporaryDirectory(prefix="fastgan-") as folder:
+            if hosts:
+                file = Path(folder) / "hosts"
+                file.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
+                port = [] if self._asked.ssh_port is None else ["--ssh_port", str(self._asked.ssh_port)]
+                line = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(file), "--force_multi"]
+                # Another port than the last start's, which may still be held by what is ending.
+                line += ["--master_port", str(29500 + start % 100), *port, "--master_addr", self._master]
+                flags.append(f"{JOB}{self._job}")
+                # A connection to a host that is gone ends with it, and with that the launcher.
+                alive = max(1, round(self._timeout / 4))
+                kept = environment.get("PDSH_SSH_ARGS_APPEND", "")
+                environment["PDSH_SSH_ARGS_APPEND"] = f"{kept} -o ServerAliveInterval={alive} -o ServerAliveCountMax=3"
+            else:
+                line = [sys.executable]
+            argv = [*line, str(SCRIPT), *flags]
+            self._say(f"start {start + 1}: {shlex.join(argv)}")
+            code = self._wait(subprocess.Popen(argv, env=environment, start_new_session=True), hosts)
         return code if code >= 0 else 128 - code
 
-    def _address(self, host: str) -> str:
-        found = subprocess.run([*self._ssh(), host, "hostname -I"], capture_output=True, text=True).stdout.split()
-        return found[0] if found else host
+    def _wait(self, child: subprocess.Popen[bytes], hosts: dict[str, int]) -> int:
+        """Until the child has ended, and hand a signal on to the ranks."""
+        since, told = None, 0.0
+        while True:
+            try:
+                return child.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                if self._signal is None:
+                    continue
+            now = time.monotonic()
+            since = since or now
+            if self._urgent or now - since > self._timeout:
+                os.killpg(child.pid, self._signal)
+                self._urgent, since = False, now
+            elif not hosts and not told:
+                os.killpg(child.pid, self._signal)
+                told = now
+            elif hosts and now - told > 2:
+                # The launcher would end before the ranks have saved, so it is they who are told; once more where
+                # they had not started yet.
+                self._on_hosts(hosts, f"pkill -TERM -f {self._ranks()}; true", 10)
+                told = time.monotonic()
 
-    def _hostfile(self, hosts: dict[str, int]) -> Path:
-        file = self._run.with_name(f".{self._run.name}.hosts")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.part")
-        partial.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
-        os.replace(partial, file)
-        return file
-
-    def _pass_on(self, number: int, _: Any) -> None:
+    def _receive(self, number: int, _: Any) -> None:
+        self._urgent = self._urgent or self._signal == number == signal.SIGINT
         self._signal = number
-        if self._child is not None:
-            os.killpg(self._child.pid, number)

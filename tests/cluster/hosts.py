@@ -313,12 +313,12 @@ class Hosts:
         return self.run(host, [*self.launcher(), str(ROOT / script), *argv], **environment)
 
     def processes(self, host: int) -> dict[int, str]:
-        """Numbers (as seen from outside) and commands of what runs on a host but for its ssh server."""
+        """Outside numbers and commands of what runs on a host, but for its ssh server and for what started them."""
         found = {}
         for pid in _pids(self._namespace(host)):
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-                if command and "sshd" not in command.split()[0] and "unshare" not in command.split()[0]:
+                if command and not Path(command.split()[0]).name.startswith(("sshd", "unshare", "nsenter")):
                     found[pid] = command
         return found
 

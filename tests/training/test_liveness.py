@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -44,10 +46,9 @@ lives.close()
 """
 
 
-def _ranks(tmp_path: Path, *does: str) -> list[subprocess.Popen[str]]:
+def _ranks(tmp_path: Path, *does: str, stderr: int = subprocess.PIPE) -> list[subprocess.Popen[str]]:
     return [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path), what], stderr=subprocess.PIPE,
-                         text=True)
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path), what], stderr=stderr, text=True)
         for rank, what in enumerate(does)
     ]  # fmt: skip
 
@@ -74,10 +75,26 @@ def test_rank_that_dies_or_falls_silent_is_named(tmp_path: Path, failed: int, nu
         code, lines = _end(processes[rank])
         assert code == 75 and len(lines) == 1, lines
         assert f"rank {failed} on " in lines[0] and what in lines[0]
-        assert "kimg-1; go on with: fastgan train --resume RUN" in lines[0]
+        assert "kimg-1; go on with --resume RUN" in lines[0]
     assert time.monotonic() - began < 9  # the timeout is 5
     processes[failed].kill()
     processes[failed].communicate()
+
+
+def test_a_line_that_nobody_reads_holds_nobody_up(tmp_path: Path) -> None:
+    """A launcher behind a dead link leaves its pipe full."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    first, second, third = _ranks(tmp_path, "hang", "hang", "hang", stderr=writing)
+    _up(tmp_path)
+    third.kill()
+    assert [process.wait(timeout=30) for process in (first, second)] == [75, 75]
+    for end in (reading, writing):
+        os.close(end)
 
 
 def test_rank_that_has_a_bug_says_so_to_all(tmp_path: Path) -> None:

@@ -47,6 +47,21 @@ def test_killed_process_is_started_again_and_ends_bit_identical(tmp_path: Path) 
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_run_whose_reader_goes_saves_and_stops(tmp_path: Path) -> None:
+    """As `| head` does, or a launcher that was killed: nothing goes on unwatched, and nothing is lost."""
+    run = tmp_path / "run"
+    job = subprocess.Popen([sys.executable, str(SCRIPT), *FLAGS, "--kimg", "1000", "--out", str(run)],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert job.stdout is not None
+    while "img/s" not in job.stdout.readline():
+        assert job.poll() is None
+    job.stdout.close()
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == 0 and "Traceback" not in said, said
+    assert "stopped by SIGTERM" in (run / "logs" / "rank-0000.log").read_text()
+    checkpoint.read(run, "--resume")
+
+
 def test_what_would_fail_again_is_not_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = [sys.executable, str(SCRIPT), *FLAGS, "--batch", "9", "--accumulation", "2", "--max-restarts", "3"]
     done = subprocess.run([*line, "--out", str(tmp_path / "run")], capture_output=True, text=True)
