@@ -178,5 +178,7 @@ def test_attention(benchmark: Any, mode: str, dtype: torch.dtype, case: Case) ->
         {name: partial(run, attend, tensors, do, us, mode) for name, attend in sides.items()},
         expected=exact(tensors, do, us, mode),
         baseline="flash" if "flash" in sides else "math",
+        # Plain products in bfloat16 err by 6e-3, what twice is allowed; torch's math form computes in float32.
+        floor=1e-6 if dtype == torch.float32 else 12e-3,
         rounds=5 if large else 30,
     )
