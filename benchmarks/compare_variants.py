@@ -188,7 +188,7 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
     written = []
     names = {"frechet_distance": "Frechet distance (digits features)", "gradient": "norm of the gradient reaching G"}
     for key, label in names.items():
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = Figure(figsize=(8.5, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for arm in ARMS:
             # The two with R1 are dashed, in the colours of those without.
@@ -207,7 +207,7 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
                     axes.plot(*zip(*saturating, strict=True), ":", color=colour, label=label_of, linewidth=1.3)
         axes.set(xlabel="kimg", ylabel=label, yscale="log")
         if axes.lines:
-            axes.legend(ncols=2, fontsize=8)
+            figure.legend(loc="outside right upper", fontsize=8)
         figures.mkdir(parents=True, exist_ok=True)
         written.append(figures / f"curves-{key.replace('_', '-')}.png")
         figure.savefig(written[-1], dpi=110)
