@@ -23,7 +23,8 @@ struct ReluAct {
   float gain;
   // Not a product with 0, which would turn infinity into NaN; NaN stays.
   float value(float v) const { return v <= 0.0f ? 0.0f : v * gain; }
-  float slope(float y, float d) const { return y > 0.0f ? d * gain : 0.0f; }
+  // Of NaN the derivative goes on, as in ATen: nothing is to hide it.
+  float slope(float y, float d) const { return y <= 0.0f ? 0.0f : d * gain; }
 };
 
 struct LreluAct {

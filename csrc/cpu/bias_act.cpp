@@ -39,19 +39,30 @@ Parts bias_parts(const Features& f) {
 template <class F>
 void stretches(const Features& f, const float* bias, BiasSum& sum, int64_t arrays, const F& body) {
   constexpr int64_t block = 4096;
-  if (f.last) {
+  if (bias == nullptr && !sum.wanted()) {
+    const int64_t numel = f.numel(), blocks = (numel + block - 1) / block;
+    parallel(blocks, arrays * block, [=](int64_t begin, int64_t end) {
+      for (int64_t at = begin * block; at < std::min(numel, end * block); at += block) {
+        body(at, std::min(block, numel - at), Same{0.0f}, nullptr);
+      }
+    });
+  } else if (f.last && !sum.wanted()) {
+    // Of few channels several pixels make one stretch, with the bias once for each.
+    const int64_t rows = std::max<int64_t>(1, 512 / f.c), pixels = f.pixels();
+    std::vector<float> repeated;
+    for (int64_t row = 0; row < rows; ++row) repeated.insert(repeated.end(), bias, bias + f.c);
+    const float* const given = repeated.data();
+    parallel((pixels + rows - 1) / rows, arrays * f.c * rows, [=](int64_t begin, int64_t end) {
+      for (int64_t pixel = begin * rows; pixel < std::min(pixels, end * rows); pixel += rows) {
+        body(pixel * f.c, std::min(rows, pixels - pixel) * f.c, given, nullptr);
+      }
+    });
+  } else if (f.last) {
     const Parts parts = bias_parts(f);
     parallel(parts.number, arrays * f.c * parts.size, [=, &sum](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         float* const sums = sum.wanted() ? sum.part(part) : nullptr;
         for (int64_t pixel = parts.begin(part); pixel < parts.end(part); ++pixel) body(pixel * f.c, f.c, bias, sums);
-      }
-    });
-  } else if (bias == nullptr && !sum.wanted()) {
-    const int64_t numel = f.numel(), blocks = (numel + block - 1) / block;
-    parallel(blocks, arrays * block, [=](int64_t begin, int64_t end) {
-      for (int64_t at = begin * block; at < std::min(numel, end * block); at += block) {
-        body(at, std::min(block, numel - at), Same{0.0f}, nullptr);
       }
     });
   } else {
@@ -97,7 +108,7 @@ Tensor bias_act_forward(const Tensor& x, const std::optional<Tensor>& bias, int6
     const T* const from = data<T>(x);
     T* const to = output<T>(y);
     with_act(act, negative_slope, gain, [&](auto a) {
-      const float* const given = bias || f.last ? offsets.data() : nullptr;
+      const float* const given = bias ? offsets.data() : nullptr;
       stretches(f, given, none, 2, [=](int64_t at, int64_t count, auto b, float*) {
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) store(to + at + i, a.value(load(from + at + i) + b[i]));
@@ -121,7 +132,7 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const std::option
     const T *const from = data<T>(dy), *const reference = ref ? data<T>(*ref) : from;
     T* const to = output<T>(made);
     with_act(act, negative_slope, gain, [&](auto a) {
-      const float* const given = bias || laid.last ? offsets.data() : nullptr;
+      const float* const given = bias || (laid.last && want_bias) ? offsets.data() : nullptr;
       stretches(laid, given, db, 3, [=](int64_t at, int64_t count, auto b, float* sums) {
         write(to + at, count, b, sums,
               [=](int64_t i) { return a.slope(load(reference + at + i) + b[i], load(from + at + i)); });
@@ -146,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_second_backward(const Tensor& u, con
     const T *const along = data<T>(u), *const from = data<T>(dy), *const reference = data<T>(ref);
     T *const to_gdy = output<T>(gdy), *const to_gx = output<T>(gx);
     with_curved(act, gain, [&](auto a) {
-      const float* const given = bias || laid.last ? offsets.data() : nullptr;
+      const float* const given = bias || (laid.last && want_bias) ? offsets.data() : nullptr;
       stretches(laid, given, gb, 5, [=](int64_t at, int64_t count, auto b, float* sums) {
         write(to_gx + at, count, b, sums, [=](int64_t i) {
           const float v = load(reference + at + i) + b[i], w = load(along + at + i);

@@ -49,10 +49,21 @@ def _lean_able(*inputs: Tensor, **options: Any) -> str | None:
     return refuse_options(**options)
 
 
+# Elements up to which PyTorch's own ops take less time than an autograd Function of Python's does to be made.
+SMALL = 8192
+
+
+def _worth(*inputs: Tensor, **options: Any) -> str | None:
+    small = inputs and inputs[0].numel() <= SMALL and options.get("act", LRELU) == LRELU and not forward_mode()
+    return f"up to {SMALL} elements PyTorch's own ops take less time" if small else None
+
+
+_KERNELS = kernels("bias_act", refuse_options)
 OP = Op(
     "bias_act",
     {
-        **kernels("bias_act", refuse_options),
+        **_KERNELS,
+        "cpp": replace(_KERNELS["cpp"], worth=_worth),
         "lean": replace(LEAN, able=_lean_able),
     },
     forward_mode=True,
@@ -93,6 +104,9 @@ def bias_act(
     name = OP.choose(backend, *((x,) if bias is None else (x, bias)), **options)
     if name == "torch" or (name == "lean" and transformed()) or (forward_mode() and code not in PIECEWISE_LINEAR):
         return reference(x, bias, code, negative_slope, gain)
+    small = code == LRELU and x.numel() <= SMALL and x.device.type == "cpu" and not forward_mode()
+    if name == "lean" and small and tracked(x, bias):
+        return _small(x, bias, negative_slope, gain)
     settings = _Settings(COMPOSED if name == "lean" else functions("bias_act", name), code, negative_slope, gain)
     x, bias = dense(x), None if bias is None else bias.contiguous()
     if not tracked(x, bias):
@@ -139,6 +153,13 @@ def reference(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, g
     return y if gain == 1 else y * gain
 
 
+def _small(x: Tensor, bias: Tensor | None, negative_slope: float, gain: float) -> Tensor:
+    """lrelu as a product with its slope, a constant: PyTorch's derivatives of that send no zeros back."""
+    y = with_bias(x, bias)
+    slope = torch.where(y.detach() > 0, gain, gain * negative_slope)
+    return y * slope.to(y.dtype)
+
+
 class _Settings(NamedTuple):
     """What the Functions take besides tensors: an implementation (functions as in `COMPOSED`) and plain arguments."""
 
@@ -174,13 +195,13 @@ class _BiasAct(Function):
             return dorigin, None, None
         y, origin, bias = ctx.saved_tensors
         ref = origin if y is None else y
-        dx, db = _BiasActBackward.apply(
-            node_of(dense(dy) if ref is None else like(dy, ref)),
+        dx, db = _backward(
+            dense(dy) if ref is None else like(dy, ref),
             origin,
             None if ctx.settings.act in PIECEWISE_LINEAR else bias,
-            None if ref is None else ref.detach(),
+            ref,
             ctx.settings,
-            asked(ctx, 1) if bias is not None else False,
+            bias is not None and asked(ctx, 1),
         )
         return add(dx, dorigin), None if db is None else db.to(bias.dtype), None
 
@@ -202,7 +223,18 @@ class _BiasActForwardMode(_BiasAct):
         t = with_bias(tx, tbias)
         ref = None if ctx.settings.act == LINEAR else y.detach()
         t = dense(t) if ref is None else like(t, ref)
-        return _BiasActBackward.apply(node_of(t), None, None, ref, ctx.settings, False)[0], None
+        return _backward(t, None, None, ref, ctx.settings, False)[0], None
+
+
+def _backward(
+    dy: Tensor, origin: Tensor | None, bias: Tensor | None, ref: Tensor | None, settings: _Settings, want_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`_BiasActBackward`, or where nothing is recorded its function: a Function would cost its making alone."""
+    if torch.is_grad_enabled():
+        ref = None if ref is None else ref.detach()
+        return _BiasActBackward.apply(node_of(dy), origin, bias, ref, settings, want_bias)
+    dx, db = settings.f.bias_act_backward(dy, ref, _silu_bias(bias, settings), *settings[1:], want_bias)
+    return dx, db if want_bias else None
 
 
 class _BiasActBackward(Function):
@@ -236,15 +268,15 @@ class _BiasActBackward(Function):
             ub = ub.to(ctx.dtype).view(-1, *[1] * (len(shape) - 2))
             u = ub.expand(shape) if u is None else u + ub
         assert u is not None
-        u = node_of(dense(u) if ref is None else like(u, ref))
+        u = dense(u) if ref is None else like(u, ref)
         if settings.act in PIECEWISE_LINEAR:
             # Linear in dy and its own adjoint; the bends of the act count for nothing.
-            return _BiasActBackward.apply(u, None, None, ref, settings, False)[0], *nothing[1:]
+            return _backward(u, None, None, ref, settings, False)[0], *nothing[1:]
         want_bias = bias is not None and asked(ctx, 2)
         if not (want_bias or asked(ctx, 1)):
             # As a function of dy alone it is its own adjoint here too.
-            return _BiasActBackward.apply(u, origin, bias, ref, settings, False)[0], *nothing[1:]
-        gdy, gx, gb = _BiasActSecondBackward.apply(u, dy, origin, bias, ref, settings, want_bias)
+            return _backward(u, origin, bias, ref, settings, False)[0], *nothing[1:]
+        gdy, gx, gb = _BiasActSecondBackward.apply(node_of(u), dy, origin, bias, ref, settings, want_bias)
         return gdy, gx, None if gb is None else gb.to(bias.dtype), *nothing[3:]
 
 

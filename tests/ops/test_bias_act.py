@@ -278,3 +278,15 @@ def test_the_bias_alone_has_its_second_derivative(act: str, dtype: torch.dtype) 
 def test_a_bias_with_a_stride() -> None:
     x, bias = torch.randn(2, 3, 4, 4), torch.arange(6.0)[::2]
     torch.testing.assert_close(bias_act(x, bias), bias_act(x, bias, backend="torch"))
+
+
+@pytest.mark.parametrize("act", ["relu", "lrelu"])
+@pytest.mark.parametrize("backend", ["cpp", "lean", "torch"])
+def test_a_nan_is_not_hidden(act: str, backend: str) -> None:
+    x = torch.tensor([[-1.0, math.nan, 1.0]])
+    need((backend, "cpu"), bias_act, x)
+    x.requires_grad_()
+    y = bias_act(x, None, act, backend=backend)
+    (gradient,) = grad(y, x, torch.ones_like(y), create_graph=True)
+    assert y.isnan().tolist() == [[False, True, False]]
+    assert gradient[0, 1] != 0
