@@ -30,6 +30,8 @@ STABLE_TORCH_LIBRARY(fastgan, m) {
   m.def(
       "bias_act_second_backward(Tensor u, Tensor dy, Tensor ref, Tensor? bias, int act, float negative_slope,"
       " float gain, bool want_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("conv2d_forward(Tensor x, Tensor w, Tensor? bias, int pad_h, int pad_w) -> Tensor");
+  m.def("conv2d_input_gradient(Tensor gy, Tensor w, int pad_h, int pad_w) -> Tensor");
   m.def("avg_pool2d_forward(Tensor x, int kernel_size) -> Tensor");
   m.def("avg_pool2d_backward(Tensor dy, int kernel_size, int height, int width) -> Tensor");
   m.def("pixel_norm_forward(Tensor x, float eps) -> (Tensor, Tensor)");
@@ -70,6 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("bias_act_forward", TORCH_BOX(&fastgan::bias_act_forward));
   m.impl("bias_act_backward", TORCH_BOX(&fastgan::bias_act_backward));
   m.impl("bias_act_second_backward", TORCH_BOX(&fastgan::bias_act_second_backward));
+  m.impl("conv2d_forward", TORCH_BOX(&fastgan::conv2d_forward));
+  m.impl("conv2d_input_gradient", TORCH_BOX(&fastgan::conv2d_input_gradient));
   m.impl("avg_pool2d_forward", TORCH_BOX(&fastgan::avg_pool2d_forward));
   m.impl("avg_pool2d_backward", TORCH_BOX(&fastgan::avg_pool2d_backward));
   m.impl("pixel_norm_forward", TORCH_BOX(&fastgan::pixel_norm_forward));

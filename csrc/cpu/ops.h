@@ -13,6 +13,10 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const std::option
 std::tuple<Tensor, Tensor, Tensor> bias_act_second_backward(const Tensor& u, const Tensor& dy, const Tensor& ref,
                                                             const std::optional<Tensor>& bias, int64_t act,
                                                             double negative_slope, double gain, bool want_bias);
+Tensor conv2d_forward(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, int64_t pad_h,
+                      int64_t pad_w);
+Tensor conv2d_input_gradient(const Tensor& gy, const Tensor& w, int64_t pad_h, int64_t pad_w);
+
 Tensor avg_pool2d_forward(const Tensor& x, int64_t kernel_size);
 Tensor avg_pool2d_backward(const Tensor& dy, int64_t kernel_size, int64_t height, int64_t width);
 

@@ -40,11 +40,13 @@ class Implementation:
         able: why it cannot run these inputs on this machine; None when it can.
         worth: why it is not the default for them though it can run them (a crossover that was measured).
         note: what it is, for people.
+        device: the only type of device it runs on, if there is one; `able` is not asked about others by default.
     """
 
     able: Judge = _always
     worth: Judge = _always
     note: str = ""
+    device: str | None = None
 
 
 REFERENCE = Implementation(note="the reference, in plain PyTorch")
@@ -79,10 +81,14 @@ class Op:
         """
         if backend is None and (transformed() or (forward_mode() and not self.forward_mode)):
             return "torch"
-        # What use_backend names but this op lacks is no error: it stands around calls of many ops.
-        wish = backend or _asked.get().get(self.name) or self._known(_asked.get().get("*"))
+        wish = self.asked(backend)
         if wish is None:
-            return next(name for name in self.implementations if self._reason(name, *inputs, **options) is None)
+            device = inputs[0].device.type if inputs and inputs[0] is not None else None
+            for name, it in self.implementations.items():
+                if it.device is not None and device is not None and it.device != device:
+                    continue
+                if it.able(*inputs, **options) is None and it.worth(*inputs, **options) is None:
+                    return name
         if wish not in self.implementations:
             raise ValueError(f"backend: was {wish!r}; for {self.name} it may be {', '.join(self.implementations)}")
         reason = self.implementations[wish].able(*inputs, **options)
@@ -90,6 +96,14 @@ class Op:
             able = [name for name, it in self.implementations.items() if it.able(*inputs, **options) is None]
             raise ValueError(f"backend: was {wish!r}, but {reason}; here it may be {', '.join(able)}")
         return wish
+
+    def asked(self, backend: str | None) -> str | None:
+        """Which implementation a call with this `backend` asks for by name, if any."""
+        if backend is not None:
+            return backend
+        asked = _asked.get()
+        # What use_backend names but this op lacks is no error: it stands around calls of many ops.
+        return (asked.get(self.name) or self._known(asked.get("*"))) if asked else None
 
     def explain(self, *inputs: Tensor | None) -> dict[str, str]:
         """Implementation -> what it is and why it would run or not, beginning with the one that would run."""
@@ -108,10 +122,6 @@ class Op:
 
     def _known(self, name: str | None) -> str | None:
         return name if name in self.implementations else None
-
-    def _reason(self, name: str, *inputs: Tensor | None, **options: object) -> str | None:
-        it = self.implementations[name]
-        return it.able(*inputs, **options) or it.worth(*inputs, **options)
 
 
 def transformed() -> bool:

@@ -53,8 +53,13 @@ def _lean_able(*inputs: Tensor, **options: Any) -> str | None:
 SMALL = 8192
 
 
+def _is_small(x: Tensor, act: int) -> bool:
+    # Half precision would be rounded three times where a kernel rounds once.
+    return act == LRELU and x.numel() <= SMALL and x.dtype == torch.float32 and not forward_mode()
+
+
 def _worth(*inputs: Tensor, **options: Any) -> str | None:
-    small = inputs and inputs[0].numel() <= SMALL and options.get("act", LRELU) == LRELU and not forward_mode()
+    small = inputs and _is_small(inputs[0], options.get("act", LRELU))
     return f"up to {SMALL} elements PyTorch's own ops take less time" if small else None
 
 
@@ -104,8 +109,7 @@ def bias_act(
     name = OP.choose(backend, *((x,) if bias is None else (x, bias)), **options)
     if name == "torch" or (name == "lean" and transformed()) or (forward_mode() and code not in PIECEWISE_LINEAR):
         return reference(x, bias, code, negative_slope, gain)
-    small = code == LRELU and x.numel() <= SMALL and x.device.type == "cpu" and not forward_mode()
-    if name == "lean" and small and tracked(x, bias):
+    if name == "lean" and x.device.type == "cpu" and _is_small(x, code) and tracked(x, bias):
         return _small(x, bias, negative_slope, gain)
     settings = _Settings(COMPOSED if name == "lean" else functions("bias_act", name), code, negative_slope, gain)
     x, bias = dense(x), None if bias is None else bias.contiguous()

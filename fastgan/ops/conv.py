@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,14 @@ from torch.autograd import Function
 
 from fastgan.ops import scaled_conv
 from fastgan.ops.autograd import asked, autocast, autocasts, node_of, without_autocast
-from fastgan.ops.backend import LEAN, Op, forward_mode
+from fastgan.ops.backend import LEAN, Op, forward_mode, transformed
 from fastgan.ops.bias_act import bias_act, check
+from fastgan.ops.conv_products import CPP, Geometry, Way, convolution, forward, way_of
 from fastgan.ops.implementations import dense, kernels, tracked
 
 Ints = int | tuple[int, ...]
 
-CONV2D = Op("conv2d", {"lean": LEAN}, forward_mode=True)
+CONV2D = Op("conv2d", {"cpp": CPP, "lean": LEAN}, forward_mode=True)
 CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN}, forward_mode=True)
 AVG_POOL2D = Op("avg_pool2d", {"cpp": kernels("avg_pool2d")["cpp"], "lean": LEAN}, forward_mode=True)
 UPSAMPLE_CONV2D, CONV2D_DOWNSAMPLE = (
@@ -41,119 +42,10 @@ UPSAMPLE_CONV2D, CONV2D_DOWNSAMPLE = (
 for _name in ("interpolate_nearest", "linear"):
     Op(_name)
 
-_convolution_backward = torch.ops.aten.convolution_backward.default
-
-
-class _Geometry(NamedTuple):
-    """All that a convolution is besides its tensors, in the order in which ATen takes it."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-
-class _Conv(Function):
-    """y = x * w + bias."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w)
-        ctx.save_for_forward(x, w)
-        ctx.geometry = geometry
-        return torch.convolution(x, w, bias, *geometry)
-
-    @staticmethod
-    def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tbias: Tensor | None, _: None) -> Tensor:
-        x, w = ctx.saved_tensors
-        ty = _conv(tx, w, tbias if tw is None else None, ctx.geometry) if tx is not None else None
-        if tw is not None:
-            through_w = _conv(x, tw, tbias, ctx.geometry)
-            ty = through_w if ty is None else ty + through_w
-        if ty is None:  # the bias alone moves
-            zero = torch.zeros((), dtype=x.dtype, device=x.device).expand_as(x)
-            ty = _conv(zero, w, tbias, ctx.geometry)
-        return ty
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
-        if gy is None:
-            return None, None, None, None
-        x, w = ctx.saved_tensors
-        want = [asked(ctx, i) for i in range(3)]
-        if not torch.is_grad_enabled():
-            sizes = [gy.shape[1]] if want[2] else None
-            return *_convolution_backward(gy, x, w, sizes, *ctx.geometry, want), None
-        gx = _input_gradient(gy, w, x, ctx.geometry) if want[0] else None
-        gw = _weight_gradient(gy, x, w, ctx.geometry) if want[1] else None
-        return gx, gw, gy.sum((0, 2, 3)) if want[2] else None, None
-
-
-class _InputGradient(Function):
-    """Gradient of x, linear in `gy` and in `w`; `x` lends its shape and memory format."""
-
-    @staticmethod
-    def forward(ctx: Any, gy: Tensor, w: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gy, w)
-        ctx.geometry = geometry
-        return _convolution_backward(gy, x, w, None, *geometry, [True, False, False])[0]
-
-    @staticmethod
-    def backward(ctx: Any, ggx: Tensor | None) -> tuple[Any, ...]:
-        if ggx is None:
-            return None, None, None, None
-        gy, w = ctx.saved_tensors
-        ggy = _conv(ggx, w, None, ctx.geometry) if asked(ctx, 0) else None
-        gw = _weight_gradient(gy, ggx, w, ctx.geometry) if asked(ctx, 1) else None
-        return ggy, gw, None, None
-
-
-class _WeightGradient(Function):
-    """Gradient of w, linear in `gy` and in `x`; `w` lends its shape and memory format."""
-
-    @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gy, x)
-        ctx.geometry = geometry
-        return _convolution_backward(gy, x, w, None, *geometry, [False, True, False])[1]
-
-    @staticmethod
-    def backward(ctx: Any, ggw: Tensor | None) -> tuple[Any, ...]:
-        if ggw is None:
-            return None, None, None, None
-        gy, x = ctx.saved_tensors
-        ggy = _conv(x, ggw, None, ctx.geometry) if asked(ctx, 0) else None
-        gx = _input_gradient(gy, ggw, x, ctx.geometry) if asked(ctx, 1) else None
-        return ggy, gx, None, None
-
-
-# Where nothing is recorded, the last pass of a penalty among them, a Function would cost its making alone.
-
-
-def _conv(x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
-    if not torch.is_grad_enabled():
-        return torch.convolution(x, w, bias, *geometry)
-    return _Conv.apply(node_of(x), node_of(w), None if bias is None else node_of(bias), geometry)
-
-
-def _input_gradient(gy: Tensor, w: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _convolution_backward(gy, x, w, None, *geometry, [True, False, False])[0]
-    return _InputGradient.apply(node_of(gy), node_of(w), x.detach(), geometry)
-
-
-def _weight_gradient(gy: Tensor, x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _convolution_backward(gy, x, w, None, *geometry, [False, True, False])[1]
-    return _WeightGradient.apply(node_of(gy), node_of(x), w.detach(), geometry)
-
 
 def _pair(name: str, value: Any) -> tuple[int, ...]:
+    if type(value) is int:
+        return value, value
     try:
         values = tuple(map(operator.index, value if isinstance(value, Sequence) else (value,)))
     except TypeError:
@@ -202,7 +94,8 @@ def conv2d(
         input: [N, I, H, W] or [I, H, W]; weight: [O, I / groups, kH, kW]; bias: [O] or None; one floating dtype, or
             any under autocast.
         stride, padding, dilation, groups: as in torch; padding may be "valid" or, with stride 1, "same".
-        backend: "lean" (the default) or "torch", PyTorch's own function.
+        backend: "cpp" (the default for few channels on CPUs with AVX-512), "lean" (PyTorch's kernels) or "torch",
+            PyTorch's own function.
 
     Returns:
         [N, O, H', W'] or [O, H', W'].
@@ -220,20 +113,32 @@ def conv2d(
             raise ValueError(f"padding: was {padding!r}; it may be numbers, 'valid' or 'same'")
         if padding == "same" and _pair("stride", stride) != (1, 1):
             raise ValueError(f"padding: was 'same' with stride {stride}; it may be with stride 1 only")
-    if _plain(CONV2D.choose(backend, input, weight), input, weight, bias):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
+    odd = False
     if isinstance(padding, str):
         total = (
             [0, 0] if padding == "valid" else [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
         )
-        # Where the sum is odd, the one more goes to the right and the bottom, as in torch.
-        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2)) if any(t % 2 for t in total) else input
+        odd = any(t % 2 for t in total)
         paddings = tuple(t // 2 for t in total)
     else:
         paddings = _pair("padding", padding)
-    geometry = _Geometry(strides, paddings, dilations, False, (0, 0), groups)
-    return _batched(input, weight, bias, geometry)
+    geometry = Geometry(strides, paddings, dilations, False, (0, 0), groups)
+    input, weight, bias = autocast(input, weight, bias)
+    if odd and not transformed():  # the one more goes to the right and the bottom, as in torch
+        input, padding = F.pad(input, (0, total[1] % 2, 0, total[0] % 2)), paddings
+    batch = input[None] if input.ndim == 3 else input
+    name = CONV2D.choose(backend, batch, weight, geometry=geometry)
+    if name == "torch" or torch.compiler.is_compiling():
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    how = way_of(name, CONV2D.asked(backend) is not None, batch, geometry)
+    if tracked(input, weight, bias):
+        y = convolution(batch, weight, bias, how)
+    elif how.forward:
+        y = forward(batch, weight, bias, how)
+    else:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return y[0] if input.ndim == 3 else y
 
 
 def conv_transpose2d(
@@ -254,9 +159,10 @@ def conv_transpose2d(
     a penalty as in `conv2d`.
     """
     _check(input, weight, bias, groups, transposed=True)
-    if _plain(CONV_TRANSPOSE2D.choose(backend, input, weight), input, weight, bias):
+    name = CONV_TRANSPOSE2D.choose(backend, input, weight)
+    if name == "torch" or torch.compiler.is_compiling() or not tracked(input, weight, bias):
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    geometry = _Geometry(
+    geometry = Geometry(
         _pair("stride", stride),
         _pair("padding", padding),
         _pair("dilation", dilation),
@@ -264,17 +170,8 @@ def conv_transpose2d(
         _pair("output_padding", output_padding),
         groups,
     )
-    return _batched(input, weight, bias, geometry)
-
-
-def _plain(name: str, *tensors: Tensor | None) -> bool:
-    """Whether PyTorch's own function serves: nobody differentiates, or a compiler does, once at most."""
-    return name == "torch" or torch.compiler.is_compiling() or not tracked(*tensors)
-
-
-def _batched(x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
-    x, w, bias = autocast(x, w, bias)
-    return _conv(x[None], w, bias, geometry)[0] if x.ndim == 3 else _conv(x, w, bias, geometry)
+    x, w, bias = autocast(input, weight, bias)
+    return convolution(x[None], w, bias, Way(geometry))[0] if x.ndim == 3 else convolution(x, w, bias, Way(geometry))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -348,7 +245,10 @@ class _AvgPool(Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
-        return (None if gy is None else _AvgPoolAdjoint.apply(gy, ctx.k, ctx.size, ctx.name)), None, None
+        if gy is None:
+            return None, None, None
+        adjoint = _AvgPoolAdjoint.apply if torch.is_grad_enabled() else _spread
+        return adjoint(gy, ctx.k, ctx.size, ctx.name), None, None
 
 
 class _AvgPoolAdjoint(Function):
@@ -360,7 +260,10 @@ class _AvgPoolAdjoint(Function):
 
     @staticmethod
     def backward(ctx: Any, ggx: Tensor | None) -> tuple[Any, ...]:
-        return (None if ggx is None else _AvgPool.apply(ggx, ctx.k, ctx.name)), None, None, None
+        if ggx is None:
+            return None, None, None, None
+        pool = _AvgPool.apply if torch.is_grad_enabled() else _pool
+        return pool(ggx, ctx.k, ctx.name), None, None, None
 
 
 def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -> Tensor:
@@ -429,10 +332,32 @@ def _fuses(x: Tensor, w: Tensor, way: str) -> bool:
 
     The 4x4 kernel costs as much as some hundred of its pixels, and the handling of it a tenth of a millisecond.
     """
+    if x.device.type != "cpu":
+        return True
     # What is exported runs for every batch, in one form: that of one image.
     batch = 1 if torch.compiler.is_exporting() or torch.jit.is_tracing() else x.shape[0]
     pixels = batch * x.shape[2] * x.shape[3] // (4 if way == "down" else 1)
-    return x.device.type != "cpu" or (pixels >= 400 and pixels * w.shape[0] * w.shape[1] >= 2**20)
+    return pixels >= 400 and pixels * w.shape[0] * w.shape[1] >= 2**20
+
+
+def _tiny(x: Tensor, w: Tensor) -> bool:
+    """Whether Python would take a good part of the time: then PyTorch's convolution itself runs.
+
+    Its double backward sends no zeros either; only its weight gradient there is slower, which shows on larger ones.
+    """
+    if transformed() or forward_mode() or x.device.type != "cpu":
+        return False
+    return x.numel() * w.shape[0] <= 2**19
+
+
+def _of_pytorch(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, w, bias, 1, transposed=False)
+    if way == "up":
+        return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), w, bias, padding=1)
+    y = F.conv2d(x, w, bias, padding=1)
+    # PyTorch's own average would send zeros back through every layer before it.
+    name = AVG_POOL2D.choose(None, y) if y.requires_grad else "torch"
+    return F.avg_pool2d(y, 2) if name == "torch" else _AvgPool.apply(y, 2, name)
 
 
 def _check_scaled(x: Tensor, w: Tensor) -> None:
@@ -462,11 +387,14 @@ def _scaled(
         return scaled_conv.scaled_conv(way, x, w4, bias, code, negative_slope, gain)
     if act != "linear" or gain != 1:
         return bias_act(_scaled(op, backend, x, w, None, "linear", 0.0, 1.0), bias, act, negative_slope, gain)
+    fuses = _fuses(x, w, way)
+    if not fuses and _tiny(x, w):
+        return _of_pytorch(way, x, w, bias)
     if way == "up":
-        if not _fuses(x, w, way):
+        if not fuses:
             return conv2d(interpolate_nearest(x), w, bias, padding=1)
         return conv_transpose2d(x, _with_box(w.transpose(0, 1), way), bias, stride=2, padding=1)
-    if not _fuses(x, w, way):
+    if not fuses:
         return avg_pool2d(conv2d(x, w, bias, padding=1))
     return conv2d(x, _with_box(w, way), bias, stride=2, padding=1)
 

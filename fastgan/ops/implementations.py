@@ -58,9 +58,9 @@ def kernels(op: str, refuse: Judge | None = None) -> dict[str, Implementation]:
 
     half = (torch.float32, torch.bfloat16, torch.float16)
     return {
-        "triton": Implementation(judge("cuda", half, partial(_no_triton, op)), note="Triton kernels"),
-        "cuda": Implementation(judge("cuda", half, partial(_no_cuda, op)), note="CUDA kernels"),
-        "cpp": Implementation(judge("cpu", half[:2], partial(_no_cpp, op)), note="C++ kernels"),
+        "triton": Implementation(judge("cuda", half, partial(_no_triton, op)), note="Triton kernels", device="cuda"),
+        "cuda": Implementation(judge("cuda", half, partial(_no_cuda, op)), note="CUDA kernels", device="cuda"),
+        "cpp": Implementation(judge("cpu", half[:2], partial(_no_cpp, op)), note="C++ kernels", device="cpu"),
     }
 
 
