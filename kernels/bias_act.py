@@ -53,7 +53,7 @@ def activate(x, slope, gain, ACT: tl.constexpr):
 def slope_of_sign(y, slope, gain, ACT: tl.constexpr):
     """act' * gain of the piecewise linear acts, by the sign of their output."""
     if ACT == RELU:
-        s = tl.where(y > 0, gain, 0.0)
+        s = tl.where(y <= 0, 0.0, gain)  # the gradient of a NaN goes on
     elif ACT == LRELU:
         s = tl.where(y > 0, gain, gain * slope)
     else:

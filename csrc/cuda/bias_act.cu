@@ -35,7 +35,7 @@ struct Activation {
     second = 0.0f;
     switch (act) {
       case kRelu:
-        first = ref > 0.0f ? 1.0f : 0.0f;
+        first = ref <= 0.0f ? 0.0f : 1.0f;  // the gradient of a NaN goes on
         break;
       case kLrelu:
         first = ref > 0.0f ? 1.0f : negative_slope;

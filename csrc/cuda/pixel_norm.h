@@ -15,8 +15,9 @@ struct Piecewise {
     return relu && v <= 0.0f ? 0.0f : v * (v > 0.0f ? positive : negative);  // NaN stays
   }
   __device__ __forceinline__ float slope(float y, float d) const {
-    // Not a product with 0, which would turn infinity into NaN.
-    return relu && !(y > 0.0f) ? 0.0f : d * (y > 0.0f ? positive : negative);
+    // Not a product with 0, which would turn infinity into NaN. The gradient of a NaN goes on, as in PyTorch.
+    if (relu) return y <= 0.0f ? 0.0f : d * positive;
+    return d * (y > 0.0f ? positive : negative);
   }
 };
 

@@ -64,6 +64,14 @@ def test_matches_the_composed_form(
                 assert a.stride() == p.stride()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_gradient_of_a_nan_goes_on(device: str) -> None:
+    dy, ref = torch.ones(1, 3, device=device), torch.tensor([[-1.0, torch.nan, 1.0]], device=device)
+    with running(device):
+        found = values(kernels.bias_act_backward(dy, ref, None, op.RELU, 0.2, 1.5, False))[0]
+    torch.testing.assert_close(found, torch.tensor([[0.0, 1.5, 1.5]], device=device))
+
+
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 
 

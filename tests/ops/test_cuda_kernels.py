@@ -240,6 +240,9 @@ def test_nan_stays_and_infinity_is_no_nan(kernels: Any) -> None:
     ref = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
     found = f.bias_act_backward(x, ref, None, RELU, 0.2, 2.0, False)[0]
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, -torch.inf, 2.0]], device=device))
+    # The gradient of a NaN goes on, as in PyTorch.
+    found = f.bias_act_backward(torch.ones_like(x), torch.full_like(x, torch.nan), None, RELU, 0.2, 2.0, False)[0]
+    torch.testing.assert_close(found, torch.full_like(x, 2.0))
 
 
 def needs_nvcc() -> None:
