@@ -158,6 +158,21 @@ def test_a_link_that_is_down_for_five_seconds_is_no_fault(
     hosts.close()
 
 
+def test_a_link_that_is_slow_and_loses_packets_is_no_fault(
+    make_hosts: MakeHosts, whole: Path, tmp_path: Path, draw: random.Random
+) -> None:
+    hosts, run = make_hosts(2), tmp_path / "run"
+    job = _start(hosts, run)
+    for _ in range(2):
+        _moment(job, run, draw, 1, 4)
+        hosts.slow(1, delay=0.1, loss=0.01)
+        time.sleep(TIMEOUT + 5)  # longer than a rank may be silent
+        assert len(_ranks(hosts, 0) + _ranks(hosts, 1)) == 2
+        hosts.fast(1)
+    assert "start 2" not in _finish(hosts, job, run, whole)
+    hosts.close()
+
+
 @pytest.mark.parametrize("moment", range(2))
 def test_a_link_that_is_down_for_good_is_named(
     make_hosts: MakeHosts, whole: Path, tmp_path: Path, draw: random.Random, moment: int
@@ -180,7 +195,46 @@ def test_a_link_that_is_down_for_good_is_named(
     hosts.close()
 
 
-@pytest.mark.parametrize("whom", ["all", "supervisor"])
+def test_fewer_hosts_go_on_where_that_is_allowed(make_hosts: MakeHosts, tmp_path: Path, draw: random.Random) -> None:
+    hosts, run = make_hosts(2), tmp_path / "run"
+    job = _start(hosts, run, "--max-restarts", "1", "--min-nodes", "1")
+    _moment(job, run, draw)
+    hosts.link(1, up=False)
+    output = _finish(hosts, job, run)
+    assert "without h2: no answer over ssh" in output and "--accumulation 2 keeps the batch" in output, output
+    hosts.close()
+
+
+@pytest.mark.parametrize("moment", range(2))
+def test_a_full_disk_stops_the_run_with_its_last_checkpoint(
+    make_hosts: MakeHosts, whole: Path, tmp_path: Path, draw: random.Random, moment: int
+) -> None:
+    hosts = make_hosts(2, disk_mb=16)
+    run, filling = hosts.disk / "run", hosts.disk / "filling"
+    job = _start(hosts, run, "--max-restarts", "1")
+    _moment(job, run, draw)
+    # At the second moment there is room left for part of what is written next.
+    room = draw.randrange(100_000) if moment else 0
+    with pytest.raises(OSError, match="No space left"), filling.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.truncate(filling, filling.stat().st_size - room)
+    output = job.communicate(timeout=60)[0]
+    assert job.returncode == 2 and "Traceback" not in output and "start 2" not in output, output
+    # If it was a checkpoint that found no room, each rank says so; of another file the others hear from the first.
+    said = [line for line in output.splitlines() if "fastgan: " in line and f"--out: was '{run}'; " in line]
+    assert {line[:3] for line in said} == {"h1:", "h2:"}, output
+    for line in said:
+        assert "could not be written" in line and "No space left" in line and "kimg-" in line, output
+    for host in range(2):
+        _gone(hosts, host, 5)
+    _sound(run)
+    filling.unlink()
+    _finish(hosts, _start(hosts, run, "--resume", str(run)), run, whole)
+    hosts.close()
+
+
+@pytest.mark.parametrize("whom", ["all", "supervisor", "rank"])
 def test_sigterm_saves_and_leaves_nothing_running(
     make_hosts: MakeHosts, whole: Path, tmp_path: Path, draw: random.Random, whom: str
 ) -> None:
@@ -189,15 +243,18 @@ def test_sigterm_saves_and_leaves_nothing_running(
     job = _start(hosts, run, "--max-restarts", "1")
     _moment(job, run, draw)
     before = _sound(run)[-1]
-    found = [*hosts.processes(1).items(), *hosts.processes(0).items()]
-    targets = [pid for pid, command in found if whom == "all" or "train.py --hostfile" in command]
+    if whom == "rank":
+        targets = _ranks(hosts, 1)
+    else:
+        found = [*hosts.processes(1).items(), *hosts.processes(0).items()]
+        targets = [pid for pid, command in found if whom == "all" or "train.py --hostfile" in command]
     assert targets
     for pid in targets:
         hosts.kill(pid, signal.SIGTERM)
     output = job.communicate(timeout=60)[0]
     assert job.returncode == 0 and "Traceback" not in output and "start 2" not in output, output
     for host in range(2):
-        _gone(hosts, host, 1)
+        _gone(hosts, host, 5 if whom == "rank" else 1)
     assert _sound(run)[-1] > before
     said = "stopped by SIGTERM; go on with: fastgan train --hostfile" if whom == "all" else "stopped by SIGTERM at"
     assert said in output, output  # the launcher, which passes on what ranks say, had the signal too
