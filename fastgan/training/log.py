@@ -6,6 +6,8 @@ import json
 import math
 import os
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,13 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _without_events(error: threading.ExceptHookArgs, default: Callable[..., object] = threading.excepthook) -> None:
+    """TensorBoard's thread that could not write: its next call raises that error, which is then told in one line."""
+    ours = isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")
+    if not ours:
+        default(error)
 
 
 class Log:
@@ -64,6 +73,7 @@ class Log:
         except ImportError:
             self.line("TensorBoard events are off: tensorboard is not installed (pip install 'fastgan[train]')")
         else:
+            threading.excepthook = _without_events
             self._events = SummaryWriter(str(run / "tensorboard"), purge_step=seen)
 
     def _drop_rows_after(self, seen: int) -> None:
