@@ -8,6 +8,7 @@ nothing of size N x M is kept in any of the three passes.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fastgan.ops import attention_chunked
-from fastgan.ops.autograd import autocast, without_autocast
+from fastgan.ops.autograd import autocast, autocasts, without_autocast
 from fastgan.ops.backend import Implementation, Op, forward_mode
 from fastgan.ops.implementations import functions, kernels, no_third_order, tracked
 
@@ -62,7 +63,9 @@ def scaled_dot_product_attention(
             `is_causal`, or `backend` cannot run the call.
         NotImplementedError: from autograd, when a third derivative is taken through a form other than "torch".
     """
-    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
+    casting = autocasts(query)
+    if casting:
+        query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     leading = _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     scale = _scale(query, scale)
     if enable_gqa:
@@ -75,16 +78,17 @@ def scaled_dot_product_attention(
     if name == "torch" and backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # Compiled code is differentiated once at most: torch's fused kernels serve it best.
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    with without_autocast(query):
-        if name == "torch":
+    if name == "torch":
+        with without_autocast(query) if casting else nullcontext():
             return _reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        implementation = _kernels(name)
-        query, key, value = (_four_dimensional(x, leading) for x in (query, key, value))
-        if tracked(query, key, value):
-            output: Tensor = _Forward.apply(query, key, value, scale, is_causal, implementation)
-        else:
-            output, _ = implementation.attention_forward(query, key, value, scale, is_causal)
-        return output.reshape(*leading, *output.shape[2:])
+    implementation = _kernels(name)
+    query, key, value = (_four_dimensional(x, leading) for x in (query, key, value))
+    if tracked(query, key, value):
+        output: Tensor = _Forward.apply(query, key, value, scale, is_causal, implementation)
+    else:
+        output, _ = implementation.attention_forward(query, key, value, scale, is_causal)
+    # A view is a node of the graph, which a small input would notice.
+    return output if len(leading) == 2 else output.reshape(*leading, *output.shape[2:])
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
@@ -204,7 +208,8 @@ def _kernels(name: str) -> Any:
     - attention_second_backward(uq, uk, uv, do, q, k, v, o, lse, scale, causal) -> gq, gk, gv, gdo; each u may be None
 
     q: [B, H, N, d]; k: [B, H, M, d]; v: [B, H, M, dv]; one dtype, any strides, none of size 0. `lse` [B, H, N], float32
-    (float64 in float64), is the logarithm of a row's sum of exp(scale q k^T).
+    (float64 in float64), is the logarithm of a row's sum of exp(scale q k^T). They compute in their own dtype under
+    autocast too.
     """
     if name == "chunked":
         return attention_chunked
@@ -249,8 +254,7 @@ class _Forward(torch.autograd.Function):
             # o and lse are functions of q, k and v whose part in the second derivative is in second_backward.
             found = _Backward.apply(do, q, k, v, o.detach(), lse, scale, causal, kernels)
         else:
-            with without_autocast(q):
-                found = kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
+            found = kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
         return *_asked(ctx, found), None, None, None
 
 
@@ -271,8 +275,7 @@ class _Backward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(do, q, k, v, o, lse)
         ctx.rest = scale, causal, kernels  # type: ignore[attr-defined]
-        with without_autocast(q):
-            return kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
+        return kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
 
     @staticmethod
     def backward(ctx: Any, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None) -> tuple[Any, ...]:
@@ -287,8 +290,7 @@ class _SecondBackward(torch.autograd.Function):
     def forward(ctx: FunctionCtx, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None, *rest: Any) -> Any:
         ctx.set_materialize_grads(False)
         *tensors, scale, causal, kernels = rest
-        with without_autocast(tensors[0]):
-            return kernels.attention_second_backward(uq, uk, uv, *tensors, scale, causal)
+        return kernels.attention_second_backward(uq, uk, uv, *tensors, scale, causal)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:

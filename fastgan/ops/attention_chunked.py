@@ -16,11 +16,16 @@ A block of rows meets all its columns at once, so P, the row sums D, e and c, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from fastgan.ops.autograd import without_autocast
+
+_Pass = TypeVar("_Pass", bound=Callable[..., Any])
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -31,6 +36,17 @@ _BLOCK_ELSEWHERE = 2**24
 
 _flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def _in_its_dtype(function: _Pass) -> _Pass:
+    """Autocast would compute matrix products of a backward pass in another dtype than the forward pass had."""
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        with without_autocast(next(x for x in arguments if x is not None)):
+            return function(*arguments)
+
+    return run  # type: ignore[return-value]
 
 
 def _flash_takes(q: Tensor, v: Tensor) -> bool:
@@ -82,6 +98,7 @@ def _logit_gradient(p: Tensor, do: Tensor, v: Tensor) -> Tensor:
     return ds.addcmul_(p, ds.sum(dim=2, keepdim=True), value=-1)
 
 
+@_in_its_dtype
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """O [B, H, N, dv] in the dtype of q, and lse [B, H, N], float32 at least."""
     if _flash_takes(q, v):
@@ -98,6 +115,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: boo
     return o.to(dtype).unflatten(0, (batch, heads)), lse.unflatten(0, (batch, heads))
 
 
+@_in_its_dtype
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +136,7 @@ def attention_backward(
     return tuple(x.to(dtype).unflatten(0, leading) for x in (dq, dk, dv))
 
 
+@_in_its_dtype
 def attention_second_backward(
     uq: Tensor | None,
     uk: Tensor | None,

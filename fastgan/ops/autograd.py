@@ -34,10 +34,18 @@ def node_of(x: Tensor) -> Tensor:
     return x.view_as(x) if x.requires_grad and x.is_leaf else x
 
 
+def _can_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# torch.compile takes the answer: that of torch 2.10 cannot trace the question.
+_can_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on where `x` is; the meta device has none."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _can_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
