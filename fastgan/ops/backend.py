@@ -40,12 +40,14 @@ class Implementation:
         able: why it cannot run these inputs on this machine; None when it can.
         worth: why it is not the default for them though it can run them (a crossover that was measured).
         note: what it is, for people.
+        does: what exactly it would do with these inputs, where that depends on them; for people.
         device: the only type of device it runs on, if there is one; `able` is not asked about others by default.
     """
 
     able: Judge = _always
     worth: Judge = _always
     note: str = ""
+    does: Judge = _always
     device: str | None = None
 
 
@@ -69,6 +71,8 @@ class Op:
         self.forward_mode = forward_mode
         self.implementations = {**(implementations or {}), "torch": REFERENCE}
         assert set(self.implementations) <= set(NAMES)
+        # Device type -> the implementations that may run there, in order.
+        self._on: dict[str | None, list[tuple[str, Implementation]]] = {}
         OPS[name] = self
 
     def choose(self, backend: str | None, *inputs: Tensor | None, **options: object) -> str:
@@ -84,9 +88,7 @@ class Op:
         wish = self.asked(backend)
         if wish is None:
             device = inputs[0].device.type if inputs and inputs[0] is not None else None
-            for name, it in self.implementations.items():
-                if it.device is not None and device is not None and it.device != device:
-                    continue
+            for name, it in self._on.get(device) or self._find(device):
                 if it.able(*inputs, **options) is None and it.worth(*inputs, **options) is None:
                     return name
         if wish not in self.implementations:
@@ -96,6 +98,18 @@ class Op:
             able = [name for name, it in self.implementations.items() if it.able(*inputs, **options) is None]
             raise ValueError(f"backend: was {wish!r}, but {reason}; here it may be {', '.join(able)}")
         return wish
+
+    def _find(self, device: str | None) -> list[tuple[str, Implementation]]:
+        found = [(n, it) for n, it in self.implementations.items() if device is None or it.device in (None, device)]
+        self._on[device] = found
+        return found
+
+    def free(self, backend: str | None) -> bool:
+        """Whether nobody asks for an implementation and nothing but eager autograd follows the call.
+
+        Ops whose smallest inputs take a form of PyTorch's own ask this first: `choose` would cost as much as that form.
+        """
+        return backend is None and not transformed() and not forward_mode() and not _asked.get()
 
     def asked(self, backend: str | None) -> str | None:
         """Which implementation a call with this `backend` asks for by name, if any."""
@@ -113,7 +127,8 @@ class Op:
             it = self.implementations[name]
             reason = it.able(*inputs)
             if name == chosen:
-                found[name] = it.note
+                does = it.does(*inputs)
+                found[name] = f"{it.note}: {does}" if does else it.note
             elif reason is not None:
                 found[name] = f"{it.note}; cannot run: {reason}"
             elif name not in found:
@@ -124,6 +139,9 @@ class Op:
         return name if name in self.implementations else None
 
 
+_interpreters = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+
+
 def transformed() -> bool:
     """Whether the caller is being compiled, exported or traced, or is inside torch.func.grad, vmap or jvp.
 
@@ -132,8 +150,7 @@ def transformed() -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    stack = getattr(torch._C._functorch, "peek_interpreter_stack", None)
-    return stack is not None and stack() is not None
+    return _interpreters is not None and _interpreters() is not None
 
 
 def forward_mode() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -50,17 +51,13 @@ def _lean_able(*inputs: Tensor, **options: Any) -> str | None:
 
 
 # Elements up to which PyTorch's own ops take less time than an autograd Function of Python's does to be made.
-SMALL = 8192
+SMALL = 2**17
 
 
-def _is_small(x: Tensor, act: int) -> bool:
-    # Half precision would be rounded three times where a kernel rounds once.
-    return act == LRELU and x.numel() <= SMALL and x.dtype == torch.float32 and not forward_mode()
-
-
-def _worth(*inputs: Tensor, **options: Any) -> str | None:
-    small = inputs and _is_small(inputs[0], options.get("act", LRELU))
-    return f"up to {SMALL} elements PyTorch's own ops take less time" if small else None
+def _worth(*inputs: Tensor, act: int = LRELU, **_: Any) -> str | None:
+    """Not for lrelu of few elements; half precision would be rounded three times there where a kernel rounds once."""
+    small = inputs and act == LRELU and inputs[0].numel() <= SMALL and inputs[0].dtype == torch.float32
+    return f"up to {SMALL} elements PyTorch's own ops take less time" if small and not forward_mode() else None
 
 
 _KERNELS = kernels("bias_act", refuse_options)
@@ -104,13 +101,14 @@ def bias_act(
         TypeError: `x` or `bias` has another dtype.
         ValueError: shapes or devices do not fit, or `act` is unknown.
     """
+    if act == "lrelu" and OP.free(backend) and _is_small(x, bias):
+        small = _small if tracked(x, bias) else reference
+        return small(x, bias, LRELU, negative_slope, gain)
     code = check(x, bias, act)
     options = {"act": code, "negative_slope": negative_slope, "gain": gain}
     name = OP.choose(backend, *((x,) if bias is None else (x, bias)), **options)
     if name == "torch" or (name == "lean" and transformed()) or (forward_mode() and code not in PIECEWISE_LINEAR):
         return reference(x, bias, code, negative_slope, gain)
-    if name == "lean" and x.device.type == "cpu" and _is_small(x, code) and tracked(x, bias):
-        return _small(x, bias, negative_slope, gain)
     settings = _Settings(COMPOSED if name == "lean" else functions("bias_act", name), code, negative_slope, gain)
     x, bias = dense(x), None if bias is None else bias.contiguous()
     if not tracked(x, bias):
@@ -138,7 +136,11 @@ def check(x: Tensor, bias: Tensor | None, act: str) -> int:
 
 def with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
     """x + bias along dimension 1, in x's dtype."""
-    return x if bias is None else x + bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+    if bias is None:
+        return x
+    if bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return x + bias.view(-1, *[1] * (x.ndim - 2))
 
 
 def reference(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain: float) -> Tensor:
@@ -157,11 +159,28 @@ def reference(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, g
     return y if gain == 1 else y * gain
 
 
-def _small(x: Tensor, bias: Tensor | None, negative_slope: float, gain: float) -> Tensor:
+@cache
+def _one() -> Tensor:
+    with torch.inference_mode(False):  # what inference makes could never be part of training
+        return torch.ones(())
+
+
+def _is_small(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether `_small` is the way to go; also no, and left to `check`, where x and bias do not fit."""
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.numel() > SMALL or not x.is_cpu or x.ndim < 2:
+        return False
+    if bias is None:
+        return True
+    fits = isinstance(bias, Tensor) and bias.dtype == torch.float32 and bias.is_cpu
+    return fits and bias.shape == x.shape[1:2]
+
+
+def _small(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain: float) -> Tensor:
     """lrelu as a product with its slope, a constant: PyTorch's derivatives of that send no zeros back."""
     y = with_bias(x, bias)
-    slope = torch.where(y.detach() > 0, gain, gain * negative_slope)
-    return y * slope.to(y.dtype)
+    # The gradient of lrelu for a cotangent of 1 is the slope, in one pass.
+    y = y * torch.ops.aten.leaky_relu_backward.default(_one(), y.detach(), negative_slope, False)
+    return y if gain == 1 else y * gain
 
 
 class _Settings(NamedTuple):

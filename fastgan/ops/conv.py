@@ -26,19 +26,18 @@ from torch.autograd import Function
 
 from fastgan.ops import scaled_conv
 from fastgan.ops.autograd import asked, autocast, autocasts, node_of, without_autocast
-from fastgan.ops.backend import LEAN, Op, forward_mode, transformed
-from fastgan.ops.bias_act import bias_act, check
+from fastgan.ops.backend import LEAN, Implementation, Judge, Op, forward_mode, transformed
+from fastgan.ops.bias_act import SMALL, bias_act, check
 from fastgan.ops.conv_products import CPP, Geometry, Way, convolution, forward, way_of
 from fastgan.ops.implementations import dense, kernels, tracked
 
 Ints = int | tuple[int, ...]
 
+_PADDED = Way(Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1), forward=True)  # what keeps an image's size
+
 CONV2D = Op("conv2d", {"cpp": CPP, "lean": LEAN}, forward_mode=True)
 CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN}, forward_mode=True)
 AVG_POOL2D = Op("avg_pool2d", {"cpp": kernels("avg_pool2d")["cpp"], "lean": LEAN}, forward_mode=True)
-UPSAMPLE_CONV2D, CONV2D_DOWNSAMPLE = (
-    Op(name, {"triton": scaled_conv.implementation()}) for name in ("upsample_conv2d", "conv2d_downsample")
-)
 for _name in ("interpolate_nearest", "linear"):
     Op(_name)
 
@@ -288,6 +287,8 @@ def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -
         raise TypeError(f"x: was {x.dtype}; it may be a floating dtype")
     if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
         raise ValueError(f"x: had shape {tuple(x.shape)}; it may be [N, C, H, W], H and W at least {kernel_size}")
+    if kernel_size == 2 and AVG_POOL2D.free(backend) and _halves(x):
+        return _halve(x)
     name = AVG_POOL2D.choose(backend, x)
     if name == "torch" or (name == "lean" and torch.compiler.is_compiling()):
         return F.avg_pool2d(x, kernel_size)
@@ -327,37 +328,80 @@ def _with_box(w: Tensor, way: str) -> Tensor:
         return (w.reshape(-1, 9) @ box).view(*w.shape[:2], 4, 4)
 
 
-def _fuses(x: Tensor, w: Tensor, way: str) -> bool:
-    """Whether the one strided convolution beats the two steps (on a CPU, benchmarks/bench_conv.py).
+def _form(way: str, x: Tensor, w: Tensor) -> str:
+    """How to go: "fused", one strided convolution; "steps", two; "small", two of PyTorch's own.
 
-    The 4x4 kernel costs as much as some hundred of its pixels, and the handling of it a tenth of a millisecond.
+    On a CPU, from times on two cores (benchmarks/bench_conv.py). To make the 4x4 kernel costs as much as some hundred
+    of its pixels, and to handle it a tenth of a millisecond; in the smallest convolutions Python's autograd Functions
+    take a good part of the time. PyTorch's double backward sends no zeros either, only its weight gradient is slower.
     """
-    if x.device.type != "cpu":
-        return True
+    if not x.is_cpu:
+        return "fused"
     # What is exported runs for every batch, in one form: that of one image.
     batch = 1 if torch.compiler.is_exporting() or torch.jit.is_tracing() else x.shape[0]
-    pixels = batch * x.shape[2] * x.shape[3] // (4 if way == "down" else 1)
-    return pixels >= 400 and pixels * w.shape[0] * w.shape[1] >= 2**20
+    down = way == "down"
+    pixels = batch * x.shape[2] * x.shape[3] // (4 if down else 1)
+    pairs = w.shape[0] * w.shape[1]
+    work = pixels * pairs
+    kernel_pays = pixels >= (256 if pairs <= 2**16 else 400)
+    if kernel_pays and work >= 2**19 and pixels * work >= (2**28 if down else 2**30):
+        return "fused"
+    return "small" if work <= 2**21 else "steps"
 
 
-def _tiny(x: Tensor, w: Tensor) -> bool:
-    """Whether Python would take a good part of the time: then PyTorch's convolution itself runs.
+def _says(way: str) -> Judge:
+    def does(*inputs: Tensor | None, **_: object) -> str | None:
+        if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
+            return None
+        x, w = inputs[:2]
+        assert x is not None and w is not None
+        size = "interpolate_nearest" if way == "up" else "2x2 mean"
+        return {
+            "fused": f"one {'transposed ' if way == 'up' else ''}convolution of stride 2",
+            "steps": f"conv2d and {size}, as a 4x4 kernel costs more than it saves on so few pixels",
+            "small": f"PyTorch's own convolution and {size}, as so little work is done before Python is",
+        }[_form(way, x, w)]
 
-    Its double backward sends no zeros either; only its weight gradient there is slower, which shows on larger ones.
-    """
-    if transformed() or forward_mode() or x.device.type != "cpu":
+    return does
+
+
+def _halves(x: Tensor) -> bool:
+    """Whether `_halve` is the way to average 2x2: up to some size, where its Function would cost more than the work."""
+    if not x.is_cpu or x.numel() > SMALL or x.dtype not in (torch.float32, torch.float64):
         return False
-    return x.numel() * w.shape[0] <= 2**19
+    return x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
 
 
-def _of_pytorch(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, w, bias, 1, transposed=False)
+def _halve(x: Tensor) -> Tensor:
+    """2x2 mean, bit for bit: bilinear at half the size reads in the middle of four pixels. Its derivative is linear to
+    autograd, where that of `F.avg_pool2d` sends zeros back through every layer before it."""
+    return F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
+
+
+def _small(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Both steps, each an op of PyTorch's own, or without autograd our convolution where it is the faster."""
+    x = F.interpolate(x, scale_factor=2, mode="nearest") if way == "up" else x
+    if tracked(x, w, bias) or autocasts(x) or CONV2D.choose(None, x, w, geometry=_PADDED.geometry) != "cpp":
+        y = F.conv2d(x, w, bias, padding=1)
+    else:
+        y = forward(x, w, bias, _PADDED)
+    if way == "up":
+        return y
+    return _halve(y) if _halves(y) else avg_pool2d(y)
+
+
+def _reference(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     if way == "up":
         return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), w, bias, padding=1)
-    y = F.conv2d(x, w, bias, padding=1)
-    # PyTorch's own average would send zeros back through every layer before it.
-    name = AVG_POOL2D.choose(None, y) if y.requires_grad else "torch"
-    return F.avg_pool2d(y, 2) if name == "torch" else _AvgPool.apply(y, 2, name)
+    return F.avg_pool2d(F.conv2d(x, w, bias, padding=1), 2)
+
+
+def _op(name: str, way: str) -> Op:
+    lean = Implementation(note="convolutions with lean derivatives", does=_says(way))
+    return Op(name, {"triton": scaled_conv.implementation(), "lean": lean})
+
+
+UPSAMPLE_CONV2D, CONV2D_DOWNSAMPLE = _op("upsample_conv2d", "up"), _op("conv2d_downsample", "down")
 
 
 def _check_scaled(x: Tensor, w: Tensor) -> None:
@@ -379,22 +423,28 @@ def _scaled(
 ) -> Tensor:
     """Either op, its arguments checked but for what the convolution itself checks."""
     way = "up" if op is UPSAMPLE_CONV2D else "down"
+    form = _form(way, x, w)
+    if form == "small" and act == "linear" and gain == 1 and op.free(backend):
+        _check(x, w, bias, 1, transposed=False)
+        return _small(way, x, w, bias)
     code = check(x, None, act)
     options = {"act": code, "negative_slope": negative_slope, "gain": gain}
-    if op.choose(backend, x, w, bias, **options) == "triton":
+    name = op.choose(backend, x, w, bias, **options)
+    if name == "triton":
         w4 = _with_box(w.transpose(0, 1) if way == "up" else w, way)
         _check(x, w4, bias, 1, transposed=way == "up")
         return scaled_conv.scaled_conv(way, x, w4, bias, code, negative_slope, gain)
     if act != "linear" or gain != 1:
         return bias_act(_scaled(op, backend, x, w, None, "linear", 0.0, 1.0), bias, act, negative_slope, gain)
-    fuses = _fuses(x, w, way)
-    if not fuses and _tiny(x, w):
-        return _of_pytorch(way, x, w, bias)
+    # Under a compiler and in forward mode `choose` says "torch" as well; there what is below is PyTorch's anyway.
+    if name == "torch" and (backend == "torch" or (not transformed() and op.asked(None) == "torch")):
+        _check(x, w, bias, 1, transposed=False)
+        return _reference(way, x, w, bias)
     if way == "up":
-        if not fuses:
+        if form != "fused":
             return conv2d(interpolate_nearest(x), w, bias, padding=1)
         return conv_transpose2d(x, _with_box(w.transpose(0, 1), way), bias, stride=2, padding=1)
-    if not fuses:
+    if form != "fused":
         return avg_pool2d(conv2d(x, w, bias, padding=1))
     return conv2d(x, _with_box(w, way), bias, stride=2, padding=1)
 
@@ -416,7 +466,7 @@ def upsample_conv2d(
         x: [N, I, H, W]; w: [O, I, 3, 3]; bias: [O] or None; one floating dtype.
         act, negative_slope, gain: as in `bias_act`, which runs after the convolution; "triton" does it in the same
             pass, for the acts linear, relu and lrelu.
-        backend: "triton", or "torch", PyTorch's convolutions.
+        backend: "lean" (the default), "triton", or "torch" (PyTorch's own two functions).
 
     Returns:
         [N, O, 2H, 2W].

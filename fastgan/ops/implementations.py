@@ -42,11 +42,13 @@ def kernels(op: str, refuse: Judge | None = None) -> dict[str, Implementation]:
     """
 
     def judge(device: str, dtypes: tuple[torch.dtype, ...], machine: Callable[[], str | None]) -> Judge:
+        cpu = device == "cpu"
+
         def able(*inputs: Tensor | None, **options: object) -> str | None:
             for x in inputs:
                 if x is None:
                     continue
-                if x.device.type != device:
+                if not (x.is_cpu if cpu else x.is_cuda):  # a third of the time of x.device.type, in every call
                     return f"it runs on {device}, not {x.device.type}"
                 if x.dtype not in dtypes:
                     return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {x.dtype}"

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgan.ops import (
     avg_pool2d,
+    backends,
     conv,
     conv2d,
     conv2d_downsample,
@@ -27,10 +28,10 @@ from fastgan.ops import (
 from fastgan.ops.conv import AVG_POOL2D
 
 
-@pytest.fixture(params=[True, False], ids=["one strided", "two steps"])
-def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both forms of the scaled convolutions, at sizes where one of them is never the default."""
-    monkeypatch.setattr(conv, "_fuses", lambda *_: request.param)
+@pytest.fixture(params=["fused", "steps", "small"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The forms of the scaled convolutions, at sizes where only the last is ever the default."""
+    monkeypatch.setattr(conv, "_form", lambda *_: request.param)
     return request.param
 
 
@@ -60,7 +61,7 @@ def direct_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.T
     return out
 
 
-def test_upsample_conv2d_matches_loops(fused: bool) -> None:
+def test_upsample_conv2d_matches_loops(form: str) -> None:
     x, w, b = random(1, 2, 2, 3), random(2, 2, 3, 3, seed=1), random(2, seed=2)
     large = torch.empty(1, 2, 4, 6, dtype=torch.float64)
     for y in range(4):
@@ -70,7 +71,7 @@ def test_upsample_conv2d_matches_loops(fused: bool) -> None:
     torch.testing.assert_close(upsample_conv2d(x, w, b), direct_conv(large, w, b))
 
 
-def test_conv2d_downsample_matches_loops(fused: bool) -> None:
+def test_conv2d_downsample_matches_loops(form: str) -> None:
     x, w, b = random(1, 2, 4, 6), random(2, 2, 3, 3, seed=1), random(2, seed=2)
     full = direct_conv(x, w, b)
     small = torch.empty(1, 2, 2, 3, dtype=torch.float64)
@@ -83,7 +84,7 @@ def test_conv2d_downsample_matches_loops(fused: bool) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("n", "i", "o", "h", "w"), [(2, 3, 5, 8, 6), (1, 1, 1, 2, 2), (3, 4, 2, 16, 16)])
-def test_fused_forms_equal_the_two_steps(n: int, i: int, o: int, h: int, w: int, bias: bool, fused: bool) -> None:
+def test_fused_forms_equal_the_two_steps(n: int, i: int, o: int, h: int, w: int, bias: bool, form: str) -> None:
     x, weight = random(n, i, h, w), random(o, i, 3, 3, seed=1)
     b = random(o, seed=2) if bias else None
     up = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, b, padding=1)
@@ -100,7 +101,7 @@ def test_scale_changes_by_other_factors() -> None:
 
 
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
-def test_derivatives(op: Callable[..., torch.Tensor], fused: bool) -> None:
+def test_derivatives(op: Callable[..., torch.Tensor], form: str) -> None:
     inputs = tuple(t.requires_grad_() for t in (random(1, 2, 4, 2), random(2, 2, 3, 3, seed=1), random(2, seed=2)))
     assert gradcheck(op, inputs)
     assert gradgradcheck(op, inputs)
@@ -325,7 +326,7 @@ def test_linear_in_forward_mode(shape: tuple[int, ...], moving: tuple[int, ...])
 
 
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
-def test_inference_mode_first_spoils_nothing(op: Callable[..., Tensor], fused: bool) -> None:
+def test_inference_mode_first_spoils_nothing(op: Callable[..., Tensor], form: str) -> None:
     conv._box_on.cache_clear()
     x, w = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3, requires_grad=True)
     with torch.inference_mode():
@@ -335,8 +336,23 @@ def test_inference_mode_first_spoils_nothing(op: Callable[..., Tensor], fused: b
     assert not conv._box_on(x.device, x.dtype, "up").is_inference()
 
 
+@pytest.mark.parametrize(
+    ("n", "channels", "size"), [(4, 32, 16), (2, 512, 4), (2, 8, 4)], ids=["fused", "steps", "small"]
+)
+def test_what_runs_is_said_and_is_the_same_without_autograd(n: int, channels: int, size: int) -> None:
+    x, w = torch.randn(n, channels, size, size), torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5
+    words = {512: "conv2d and ", 8: "PyTorch's own convolution and ", 32: "convolution of stride 2"}[channels]
+    for name, op in (("upsample_conv2d", upsample_conv2d), ("conv2d_downsample", conv2d_downsample)):
+        inputs = (x, w) if op is upsample_conv2d else (F.interpolate(x, scale_factor=2), w)
+        first, what = next(iter(backends(name, *inputs).items()))
+        assert first == "lean" and words in what
+        plain = op(*inputs, backend="torch")
+        torch.testing.assert_close(op(*inputs), plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(op(inputs[0].requires_grad_(), w).detach(), plain, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
-def test_scaled_convolutions_under_autocast_round_the_kernel_once(op: Callable[..., Tensor], fused: bool) -> None:
+def test_scaled_convolutions_under_autocast_round_the_kernel_once(op: Callable[..., Tensor], form: str) -> None:
     x, w = torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = op(x, w)
@@ -351,6 +367,15 @@ def test_no_samples() -> None:
     assert y.shape == (0, 2, 2, 2)
     y.sum().backward()
     assert w.grad is not None and w.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_small_mean_over_two_pixels_is_that_of_pytorch_bit_for_bit(layout: torch.memory_format) -> None:
+    x = torch.randn(3, 5, 6, 8).to(memory_format=layout)
+    x[0, 0, 0, 0], x[1, 1, 2, 3], x[2, 4, 5, 7] = float("nan"), float("inf"), -float("inf")
+    y = avg_pool2d(x)
+    assert torch.equal(y.nan_to_num(7.0), F.avg_pool2d(x, 2).nan_to_num(7.0)) and y.isnan().sum() == 1
+    assert y.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 6, 4), (1, 1, 7, 5), (2, 2, 3, 2)])
