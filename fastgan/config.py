@@ -96,6 +96,8 @@ class Optimiser(_Strict):
     """Learning rate of the generator."""
     lr_d: float = 2e-4
     """Learning rate of the discriminator."""
+    lr_decay: float = 0.0
+    """Share of the run, at its end, over which both learning rates fall linearly towards 0; 0: they stay."""
     beta1: float = 0.5
     """Adam's first coefficient; the momentum of sgd."""
     beta2: float = 0.999
@@ -383,6 +385,7 @@ def check(config: Config) -> None:
         "ema-decay": config.optimiser.ema_decay,
     }.items():
         _require(0 <= rate < 1, f"--{flag}", rate, "it may be at least 0 and below 1")
+    _require(0 <= config.optimiser.lr_decay <= 1, "--lr-decay", config.optimiser.lr_decay, "it may be 0 to 1")
     _require(r.seed >= 0, "--seed", r.seed, "it may be 0 or more")
     _require(config.data.channels in (None, 1, 3), "--channels", config.data.channels, "it may be 1 or 3")
     _require(

@@ -113,6 +113,14 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
     )
 
 
+def rates(config: Config, images: int) -> tuple[float, float]:
+    """Learning rates of the generator and the discriminator for the step after `images`."""
+    o, total = config.optimiser, 1000 * config.schedule.kimg
+    left = max(0.0, total - images) / total
+    factor = min(1.0, left / o.lr_decay) if o.lr_decay else 1.0
+    return o.lr_g * factor, o.lr_d * factor
+
+
 def optimiser_factory(config: Config, *, discriminator: bool) -> OptimiserFactory:
     """Makes the optimiser of one network from its parameters; fused forms, which read nothing back to the host."""
     o = config.optimiser

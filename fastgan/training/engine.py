@@ -50,6 +50,10 @@ class Engine(Protocol):
 
     def step(self) -> None: ...
 
+    def set_rate(self, rate: float) -> None:
+        """Learning rate of the steps to come."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """Optimiser state, "parameter/quantity" -> CPU tensor; a collective: every rank calls it."""
         ...
@@ -134,6 +138,11 @@ def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
+def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
 class TorchEngine:
     """Plain torch, for one process: what macOS and Windows use, and a laptop that wants no launcher."""
 
@@ -163,6 +172,9 @@ class TorchEngine:
                     p.grad = torch.zeros_like(p)
             self._optimiser.step()
             self._optimiser.zero_grad(set_to_none=True)
+
+    def set_rate(self, rate: float) -> None:
+        _set_rate(self._optimiser, rate)
 
     def _fragments(self) -> list[Fragment]:
         return [Fragment(name, p, p, 0, 0, p.numel()) for name, p in self._named]
@@ -269,6 +281,9 @@ class DeepSpeedEngine:
     def step(self) -> None:
         self._engine.step()
 
+    def set_rate(self, rate: float) -> None:
+        _set_rate(self._base(), rate)
+
     def _base(self) -> torch.optim.Optimizer:
         optimiser = self._engine.optimizer
         return optimiser.optimizer if self._stage else optimiser
@@ -303,7 +318,7 @@ class DeepSpeedEngine:
 _OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _REFUSED = {
     "optimizer": "the optimiser is set by --optimiser, --lr-g and --lr-d",
-    "scheduler": "learning rates are set by --lr-g and --lr-d",
+    "scheduler": "learning rates are set by --lr-g, --lr-d and --lr-decay",
     "fp16": "half precision is set by --precision",
     "bf16": "half precision is set by --precision",
     "torch_autocast": "half precision is set by --precision",

@@ -134,11 +134,12 @@ def describe(variant: str, preset: str, config: Config, world: int) -> str:
     check_stages(config, world)
     source = open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
     o, objective, s = config.optimiser, config.objective, config.schedule
+    decay = f", falling to 0 over the last {o.lr_decay * s.kimg:g} kimg" if o.lr_decay else ""
     lines = [
         f"{variant}, {preset} preset: {s.kimg:g} kimg of {source.name} ({len(source):,} images) to {s.resolution} px",
         f"objective: {objective.loss}, regulariser {objective.regulariser}"
         + (f", drift {objective.drift:g}" if objective.drift else ""),
-        f"optimiser: {o.optimiser}, lr {o.lr_g:g} (G) {o.lr_d:g} (D), {o.n_critic} D steps for each G step, "
+        f"optimiser: {o.optimiser}, lr {o.lr_g:g} (G) {o.lr_d:g} (D){decay}, {o.n_critic} D steps for each G step, "
         f"EMA {o.ema_decay:g}",
         f"machine: {world} rank{'s' if world > 1 else ''}, ZeRO {config.system.zero}, {config.system.precision}",
         "",

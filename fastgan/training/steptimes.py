@@ -205,6 +205,9 @@ class _Watched:
     def step(self) -> None:
         self._engine.step()
 
+    def set_rate(self, rate: float) -> None:
+        self._engine.set_rate(rate)
+
     def state(self) -> dict[str, Tensor]:
         return self._engine.state()
 

@@ -20,7 +20,7 @@ from fastgan.config import Config, batch_at, working_ranks
 from fastgan.models.pggan import Progressive
 from fastgan.trained import sample_images
 from fastgan.training import saving
-from fastgan.training.build import build_step, engine_settings, network_values, optimiser_factory, plan
+from fastgan.training.build import build_step, engine_settings, network_values, optimiser_factory, plan, rates
 from fastgan.training.ema import Ema
 from fastgan.training.engine import DeepSpeedEngine, Engine, TorchEngine, own_reduction
 from fastgan.training.finite import FiniteCheck
@@ -294,6 +294,9 @@ class Trainer:
             self._step(stage)
 
     def _step(self, stage: Stage) -> None:
+        assert self._engines is not None
+        for engine, rate in zip(self._engines, rates(self.config, self.images), strict=True):
+            engine.set_rate(rate)
         self._set_alpha(stage)
         self.finite.begin_step(self.steps)
         batch = batch_at(self.config.schedule, self.resolution)

@@ -32,9 +32,10 @@ from fastgan.training.trainer import Trainer
 
 STEPS = {"wgan-gp": 10, "dcgan": 10, "pggan": 16}
 FLAGS = {
-    # The paper's optimiser: rounding that differs in the last bit grows with the learning rate and the steps.
+    # The paper's optimiser: rounding that differs in the last bit grows with the learning rate and the steps. The rates
+    # fall over all of the ten steps.
     "wgan-gp": "--width 8 --max-width 16 --latent 8 --batch 8 --resolution 16 --n-critic 2 --lr-g 1e-4 --lr-d 1e-4 "
-    "--beta2 0.9",
+    "--beta2 0.9 --kimg 0.16 --lr-decay 1",
     "dcgan": "--width 8 --max-width 16 --latent 8 --batch 8 --resolution 16 --lr-g 1e-4 --lr-d 1e-4 "
     "--regulariser zero-centered --penalty-weight 1",
     # Grows from 4 to 8 px after 10 of its 16 steps. The bias of a Wasserstein critic's output has no gradient but the

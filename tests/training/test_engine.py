@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from fastgan.config import Config, replace
 from fastgan.errors import ArgumentError
 from fastgan.training import world as processes
+from fastgan.training.build import rates
 from fastgan.training.engine import TorchEngine, deepspeed_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +41,30 @@ def test_accumulated_micro_batches_equal_the_batch() -> None:
             parts.step()
     for a, b in zip(whole.module.parameters(), parts.module.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rate_is_that_of_the_next_step() -> None:
+    engine = TorchEngine(network(), lambda parameters: torch.optim.SGD(parameters, lr=0.1), 1)
+    for rate in (0.25, 0.0):
+        before = [p.detach().clone() for p in engine.module.parameters()]
+        engine.backward(engine.module(torch.ones(1, 3)).sum())
+        gradients = [p.grad.clone() for p in engine.module.parameters()]
+        engine.set_rate(rate)
+        engine.step()
+        for p, old, gradient in zip(engine.module.parameters(), before, gradients, strict=True):
+            torch.testing.assert_close(p.detach(), old - rate * gradient)
+
+
+def test_rates_fall_over_the_end_of_a_run() -> None:
+    config = replace(Config(), optimiser={"lr_g": 1.0, "lr_d": 0.5, "lr_decay": 0.25}, schedule={"kimg": 8.0})
+    assert [rates(config, n) for n in (0, 6000, 7000, 7900)] == [
+        (1.0, 0.5),
+        (1.0, 0.5),
+        (0.5, 0.25),
+        pytest.approx((0.05, 0.025)),
+    ]
+    constant = replace(config, optimiser={"lr_decay": 0.0})
+    assert rates(constant, 7999) == (1.0, 0.5)
 
 
 def test_state_goes_on_in_another_engine() -> None:
