@@ -202,13 +202,21 @@ def _create(run: Path, request: Request, world: World) -> None:
 def _open_source(config: Config, world: World) -> Source:
     """The images, which may be a copy of each host's own, if they are the same."""
     from fastgan import data
+    from fastgan.data.prepared import PreparedSource
+    from fastgan.data.preparing.verification import spot_check
     from fastgan.training.agreement import same
 
     source, fault = None, None
     try:
         source = data.open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
+        # One rank of each host looks whether the host's copy is what its manifest says.
+        if isinstance(source, PreparedSource) and world.size > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
+            found = spot_check(source.manifest, config.schedule.resolution)
+            if found is not None:
+                path = str(source.manifest.path)
+                raise ArgumentError("--data", path, f"{found.name} {found.what}; copy the set to this host anew")
     except ArgumentError as error:
-        fault = error
+        source, fault = None, error
     same(world, {"--data": str(fault) if source is None else f"{len(source)} images, {source.fingerprint}"})
     if source is None:
         assert fault is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 from typing import Any
 
 import torch
@@ -37,7 +39,9 @@ def same(world: World, values: dict[str, Any]) -> None:
 
 def settings(config: Config) -> dict[str, Any]:
     """What decides what is computed: versions, and every flag but those of the machine alone."""
-    values: dict[str, Any] = {"fastgan's version": __version__, "torch's version": torch.__version__}
+    values: dict[str, Any] = {"fastgan's version": __version__, "torch's version": str(torch.__version__)}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        values["deepspeed's version"] = importlib.metadata.version("deepspeed")
     for section, content in to_dict(config).items():
         for key, value in content.items():
             if (section, key) not in (("system", "threads"), ("data", "workers"), ("data", "resident_gb")):

@@ -27,7 +27,7 @@ from fastgan.errors import ArgumentError
 FAULT = 75
 """Exit code of ranks that end because another rank, its host or the network failed: `sysexits.h` calls it temporary."""
 
-_JOIN = 120.0  # seconds, at least, in which the hosts may start one after the other
+_START = 30.0  # seconds by which one host may start later than another, its packages read from a cold disk
 _LOST = re.compile(r"gloo|nccl|connection|timed? ?out|socket|store|broken pipe|peer|process ?group", re.IGNORECASE)
 
 
@@ -36,8 +36,8 @@ def host() -> str:
 
 
 def joining(timeout: float) -> float:
-    """Seconds that the ranks have to find each other."""
-    return max(timeout, _JOIN)
+    """Seconds that a rank waits for the others to come, from its own start on."""
+    return timeout + _START
 
 
 class _Peer:
@@ -52,7 +52,7 @@ class _Peer:
 
 
 class Liveness:
-    """The watch of one rank over the others; made by all ranks together, and closed by each when it is done.
+    """The watch of one rank over the others; made before they join in anything else, closed by each when it is done.
 
     Args:
         rank, size, local_rank: this process among all, and on its host.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.util
+import json
 import os
 import platform
 import sys
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from fastgan.errors import ArgumentError
 from fastgan.training.liveness import FAULT, Liveness, host, joining
+
+_STORES: list[Any] = []
+"""What `start` has met over; rank 0's is the server of the process group's own store too, at the same port."""
 
 
 @dataclass(frozen=True)
@@ -144,40 +148,56 @@ def start(
         raise ArgumentError("--engine", name, f"it may be deepspeed with {size} processes")
     place = pick_device(device)
     use_cuda = place.type == "cuda"
+    lives = None
     if name == "deepspeed":
         quiet_deepspeed(place.type)
         import deepspeed
 
         if not launched():
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        lives = _meet(size, timeout) if size > 1 else None
         if not dist.is_initialized():
             try:
-                with contextlib.redirect_stdout(None):
+                with contextlib.redirect_stdout(None), lives.guard() if lives else contextlib.nullcontext():
                     deepspeed.init_distributed(
                         dist_backend="nccl" if use_cuda else "gloo",
                         auto_mpi_discovery=False,
-                        timeout=datetime.timedelta(seconds=joining(timeout)),
+                        # Longer than `lives` waits, which knows whom it waits for.
+                        timeout=datetime.timedelta(seconds=2 * joining(timeout)),
                         verbose=False,
                     )
             except (RuntimeError, OSError) as error:
                 _alone(error)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    lives = None
     if size > 1:
-        box = World(rank, size, place, name, reason)
-        try:
-            lives = Liveness(
-                rank,
-                size,
-                int(os.environ.get("LOCAL_RANK", "0")),
-                os.environ.get("MASTER_ADDR", "127.0.0.1"),
-                timeout,
-                box.broadcast,
-            )
-        except (RuntimeError, OSError) as error:
-            _alone(error)
         bound(None, timeout)
+    rank = dist.get_rank() if dist.is_initialized() else 0
     return World(rank, size, place, name, reason, lives)
+
+
+def _meet(size: int, timeout: float) -> Liveness:
+    """Watch over the others from before the backend connects to them: who does not come, or dies on the way, is named.
+
+    Over a store at MASTER_ADDR:MASTER_PORT, as torch's `env://` has it: rank 0's, unless torchrun has one there.
+    """
+    rank, limit = int(os.environ["RANK"]), datetime.timedelta(seconds=joining(timeout))
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        tcp = dist.TCPStore(address, port, size, serves, limit, wait_for_workers=False, multi_tenant=True)
+        # torchrun's store lives on when its ranks are started again.
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"fastgan-{again}", tcp)
+
+        def first(value: Any) -> Any:
+            if rank == 0:
+                store.set("liveness", json.dumps(value))
+            return json.loads(store.get("liveness"))
+
+        lives = Liveness(rank, size, int(os.environ.get("LOCAL_RANK", "0")), address, timeout, first)
+    except (RuntimeError, OSError) as error:
+        _alone(error)
+    _STORES.append(tcp)
+    return lives
 
 
 def _alone(error: Exception) -> NoReturn:

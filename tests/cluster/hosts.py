@@ -126,7 +126,7 @@ class Hosts:
     Attributes:
         names: h1, h2, ...; addresses: 10.231.0.1, ...
         hostfile: DeepSpeed's, with `slots` ranks on each.
-        environment: of what `run` starts.
+        environment: of what `run` starts; own: besides it what each host alone has, from its next `boot` on.
         disk: with `disk_mb`, a file system of that size, shared by the hosts as all files are.
     """
 
@@ -143,6 +143,7 @@ class Hosts:
         self.home = folder / "home"
         self.hostfile = self.write_hostfile(folder / "hostfile", range(count), slots)
         self.disk = folder / "disk"
+        self.own: list[dict[str, str]] = [{} for _ in range(count)]
         self._inits: list[subprocess.Popen[bytes] | None] = [None] * count
         self._relays: dict[int, subprocess.Popen[bytes]] = {}
         self._jobs: list[subprocess.Popen[str]] = []
@@ -209,7 +210,6 @@ class Hosts:
             "MaxStartups": "100",
             "PidFile": "none",
             "PrintMotd": "no",
-            "SetEnv": f"HOME={self.home}",
         }
         (ssh / "sshd_config").write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
 
@@ -232,7 +232,8 @@ class Hosts:
     def boot(self, host: int) -> None:
         """Start a host's first process, its ssh server; also after `crash`."""
         Path("/run/sshd").mkdir(exist_ok=True)
-        sshd = f"{_tool('sshd')} -D -e -f {self.home}/.ssh/sshd_config"
+        of_all = " ".join(f"{key}={value}" for key, value in {"HOME": self.home, **self.own[host]}.items())
+        sshd = f"{_tool('sshd')} -D -e -f {self.home}/.ssh/sshd_config -o 'SetEnv {of_all}'"
         started = f"hostname {self.names[host]}; mount --bind {self.home}/etc-hosts /etc/hosts; exec {sshd}"
         argv = [_tool("ip"), "netns", "exec", self._namespace(host), _tool("unshare")]
         argv += ["--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "sh", "-c", started]
@@ -260,6 +261,14 @@ class Hosts:
             init.kill()
             init.wait()
             self._inits[host] = None
+
+    def replace(self, host: int, path: Path, other: Path) -> None:
+        """What the host alone finds at `path` from now on is `other`, a file or folder as `path` is; see `restore`."""
+        _call("nsenter", "--target", str(self._first(host)), "--mount", "mount", "--bind", str(other), str(path))
+
+    def restore(self, host: int, path: Path) -> None:
+        """The end of `replace`, as is the host's own."""
+        _call("nsenter", "--target", str(self._first(host)), "--mount", "umount", str(path))
 
     def close(self) -> None:
         for relay in self._relays.values():
@@ -290,7 +299,7 @@ class Hosts:
     def run(self, host: int, argv: list[str], **environment: str) -> subprocess.Popen[str]:
         """Start a process on a host; its output, stderr with it, is text. The session is its own (see `send`)."""
         target = [_tool("nsenter"), "--target", str(self._first(host)), "--mount", "--uts", "--net", "--pid"]
-        full = {**self.environment, **environment}
+        full = {**self.environment, **self.own[host], **environment}
         full["PATH"] = f"{self.home}/bin:{full['PATH']}"
         job = subprocess.Popen([*target, "--", *argv], env=full, cwd=self.home, text=True, start_new_session=True,
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip

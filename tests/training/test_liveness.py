@@ -19,7 +19,9 @@ from fastgan.training.slurm import adopt, first_host
 RANK = """
 import json, sys, time
 from pathlib import Path
+from fastgan.training import liveness
 from fastgan.training.liveness import Liveness
+liveness._START = 0.5
 rank, folder, does = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 told = folder / "told"
 def broadcast(value):
@@ -30,11 +32,11 @@ def broadcast(value):
     while not told.exists():
         time.sleep(0.01)
     return json.loads(told.read_text())
-lives = Liveness(rank, 3, 0, "127.0.0.1", 5.0, broadcast)
-lives.run, lives.last_good = Path("RUN"), Path("RUN/checkpoints/kimg-1")
+lives = Liveness(rank, 3, 0, "127.0.0.1", float(sys.argv[4]), broadcast)
 (folder / f"up{rank}").touch()
 while not all((folder / f"up{r}").exists() for r in range(3)):
     time.sleep(0.01)
+lives.run, lives.last_good = Path("RUN"), Path("RUN/checkpoints/kimg-1")
 with lives.guard():
     time.sleep(0.5)
     if does == "lost":
@@ -46,11 +48,14 @@ lives.close()
 """
 
 
-def _ranks(tmp_path: Path, *does: str, stderr: int = subprocess.PIPE) -> list[subprocess.Popen[str]]:
+def _ranks(
+    tmp_path: Path, *does: str, stderr: int = subprocess.PIPE, timeout: float = 5
+) -> list[subprocess.Popen[str]]:
+    line = [sys.executable, "-c", RANK]
     return [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path), what], stderr=stderr, text=True)
+        subprocess.Popen([*line, str(rank), str(tmp_path), what, str(timeout)], stderr=stderr, text=True)
         for rank, what in enumerate(does)
-    ]  # fmt: skip
+    ]
 
 
 def _up(tmp_path: Path) -> None:
@@ -79,6 +84,14 @@ def test_rank_that_dies_or_falls_silent_is_named(tmp_path: Path, failed: int, nu
     assert time.monotonic() - began < 9  # the timeout is 5
     processes[failed].kill()
     processes[failed].communicate()
+
+
+def test_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    """Its host may still be starting, for a while beyond the timeout."""
+    for process in _ranks(tmp_path, "hang", "hang", timeout=2):
+        code, lines = _end(process)
+        assert code == 75 and len(lines) == 1, lines
+        assert "rank 2 on a host not known: it did not come within 3 s; there is no checkpoint yet" in lines[0]
 
 
 def test_a_line_that_nobody_reads_holds_nobody_up(tmp_path: Path) -> None:

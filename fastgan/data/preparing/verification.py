@@ -1,9 +1,10 @@
-"""Is a prepared set still what was written? Every file is read and hashed, by several threads."""
+"""Is a prepared set still what was written? Its files are read and hashed, by several threads."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -45,6 +46,23 @@ def verify(manifest: Manifest, *, workers: int = 0, progress: bool = False) -> I
             yield Fault(name, "is left over from preparing; the command that prepared the set removes it")
         elif name not in manifest.files and name != MANIFEST:
             yield Fault(name, "does not belong to the set")
+
+
+def spot_check(manifest: Manifest, resolution: int, limit: int = 2**30) -> Fault | None:
+    """A changed file, if there is one among those that a run to `resolution` reads; of over `limit` bytes a part."""
+    names = [name for at in manifest.resolutions if at <= resolution for name in manifest.files_of(at)]
+    names += manifest.tables
+    random.Random().shuffle(names)  # not the generator that a run may have seeded
+    chosen, held = [], 0
+    for name in names:
+        if held + manifest.files[name].bytes <= limit:
+            chosen.append(name)
+            held += manifest.files[name].bytes
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for name, what in zip(chosen, pool.map(lambda one: _fault(manifest, one), chosen), strict=True):
+            if what:
+                return Fault(name, what)
+    return None
 
 
 def _fault(manifest: Manifest, name: str) -> str:

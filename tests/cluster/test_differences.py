@@ -1,0 +1,150 @@
+"""A host that is not like the others: refused at the start, or shown not to matter, through the real launcher."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from faults import finish, moment, ranks, start
+from hosts import Hosts
+
+import fastgan
+from fastgan import prepare
+
+MakeHosts = Callable[..., Hosts]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def two(make_hosts: MakeHosts) -> Hosts:
+    """The second of them is given files of its own; what it imports is compiled anew, and nowhere kept."""
+    hosts = make_hosts(2)
+    hosts.own[1]["PYTHONDONTWRITEBYTECODE"] = "1"
+    hosts.crash(1)
+    hosts.boot(1)
+    return hosts
+
+
+@pytest.fixture
+def differing(two: Hosts) -> Iterator[Callable[[Path, Path], None]]:
+    """`differing(path, other)`: the second host finds `other` at `path`, until the test is over."""
+    yield lambda path, other: two.replace(1, path, other)
+    two.crash(1)
+    two.boot(1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three prepared sets: one, the same with other images, the same with a byte that has changed since."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, size in (("set", "8"), ("other", "16")):
+        assert prepare.main(["digits", str(folder / name), "--resolution", size]) == 0
+    shutil.copytree(folder / "set", folder / "changed")
+    file = max((folder / "changed").rglob("*8*.npy"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    return folder
+
+
+def refused(hosts: Hosts, run: Path, *flags: str) -> str:
+    """What the job says that ends before the first step, with nothing left running, and is not started again."""
+    job = start(hosts, run, "--max-restarts", "1", *flags)
+    output = job.communicate(timeout=200)[0]
+    assert job.returncode == 2 and "Traceback" not in output and "start 2" not in output, output
+    assert hosts.processes(0) == hosts.processes(1) == {}
+    assert not (run / "checkpoints").exists()
+    return next(line for line in output.splitlines() if " on h2 (rank 1): was " in line)
+
+
+def test_other_packages_are_refused(two: Hosts, differing: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    for package, name in ((fastgan, "__init__.py"), (torch, "version.py")):
+        source = Path(str(package.__file__)).parent / name
+        text = re.sub(r"""__version__ = ["'].*["']""", "__version__ = '0.0.1'", source.read_text())
+        other = tmp_path / f"{package.__name__}.py"
+        other.write_text(text)
+        differing(source, other)
+        line = refused(two, tmp_path / package.__name__)
+        assert f"{package.__name__}'s version on h2 (rank 1): was '0.0.1'; it may be" in line, line
+        assert str(package.__version__) in line and "on h1 (rank 0)" in line, line
+        two.restore(1, source)
+
+
+def test_another_seed_is_refused(two: Hosts, differing: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    """Of settings that each host reads from a file of its own."""
+    for name, seed in (("config", 3), ("other", 4)):
+        (tmp_path / f"{name}.yaml").write_text(f"run:\n  seed: {seed}\n")
+    differing(tmp_path / "config.yaml", tmp_path / "other.yaml")
+    line = refused(two, tmp_path / "run", "--config", str(tmp_path / "config.yaml"))
+    assert "--seed on h2 (rank 1): was 4; it may be 3, as on h1 (rank 0)" in line
+
+
+@pytest.mark.parametrize("other", ["other", "changed"])
+def test_other_data_are_refused(
+    two: Hosts, differing: Callable[[Path, Path], None], data: Path, tmp_path: Path, other: str
+) -> None:
+    """Another set, and one that is not what its own manifest says."""
+    differing(data / "set", data / other)
+    line = refused(two, tmp_path / "run", "--data", str(data / "set"))
+    assert "--data on h2 (rank 1): was " in line, line
+    assert other == "other" or re.search(r"\.npy has been changed: its sha256 is ", line), line
+
+
+@pytest.fixture(scope="module")
+def clock(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The library that shifts the time of day, and the file that says by how much."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for a host's own clock")
+    folder = tmp_path_factory.mktemp("clock")
+    library = folder / "clock.so"
+    source = Path(__file__).with_name("shifted_clock.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    (folder / "shift").write_text("0")
+    return str(library), folder / "shift"
+
+
+@pytest.mark.parametrize(("host", "before", "after"), [(1, 3600, -86400), (0, -3600, 86400)])
+def test_another_clock_does_not_matter(
+    make_hosts: MakeHosts,
+    whole: Path,
+    tmp_path: Path,
+    draw: random.Random,
+    clock: tuple[str, Path],
+    host: int,
+    before: int,
+    after: int,
+) -> None:
+    """An hour wrong, and then set by a day in mid-run: a link that is silent for 5 s is no fault, a dead rank is named,
+    the newest checkpoint is the one gone on from, and the weights are the same."""
+    hosts, run = make_hosts(2), tmp_path / "run"
+    library, shift = clock
+    shift.write_text(str(before))
+    hosts.own[host] |= {"LD_PRELOAD": library, "FASTGAN_TEST_CLOCK": str(shift)}
+    hosts.crash(host)
+    hosts.boot(host)
+    seen = [int(hosts.run(at, ["date", "+%s"]).communicate(timeout=20)[0]) for at in (0, 1)]
+    wrong = seen[host] - seen[1 - host]
+    assert abs(wrong - before) < 20
+    job = start(hosts, run, "--max-restarts", "1")
+    with moment(hosts, job, run, draw, "step"):
+        shift.write_text(str(after))
+    with moment(hosts, job, run, draw, "step"):
+        hosts.link(1, up=False)
+    time.sleep(5)
+    hosts.link(1, up=True)
+    with moment(hosts, job, run, draw, "step"):
+        hosts.kill(ranks(hosts, 1)[0])
+    output = finish(hosts, job, run, whole)
+    said = re.findall(r"rank 1 on h2: its connection closed: the process died; the last checkpoint is (\S+);", output)
+    going_on = re.findall(r"restarting from (\S+), 0 left", output)
+    assert len(said) == 1 and len(going_on) == 1 and Path(said[0]).name <= Path(going_on[0]).name, output
+    hosts.close()
