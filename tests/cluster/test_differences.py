@@ -48,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, size in (("set", "8"), ("other", "16")):
         assert prepare.main(["digits", str(folder / name), "--resolution", size]) == 0
     shutil.copytree(folder / "set", folder / "changed")
-    file = max((folder / "changed").rglob("*8*.npy"), key=lambda path: path.stat().st_size)
+    file = next((folder / "changed").glob("cache/0008/*.npy"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

@@ -203,7 +203,7 @@ def test_a_host_that_is_lost_before_the_ranks_have_met(
     else:
         hosts.link(1, up=False)
     while ranks(hosts, 0) or (fault == "link" and ranks(hosts, 1)):
-        assert time.monotonic() - began < TIMEOUT + 33, "ranks still wait"
+        assert time.monotonic() - began < TIMEOUT + 30 + 15, "ranks still wait"  # from its own start on a rank waits
         time.sleep(0.1)
     print(f"ended {time.monotonic() - began:.0f} s after the fault")
     hosts.link(1, up=True)

@@ -12,7 +12,9 @@ import pytest
 import ranks
 from PIL import Image
 
-from fastgan import __version__, train
+from fastgan import __version__, prepare, train
+from fastgan.data.prepared import read_manifest
+from fastgan.data.preparing.verification import spot_check
 from fastgan.errors import ArgumentError
 from fastgan.training import agreement
 from fastgan.training import world as processes
@@ -85,6 +87,20 @@ def test_a_rank_that_differs_is_refused(told: list[dict[str, str | None]], name:
 @pytest.mark.parametrize("name", [*ALIKE, "equal"])
 def test_what_does_not_matter_may_differ(told: list[dict[str, str | None]], name: str) -> None:
     assert told[0][name] is None and told[1][name] is None
+
+
+def test_a_copy_that_is_not_what_its_manifest_says_is_found(tmp_path: Path) -> None:
+    assert prepare.main(["digits", str(tmp_path / "set"), "--resolution", "8"]) == 0
+    manifest = read_manifest(tmp_path / "set")
+    assert spot_check(manifest, 8) is None
+    file = next((tmp_path / "set").glob("cache/0008/*.npy"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    found = spot_check(manifest, 8)
+    assert found is not None and manifest.path / found.name == file and "has been changed" in found.what
+    assert spot_check(manifest, 4) is None  # what is not read does not matter
+    assert spot_check(manifest, 8, limit=file.stat().st_size - 1) is None
 
 
 if __name__ == "__main__":
