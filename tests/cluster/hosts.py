@@ -263,12 +263,8 @@ class Hosts:
             self._inits[host] = None
 
     def replace(self, host: int, path: Path, other: Path) -> None:
-        """What the host alone finds at `path` from now on is `other`, a file or folder as `path` is; see `restore`."""
+        """Until it crashes the host alone finds at `path` what is at `other`, a file or a folder as `path` is."""
         _call("nsenter", "--target", str(self._first(host)), "--mount", "mount", "--bind", str(other), str(path))
-
-    def restore(self, host: int, path: Path) -> None:
-        """The end of `replace`, as is the host's own."""
-        _call("nsenter", "--target", str(self._first(host)), "--mount", "umount", str(path))
 
     def close(self) -> None:
         for relay in self._relays.values():

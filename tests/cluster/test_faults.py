@@ -203,11 +203,12 @@ def test_a_host_that_is_lost_before_the_ranks_have_met(
     else:
         hosts.link(1, up=False)
     while ranks(hosts, 0) or (fault == "link" and ranks(hosts, 1)):
-        assert time.monotonic() - began < TIMEOUT + 30 + 15, "ranks still wait"  # from its own start on a rank waits
+        assert time.monotonic() - began < TIMEOUT + 30 + 30, "ranks still wait"  # from its own start on a rank waits
         time.sleep(0.1)
     print(f"ended {time.monotonic() - began:.0f} s after the fault")
     hosts.link(1, up=True)
     output = finish(hosts, job, run, whole)
     assert "start 2" in output, output
-    assert "there is no checkpoint yet" in output or "did not find the other ranks" in output, output
+    said = re.findall(r"rank 1 on .*: (?:it did not come within 5[01] s|its connection closed|no sign of life)", output)
+    assert said or "did not find the other ranks" in output, output
     hosts.close()
