@@ -152,7 +152,7 @@ def compare(
     expected: Any,
     baseline: str,
     rounds: int = 30,
-    floor: float = 1e-6,
+    floor: float | Sequence[float] = 1e-6,
     memory: bool = True,
 ) -> Row:
     """Check every side, then measure memory and times; pytest-benchmark times the first side, the others between.
@@ -162,7 +162,8 @@ def compare(
         case: shape, dtype, layout, mode.
         sides: name -> function without arguments; the first is ours.
         expected: what it should return, in float64; None for an output that is not compared.
-        baseline: the side that others are compared with: an error may be twice its error, or `floor` if that is more.
+        baseline: the side that others are compared with: an error may be twice its error, or `floor` if that is more
+            (one for all outputs or one for each).
         rounds: how often each side runs.
         memory: measure peak extra memory.
 
@@ -171,9 +172,10 @@ def compare(
     """
     wanted = _tensors(expected)
     errors = {name: _errors(side, wanted) for name, side in sides.items()}
+    floors = [floor] * len(errors[baseline]) if isinstance(floor, float) else list(floor)
     for name, found in errors.items():
         for at, error in enumerate(found):
-            limit = max(2 * errors[baseline][at], floor)
+            limit = max(2 * errors[baseline][at], floors[at])
             assert error <= limit, f"{case}: output {at} of {name} is wrong: error {error:.2g}, may be {limit:.2g}"
     peaks = {name: peak_memory(side) for name, side in sides.items()} if memory else {}
 

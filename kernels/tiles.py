@@ -48,7 +48,9 @@ def table() -> dict[str, dict[str, dict[str, Tile]]]:
 def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "default"
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    major, minor = torch.cuda.get_device_capability(device)
+    # 10.3 has the tensor cores, their memory and the shared memory of 10.0; of other families the first is the largest.
+    return "sm_100" if major == 10 else f"sm_{major}{minor}"
 
 
 def find(op: str, kind: str, size: int, device: torch.device, odd: bool = False) -> Tile:

@@ -316,6 +316,18 @@ def _chunked_worth(*inputs: Tensor, **options: object) -> str | None:
     return None
 
 
+@cache
+def _not_on(gpu: int | None) -> str | None:
+    """Why the GPU of this index cannot run the Triton kernels: tiles need bfloat16 and 99 KiB of shared memory."""
+    if torch.version.hip:
+        return "it needs an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return None if major >= 8 else f"it needs compute capability 8.0, and GPU {gpu} has {major}.{minor}"
+
+
+_not_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _compiled() -> dict[str, Implementation]:
     """The kernels; Triton's keep whole feature vectors on the chip and take no larger ones."""
     found = kernels("attention", _no_mask)
@@ -323,7 +335,9 @@ def _compiled() -> dict[str, Implementation]:
 
     def able(*inputs: Tensor, **options: object) -> str | None:
         largest = max((x.shape[-1] for x in inputs), default=0)
-        return f"it takes 256 features, not {largest}" if largest > 256 else triton.able(*inputs, **options)
+        if largest > 256:
+            return f"it takes 256 features, not {largest}"
+        return triton.able(*inputs, **options) or (_not_on(inputs[0].device.index) if inputs else None)
 
     return {**found, "triton": replace(triton, able=able)}
 

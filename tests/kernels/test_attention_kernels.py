@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -213,19 +214,48 @@ def test_compiles_without_spills(
     record_property: Callable[[str, object], None],
 ) -> None:
     """uneven: lengths that no tile divides, under a causal mask; odd: feature sizes and so all strides, besides."""
-    uneven = lengths != "even"
     features = size - 5 if lengths == "odd" else size
     monkeypatch.setattr(attention, "float32_precision", lambda: "tf32" if kind == "tf32" else "ieee")
     dtype = torch.bfloat16 if kind == "half" else torch.float32
-    n, m = (1025, 1023) if uneven else (4096, 4096)
+    n, m = (1025, 1023) if lengths != "even" else (4096, 4096)
 
     def array(length: int) -> Tensor:
         return torch.empty(2, 2, length, features, dtype=dtype, device="meta")
 
-    def passes() -> None:
-        q, k, v, do = array(n), array(m), array(m), array(n)
-        o, lse = attention.attention_forward(q, k, v, SCALE, uneven)
-        attention.attention_backward(do, q, k, v, o, lse, SCALE, uneven)
-        attention.attention_second_backward(q, k, v, do, q, k, v, o, lse, SCALE, uneven)
+    q, k = array(n), array(m)
+    check_resources(architecture, partial(every_pass, q, k, k, q, lengths != "even"), record_property)
 
-    check_resources(architecture, passes, record_property)
+
+def every_pass(q: Tensor, k: Tensor, v: Tensor, do: Tensor, causal: bool) -> None:
+    o, lse = attention.attention_forward(q, k, v, SCALE, causal)
+    attention.attention_backward(do, q, k, v, o, lse, SCALE, causal)
+    attention.attention_second_backward(q, k, v, do, q, k, v, o, lse, SCALE, causal)
+
+
+@SLOW
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "default"])
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_compiles_as_convolutions_call_it(
+    architecture: str, size: int, narrow: bool, record_property: Callable[[str, object], None]
+) -> None:
+    """Features first in memory; narrow: fewer in queries and keys than in values, fewer keys than queries (SAGAN)."""
+
+    def array(length: int, features: int) -> Tensor:
+        return torch.empty(2, 2, features, length, dtype=torch.bfloat16, device="meta").transpose(2, 3)
+
+    m, d = (1024, max(8, size // 4)) if narrow else (4096, size)
+    q, k, v, do = array(4096, d), array(m, d), array(m, size), array(4096, size)
+    check_resources(architecture, partial(every_pass, q, k, v, do, False), record_property)
+
+
+@pytest.mark.parametrize("case", ["ones", "expanded"])
+def test_compiles_where_sizes_and_strides_become_constants(
+    case: str, record_property: Callable[[str, object], None]
+) -> None:
+    """Triton makes constants of sizes and strides of 1."""
+    one = torch.empty(1, 1, 1, 1, device="meta")
+    q, k = (one, one) if case == "ones" else (torch.empty(2, 2, 64, 16, device="meta"), one.expand(2, 2, 64, 16))
+    small = dict.fromkeys((f"attention_{op}" for op in OPS), tiles.Tile(16, 16, 4, 1, 16))
+    with tiles.using(small):
+        check_resources("sm_90", partial(every_pass, q, k, k, q, True), record_property)

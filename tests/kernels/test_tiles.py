@@ -70,3 +70,11 @@ def test_there_are_candidates_to_tune(op: str, kind: str) -> None:
 def test_new_tensors_are_full_of_nan_where_kernels_are_tested() -> None:
     with running("cpu"):
         assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(2)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((10, 0), "sm_100"), ((10, 3), "sm_100")]
+)
+def test_the_name_of_an_architecture(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert tiles.architecture.__wrapped__(torch.device("cuda", 0)) == name

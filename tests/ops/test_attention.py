@@ -514,3 +514,12 @@ def test_math_backend_of_torch_agrees_to_second_order() -> None:
     for backend in ("torch", "chunked"):
         for name, x in derivatives(form(backend), args).items():
             torch.testing.assert_close(x, theirs[name])
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((8, 0), None), ((12, 0), None)])
+def test_gpus_too_old_for_the_triton_kernels(
+    capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+    found = module._not_on.__wrapped__(0)
+    assert (reason in found) if reason else found is None
