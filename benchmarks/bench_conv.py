@@ -104,4 +104,6 @@ def test_scaled_convolution(
         sides,
         expected=expected,
         baseline="plain",
+        # The gradient of the bias is a sum of thousands that cancel: in PyTorch too, rounding is some 1e-6 of it.
+        floor=1e-5,
     )

@@ -189,7 +189,9 @@ def _tile(op: str, x: Tensor, results: int, summed: int) -> tuple[tiles.Tile, st
     """The tile of `op` with `results` columns, sums over blocks of `summed` at most; how numbers are multiplied."""
     precision = float32_precision()
     kind = "half" if x.dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
-    tile = tiles.find(op, kind, _padded(results), x.device)
+    # Addresses are computed one by one, in more registers, unless the channels of a pixel lie side by side in 16s.
+    odd = x.stride(1) != 1 or any(stride % 16 for stride in (x.stride(0), *x.stride()[2:]))
+    tile = tiles.find(op, kind, _padded(results), x.device, odd)
     return tile._replace(chunk=min(tile.chunk, _padded(summed))), precision
 
 

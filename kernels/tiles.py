@@ -1,10 +1,10 @@
 """Which tile a kernel runs with: looked up in tiles.json, never timed while a program runs.
 
 tiles.json: architecture ("sm_90", or "default") -> operation -> kind of numbers and padded size ("half/64") -> the
-fields of `Tile`. An entry "half/64/odd" is for tensors with strides that are no multiples of 16: their addresses are
-computed one by one, in more registers, and the tile of the others would spill. `python -m fastgan.kernels.tune`
-measures and writes the entries of the GPU at hand. What was not measured yet is the largest of a few usual tiles that
-compiles without spills.
+fields of `Tile`. An entry "half/64/odd" is for tensors with strides that are no multiples of 16, and for images that
+are not channels_last: their addresses are computed one by one, in more registers, and the tile of the others would
+spill. `python -m fastgan.kernels.tune` measures and writes the entries of the GPU at hand. What was not measured yet is
+the largest of a few usual tiles that compiles without spills.
 The entries of "default" fit into the 99 KiB of shared memory that the smallest supported GPUs have.
 """
 

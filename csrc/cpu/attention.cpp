@@ -2,8 +2,6 @@
 //
 // A job is every `slices`-th panel of one head; results for keys and values are summed over slices in their order. The
 // number of slices follows from the shape alone, and so do all results: the number of threads changes nothing.
-#include <atomic>
-
 #include "attention_panels.h"
 #include "ops.h"
 
@@ -56,19 +54,10 @@ Tensor floats(const Tensor& like, int64_t count) {
 // f(job, scratch) for every job; each thread has a scratch of its own.
 template <class F>
 void run(const Tensor& like, int64_t jobs, int64_t scratch, const F& f) {
-  const int64_t threads = std::min<int64_t>(jobs, torch::stable::get_num_threads());
-  const Tensor memory = floats(like, std::max<int64_t>(1, threads) * scratch);
-  float* const base = output<float>(memory);
-  std::atomic<int64_t> next{0};
-  const auto work = [&, base](int64_t begin, int64_t end) {
-    float* const mine = base + next.fetch_add(1) * scratch;
+  constexpr int64_t kAlwaysShared = 32768;
+  parallel_with_scratch(like, jobs, kAlwaysShared, scratch, [&](int64_t begin, int64_t end, float* mine) {
     for (int64_t job = begin; job < end; ++job) f(job, mine);
-  };
-  if (threads <= 1) {
-    work(0, jobs);
-  } else {
-    torch::stable::parallel_for(0, jobs, (jobs + threads - 1) / threads, work);
-  }
+  });
 }
 
 // [M][padded] sums of all slices to a contiguous [M][features].

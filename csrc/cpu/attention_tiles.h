@@ -5,12 +5,11 @@
 // (broadcast), and no feature size needs padding except where a result has features in its lanes (`add_to_columns`).
 #pragma once
 
-#include "op.h"
+#include "vector.h"
 
 namespace fastgan {
 namespace tiles {
 
-typedef float Vec __attribute__((vector_size(kVector * 4)));
 typedef int32_t Ints __attribute__((vector_size(kVector * 4)));
 
 // Rows of a panel in registers: as many as leave room for their accumulators.
@@ -21,18 +20,6 @@ inline constexpr int kFeatures = 8;  // features of one step of add_to_rows
 inline constexpr int kPanel = 2;
 inline constexpr int kFeatures = 4;
 #endif
-
-#define FASTGAN_INLINE inline __attribute__((always_inline))
-
-FASTGAN_INLINE Vec read(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-FASTGAN_INLINE void write(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-
-FASTGAN_INLINE Vec all(float x) { return x - Vec{}; }
 
 FASTGAN_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 

@@ -8,18 +8,13 @@
 #include <utility>
 #include <vector>
 
-#include "attention_tiles.h"
 #include "features.h"
 #include "ops.h"
+#include "vector.h"
 
 namespace fastgan {
 
 namespace {
-
-using tiles::all;
-using tiles::read;
-using tiles::Vec;
-using tiles::write;
 
 // Accumulators of a tile, channels by vectors of pixels: as many as the registers hold.
 #if defined(FASTGAN_AVX512)
@@ -193,26 +188,27 @@ void convolve_image(const float* lines, const float* w, const std::vector<int64_
 }
 
 // y = x * w + bias, where `w` is packed.
-void convolve(const float* x, const std::vector<float>& w, const float* bias, const Shape& s, float* y) {
+void convolve(const Tensor& input, const std::vector<float>& w, const float* bias, const Shape& s, float* y) {
+  const float* x = data<float>(input);
   const std::vector<int64_t> offsets = tap_offsets(s);
   const int64_t blocks = (s.o + kOutputs - 1) / kOutputs;
   // With few images each is cut into channels too; every part makes the lines for itself.
   const int64_t parts = std::min(blocks, (8 + s.n - 1) / s.n);
   const Strides from = strides(s.last, s.i, s.h, s.w);
-  parallel(s.n * parts, s.work() / parts, [&](int64_t begin, int64_t end) {
-    std::vector<float> lines(static_cast<size_t>(s.i * s.line()));
+  const auto range = [&](int64_t begin, int64_t end, float* lines) {
     int64_t made = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / parts, part = item % parts;
       for (int64_t i = 0; made != n && i < s.i; ++i) {
         to_line(x + n * s.i * s.h * s.w + i * from.channel, from, s.h, s.w, s.ph, s.pw, s.pitch(),
-                lines.data() + i * s.line(), s.line());
+                lines + i * s.line(), s.line());
       }
       made = n;
-      convolve_image(lines.data(), w.data(), offsets, bias, part * blocks / parts, (part + 1) * blocks / parts, s,
+      convolve_image(lines, w.data(), offsets, bias, part * blocks / parts, (part + 1) * blocks / parts, s,
                      y + n * s.o * s.oh() * s.ow());
     }
-  });
+  };
+  parallel_with_scratch(input, s.n * parts, s.work() / parts, s.i * s.line(), range);
 }
 
 // Checks what autograd guarantees; `x` is the input or, for gradients of it, has its sizes in `h` and `w`.
@@ -247,7 +243,7 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& w, const std::optional<Tens
   STD_TORCH_CHECK(x.size(1) == s.i, "weight: may be for ", x.size(1), " channels, as input");
   std::vector<float> start = bias_values(bias, x, s.o);
   const Tensor y = image_like(x, s, s.o, s.oh(), s.ow());
-  convolve(data<float>(x), packed_weight(w, false), start.data(), s, output<float>(y));
+  convolve(x, packed_weight(w, false), start.data(), s, output<float>(y));
   return y;
 }
 
@@ -259,7 +255,7 @@ Tensor conv2d_input_gradient(const Tensor& gy, const Tensor& w, int64_t pad_h, i
   STD_TORCH_CHECK(gy.size(1) == s.i, "weight: may be for ", gy.size(1), " channels of the output");
   const std::vector<float> start(static_cast<size_t>(s.o), 0.0f);
   const Tensor gx = image_like(gy, s, s.o, s.oh(), s.ow());
-  convolve(data<float>(gy), packed_weight(w, true), start.data(), s, output<float>(gx));
+  convolve(gy, packed_weight(w, true), start.data(), s, output<float>(gx));
   return gx;
 }
 

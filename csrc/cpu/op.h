@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -117,6 +118,26 @@ void parallel(int64_t count, int64_t work, const F& f) {
   } else {
     torch::stable::parallel_for(0, count, grain, f);
   }
+}
+
+// As `parallel`, with memory of its own for each thread: f(begin, end, scratch), `floats` uninitialised ones at scratch.
+// It is allocated before the threads start, so that what cannot be had raises where it can be caught.
+template <class F>
+void parallel_with_scratch(const Tensor& like, int64_t count, int64_t work, int64_t floats, const F& f) {
+  if (count <= 0) return;
+  const int64_t least = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work));
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(count / least, torch::stable::get_num_threads()));
+  floats = (floats + 15) / 16 * 16;  // whole cache lines
+  const Tensor memory = torch::stable::new_empty(like, {threads * floats}, ScalarType::Float);
+  float* const base = output<float>(memory);
+  if (threads == 1) {
+    f(int64_t{0}, count, base);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+    f(begin, end, base + next.fetch_add(1) * floats);
+  });
 }
 
 }  // namespace fastgan
