@@ -381,7 +381,8 @@ def _halve(x: Tensor) -> Tensor:
 def _small(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """Both steps, each an op of PyTorch's own, or without autograd our convolution where it is the faster."""
     x = F.interpolate(x, scale_factor=2, mode="nearest") if way == "up" else x
-    if tracked(x, w, bias) or autocasts(x) or CONV2D.choose(None, x, w, geometry=_PADDED.geometry) != "cpp":
+    plain = tracked(x, w, bias) or autocasts(x) or not x.is_contiguous()
+    if plain or CONV2D.choose(None, x, w, geometry=_PADDED.geometry) != "cpp":
         y = F.conv2d(x, w, bias, padding=1)
     else:
         y = forward(x, w, bias, _PADDED)
@@ -425,7 +426,9 @@ def _scaled(
     way = "up" if op is UPSAMPLE_CONV2D else "down"
     form = _form(way, x, w)
     if form == "small" and act == "linear" and gain == 1 and op.free(backend):
-        _check(x, w, bias, 1, transposed=False)
+        fits = w.is_cpu and w.dtype == x.dtype
+        if not fits or (bias is not None and (bias.dtype != x.dtype or not bias.is_cpu or bias.shape != w.shape[:1])):
+            _check(x, w, bias, 1, transposed=False)
         return _small(way, x, w, bias)
     code = check(x, None, act)
     options = {"act": code, "negative_slope": negative_slope, "gain": gain}
