@@ -29,9 +29,10 @@ def test_save_pretrained_and_from_pretrained(case: str, tmp_path: Path) -> None:
     again = cls.from_pretrained(tmp_path)
     classes = networks["num_classes"]
     inputs = (torch.randn(3, networks["latent"]), torch.arange(3) % classes if classes else None)
-    assert torch.equal(again(*inputs), generator(*inputs)) and not again.training
     loaded = fastgan.load(tmp_path)
-    assert torch.equal(loaded.module(*inputs), generator(*inputs))
+    with torch.no_grad():  # where autograd watches, small convolutions take another kernel
+        assert torch.equal(again(*inputs), generator(*inputs)) and not again.training
+        assert torch.equal(loaded.module(*inputs), generator(*inputs))
     assert loaded.sample(2).shape == (2, networks["channels"], networks["resolution"], networks["resolution"])
 
 
@@ -42,7 +43,8 @@ def test_from_pretrained_reads_an_export_and_misses_no_weight(tmp_path: Path) ->
     assert export.main([str(run)]) == 0
     again = models.pggan.Generator.from_pretrained(run / "export")
     latent = torch.randn(2, 6)
-    assert torch.equal(again(latent), fastgan.load(run).module(latent))
+    with torch.no_grad():
+        assert torch.equal(again(latent), fastgan.load(run).module(latent))
     file = run / "export" / "model.safetensors"
     weights = load_file(file)
     del weights["conv.bias"]

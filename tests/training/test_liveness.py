@@ -37,6 +37,7 @@ lives = Liveness(rank, 3, 0, "127.0.0.1", float(sys.argv[4]), broadcast)
 while not all((folder / f"up{r}").exists() for r in range(3)):
     time.sleep(0.01)
 lives.run, lives.last_good = Path("RUN"), Path("RUN/checkpoints/kimg-1")
+(folder / f"ready{rank}").touch()
 with lives.guard():
     time.sleep(0.5)
     if does == "lost":
@@ -59,7 +60,7 @@ def _ranks(
 
 
 def _up(tmp_path: Path) -> None:
-    while not all((tmp_path / f"up{rank}").exists() for rank in range(3)):
+    while not all((tmp_path / f"ready{rank}").exists() for rank in range(3)):
         time.sleep(0.01)
 
 
