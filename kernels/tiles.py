@@ -4,7 +4,7 @@ tiles.json: architecture ("sm_90", or "default") -> operation -> kind of numbers
 fields of `Tile`. An entry "half/64/odd" is for tensors with strides that are no multiples of 16, and for images that
 are not channels_last: their addresses are computed one by one, in more registers, and the tile of the others would
 spill. `python -m fastgan.kernels.tune` measures and writes the entries of the GPU at hand. What was not measured yet is
-the largest of a few usual tiles that compiles without spills.
+the largest of a few usual tiles that compiles without spills: for attention `--ahead-of-time` finds it.
 The entries of "default" fit into the 99 KiB of shared memory that the smallest supported GPUs have.
 """
 
@@ -55,11 +55,14 @@ def architecture(device: torch.device) -> str:
 
 def find(op: str, kind: str, size: int, device: torch.device, odd: bool = False) -> Tile:
     """The tile of `op` for numbers of `kind` and inner dimensions padded to `size` (a power of two); `odd`: strides."""
-    if op in _given:
-        return _given[op]
+    return _given.get(op) or find_for(architecture(device), op, kind, size, odd)
+
+
+def find_for(name: str, op: str, kind: str, size: int, odd: bool = False) -> Tile:
+    """`find` for the architecture `name` of the table, whatever GPU is here."""
     key = f"{kind}/{size}"
-    for name in (architecture(device), "default"):
-        entries = table().get(name, {}).get(op, {})
+    for it in (name, "default"):
+        entries = table().get(it, {}).get(op, {})
         found = (entries.get(f"{key}/odd") if odd else None) or entries.get(key)
         if found:
             return found

@@ -1,7 +1,11 @@
 """python -m fastgan.kernels.tune: measure tiles on the GPU at hand and write the fastest into tiles.json.
 
-Run once for a new architecture, and again when a kernel changes; programs only look the table up. Afterwards
-`pytest -m slow tests/kernels` says whether an entry spills. Entries for odd strides (see tiles.py) are not measured.
+Run once for a new architecture, and again when a kernel changes; programs only look the table up. Entries for odd
+strides (see tiles.py) are not measured.
+
+With `--ahead-of-time ARCHITECTURE` (more than once, or `all`) nothing is measured and no GPU is needed: attention's
+entries are compiled, and one that spills or asks for too much memory gives way to the nearest that does not; `--check`
+only names them. `pytest -m "slow or not slow" tests/kernels -k compiles` asks the same of every kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 from fastgan.kernels import attention, scaled_conv, tiles
+from fastgan.kernels.ahead_of_time import SHARED
 from fastgan.kernels.tiles import KINDS, Tile
 from torch import Tensor
 
@@ -115,20 +120,47 @@ def write(architecture: str, found: dict[str, dict[str, Tile]]) -> None:
             body = ",\n      ".join(row for row in rows if row)
             lines.append(f'    "{op}": {{\n      {body}\n    }}')
         blocks.append(f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }")
-    tiles.TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+    new = tiles.TABLE.with_suffix(".new")
+    new.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+    new.replace(tiles.TABLE)
     tiles.table.cache_clear()
 
 
+def ahead_of_time(architectures: list[str], kinds: tuple[str, ...], sizes: tuple[int, ...], check: bool) -> int:
+    from fastgan.kernels import tune_ahead_of_time
+
+    wanted = tune_ahead_of_time.entries(architectures, kinds, sizes)
+    wrong = tune_ahead_of_time.run(wanted, check)
+    print(f"{len(wanted) - wrong} of {len(wanted)} entries fit, compiled by triton {triton.__version__}")
+    return 1 if wrong else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastgan.kernels.tune", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgan.kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kind", choices=KINDS, action="append", help="numbers to tune for; all by default")
     parser.add_argument("--size", type=int, choices=SIZES, action="append", help="padded feature sizes; all by default")
+    parser.add_argument(
+        "--ahead-of-time", choices=(*SHARED, "all"), action="append", metavar="ARCHITECTURE",
+        help=f"fit attention's tiles by compiling alone, for {', '.join(SHARED)} or all; default: see tiles.py",
+    )  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="with --ahead-of-time: write nothing")
     given = parser.parse_args(arguments)
+    kinds, sizes = tuple(given.kind or KINDS), tuple(given.size or SIZES)
+    if given.ahead_of_time:
+        named = set(SHARED) if "all" in given.ahead_of_time else set(given.ahead_of_time)
+        return ahead_of_time(list(named), kinds, sizes, given.check)
+    if given.check:
+        parser.error("--check: is for --ahead-of-time; what a GPU is tuned to is always written")
     if not torch.cuda.is_available():
-        print("tune: there is no GPU here to measure on; tiles.json is as it was", file=sys.stderr)
+        print(
+            "tune: there is no GPU here to measure on; tiles.json is as it was. --ahead-of-time fits without one",
+            file=sys.stderr,
+        )
         return 1
     architecture = tiles.architecture(torch.device("cuda", torch.cuda.current_device()))
-    write(architecture, tune(tuple(given.kind or KINDS), tuple(given.size or SIZES)))
+    write(architecture, tune(kinds, sizes))
     print(f"wrote the tiles of {architecture} to {tiles.TABLE}")
     return 0
 

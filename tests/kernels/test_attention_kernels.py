@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from fastgan.kernels import attention, launch, tiles
+from fastgan.kernels import attention, launch, tiles, tune, tune_ahead_of_time
 from torch import Tensor
-from triton_offline import DEVICES, DTYPES, check, check_resources, running
+from triton_offline import DEVICES, DTYPES, check, check_launches, check_resources, running
 
 OPS = ("forward", "backward_rows", "backward_columns", "second_statistics", "second_rows", "second_columns")
 NAMES = ("o", "dq", "dk", "dv", "gq", "gk", "gv", "gdo")
@@ -196,57 +196,25 @@ def test_strides_that_are_no_multiples_of_16_have_tiles_of_their_own(monkeypatch
 
 
 SLOW = pytest.mark.slow
-SIZES = [pytest.param(size, marks=[SLOW] * (size != 64)) for size in (16, 32, 64, 128, 256)]
+FORMS = [
+    pytest.param(size, form, marks=[SLOW] * ((size, form) != (64, "even")))
+    for size in tune.SIZES
+    for odd in (False, True)
+    for form in tune_ahead_of_time.forms(size, odd)
+]
 KINDS = ["half", *(pytest.param(kind, marks=SLOW) for kind in ("tf32", "float32"))]
-LENGTHS = ["even", pytest.param("uneven", marks=SLOW), pytest.param("odd", marks=SLOW)]
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", pytest.param("default", marks=SLOW)])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("size", "form"), FORMS)
 def test_compiles_without_spills(
-    architecture: str,
-    kind: str,
-    size: int,
-    lengths: str,
-    monkeypatch: pytest.MonkeyPatch,
-    record_property: Callable[[str, object], None],
+    architecture: str, kind: str, size: int, form: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """uneven: lengths that no tile divides, under a causal mask; odd: feature sizes and so all strides, besides."""
-    features = size - 5 if lengths == "odd" else size
-    monkeypatch.setattr(attention, "float32_precision", lambda: "tf32" if kind == "tf32" else "ieee")
-    dtype = torch.bfloat16 if kind == "half" else torch.float32
-    n, m = (1025, 1023) if lengths != "even" else (4096, 4096)
-
-    def array(length: int) -> Tensor:
-        return torch.empty(2, 2, length, features, dtype=dtype, device="meta")
-
-    q, k = array(n), array(m)
-    check_resources(architecture, partial(every_pass, q, k, k, q, lengths != "even"), record_property)
-
-
-def every_pass(q: Tensor, k: Tensor, v: Tensor, do: Tensor, causal: bool) -> None:
-    o, lse = attention.attention_forward(q, k, v, SCALE, causal)
-    attention.attention_backward(do, q, k, v, o, lse, SCALE, causal)
-    attention.attention_second_backward(q, k, v, do, q, k, v, o, lse, SCALE, causal)
-
-
-@SLOW
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "default"])
-@pytest.mark.parametrize("size", [16, 32, 64, 128])
-@pytest.mark.parametrize("narrow", [False, True])
-def test_compiles_as_convolutions_call_it(
-    architecture: str, size: int, narrow: bool, record_property: Callable[[str, object], None]
-) -> None:
-    """Features first in memory; narrow: fewer in queries and keys than in values, fewer keys than queries (SAGAN)."""
-
-    def array(length: int, features: int) -> Tensor:
-        return torch.empty(2, 2, features, length, dtype=torch.bfloat16, device="meta").transpose(2, 3)
-
-    m, d = (1024, max(8, size // 4)) if narrow else (4096, size)
-    q, k, v, do = array(4096, d), array(m, d), array(m, size), array(4096, size)
-    check_resources(architecture, partial(every_pass, q, k, v, do, False), record_property)
+    """In bfloat16, TF32 and exact float32, in the forms of kernels/tune_ahead_of_time.py."""
+    found = tune_ahead_of_time.launched(architecture, kind, size, form)
+    assert len(found) == len(OPS)
+    check_launches(architecture, found, record_property)
 
 
 @pytest.mark.parametrize("case", ["ones", "expanded"])
@@ -258,4 +226,4 @@ def test_compiles_where_sizes_and_strides_become_constants(
     q, k = (one, one) if case == "ones" else (torch.empty(2, 2, 64, 16, device="meta"), one.expand(2, 2, 64, 16))
     small = dict.fromkeys((f"attention_{op}" for op in OPS), tiles.Tile(16, 16, 4, 1, 16))
     with tiles.using(small):
-        check_resources("sm_90", partial(every_pass, q, k, k, q, True), record_property)
+        check_resources("sm_90", partial(tune_ahead_of_time.every_pass, q, k, k, q, True), record_property)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from fastgan.kernels import tiles, tune
+from fastgan.kernels import tiles, tune, tune_ahead_of_time
+from fastgan.kernels.ahead_of_time import Resources
 from fastgan.kernels.tiles import Tile
 from triton_offline import running
 
@@ -58,6 +62,88 @@ def test_what_was_tuned_is_merged_into_the_table(tmp_path: Path, monkeypatch: py
 def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([]) == 1
     assert "there is no GPU here" in capsys.readouterr().err
+
+
+@pytest.fixture
+def copied_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, dict[str, dict[str, list[int]]]]]:
+    """What tiles.json says, to be changed and written to the copy that is in use."""
+    table = json.loads(tiles.TABLE.read_text())
+    monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
+    tiles.TABLE.write_text(json.dumps(table))
+    tiles.table.cache_clear()
+    yield table
+    tiles.table.cache_clear()
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_missing_entry_is_found_again_by_compiling(
+    real: bool,
+    copied_table: dict[str, dict[str, dict[str, list[int]]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    op, kind, size = "attention_backward_columns", "half", 16
+    entries = copied_table["default"][op]
+    expected = entries.pop("half/16/odd")
+    tiles.TABLE.write_text(json.dumps(copied_table))
+    tiles.table.cache_clear()
+    entry = tune_ahead_of_time.Entry("default", op, kind, size, odd=True)
+    assert [*entry.tile()] == entries["half/16"] != expected  # that of even strides stands in, and spills
+    if not real:
+        spilled = Resources(255, 98_560, 40, 0)
+        fits = dataclasses.replace(spilled, local=0)
+        monkeypatch.setattr(
+            tune_ahead_of_time, "isolated", lambda entry, form, tile: fits if [*tile] == expected else spilled
+        )
+    command = ["--ahead-of-time", "default", "--kind", kind, "--size", str(size)]
+    monkeypatch.setattr(tune_ahead_of_time, "entries", lambda *asked: [entry])
+    assert tune.main([*command, "--check"]) == 1
+    assert json.loads(tiles.TABLE.read_text()) == copied_table
+    said = capsys.readouterr().out
+    assert f"{entry}: (128, 128, 8, 2, 0) does not fit (odd: 255 registers" in said and "0 of 1 entries fit" in said
+    assert tune.main(command) == 0
+    entries["half/16/odd"] = expected
+    assert json.loads(tiles.TABLE.read_text()) == copied_table
+    assert tune.main([*command, "--check"]) == 0
+    assert "1 of 1 entries fit" in capsys.readouterr().out
+
+
+def test_every_entry_is_asked_for_and_the_default_first() -> None:
+    found = tune_ahead_of_time.entries(["sm_90", "default"], ("half",), (16, 32))
+    assert len(set(found)) == len(found) == 2 * 2 * 2 * 6
+    assert [it.architecture for it in found] == ["default"] * 24 + ["sm_90"] * 24
+    assert [it.odd for it in found[:24]] == [False] * 12 + [True] * 12
+    with pytest.raises(SystemExit):
+        tune.main(["--check"])
+
+
+def test_the_nearest_tile_that_fits_in_every_form_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = tune_ahead_of_time.Entry("sm_90", "op", "half", 64, odd=False)
+    monkeypatch.setattr(tiles, "table", lambda: {"sm_90": {"op": {"half/64": Tile(64, 32, 8, 2)}}})
+    asked: list[Tile] = []
+
+    def compile_one(entry: tune_ahead_of_time.Entry, form: str, tile: Tile) -> Resources | str:
+        asked.append(tile)
+        if tile.warps == 8:
+            return "crashed"
+        return Resources(
+            200, shared=40_000 * tile.stages, local=8 * (form == "narrow" and tile[:2] != (32, 16)), tensor=0
+        )
+
+    found = tune_ahead_of_time.fit(entry, compile_one)
+    assert (found.tile, found.why) == (Tile(32, 16, 4, 2), "even: crashed")
+    # Stages and warps are given up before rows and columns.
+    assert list(dict.fromkeys(asked))[:4] == [Tile(64, 32, *it) for it in ((8, 2), (8, 1), (4, 2), (4, 1))]
+    none = tune_ahead_of_time.fit(entry, lambda entry, form, tile: Resources(255, 10**6, 8, 0))
+    assert none.tile is None and none.why == "even: 255 registers, 1000000 bytes shared, 8 bytes spilled"
+
+
+def test_a_compiler_that_does_not_end_is_given_up() -> None:
+    entry = tune_ahead_of_time.Entry("default", "attention_forward", "half", 16, odd=False)
+    assert "more than 0 s" in str(tune_ahead_of_time.isolated(entry, "even", entry.tile(), seconds=0))
+    assert "power of 2" in str(tune_ahead_of_time.isolated(entry, "even", Tile(17, 16, 4, 1)))
 
 
 @pytest.mark.parametrize("op", OPS)
