@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgan.errors import ArgumentError
-from fastgan.training.reduce import Reducer
+from fastgan.training.reduce import Reducer, reduce_to
 from fastgan.training.stopwatch import Stopwatch
 from fastgan.training.world import bound
 
@@ -199,6 +199,12 @@ def own_reduction(config: dict[str, Any]) -> bool:
     return not stage and not any(key in config for key in _REDUCTION)
 
 
+def _reduce(tensor: Tensor, dst: int, op: Any, group: Any, async_op: bool) -> None:
+    """`deepspeed.comm`'s `reduce` where that is gloo's, which sends more than it must."""
+    assert op.name == "SUM" and not async_op, (op, async_op)  # all that ZeRO asks for
+    reduce_to(tensor, dst, group)
+
+
 def _count_waiting(engine: Any, waiting: Stopwatch) -> None:
     """Let `waiting` run during DeepSpeed's collectives that hold the step up."""
     from deepspeed.comm import comm
@@ -215,6 +221,8 @@ def _count_waiting(engine: Any, waiting: Stopwatch) -> None:
         return call
 
     if not hasattr(comm.cdb, "fastgan_waiting"):
+        if dist.get_backend() == "gloo":
+            comm.cdb.reduce = _reduce
         for name in ("all_reduce", "reduce", "all_gather", "all_gather_into_tensor"):
             setattr(comm.cdb, name, counted(getattr(comm.cdb, name)))
     comm.cdb.fastgan_waiting = waiting

@@ -28,7 +28,9 @@ from fastgan.training import world as processes
 from fastgan.training.step import Step
 from fastgan.training.trainer import Trainer
 
-_TENSORS = ("all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor")
+_TENSORS = (
+    "all_reduce", "reduce", "isend", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor"
+)  # fmt: skip
 
 
 class Sent:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +52,49 @@ def test_what_a_step_sends(out: Path, zero: int, accumulation: int) -> None:
     reductions = accumulation if zero == 2 else 1
     small = sent.pop("all_reduce", 0)
     assert small <= 3 * STEPS * 64  # an overflow flag or a norm
-    assert sent["reduce"] == pytest.approx(reductions * nbytes, rel=0.02)
+    # Each of two ranks sends the other's half of the gradients.
+    assert sum(part["sent"]["isend"] for part in counts) == pytest.approx(reductions * nbytes, rel=0.02)
     assert sum(part["sent"]["all_gather_into_tensor"] for part in counts) / 2 == pytest.approx(nbytes, rel=0.02)
-    assert set(sent) == {"reduce", "all_gather_into_tensor"}
+    assert set(sent) == {"isend", "all_gather_into_tensor"}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reduction_to_one_rank(monkeypatch: pytest.MonkeyPatch, size: int, dtype: torch.dtype) -> None:
+    """Over real connections, between threads that each take themselves for a rank; all but the last send all once."""
+    store, own = torch.distributed.HashStore(), threading.local()
+    ranks = [5 * rank for rank in range(size)]  # those of a group are not 0, 1, ...
+    sent: Counter[int] = Counter()
+
+    def isend(tensor: torch.Tensor, dst: int, group: Any) -> Any:
+        sent[own.rank] += tensor.numel()
+        return group.send([tensor], ranks.index(dst), 0)
+
+    monkeypatch.setattr(reduce, "_PIECE", 1000)
+    monkeypatch.setattr(reduce.dist, "get_process_group_ranks", lambda group: ranks)
+    monkeypatch.setattr(reduce.dist, "get_rank", lambda: own.rank)
+    monkeypatch.setattr(reduce.dist, "irecv", lambda tensor, src, group: group.recv([tensor], ranks.index(src), 0))
+    monkeypatch.setattr(reduce.dist, "isend", isend)
+
+    def run(index: int) -> list[torch.Tensor]:
+        own.rank = ranks[index]
+        group = torch.distributed.ProcessGroupGloo(store, index, size, timedelta(seconds=30))
+        found = []
+        for dst in ranks:
+            for numel in (1, 999, 1000, 4321):
+                tensor = (index + 1) * torch.arange(numel).remainder(16).to(dtype)  # sums that no dtype rounds
+                reduce.reduce_to(tensor, dst, group)
+                found.append(tensor if own.rank == dst else torch.empty(0))
+        return found
+
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(run, range(size)))
+    wanted = [sum(range(size + 1)) * torch.arange(numel).remainder(16) for numel in (1, 999, 1000, 4321)]
+    for index, found in enumerate(results):
+        assert [len(t) for t in found] == [len(w) if i == index else 0 for i in range(size) for w in wanted]
+        for tensor, expected in zip(found[4 * index : 4 * index + 4], wanted, strict=True):
+            assert tensor.dtype == dtype and torch.equal(tensor.to(torch.int64), expected)
+    assert set(sent.values()) == {(size - 1) * sum(len(w) for w in wanted)}
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
