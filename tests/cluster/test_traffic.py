@@ -44,4 +44,5 @@ def test_hosts_send_what_a_ring_does(make_hosts: Callable[..., Hosts], tmp_path:
     hosts = make_hosts(count)
     ratios = sent(hosts, tmp_path, [case(0, 1), case(0, 2), case(1, 1), case(2, 1)])
     hosts.close()
+    print({name: round(ratio, 3) for name, ratio in ratios.items()})
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=0.1)
