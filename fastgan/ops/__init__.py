@@ -1,18 +1,11 @@
 """Operations of generative adversarial networks, usable without the rest of the package: torch is all they need."""
 
 from fastgan.ops.attention import scaled_dot_product_attention
+from fastgan.ops.avg_pool2d import avg_pool2d, interpolate_nearest
 from fastgan.ops.backend import backends, use_backend
 from fastgan.ops.bias_act import bias_act
 from fastgan.ops.bias_act_pixel_norm import bias_act_pixel_norm
-from fastgan.ops.conv import (
-    avg_pool2d,
-    conv2d,
-    conv2d_downsample,
-    conv_transpose2d,
-    interpolate_nearest,
-    linear,
-    upsample_conv2d,
-)
+from fastgan.ops.conv import conv2d, conv2d_downsample, conv_transpose2d, linear, upsample_conv2d
 from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.penalty import gradient_penalty, wasserstein_divergence, zero_centered_penalty
 from fastgan.ops.pixel_norm import pixel_norm

@@ -139,7 +139,9 @@ class Op:
         return name if name in self.implementations else None
 
 
-_interpreters = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+_is_compiling = torch.compiler.is_compiling
+_interpreters = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+_is_tracing = torch._C._is_tracing  # torch.jit.is_tracing asks first whether it is being compiled itself
 
 
 def transformed() -> bool:
@@ -148,9 +150,7 @@ def transformed() -> bool:
     A compiler fuses plain PyTorch itself and takes no second derivative; an exported or traced program runs where our
     kernels are not; the others cannot enter autograd Functions that have no rule for them. All get plain PyTorch.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return _interpreters is not None and _interpreters() is not None
+    return _is_compiling() or _is_tracing() or _interpreters() is not None
 
 
 def forward_mode() -> bool:

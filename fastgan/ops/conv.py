@@ -26,20 +26,20 @@ from torch.autograd import Function
 
 from fastgan.ops import scaled_conv
 from fastgan.ops.autograd import asked, autocast, autocasts, node_of, without_autocast
+from fastgan.ops.avg_pool2d import avg_pool2d, halve, halves, interpolate_nearest
 from fastgan.ops.backend import LEAN, Implementation, Judge, Op, forward_mode, transformed
 from fastgan.ops.bias_act import SMALL, bias_act, check
 from fastgan.ops.conv_products import CPP, Geometry, Way, convolution, forward, way_of
-from fastgan.ops.implementations import dense, kernels, tracked
+from fastgan.ops.implementations import tracked
 
 Ints = int | tuple[int, ...]
 
+_nearest, _TWICE = torch._C._nn.upsample_nearest2d, (2.0, 2.0)  # what F.interpolate calls, without its own checks
 _PADDED = Way(Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1), forward=True)  # what keeps an image's size
 
 CONV2D = Op("conv2d", {"cpp": CPP, "lean": LEAN}, forward_mode=True)
 CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN}, forward_mode=True)
-AVG_POOL2D = Op("avg_pool2d", {"cpp": kernels("avg_pool2d")["cpp"], "lean": LEAN}, forward_mode=True)
-for _name in ("interpolate_nearest", "linear"):
-    Op(_name)
+Op("linear")
 
 
 def _pair(name: str, value: Any) -> tuple[int, ...]:
@@ -214,95 +214,6 @@ class _Linear(Function):
         return gx, gw, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _pool(x: Tensor, k: int, name: str) -> Tensor:
-    return torch.ops.fastgan.avg_pool2d_forward(dense(x), k) if name == "cpp" else F.avg_pool2d(x, k)
-
-
-def _spread(gy: Tensor, k: int, size: tuple[int, int], name: str) -> Tensor:
-    """Adjoint of `_pool`: each value over its square, divided by k^2."""
-    if name == "cpp":
-        return torch.ops.fastgan.avg_pool2d_backward(dense(gy), k, *size)
-    gx = F.interpolate(gy * (1.0 / k**2), scale_factor=k, mode="nearest")
-    if gx.shape[-2:] == size:
-        return gx
-    # Rows and columns beyond the last whole square took no part.
-    return F.pad(gx, (0, size[1] - gx.shape[-1], 0, size[0] - gx.shape[-2]))
-
-
-class _AvgPool(Function):
-    """Linear: its backward is its adjoint, whose backward is this."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, k: int, name: str) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.k, ctx.size, ctx.name = k, x.shape[-2:], name
-        return _pool(x, k, name)
-
-    @staticmethod
-    def jvp(ctx: Any, tx: Tensor, *_: None) -> Tensor:
-        return _AvgPool.apply(tx, ctx.k, ctx.name)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
-        if gy is None:
-            return None, None, None
-        adjoint = _AvgPoolAdjoint.apply if torch.is_grad_enabled() else _spread
-        return adjoint(gy, ctx.k, ctx.size, ctx.name), None, None
-
-
-class _AvgPoolAdjoint(Function):
-    @staticmethod
-    def forward(ctx: Any, gy: Tensor, k: int, size: tuple[int, int], name: str) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.k, ctx.name = k, name
-        return _spread(gy, k, size, name)
-
-    @staticmethod
-    def backward(ctx: Any, ggx: Tensor | None) -> tuple[Any, ...]:
-        if ggx is None:
-            return None, None, None, None
-        pool = _AvgPool.apply if torch.is_grad_enabled() else _pool
-        return pool(ggx, ctx.k, ctx.name), None, None, None
-
-
-def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -> Tensor:
-    """Mean over non-overlapping squares, linear to autograd too: nothing is sent backward in second order.
-
-    `torch.nn.functional.avg_pool2d` sends zeros there, back through every layer before it.
-
-    Args:
-        x: [N, C, H, W], any floating dtype; kernel_size: k, side of the squares.
-        backend: "cpp", "lean" (PyTorch's kernels) or "torch" (PyTorch's own function).
-
-    Returns:
-        [N, C, H // k, W // k].
-
-    Raises:
-        TypeError: `x` is not floating.
-        ValueError: `x` is not 4-dimensional or smaller than a square, or `kernel_size` is no integer from 1 on.
-    """
-    if not isinstance(kernel_size, int) or kernel_size < 1:
-        raise ValueError(f"kernel_size: was {kernel_size}; it may be an integer, 1 or more")
-    if not x.is_floating_point():
-        raise TypeError(f"x: was {x.dtype}; it may be a floating dtype")
-    if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
-        raise ValueError(f"x: had shape {tuple(x.shape)}; it may be [N, C, H, W], H and W at least {kernel_size}")
-    if kernel_size == 2 and AVG_POOL2D.free(backend) and _halves(x):
-        return _halve(x)
-    name = AVG_POOL2D.choose(backend, x)
-    if name == "torch" or (name == "lean" and torch.compiler.is_compiling()):
-        return F.avg_pool2d(x, kernel_size)
-    return _AvgPool.apply(x, kernel_size, name) if tracked(x) else _pool(x, kernel_size, name)
-
-
-def interpolate_nearest(x: Tensor, scale_factor: int = 2) -> Tensor:
-    """Repeat each pixel `scale_factor` times in both directions: [N, C, H, W] -> [N, C, sH, sW].
-
-    PyTorch's own derivatives of it are linear already: it sends nothing backward in second order.
-    """
-    return F.interpolate(x, scale_factor=scale_factor, mode="nearest")
-
-
 def _box_matrix() -> Tensor:
     """[9, 16]: a row for each tap of a 3x3 kernel, with ones where it lands in the 4x4 kernel that includes the box."""
     matrix = torch.zeros(3, 3, 4, 4, dtype=torch.float64)
@@ -328,25 +239,28 @@ def _with_box(w: Tensor, way: str) -> Tensor:
         return (w.reshape(-1, 9) @ box).view(*w.shape[:2], 4, 4)
 
 
-def _form(way: str, x: Tensor, w: Tensor) -> str:
+def _form(way: str, pixels: int, pairs: int) -> str:
     """How to go: "fused", one strided convolution; "steps", two; "small", two of PyTorch's own.
 
-    On a CPU, from times on two cores (benchmarks/bench_conv.py). To make the 4x4 kernel costs as much as some hundred
-    of its pixels, and to handle it a tenth of a millisecond; in the smallest convolutions Python's autograd Functions
-    take a good part of the time. PyTorch's double backward sends no zeros either, only its weight gradient is slower.
+    On a CPU, from times on two cores (benchmarks/bench_conv.py), by the pixels of the smaller image times the batch and
+    the pairs of channels. To make the 4x4 kernel costs as much as some hundred of its pixels, and to handle it a tenth
+    of a millisecond; in the smallest convolutions Python's autograd Functions take a good part of the time. PyTorch's
+    double backward sends no zeros either, only its weight gradient is slower.
     """
+    work = pixels * pairs
+    kernel_pays = pixels >= (256 if pairs <= 2**16 else 400)
+    if kernel_pays and work >= 2**19 and pixels * work >= (2**28 if way == "down" else 2**30):
+        return "fused"
+    return "small" if work <= 2**21 else "steps"
+
+
+def _form_of(way: str, x: Tensor, w: Tensor) -> str:
     if not x.is_cpu:
         return "fused"
     # What is exported runs for every batch, in one form: that of one image.
     batch = 1 if torch.compiler.is_exporting() or torch.jit.is_tracing() else x.shape[0]
-    down = way == "down"
-    pixels = batch * x.shape[2] * x.shape[3] // (4 if down else 1)
-    pairs = w.shape[0] * w.shape[1]
-    work = pixels * pairs
-    kernel_pays = pixels >= (256 if pairs <= 2**16 else 400)
-    if kernel_pays and work >= 2**19 and pixels * work >= (2**28 if down else 2**30):
-        return "fused"
-    return "small" if work <= 2**21 else "steps"
+    pixels = batch * x.shape[2] * x.shape[3]
+    return _form(way, pixels if way == "up" else pixels // 4, w.shape[0] * w.shape[1])
 
 
 def _says(way: str) -> Judge:
@@ -360,35 +274,58 @@ def _says(way: str) -> Judge:
             "fused": f"one {'transposed ' if way == 'up' else ''}convolution of stride 2",
             "steps": f"conv2d and {size}, as a 4x4 kernel costs more than it saves on so few pixels",
             "small": f"PyTorch's own convolution and {size}, as so little work is done before Python is",
-        }[_form(way, x, w)]
+        }[_form_of(way, x, w)]
 
     return does
 
 
-def _halves(x: Tensor) -> bool:
-    """Whether `_halve` is the way to average 2x2: up to some size, where its Function would cost more than the work."""
-    if not x.is_cpu or x.numel() > SMALL or x.dtype not in (torch.float32, torch.float64):
+@functools.lru_cache(4096)  # cheaper to ask than to reckon
+def _small_sizes(way: str, x: torch.Size, w: torch.Size, bias: torch.Size | None) -> bool:
+    """Whether these fit together and so little work is done on them that `_small` is the way."""
+    if len(x) != 4 or len(w) != 4 or w[1:] != (x[1], 3, 3) or bias not in (None, w[:1]):
         return False
-    return x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+    down = way == "down"
+    if down and (x[2] % 2 or x[3] % 2):
+        return False
+    pixels = x[0] * x[2] * x[3]
+    return _form(way, pixels // 4 if down else pixels, w[0] * w[1]) == "small"
 
 
-def _halve(x: Tensor) -> Tensor:
-    """2x2 mean, bit for bit: bilinear at half the size reads in the middle of four pixels. Its derivative is linear to
-    autograd, where that of `F.avg_pool2d` sends zeros back through every layer before it."""
-    return F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
+def _fits_small(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
+    """Whether `_small` is the way; where the arguments do not fit it is not, and what comes next says why.
+
+    It is asked in every eager call, and in the smallest each attribute of a tensor that is read here is seen.
+    """
+    try:
+        if not _small_sizes(way, x.shape, w.shape, None if bias is None else bias.shape):
+            return False
+    except TypeError:  # the sizes that a tracer has for any size have no hash
+        return False
+    if bias is not None and (bias.dtype is not x.dtype or not bias.is_cpu):
+        return False
+    return x.is_cpu and w.is_cpu and w.dtype is x.dtype
 
 
 def _small(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """Both steps, each an op of PyTorch's own, or without autograd our convolution where it is the faster."""
-    x = F.interpolate(x, scale_factor=2, mode="nearest") if way == "up" else x
-    plain = tracked(x, w, bias) or autocasts(x) or not x.is_contiguous()
-    if plain or CONV2D.choose(None, x, w, geometry=_PADDED.geometry) != "cpp":
-        y = F.conv2d(x, w, bias, padding=1)
-    else:
+    if way == "up":
+        x = _nearest(x, None, _TWICE)
+    recorded = torch.is_grad_enabled() and (
+        x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if not recorded and x.is_contiguous() and not autocasts(x) and _ours(x, w):
         y = forward(x, w, bias, _PADDED)
+    else:
+        y = F.conv2d(x, w, bias, 1, 1)
     if way == "up":
         return y
-    return _halve(y) if _halves(y) else avg_pool2d(y)
+    if not recorded and y.numel() <= SMALL:
+        return F.avg_pool2d(y, 2)
+    return halve(y) if halves(y) else avg_pool2d(y)
+
+
+def _ours(x: Tensor, w: Tensor) -> bool:
+    return CONV2D.choose(None, x, w, geometry=_PADDED.geometry) == "cpp"
 
 
 def _reference(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -408,7 +345,8 @@ UPSAMPLE_CONV2D, CONV2D_DOWNSAMPLE = _op("upsample_conv2d", "up"), _op("conv2d_d
 def _check_scaled(x: Tensor, w: Tensor) -> None:
     if x.ndim != 4:
         raise ValueError(f"x: had {x.ndim} dimensions; it may be [N, I, H, W]")
-    if w.ndim != 4 or w.shape[2:] != (3, 3) or w.shape[1] != x.shape[1]:
+    sizes = w.shape
+    if len(sizes) != 4 or sizes[2] != 3 or sizes[3] != 3 or sizes[1] != x.shape[1]:
         raise ValueError(f"w: had shape {tuple(w.shape)}; it may be [O, {x.shape[1]}, 3, 3]")
 
 
@@ -424,12 +362,7 @@ def _scaled(
 ) -> Tensor:
     """Either op, its arguments checked but for what the convolution itself checks."""
     way = "up" if op is UPSAMPLE_CONV2D else "down"
-    form = _form(way, x, w)
-    if form == "small" and act == "linear" and gain == 1 and op.free(backend):
-        fits = w.is_cpu and w.dtype == x.dtype
-        if not fits or (bias is not None and (bias.dtype != x.dtype or not bias.is_cpu or bias.shape != w.shape[:1])):
-            _check(x, w, bias, 1, transposed=False)
-        return _small(way, x, w, bias)
+    form = _form_of(way, x, w)
     code = check(x, None, act)
     options = {"act": code, "negative_slope": negative_slope, "gain": gain}
     name = op.choose(backend, x, w, bias, **options)
@@ -477,6 +410,8 @@ def upsample_conv2d(
     Raises:
         ValueError: `x` is not 4-dimensional, `w` does not fit it, or `act` is unknown.
     """
+    if act == "linear" and gain == 1 and UPSAMPLE_CONV2D.free(backend) and _fits_small("up", x, w, bias):
+        return _small("up", x, w, bias)
     _check_scaled(x, w)
     return _scaled(UPSAMPLE_CONV2D, backend, x, w, bias, act, negative_slope, gain)
 
@@ -504,6 +439,8 @@ def conv2d_downsample(
     Raises:
         ValueError: `x` is not 4-dimensional or has an odd size, `w` does not fit it, or `act` is unknown.
     """
+    if act == "linear" and gain == 1 and CONV2D_DOWNSAMPLE.free(backend) and _fits_small("down", x, w, bias):
+        return _small("down", x, w, bias)
     _check_scaled(x, w)
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"x: had size {tuple(x.shape[2:])}; height and width may be even")

@@ -1,0 +1,121 @@
+"""Averaging over squares, whose derivatives are linear to autograd, and repetition, its adjoint but for a factor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fastgan.ops.backend import LEAN, Op
+from fastgan.ops.bias_act import SMALL
+from fastgan.ops.implementations import dense, kernels, tracked
+
+AVG_POOL2D = Op("avg_pool2d", {"cpp": kernels("avg_pool2d")["cpp"], "lean": LEAN}, forward_mode=True)
+Op("interpolate_nearest")
+
+_bilinear, _HALF = torch._C._nn.upsample_bilinear2d, (0.5, 0.5)  # what F.interpolate calls, without its own checks
+
+
+def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -> Tensor:
+    """Mean over non-overlapping squares, linear to autograd too: nothing is sent backward in second order.
+
+    `torch.nn.functional.avg_pool2d` sends zeros there, back through every layer before it.
+
+    Args:
+        x: [N, C, H, W], any floating dtype; kernel_size: k, side of the squares.
+        backend: "cpp", "lean" (PyTorch's kernels) or "torch" (PyTorch's own function).
+
+    Returns:
+        [N, C, H // k, W // k].
+
+    Raises:
+        TypeError: `x` is not floating.
+        ValueError: `x` is not 4-dimensional or smaller than a square, or `kernel_size` is no integer from 1 on.
+    """
+    if not isinstance(kernel_size, int) or kernel_size < 1:
+        raise ValueError(f"kernel_size: was {kernel_size}; it may be an integer, 1 or more")
+    if not x.is_floating_point():
+        raise TypeError(f"x: was {x.dtype}; it may be a floating dtype")
+    if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
+        raise ValueError(f"x: had shape {tuple(x.shape)}; it may be [N, C, H, W], H and W at least {kernel_size}")
+    if kernel_size == 2 and AVG_POOL2D.free(backend) and halves(x):
+        return halve(x)
+    name = AVG_POOL2D.choose(backend, x)
+    if name == "torch" or (name == "lean" and torch.compiler.is_compiling()):
+        return F.avg_pool2d(x, kernel_size)
+    return _AvgPool.apply(x, kernel_size, name) if tracked(x) else _pool(x, kernel_size, name)
+
+
+def interpolate_nearest(x: Tensor, scale_factor: int = 2) -> Tensor:
+    """Repeat each pixel `scale_factor` times in both directions: [N, C, H, W] -> [N, C, sH, sW].
+
+    PyTorch's own derivatives of it are linear already: it sends nothing backward in second order.
+    """
+    return F.interpolate(x, scale_factor=scale_factor, mode="nearest")
+
+
+def halves(x: Tensor) -> bool:
+    """Whether `halve` is the way to average 2x2: up to some size, where its Function would cost more than the work."""
+    if not x.is_cpu or x.numel() > SMALL or x.dtype not in (torch.float32, torch.float64):
+        return False
+    return x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+
+
+def halve(x: Tensor) -> Tensor:
+    """2x2 mean, bit for bit: bilinear at half the size reads in the middle of four pixels. Its derivative is linear to
+    autograd, where that of `F.avg_pool2d` sends zeros back through every layer before it."""
+    return _bilinear(x, None, False, _HALF)
+
+
+def _pool(x: Tensor, k: int, name: str) -> Tensor:
+    return torch.ops.fastgan.avg_pool2d_forward(dense(x), k) if name == "cpp" else F.avg_pool2d(x, k)
+
+
+def _spread(gy: Tensor, k: int, size: tuple[int, int], name: str) -> Tensor:
+    """Adjoint of `_pool`: each value over its square, divided by k^2."""
+    if name == "cpp":
+        return torch.ops.fastgan.avg_pool2d_backward(dense(gy), k, *size)
+    gx = F.interpolate(gy * (1.0 / k**2), scale_factor=k, mode="nearest")
+    if gx.shape[-2:] == size:
+        return gx
+    # Rows and columns beyond the last whole square took no part.
+    return F.pad(gx, (0, size[1] - gx.shape[-1], 0, size[0] - gx.shape[-2]))
+
+
+class _AvgPool(Function):
+    """Linear: its backward is its adjoint, whose backward is this."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: int, name: str) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.k, ctx.size, ctx.name = k, x.shape[-2:], name
+        return _pool(x, k, name)
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor, *_: None) -> Tensor:
+        return _AvgPool.apply(tx, ctx.k, ctx.name)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
+        if gy is None:
+            return None, None, None
+        adjoint = _AvgPoolAdjoint.apply if torch.is_grad_enabled() else _spread
+        return adjoint(gy, ctx.k, ctx.size, ctx.name), None, None
+
+
+class _AvgPoolAdjoint(Function):
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, k: int, size: tuple[int, int], name: str) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.k, ctx.name = k, name
+        return _spread(gy, k, size, name)
+
+    @staticmethod
+    def backward(ctx: Any, ggx: Tensor | None) -> tuple[Any, ...]:
+        if ggx is None:
+            return None, None, None, None
+        pool = _AvgPool.apply if torch.is_grad_enabled() else _pool
+        return pool(ggx, ctx.k, ctx.name), None, None, None
