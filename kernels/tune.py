@@ -130,7 +130,11 @@ def ahead_of_time(architectures: list[str], kinds: tuple[str, ...], sizes: tuple
     from fastgan.kernels import tune_ahead_of_time
 
     wanted = tune_ahead_of_time.entries(architectures, kinds, sizes)
-    wrong = tune_ahead_of_time.run(wanted, check)
+    try:
+        wrong = tune_ahead_of_time.run(wanted, check)
+    except KeyboardInterrupt:
+        print("tune: stopped" + "; what was found until now is in tiles.json" * (not check), file=sys.stderr)
+        return 130
     print(f"{len(wanted) - wrong} of {len(wanted)} entries fit, compiled by triton {triton.__version__}")
     return 1 if wrong else 0
 

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import resource
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 
@@ -106,6 +107,7 @@ def resources(entry: Entry, form: str, tile: Tile) -> Resources:
 
 
 def _answer(connection: Connection, seconds: int, entry: Entry, form: str, tile: Tile) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent has something to say, this process has not
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     try:
         connection.send(resources(entry, form, tile))
