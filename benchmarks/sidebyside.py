@@ -206,15 +206,25 @@ def compare(
 
 
 def table() -> list[str]:
-    """Lines of all comparisons so far, for people."""
+    """Lines of all comparisons so far, for people; under a group of several, the mean of how many times faster."""
     lines = []
     for group in dict.fromkeys(row.group for row in ROWS):
-        lines.append(f"{group:44}{'side':12}{'ms':>10}{'times faster':>14}{'peak MB':>10}{'largest error':>15}")
-        for row in (row for row in ROWS if row.group == group):
+        lines.append(f"{group:43} {'side':12}{'ms':>10}{'times faster':>14}{'peak MB':>10}{'largest error':>15}")
+        rows = [row for row in ROWS if row.group == group]
+        for row in rows:
             for at, (name, seconds) in enumerate(row.times.items()):
                 faster = f"{row.times[row.baseline] / seconds:.2f}" if row.baseline in row.times else ""
                 peak = f"{row.memory[name] / MB:.1f}" if name in row.memory else ""
                 error = f"{max(row.errors[name], default=0.0):.1e}"
                 title = row.case if at == 0 else ""
                 lines.append(f"  {title:42}{name:12}{seconds * 1e3:10.2f}{faster:>14}{peak:>10}{error:>15}")
+        ratios: dict[str, list[float]] = {}
+        for row in rows:
+            for name, seconds in row.times.items():
+                if name != row.baseline and row.baseline in row.times:
+                    ratios.setdefault(name, []).append(row.times[row.baseline] / seconds)
+        for name, found in ratios.items():
+            if group and len(found) > 1:
+                mean = statistics.geometric_mean(found)
+                lines.append(f"  {'geometric mean':42}{name:12}{'':10}{mean:14.2f}   least {min(found):.2f}")
     return lines
