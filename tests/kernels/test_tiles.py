@@ -136,6 +136,7 @@ def test_the_nearest_tile_that_fits_in_every_form_is_taken(monkeypatch: pytest.M
     assert (found.tile, found.why) == (Tile(32, 16, 4, 2), "even: crashed")
     # Stages and warps are given up before rows and columns.
     assert list(dict.fromkeys(asked))[:4] == [Tile(64, 32, *it) for it in ((8, 2), (8, 1), (4, 2), (4, 1))]
+    assert tune_ahead_of_time.Entry("sm_90", "op", "half", 32, odd=True).tile() == Tile(128, 128, 8, 3)  # none yet
     none = tune_ahead_of_time.fit(entry, lambda entry, form, tile: Resources(255, 10**6, 8, 0))
     assert none.tile is None and none.why == "even: 255 registers, 1000000 bytes shared, 8 bytes spilled"
 
