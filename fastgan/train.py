@@ -118,8 +118,8 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
     Raises:
         ArgumentError: a value that cannot be; SystemExit: --help, or a flag that does not exist.
     """
-    # DeepSpeed's launcher adds the first, whose variable serves, and ours the second.
-    argv = [flag for flag in argv if not flag.startswith(("--local_rank=", supervisor.JOB))]
+    # DeepSpeed's launcher adds the first, whose variable serves, and ours the others.
+    argv = [flag for flag in argv if not flag.startswith(("--local_rank=", supervisor.HOSTS, supervisor.JOB))]
     first = _first_pass(argv)
     layers: list[tuple[dict[str, Any], str]] = []
     if first.config:
@@ -280,6 +280,7 @@ def main(argv: list[str]) -> int:
         zero=config.system.zero,
         deepspeed_config=config.system.deepspeed_config,
         timeout=config.system.timeout,
+        hosts=supervisor.rank_hosts(argv),
     )
     with world.guard(), readers_may_go():
         try:

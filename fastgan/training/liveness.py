@@ -18,7 +18,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Liveness:
         address: of rank 0's host.
         timeout: seconds; a rank that is silent for three quarters of it is given up.
         broadcast: gives every rank the first one's value; used once, here.
+        expected: the host of each rank, where it is known before the rank has come.
 
     Attributes:
         run: the run directory, for the command to go on with; last_good: the last checkpoint.
@@ -72,6 +73,7 @@ class Liveness:
         address: str,
         timeout: float,
         broadcast: Callable[[Any], Any],
+        expected: Sequence[str] = (),
     ) -> None:
         self.rank, self.size, self.local_rank, self.timeout = rank, size, local_rank, timeout
         self.run: Path | None = None
@@ -82,7 +84,7 @@ class Liveness:
         self._failed: dict[int, tuple[str, int]] = {}
         self._lost: dict[int, str] = {}
         self._decide: float | None = None
-        self._hosts = {0: address}
+        self._hosts, self._expected = {0: address}, dict(enumerate(expected))
         listener = socket.create_server(("", 0), backlog=max(size, 16)) if rank == 0 else None
         told = (listener.getsockname()[1], secrets.token_hex(16), host()) if listener else None
         port, self._token, self._hosts[0] = broadcast(told)
@@ -241,7 +243,8 @@ class Liveness:
         self._end(self._announce(peers, rank, what, code))
 
     def _announce(self, peers: list[_Peer], rank: int, what: str, code: int) -> dict[str, Any]:
-        verdict = {"failed": rank, "host": self._hosts.get(rank, "a host not known"), "what": what, "code": code}
+        on = self._hosts.get(rank) or self._expected.get(rank, "a host not known")
+        verdict = {"failed": rank, "host": on, "what": what, "code": code}
         self._tell(peers, json.dumps(verdict).encode() + b"\n")
         # A process that ends with something unread resets its connections, and what it said last may be dropped.
         until = time.monotonic() + 0.5

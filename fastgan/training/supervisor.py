@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,15 @@ SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
 
 JOB = "--job="
 """Begins an argument of the ranks that says nothing to them: by it a supervisor knows its own on a host."""
+
+HOSTS = "--hosts="
+"""Begins an argument of the ranks, `--hosts=h1:8,h2:8`: whose ranks they are, in order, before any of them has come."""
+
+
+def rank_hosts(argv: Sequence[str]) -> list[str]:
+    """The host of each rank as `HOSTS` says; nothing where no supervisor started this process."""
+    told = [part.rpartition(":") for flag in argv if flag.startswith(HOSTS) for part in flag[len(HOSTS) :].split(",")]
+    return [host for host, _, slots in told for _ in range(int(slots))]
 
 
 @dataclass(frozen=True)
@@ -241,6 +250,7 @@ class Supervisor:
                 line = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(file), "--force_multi"]
                 # Another port than the last start's, which may still be held by what is ending.
                 line += ["--master_port", str(29500 + start % 100), *port, "--master_addr", self._master]
+                flags.append(HOSTS + ",".join(f"{host}:{slots}" for host, slots in hosts.items()))
                 flags.append(f"{JOB}{self._job}")
                 # A connection to a host that is gone ends with it, and with that the launcher.
                 alive = max(1, round(self._timeout / 4))

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -132,9 +133,18 @@ def bound(group: Any, timeout: float) -> None:
 
 
 def start(
-    engine: str, device: str, *, zero: int = 0, deepspeed_config: str | None = None, timeout: float = 600.0
+    engine: str,
+    device: str,
+    *,
+    zero: int = 0,
+    deepspeed_config: str | None = None,
+    timeout: float = 600.0,
+    hosts: Sequence[str] = (),
 ) -> World:
     """Join the processes of this run, which from then on wait no longer than `timeout` seconds for one another.
+
+    Args:
+        hosts: that of each rank, if it is known; only to name one that does not come.
 
     Where the others do not come, says so in one line and ends this process with `FAULT`.
 
@@ -155,7 +165,7 @@ def start(
 
         if not launched():
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        lives = _meet(size, timeout) if size > 1 else None
+        lives = _meet(size, timeout, hosts) if size > 1 else None
         if not dist.is_initialized():
             try:
                 with contextlib.redirect_stdout(None), lives.guard() if lives else contextlib.nullcontext():
@@ -174,7 +184,7 @@ def start(
     return World(rank, size, place, name, reason, lives)
 
 
-def _meet(size: int, timeout: float) -> Liveness:
+def _meet(size: int, timeout: float, hosts: Sequence[str]) -> Liveness:
     """Watch over the others from before the backend connects to them: who does not come, or dies on the way, is named.
 
     Over a store at MASTER_ADDR:MASTER_PORT, as torch's `env://` has it: rank 0's, unless torchrun has one there.
@@ -193,7 +203,7 @@ def _meet(size: int, timeout: float) -> Liveness:
                 store.set("liveness", json.dumps(value))
             return json.loads(store.get("liveness"))
 
-        lives = Liveness(rank, size, int(os.environ.get("LOCAL_RANK", "0")), address, timeout, first)
+        lives = Liveness(rank, size, int(os.environ.get("LOCAL_RANK", "0")), address, timeout, first, hosts)
     except (RuntimeError, OSError) as error:
         _alone(error)
     _STORES.append(tcp)

@@ -209,6 +209,6 @@ def test_a_host_that_is_lost_before_the_ranks_have_met(
     hosts.link(1, up=True)
     output = finish(hosts, job, run, whole)
     assert "start 2" in output, output
-    said = re.findall(r"rank 1 on .*: (?:it did not come within 5[01] s|its connection closed|no sign of life)", output)
+    said = re.findall(r"rank 1 on h2: (?:it did not come within 5[01] s|its connection closed|no sign of life)", output)
     assert said or "did not find the other ranks" in output, output
     hosts.close()

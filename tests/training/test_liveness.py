@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def broadcast(value):
     while not told.exists():
         time.sleep(0.01)
     return json.loads(told.read_text())
-lives = Liveness(rank, 3, 0, "127.0.0.1", float(sys.argv[4]), broadcast)
+lives = Liveness(rank, 3, 0, "127.0.0.1", float(sys.argv[4]), broadcast, sys.argv[5:])
 (folder / f"up{rank}").touch()
 while not all((folder / f"up{r}").exists() for r in range(3)):
     time.sleep(0.01)
@@ -50,11 +51,11 @@ lives.close()
 
 
 def _ranks(
-    tmp_path: Path, *does: str, stderr: int = subprocess.PIPE, timeout: float = 5
+    tmp_path: Path, *does: str, stderr: int = subprocess.PIPE, timeout: float = 5, hosts: Sequence[str] = ()
 ) -> list[subprocess.Popen[str]]:
     line = [sys.executable, "-c", RANK]
     return [
-        subprocess.Popen([*line, str(rank), str(tmp_path), what, str(timeout)], stderr=stderr, text=True)
+        subprocess.Popen([*line, str(rank), str(tmp_path), what, str(timeout), *hosts], stderr=stderr, text=True)
         for rank, what in enumerate(does)
     ]
 
@@ -87,12 +88,13 @@ def test_rank_that_dies_or_falls_silent_is_named(tmp_path: Path, failed: int, nu
     processes[failed].communicate()
 
 
-def test_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("hosts", "named"), [([], "a host not known"), (["h1", "h1", "h2"], "h2")])
+def test_rank_that_does_not_come_is_named(tmp_path: Path, hosts: list[str], named: str) -> None:
     """Its host may still be starting, for a while beyond the timeout."""
-    for process in _ranks(tmp_path, "hang", "hang", timeout=2):
+    for process in _ranks(tmp_path, "hang", "hang", timeout=2, hosts=hosts):
         code, lines = _end(process)
         assert code == 75 and len(lines) == 1, lines
-        assert "rank 2 on a host not known: it did not come within 3 s; there is no checkpoint yet" in lines[0]
+        assert f"rank 2 on {named}: it did not come within 3 s; there is no checkpoint yet" in lines[0]
 
 
 def test_a_line_that_nobody_reads_holds_nobody_up(tmp_path: Path) -> None:

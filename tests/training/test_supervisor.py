@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fastgan import checkpoint, train
 from fastgan.errors import ArgumentError
-from fastgan.training.supervisor import read_hostfile
+from fastgan.training.supervisor import rank_hosts, read_hostfile
 
 SCRIPT = Path(train.__file__)
 FLAGS = (
@@ -78,3 +78,9 @@ def test_hostfile_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             read_hostfile(file)
     assert train.main([*FLAGS, "--max-restarts", "-1"]) == 2
     assert "--max-restarts" in capsys.readouterr().err
+
+
+def test_ranks_are_told_their_hosts_in_order() -> None:
+    argv = ["--local_rank=2", "--variant", "wgan", "--hosts=fe80::1:2,h2:1", "--job=1a"]
+    assert rank_hosts(argv) == ["fe80::1", "fe80::1", "h2"] and rank_hosts([]) == []
+    assert train.parse(argv).variant == "wgan"
