@@ -44,6 +44,8 @@ _can_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on where `x` is; the meta device has none."""
+    if x.is_cpu:  # a third of the time of x.device.type, in every call
+        return torch.is_autocast_enabled("cpu")
     device = x.device.type
     return _can_autocast(device) and torch.is_autocast_enabled(device)
 

@@ -124,15 +124,20 @@ def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, how: Way) -> Tensor:
     return _convolution_backward(gy, x, w, None, *how.geometry, [False, True, False])[1]
 
 
+def _keep(ctx: Any, how: Way, *factors: Tensor) -> None:
+    """What the derivatives of a product need: its two factors. A gradient that nobody sends is None to them."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*factors)
+    ctx.how = how
+
+
 class _Conv(Function):
     """y = x * w + bias."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, how: Way) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w)
+        _keep(ctx, how, x, w)
         ctx.save_for_forward(x, w)
-        ctx.how = how
         return forward(x, w, bias, how)
 
     @staticmethod
@@ -171,9 +176,7 @@ class _InputGradient(Function):
 
     @staticmethod
     def forward(ctx: Any, gy: Tensor, w: Tensor, x: Tensor, how: Way) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gy, w)
-        ctx.how = how
+        _keep(ctx, how, gy, w)
         return input_gradient(gy, w, x, how)
 
     @staticmethod
@@ -191,9 +194,7 @@ class _WeightGradient(Function):
 
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, w: Tensor, how: Way) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gy, x)
-        ctx.how = how
+        _keep(ctx, how, gy, x)
         return weight_gradient(gy, x, w, how)
 
     @staticmethod
