@@ -139,3 +139,15 @@ def optimiser_factory(config: Config, *, discriminator: bool) -> OptimiserFactor
         return optimiser
 
     return make
+
+
+def intervals(config: Config) -> dict[str, float]:
+    """After how many thousand images a run does each thing again."""
+    run, kimg = config.run, config.schedule.kimg
+    every = run.checkpoint_kimg or min(kimg / 20, 200.0)
+    return {
+        "checkpoint": every,
+        "sample": run.sample_kimg or every,
+        "log": run.log_kimg or min(kimg / 100, 4.0),
+        "evaluate": run.evaluate_kimg or kimg,
+    }

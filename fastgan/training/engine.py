@@ -40,7 +40,8 @@ class Engine(Protocol):
     """One network and its optimiser.
 
     `backward` takes the mean loss of a micro-batch; `step` is called after every micro-batch and moves the weights
-    after the last of an accumulation. memory_format: of the weights, where it applies to them.
+    after the last of an accumulation. It may do so later, when `module` is next called or at `settle`: then ranks do
+    not wait for each other's gradients before they must. memory_format: of the weights, where it applies to them.
     """
 
     module: nn.Module
@@ -49,6 +50,10 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self) -> None: ...
+
+    def settle(self) -> None:
+        """Move the weights now if that is still to be done; before they are read by anything but `module` itself."""
+        ...
 
     def set_rate(self, rate: float) -> None:
         """Learning rate of the steps to come."""
@@ -144,7 +149,10 @@ def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 class TorchEngine:
-    """Plain torch, for one process: what macOS and Windows use, and a laptop that wants no launcher."""
+    """Plain torch, for one process: what macOS and Windows use, and a laptop that wants no launcher.
+
+    moved: called whenever the weights have moved.
+    """
 
     def __init__(
         self,
@@ -152,12 +160,14 @@ class TorchEngine:
         optimiser: OptimiserFactory,
         accumulation: int,
         memory_format: torch.memory_format = torch.contiguous_format,
+        moved: Callable[[], None] | None = None,
     ) -> None:
         self.module = module.to(memory_format=memory_format)
         self.memory_format = memory_format
         self._named = _trainable(module)
         self._optimiser = optimiser([p for _, p in self._named])
         self._accumulation = accumulation
+        self._moved = moved
         self._micro = 0
 
     def backward(self, loss: Tensor) -> None:
@@ -172,6 +182,10 @@ class TorchEngine:
                     p.grad = torch.zeros_like(p)
             self._optimiser.step()
             self._optimiser.zero_grad(set_to_none=True)
+            if self._moved is not None:
+                self._moved()
+
+    def settle(self) -> None: ...
 
     def set_rate(self, rate: float) -> None:
         _set_rate(self._optimiser, rate)
@@ -236,13 +250,15 @@ class DeepSpeedEngine:
     would see the inner gradient as a backward of their own and fail.
 
     Under ZeRO 0 gradients are reduced by `Reducer`: DeepSpeed would do so in one piece when the backward is over. The
-    weights are then in `memory_format`; ZeRO 1 and 2 flatten them and know no layout but the contiguous one.
+    weights are then in `memory_format`, and move only when `module` is next called, or at `settle`; ZeRO 1 and 2 move
+    them at once, flatten them and know no layout but the contiguous one.
 
     Args:
         waiting: runs while this rank waits for others.
         timeout: seconds that DeepSpeed's collectives may take.
         group: the ranks whose gradients are averaged; None: all. With a group, which only ZeRO 0 can have, a rank that
             is not in it keeps the engine and calls neither `backward` nor `step`.
+        moved: called whenever the weights have moved.
     """
 
     def __init__(
@@ -254,6 +270,7 @@ class DeepSpeedEngine:
         timeout: float = 600.0,
         memory_format: torch.memory_format = torch.contiguous_format,
         group: Any = None,
+        moved: Callable[[], None] | None = None,
     ) -> None:
         import deepspeed
 
@@ -266,6 +283,8 @@ class DeepSpeedEngine:
         self.module = self._engine.module
         self._stage = self._engine.zero_optimization_stage()
         self._reducer: Reducer | None = None
+        self._pending = False
+        self._moved = moved
         self.memory_format = torch.contiguous_format
         if own_reduction(config):
             # Not before: when it starts, DeepSpeed views the weights as bytes, which only contiguous ones can be.
@@ -275,6 +294,7 @@ class DeepSpeedEngine:
             self._engine.enable_backward_allreduce = False
             if dist.get_rank(group) >= 0:
                 self._reducer = Reducer(self.module, waiting, group)
+                self.module.register_forward_pre_hook(lambda *_: self.settle())
         elif dist.get_world_size() > 1:
             _count_waiting(self._engine, waiting)
 
@@ -284,12 +304,29 @@ class DeepSpeedEngine:
             self._reducer.expect()
         self._engine.backward(loss)
         if self._reducer is not None and last:
-            self._reducer.finish()
+            self._reducer.flush()
 
     def step(self) -> None:
+        last = self._engine.is_gradient_accumulation_boundary()
+        if self._reducer is not None and last:
+            self._pending = True
+            return
         self._engine.step()
+        if self._moved is not None and last:
+            self._moved()
+
+    def settle(self) -> None:
+        if not self._pending:
+            return
+        assert self._reducer is not None
+        self._pending = False
+        self._reducer.finish()
+        self._engine.step()
+        if self._moved is not None:
+            self._moved()
 
     def set_rate(self, rate: float) -> None:
+        self.settle()  # a step that is still to be done has the rate before
         _set_rate(self._base(), rate)
 
     def _base(self) -> torch.optim.Optimizer:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fastgan.training.ranklog import LOGGER
 from fastgan.training.stopwatch import Stopwatch
 from fastgan.training.world import World
 
@@ -67,6 +68,7 @@ class Pace:
         self._step = Stopwatch(world.device)
         self.waiting = Stopwatch(world.device)
         self._steps = 0
+        self._slow: list[int] = []
         self._hosts = [socket.gethostname()]
         if world.size > 1:
             self._hosts = [""] * world.size
@@ -81,6 +83,15 @@ class Pace:
             yield
         self._steps += 1
 
+    @contextlib.contextmanager
+    def rest(self) -> Iterator[None]:
+        """What belongs to the last step and is done after it."""
+        if self._world.size == 1:
+            yield
+            return
+        with self._step():
+            yield
+
     def report(self, working: int | None = None) -> Report:
         """Of the steps since the last one, for the first `working` ranks or all; a collective, called when the device
         is read anyway."""
@@ -88,3 +99,17 @@ class Pace:
         own[self._world.rank] = max(self._step.read() - self.waiting.read(), 0.0) / max(self._steps, 1)
         self._steps = 0
         return Report(self._world.sum(own).tolist()[:working], self._hosts)
+
+    def row(self, working: int, say: Callable[[str], None]) -> dict[str, Any]:
+        """What metrics.jsonl says of the ranks' speeds, if there are several; a collective. A straggler is named to
+        `say` when it turns up, and in its own log each time."""
+        if self._world.size == 1:
+            return {}
+        report = self.report(working)
+        for rank in report.stragglers:
+            if rank not in self._slow:
+                say(report.say(rank))
+            if rank not in self._slow or rank == self._world.rank:
+                LOGGER.warning(report.say(rank))
+        self._slow = report.stragglers
+        return report.row()

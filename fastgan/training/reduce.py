@@ -48,7 +48,8 @@ class Reducer:
     the backward goes on. In which order gradients appear is seen in the first step, which sends all of them at its
     end; the first rank's order is everybody's. The average is left in `.grad`, as a view of the bucket.
 
-    Usage: `expect` before the backward of an optimiser step's last micro-batch, `finish` after it.
+    Usage: `expect` before the backward of an optimiser step's last micro-batch, `flush` after it, and `finish` before
+    the gradients are used: what a rank computes in between does not wait for the others.
 
     Args:
         waiting: runs while this rank waits for others.
@@ -95,11 +96,14 @@ class Reducer:
         self._buckets[self._next].send(self._ranks, self._group)
         self._next += 1
 
-    def finish(self) -> None:
-        """Send what is left and wait, without the host waiting for a GPU; then every `.grad` is the average."""
+    def flush(self) -> None:
+        """Send what is left."""
         self._expecting = False
         while self._next < len(self._buckets):
             self._send()
+
+    def finish(self) -> None:
+        """Wait for what was sent, without the host waiting for a GPU; then every `.grad` is the average."""
         with self._waiting():
             for bucket in self._buckets:
                 assert bucket.work is not None

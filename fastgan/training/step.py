@@ -66,21 +66,27 @@ class Step:
         return contextlib.nullcontext()
 
     def discriminator_loss(
-        self, real: Tensor, positions: Tensor, labels: Tensor | None = None
+        self, real: Tensor, positions: Tensor, labels: Tensor | None = None, *, generator_first: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of the discriminator and what to log, each a scalar on the device.
 
         Args:
             real: [N, C, R, R] in [-1, 1]; positions: int64 [N], the global index of each sample; labels: int64 [N].
+            generator_first: whether fake images are made before real ones are scored. The network that stepped last
+                should come last, as other ranks' gradients for it may still be on their way.
         """
         labels = labels if self.num_classes else None
         with self._autocast(real.device, self.precision):
+            if not generator_first:
+                score_real = self.discriminator(real, labels)
             with torch.no_grad():
                 latent = noise.normal(self.seed, "latent of D's step", positions, self.latent)
                 fake = self.generator(latent, labels)
             fake = fake.to(real.dtype)
-            score_real = self.discriminator(real, labels).float()
+            if generator_first:
+                score_real = self.discriminator(real, labels)
             score_fake = self.discriminator(fake, labels).float()
+            score_real = score_real.float()
         loss = self.loss.discriminator(score_real, score_fake)
         seen = {"score_real": score_real.mean(), "score_fake": score_fake.mean()}
         if self.drift:

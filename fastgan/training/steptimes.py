@@ -205,6 +205,9 @@ class _Watched:
     def step(self) -> None:
         self._engine.step()
 
+    def settle(self) -> None:
+        self._engine.settle()
+
     def set_rate(self, rate: float) -> None:
         self._engine.set_rate(rate)
 

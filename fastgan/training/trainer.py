@@ -20,7 +20,15 @@ from fastgan.config import Config, batch_at, working_ranks
 from fastgan.models.pggan import Progressive
 from fastgan.trained import sample_images
 from fastgan.training import saving
-from fastgan.training.build import build_step, engine_settings, network_values, optimiser_factory, plan, rates
+from fastgan.training.build import (
+    build_step,
+    engine_settings,
+    intervals,
+    network_values,
+    optimiser_factory,
+    plan,
+    rates,
+)
 from fastgan.training.ema import Ema
 from fastgan.training.engine import DeepSpeedEngine, Engine, TorchEngine, own_reduction
 from fastgan.training.finite import FiniteCheck
@@ -82,7 +90,6 @@ class Trainer:
         )
         self._waited = 0.0
         self.pace = Pace(world)
-        self._slow: list[int] = []
         self._logged_at = (time.monotonic(), 0)
         self._last_good: Path | None = None
         self._engines: tuple[Engine, Engine] | None = None
@@ -132,8 +139,17 @@ class Trainer:
             limit = datetime.timedelta(seconds=system.timeout)
             self._groups[self.working] = dist.new_group(list(range(self.working)), timeout=limit)
 
+    def settle(self) -> None:
+        """Weights and their average are those after the last step, which may leave this to be done until they are used;
+        a collective, before anything but a step uses them."""
+        if self._engines is not None:
+            with self.pace.rest():
+                for engine in self._engines:
+                    engine.settle()
+
     def _catch_up(self) -> None:
         """Weights of ranks that wait are those of the first again; a collective, before they are used or saved."""
+        self.settle()
         if self.apart:
             spread([tensor for module in self._modules() for tensor in module.state_dict().values()])
             spread([self.ema.steps])
@@ -187,8 +203,9 @@ class Trainer:
 
     def _engine(self, module: nn.Module, discriminator: bool, resolution: int) -> Engine:
         make = optimiser_factory(self.config, discriminator=discriminator)
+        moved = None if discriminator else lambda: self.ema.update(self.step.generator)
         if self.world.engine == "torch":
-            return TorchEngine(module, make, self.config.schedule.accumulation, self.memory_format)
+            return TorchEngine(module, make, self.config.schedule.accumulation, self.memory_format, moved)
         overlap = self.world.device.type == "cuda"
         return DeepSpeedEngine(
             module,
@@ -198,6 +215,7 @@ class Trainer:
             self.config.system.timeout,
             self.memory_format,
             self._groups[self.working] if self.apart else None,
+            moved,
         )
 
     def _modules(self) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -257,7 +275,7 @@ class Trainer:
         if self.world.rank < self.working:
             self.meters.add(seen)
 
-    def _discriminator_step(self, batch: int) -> list[Tensor]:
+    def _discriminator_step(self, batch: int, after_generator: bool = True) -> list[Tensor]:
         assert self._engines is not None
         engine = self._engines[1]
         positions = []
@@ -266,7 +284,9 @@ class Trainer:
             discriminator = self.step.discriminator
             if isinstance(discriminator, Progressive) and discriminator.fade:
                 real = data_room.fade(real, discriminator.alpha)
-            loss, seen = self.step.discriminator_loss(real, micro.positions, micro.labels)
+            loss, seen = self.step.discriminator_loss(
+                real, micro.positions, micro.labels, generator_first=not after_generator
+            )
             self._backward(engine, "discriminator", loss, seen)
             positions.append(micro.positions)
         self.images += batch
@@ -279,7 +299,6 @@ class Trainer:
             for micro in positions:
                 loss, seen = self.step.generator_loss(micro)
                 self._backward(engine, "generator", loss, seen)
-        self.ema.update(self.step.generator)
 
     def train_step(self) -> None:
         """`n_critic` discriminator steps and one generator step, at the stage that the images seen ask for."""
@@ -295,14 +314,15 @@ class Trainer:
 
     def _step(self, stage: Stage) -> None:
         assert self._engines is not None
-        for engine, rate in zip(self._engines, rates(self.config, self.images), strict=True):
-            engine.set_rate(rate)
+        rate_g, rate_d = rates(self.config, self.images)
+        self._engines[1].set_rate(rate_d)
         self._set_alpha(stage)
         self.finite.begin_step(self.steps)
         batch = batch_at(self.config.schedule, self.resolution)
         positions: list[Tensor] = []
-        for _ in range(self.config.optimiser.n_critic):
-            positions = self._discriminator_step(batch)
+        for i in range(self.config.optimiser.n_critic):
+            positions = self._discriminator_step(batch, after_generator=i == 0)
+        self._engines[0].set_rate(rate_g)
         self._generator_step(positions)
         self.steps += 1
 
@@ -379,7 +399,7 @@ class Trainer:
             return stopped
 
     def _run(self) -> int | None:
-        interval = self._intervals()
+        interval = intervals(self.config)
         log = Log(self.run_path, active=self.world.main, total=self.total, seen=self.images)
         self._logged_at = (time.monotonic(), self.images)
         self._tell_shares(log)
@@ -424,16 +444,6 @@ class Trainer:
                 "uses all"
             )
 
-    def _intervals(self) -> dict[str, float]:
-        run, kimg = self.config.run, self.config.schedule.kimg
-        every = run.checkpoint_kimg or min(kimg / 20, 200.0)
-        return {
-            "checkpoint": every,
-            "sample": run.sample_kimg or every,
-            "log": run.log_kimg or min(kimg / 100, 4.0),
-            "evaluate": run.evaluate_kimg or kimg,
-        }
-
     def _log(self, log: Log) -> None:
         self._read_finite()
         names = self.step.metrics
@@ -444,7 +454,7 @@ class Trainer:
         self._logged_at = (now, self.images)
         waited, self._waited = self._waited, 0.0
         stage = stage_at(self.stages, self.images)
-        pace = self._pace(log)
+        pace = self.pace.row(self.working if self.apart else self.world.size, log.line)
         log.metrics(
             {
                 "images": self.images,
@@ -459,20 +469,8 @@ class Trainer:
             }
         )
 
-    def _pace(self, log: Log) -> dict[str, Any]:
-        """What metrics.jsonl says of the ranks' speeds, if there are several; a straggler is named when it turns up."""
-        if self.world.size == 1:
-            return {}
-        report = self.pace.report(self.working if self.apart else self.world.size)
-        for rank in report.stragglers:
-            if rank not in self._slow:
-                log.line(report.say(rank))
-            if rank not in self._slow or rank == self.world.rank:
-                LOGGER.warning(report.say(rank))
-        self._slow = report.stragglers
-        return report.row()
-
     def _sample(self, log: Log) -> None:
+        self.settle()
         if self.world.main:
             images = sample_images(self.ema.module, self.config.run.samples, self.config.run.seed, self.networks)
             path = self.run_path / "samples" / f"kimg-{self.images / 1000:010.3f}.png"

@@ -4,7 +4,8 @@
 
 Each case is {"name", "variant", "flags", "steps"}. What rank r counts in the steps after the first goes to
 OUT/counts-r.json by case: "sent" {collective: bytes of tensors}, "wire" bytes that left by eth0, "reads" of the host,
-"channels_last" whether weights, their averages and optimiser states are.
+"channels_last" whether weights, their averages and optimiser states are. "order" is that of a further step's events:
+when each network is used, when its gradients have been sent, when they have arrived and its weights move.
 A case with "slow" is run to its end in OUT/NAME, the last rank sleeping that many seconds in each step.
 """
 
@@ -76,6 +77,7 @@ def channels_last(trainer: Trainer) -> bool:
 def count(case: dict[str, Any], world: processes.World, out: Path, sent: Sent) -> dict[str, Any]:
     trainer = make(case, world, out)
     trainer.train_step()
+    trainer.settle()
     sent.bytes.clear()
     with pytest.MonkeyPatch.context() as patch, HostReads(patch) as reads:
         dist.barrier()
@@ -94,16 +96,40 @@ def count(case: dict[str, Any], world: processes.World, out: Path, sent: Sent) -
     }
     counts = {"sent": dict(sent.bytes), "reads": dict(reads.seen), "trained": trained, "buckets": buckets, "wire": left}
     counts["channels_last"] = channels_last(trainer)
+    if all(getattr(e, "_reducer", None) for e in trainer._engines):
+        counts["order"] = order_of_events(trainer)
     trainer._close_engines()
     return counts
+
+
+def order_of_events(trainer: Trainer) -> list[str]:
+    """Of one step, under ZeRO 0."""
+    assert trainer._engines is not None
+    events: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, engine in zip("gd", trainer._engines, strict=True):
+            reducer, optimiser = engine._reducer, engine._base()  # type: ignore[attr-defined]
+
+            def noting(what: str, original: Any) -> Any:
+                def noted(*args: Any) -> Any:
+                    events.append(what)
+                    return original(*args)
+
+                return noted
+
+            patch.setattr(reducer, "flush", noting(f"sends {name}", reducer.flush))
+            patch.setattr(optimiser, "step", noting(f"moves {name}", optimiser.step))
+            engine.module.register_forward_pre_hook(noting(f"uses {name}", lambda *_: None))
+        trainer.train_step()
+    return events
 
 
 def run_slowly(case: dict[str, Any], world: processes.World, out: Path) -> None:
     original = Step.discriminator_loss
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         time.sleep(case["slow"] if world.rank == world.size - 1 else 0.0)
-        return original(*args)
+        return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "discriminator_loss", slow)

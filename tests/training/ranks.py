@@ -132,6 +132,7 @@ def train(case: dict[str, Any], world: processes.World, out: Path) -> None:
         return
     for _ in range(case["steps"]):
         trainer.train_step()
+    trainer.settle()
     assert trainer._engines is not None
     tensors = {f"g.{k}": v for k, v in trainer.step.generator.state_dict().items()}
     tensors |= {f"d.{k}": v for k, v in trainer.step.discriminator.state_dict().items()}

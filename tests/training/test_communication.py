@@ -104,6 +104,18 @@ def test_layout_of_weights(out: Path, zero: int) -> None:
         assert json.loads((out / f"counts-{rank}.json").read_text())[f"{zero}-1"]["channels_last"] is (zero == 0)
 
 
+def test_gradients_are_waited_for_when_weights_are_used(out: Path) -> None:
+    """Each network's reduction has the first run of the other one to get through in. wgan-gp, n_critic 2."""
+    scored = ["uses d"] * 3  # real, fake and interpolated images
+    for rank in (0, 1):
+        order = json.loads((out / f"counts-{rank}.json").read_text())["0-1"]["order"]
+        assert order == [
+            *("uses d", "moves g", "uses g", "uses d", "uses d", "sends d"),
+            *("uses g", "moves d", *scored, "sends d"),
+            *("uses g", "moves d", "uses d", "sends g"),
+        ]
+
+
 def test_steps_of_two_ranks_read_nothing(out: Path) -> None:
     for rank in (0, 1):
         assert json.loads((out / f"counts-{rank}.json").read_text())["0-1"]["reads"] == {}
@@ -179,6 +191,7 @@ def test_buckets_are_sent_as_soon_as_they_are_whole(monkeypatch: pytest.MonkeyPa
             reducer.expect()
         module(x).square().sum().backward()
         if expecting:
+            reducer.flush()
             reducer.finish()
         return [p.grad.clone() for p in module[:4].parameters() if p.grad is not None]
 

@@ -81,8 +81,8 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
 def test_loss_not_finite_stops_before_the_next_save(trainer: Trainer, tmp_path: Path) -> None:
     original = trainer.step.discriminator_loss
 
-    def poisoned(*args: Any) -> Any:
-        loss, seen = original(*args)
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        loss, seen = original(*args, **kwargs)
         return (loss * torch.nan if trainer.steps == 5 else loss), seen
 
     trainer.step.discriminator_loss = poisoned  # type: ignore[method-assign]
