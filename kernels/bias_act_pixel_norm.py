@@ -17,6 +17,7 @@ from torch import Tensor
 
 TILE = 8192  # elements
 LARGEST = 4096  # channels that are kept
+_SECTOR = 32  # bytes
 
 
 @triton.jit
@@ -44,29 +45,68 @@ def _load(base, offsets, mask):
 
 
 @triton.jit
+def _activated(x, bias, c, offsets, mask, slope, gain, ACT: tl.constexpr, C: tl.constexpr):
+    """act(x + bias) * gain, 0 outside."""
+    value = _load(x, offsets, mask)
+    if bias is not None:
+        value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    return tl.where(mask, activate(value, slope, gain, ACT), 0.0)
+
+
+# Vectors that a program cannot keep are gone through twice, in loops that are not unrolled: unrolled, all their loads
+# come first and spill.
+@triton.jit
 def _forward_kernel(
     x, bias, y, r, per_sample, step_p, step_c, slope, gain, eps,
     ACT: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     sample, p = _pixels(0, per_sample, PIXELS, 1)
-    squares = tl.zeros([PIXELS], tl.float32)
-    for first in tl.static_range(0, C, BLOCK):
-        c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
-        value = _load(x, offsets, mask)
-        if bias is not None:
-            value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        value = tl.where(mask, activate(value, slope, gain, ACT), 0.0)
-        squares += tl.sum(value * value, 1)
+    if C > BLOCK:
+        squares = tl.zeros([PIXELS], tl.float32)
+        for first in range(0, C, BLOCK):
+            c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
+            value = _activated(x, bias, c, offsets, mask, slope, gain, ACT, C)
+            squares += tl.sum(value * value, 1)
+    else:
+        c, offsets, mask = _at(sample, p, 0, per_sample, step_p, step_c, C, BLOCK, WIDE)
+        value = _activated(x, bias, c, offsets, mask, slope, gain, ACT, C)
+        squares = tl.sum(value * value, 1)
     scale = 1 / tl.sqrt(squares / C + eps)
     tl.store(r + sample.to(tl.int64) * per_sample + p, scale, mask=p < per_sample)
-    for first in tl.static_range(0, C, BLOCK):
-        if C > BLOCK:
+    if C > BLOCK:
+        for first in range(0, C, BLOCK):
             c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
-            value = _load(x, offsets, mask)
-            if bias is not None:
-                value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-            value = activate(value, slope, gain, ACT)
+            value = _activated(x, bias, c, offsets, mask, slope, gain, ACT, C)
+            tl.store(y + offsets, (value * scale[:, None]).to(y.dtype.element_ty), mask=mask)
+    else:
         tl.store(y + offsets, (value * scale[:, None]).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _inputs(u, dy, y, offsets, mask, slope, gain, ACT: tl.constexpr):
+    """(y, dy, u times act's derivative); without u, dy a second time."""
+    out = _load(y, offsets, mask)
+    grad = _load(dy, offsets, mask)
+    v = grad
+    if u is not None:
+        v = _load(u, offsets, mask) * slope_of_sign(out, slope, gain, ACT)
+    return out, grad, v
+
+
+@triton.jit
+def _outputs(
+    u, dx, gx, out, grad, v, scale, m, q, s, offsets, mask, slope, gain, ACT: tl.constexpr
+):  # fmt: skip
+    """Stores what the backward has found; returns what is to be summed for the bias, 0 outside."""
+    if u is None:
+        found = scale * (grad - out * m) * slope_of_sign(out, slope, gain, ACT)
+        tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask=mask)
+    else:
+        tl.store(dx + offsets, (scale * (v - out * q)).to(dx.dtype.element_ty), mask=mask)
+        found = scale * scale * (out * (3 * q * m - s) - v * m - grad * q)
+        found *= slope_of_sign(out, slope, gain, ACT)
+        tl.store(gx + offsets, found.to(gx.dtype.element_ty), mask=mask)
+    return tl.where(mask, found, 0.0)
 
 
 @triton.jit
@@ -76,49 +116,48 @@ def _backward_kernel(
     REPEAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dx of dy, or, given u, gdy (into dx) and gx; SUM: of dx, or of gx, into partial [programs, C]."""
+    partial += tl.program_id(0).to(tl.int64) * C
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(REPEAT):
         sample, p = _pixels(i, per_sample, PIXELS, REPEAT)
         scale = _load(r, sample.to(tl.int64) * per_sample + p, p < per_sample)[:, None]
-        m = tl.zeros([PIXELS], tl.float32)
-        q = tl.zeros([PIXELS], tl.float32)
-        s = tl.zeros([PIXELS], tl.float32)
-        for first in tl.static_range(0, C, BLOCK):
-            c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
-            out = _load(y, offsets, mask)
-            grad = _load(dy, offsets, mask)
-            m += tl.sum(grad * out, 1)
+        if C > BLOCK:  # REPEAT is 1
+            m = tl.zeros([PIXELS], tl.float32)
+            q = tl.zeros([PIXELS], tl.float32)
+            s = tl.zeros([PIXELS], tl.float32)
+            for first in range(0, C, BLOCK):
+                c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
+                out, grad, v = _inputs(u, dy, y, offsets, mask, slope, gain, ACT)
+                m += tl.sum(grad * out, 1)
+                if u is not None:
+                    q += tl.sum(v * out, 1)
+                    s += tl.sum(v * grad, 1)
+        else:
+            c, offsets, mask = _at(sample, p, 0, per_sample, step_p, step_c, C, BLOCK, WIDE)
+            out, grad, v = _inputs(u, dy, y, offsets, mask, slope, gain, ACT)
+            m = tl.sum(grad * out, 1)
+            q = m
+            s = m
             if u is not None:
-                v = _load(u, offsets, mask) * slope_of_sign(out, slope, gain, ACT)
-                q += tl.sum(v * out, 1)
-                s += tl.sum(v * grad, 1)
+                q = tl.sum(v * out, 1)
+                s = tl.sum(v * grad, 1)
         m = (m / C)[:, None]
         q = (q / C)[:, None]
         s = (s / C)[:, None]
-        for first in tl.static_range(0, C, BLOCK):
-            if C > BLOCK:
+        if C > BLOCK:
+            for first in range(0, C, BLOCK):
                 c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
-                out = _load(y, offsets, mask)
-                grad = _load(dy, offsets, mask)
-                if u is not None:
-                    v = _load(u, offsets, mask) * slope_of_sign(out, slope, gain, ACT)
-            if u is None:
-                found = scale * (grad - out * m) * slope_of_sign(out, slope, gain, ACT)
-                tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask=mask)
-            else:
-                tl.store(dx + offsets, (scale * (v - out * q)).to(dx.dtype.element_ty), mask=mask)
-                found = scale * scale * (out * (3 * q * m - s) - v * m - grad * q)
-                found *= slope_of_sign(out, slope, gain, ACT)
-                tl.store(gx + offsets, found.to(gx.dtype.element_ty), mask=mask)
+                out, grad, v = _inputs(u, dy, y, offsets, mask, slope, gain, ACT)
+                found = _outputs(u, dx, gx, out, grad, v, scale, m, q, s, offsets, mask, slope, gain, ACT)
+                if SUM:
+                    tl.store(partial + c, tl.sum(found, 0), mask=c < C)
+        else:
+            found = _outputs(u, dx, gx, out, grad, v, scale, m, q, s, offsets, mask, slope, gain, ACT)
             if SUM:
-                sums = tl.sum(tl.where(mask, found, 0.0), 0)
-                if C > BLOCK:  # REPEAT is 1
-                    tl.store(partial + tl.program_id(0).to(tl.int64) * C + c, sums, mask=c < C)
-                else:
-                    total += sums
+                total += tl.sum(found, 0)
     if SUM and C <= BLOCK:
         c = tl.arange(0, BLOCK)
-        tl.store(partial + tl.program_id(0).to(tl.int64) * C + c, total, mask=c < C)
+        tl.store(partial + c, total, mask=c < C)
 
 
 def _launch(kernel: Any, like: Tensor, want_bias: bool = False, **arguments: Any) -> Tensor:
@@ -129,9 +168,13 @@ def _launch(kernel: Any, like: Tensor, want_bias: bool = False, **arguments: Any
         samples, per_sample, steps = 1, n * pixels, (channels, 1)
     else:
         samples, per_sample, steps = n, pixels, (1, pixels)
+    # So many neighbours make full sectors of one channel.
+    least = min(_SECTOR // like.element_size(), triton.next_power_of_2(per_sample)) if steps[0] == 1 else 1
     block = min(triton.next_power_of_2(channels), LARGEST)
-    # Three tensors are held at once in a second backward, and at least 16 pixels make a full 32 bytes of one channel.
-    tile = min(max(TILE // block, 16 if steps[0] == 1 else 1), triton.next_power_of_2(per_sample), 256)
+    # Registers keep twice a tile of one or two tensors, and of the three of a second backward a tile.
+    if block * least > (TILE if arguments.get("u") is not None else 2 * TILE):
+        block = TILE // least
+    tile = min(max(TILE // block, least), triton.next_power_of_2(per_sample), 256)
     groups = samples * triton.cdiv(per_sample, tile)
     constants = {"C": channels, "BLOCK": block, "PIXELS": tile, "WIDE": like.numel() + 2 * TILE >= 2**31}
     if kernel is _backward_kernel:
