@@ -216,7 +216,8 @@ def predicted(answers: list[dict[str, Any]], nodes: int, megabits: float) -> tup
         found = [answer["timing"][name] for answer in answers]
         seconds = statistics.fmean(part["seconds"] for part in found)
         shape = min(found, key=lambda part: abs(part["seconds"] - seconds))["gradients"]
-        parts.append(NetworkTime(seconds, tuple((size, before) for size, before in shape)))
+        lead = statistics.fmean(part["lead"] for part in found)
+        parts.append(NetworkTime(seconds, tuple((size, before) for size, before in shape), lead))
     link = Link(megabits * 1e6 / 8, latency)
     step = step_seconds(parts[0], parts[1], Cluster(nodes, 1, link, link), n_critic=1, accumulation=1)
     return step.seconds, step.exposed
@@ -273,17 +274,13 @@ def curves(speedup: float) -> Iterator[tuple[str, int, int, float, float]]:
     from fastgan.plan import Machines, cluster_of
     from fastgan.train import parse
     from fastgan.training.forecast import Planner, shares
-    from fastgan.training.scaling import NetworkTime
     from fastgan.training.steptimes import read, recipe
 
     config = parse(["--data", "synthetic"]).config
     source = open_source("synthetic", 4)
     times = read(str(STEP_TIMES), recipe(config, 3))
 
-    def faster(part: NetworkTime) -> NetworkTime:
-        return NetworkTime(part.seconds / speedup, tuple((n, before / speedup) for n, before in part.gradients))
-
-    timings = [dataclasses.replace(t, d=faster(t.d), g=faster(t.g)) for t in times.timings]
+    timings = [dataclasses.replace(t, d=t.d.scaled(1 / speedup), g=t.g.scaled(1 / speedup)) for t in times.timings]
     times = dataclasses.replace(times, timings=timings)
     # Operations are those of a rank, whatever the cluster; memory, which is not, is not asked for.
     counted = Planner(config, source, cluster_of(Machines()))._footprints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -127,11 +127,12 @@ class Planner:
             rows.append(Row(share, of, time, note))
         return rows
 
+    def _own_reduction(self, share: Share) -> bool:
+        return own_reduction(engine_settings(self.config, share.stage.resolution, self.cluster.size))
+
     def reducing(self, share: Share) -> Cluster:
         """The ranks that average gradients: those at work, where the trainer gives them a group of their own."""
-        if own_reduction(engine_settings(self.config, share.stage.resolution, self.cluster.size)):
-            return self.cluster.first(share.working)
-        return self.cluster
+        return self.cluster.first(share.working) if self._own_reduction(share) else self.cluster
 
     def time(self, times: StepTimes, share: Share) -> tuple[StageTime, str]:
         """A stage's time, and how it came about if not by measuring.
@@ -150,6 +151,7 @@ class Planner:
                 self.reducing(share),
                 n_critic=self.config.optimiser.n_critic,
                 accumulation=self.config.schedule.accumulation,
+                deferred=self._own_reduction(share),
             )
             parts.append((float(images), step))
         return stage_seconds(parts, share.batch, self.config.optimiser.n_critic), "; ".join(notes)
@@ -207,5 +209,5 @@ def _fit(points: list[tuple[int, int, float]]) -> tuple[float, float]:
 
 def _stretched(part: NetworkTime, seconds: float, nbytes: int) -> NetworkTime:
     """Another network's step of `seconds`; its gradients become ready in the same rhythm."""
-    held, factor = sum(size for size, _ in part.gradients), seconds / part.seconds
-    return NetworkTime(seconds, tuple((round(n * nbytes / held), before * factor) for n, before in part.gradients))
+    held, scaled = sum(size for size, _ in part.gradients), part.scaled(seconds / part.seconds)
+    return replace(scaled, gradients=tuple((round(n * nbytes / held), before) for n, before in scaled.gradients))

@@ -93,11 +93,18 @@ def reduction_seconds(gradients: Sequence[tuple[int, float]], cluster: Cluster) 
 class NetworkTime:
     """One step of one network on a rank's micro-batch.
 
-    seconds: forward, backward and optimiser, alone. gradients: as for `reduction_seconds`.
+    seconds: forward, backward and optimiser, alone. gradients: as for `reduction_seconds`. lead: seconds of it before
+    the other network is used, whose gradients may still be on their way then.
     """
 
     seconds: float
     gradients: tuple[tuple[int, float], ...]
+    lead: float = 0.0
+
+    def scaled(self, factor: float) -> NetworkTime:
+        """The same step, so many times as long."""
+        gradients = tuple((size, before * factor) for size, before in self.gradients)
+        return NetworkTime(self.seconds * factor, gradients, self.lead * factor)
 
 
 @dataclass(frozen=True)
@@ -109,10 +116,18 @@ class Step:
     exposed: float
 
 
-def step_seconds(d: NetworkTime, g: NetworkTime, cluster: Cluster, *, n_critic: int, accumulation: int) -> Step:
-    """Gradients are reduced once for each optimiser step, with the last micro-batch."""
+def step_seconds(
+    d: NetworkTime, g: NetworkTime, cluster: Cluster, *, n_critic: int, accumulation: int, deferred: bool = True
+) -> Step:
+    """Gradients are reduced once for each optimiser step, with the last micro-batch.
+
+    deferred: whether they are waited for when the weights are next used, and not when the backward ends. Between two
+    steps of D that is after the generator has made images, which takes it about as long as in its own step.
+    """
     sent_d, exposed_d = reduction_seconds(d.gradients, cluster)
     sent_g, exposed_g = reduction_seconds(g.gradients, cluster)
+    if deferred:
+        exposed_d, exposed_g = max(exposed_d - g.lead, 0.0), max(exposed_g - d.lead, 0.0)
     computing = accumulation * (n_critic * d.seconds + g.seconds)
     exposed = n_critic * exposed_d + exposed_g
     return Step(computing + exposed, n_critic * sent_d + sent_g, exposed)

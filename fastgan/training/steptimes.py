@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan.config import Config, replace, to_dict
 from fastgan.data import Batch, open_source
@@ -68,7 +70,7 @@ class StepTimes:
             return exact, ""
         if len(known) == 1:
             factor = micro / known[0].micro
-            d, g = (_scaled(part, factor) for part in (known[0].d, known[0].g))
+            d, g = known[0].d.scaled(factor), known[0].g.scaled(factor)
             return Timing(resolution, micro, fading, d, g), f"in proportion from {known[0].micro} per rank"
         upper = next((i for i, t in enumerate(known) if t.micro > micro), len(known) - 1)
         low, high = known[max(upper, 1) - 1], known[max(upper, 1)]
@@ -77,14 +79,10 @@ class StepTimes:
         return Timing(resolution, micro, fading, d, g), f"on a line through {low.micro} and {high.micro} per rank"
 
 
-def _scaled(part: NetworkTime, factor: float) -> NetworkTime:
-    return NetworkTime(part.seconds * factor, tuple((size, before * factor) for size, before in part.gradients))
-
-
 def _between(a: NetworkTime, b: NetworkTime, along: float) -> NetworkTime:
     seconds = max(a.seconds + along * (b.seconds - a.seconds), 0.0)
     # The shape of the backward is that of the nearer one.
-    return _scaled(nearer, seconds / nearer.seconds) if (nearer := a if along < 0.5 else b).seconds else nearer
+    return nearer.scaled(seconds / nearer.seconds) if (nearer := a if along < 0.5 else b).seconds else nearer
 
 
 def recipe(config: Config, channels: int) -> dict[str, Any]:
@@ -183,6 +181,17 @@ class _Still:
         return self._batch
 
 
+@contextlib.contextmanager
+def _first_use(module: nn.Module, marks: Marks) -> Iterator[list[int]]:
+    """When `module` was called inside, the first time first."""
+    found: list[int] = []
+    handle = module.register_forward_pre_hook(lambda *_: found.append(marks()))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 class _Watched:
     """An engine that notes when each gradient is there and when the backward ends."""
 
@@ -268,8 +277,8 @@ class Bench:
             if isinstance(module, Progressive):
                 module.set_alpha(0.5 if fading else 1.0)
         self._step(trainer, micro)
-        taken: list[tuple[float, float]] = []
-        while not taken or (sum(map(sum, taken)) < self._seconds and len(taken) < 50):
+        taken: list[tuple[float, ...]] = []
+        while not taken or (sum(d + g for d, g, *_ in taken) < self._seconds and len(taken) < 50):
             taken.append(self._step(trainer, micro))
         assert trainer._engines is not None
         watched = tuple(_Watched(engine, Marks(device)) for engine in trainer._engines)
@@ -279,16 +288,19 @@ class Bench:
         trainer._close_engines()
         # Trainer, engines and hooks refer to each other: at 1024 px nothing else may stay in memory.
         gc.collect()
-        seconds_d, seconds_g = (statistics.median(part) for part in zip(*taken, strict=True))
-        return Timing(resolution, micro, fading, NetworkTime(seconds_d, d), NetworkTime(seconds_g, g))
+        time_d, time_g, lead_d, lead_g = (statistics.median(part) for part in zip(*taken, strict=True))
+        return Timing(resolution, micro, fading, NetworkTime(time_d, d, lead_d), NetworkTime(time_g, g, lead_g))
 
     @staticmethod
-    def _step(trainer: Trainer, micro: int) -> tuple[float, float]:
-        """Seconds of one step of the discriminator and of one of the generator."""
+    def _step(trainer: Trainer, micro: int) -> tuple[float, ...]:
+        """Seconds of one step of the discriminator and of one of the generator, and their leads."""
         marks = Marks(trainer.world.device)
         begun = marks()
-        positions = trainer._discriminator_step(micro)
+        with _first_use(trainer.step.generator, marks) as generator:
+            positions = trainer._discriminator_step(micro)
         between = marks()
-        trainer._generator_step(positions)
+        with _first_use(trainer.step.discriminator, marks) as discriminator:
+            trainer._generator_step(positions)
         end = marks()
-        return marks.seconds(begun, between), marks.seconds(between, end)
+        spans = ((begun, between), (between, end), (begun, generator[0]), (between, discriminator[0]))
+        return tuple(marks.seconds(a, b) for a, b in spans)

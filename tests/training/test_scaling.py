@@ -84,6 +84,12 @@ def test_a_step_reduces_once_for_each_optimiser_step() -> None:
     step = step_seconds(d, g, of, n_critic=5, accumulation=3)
     assert step.communication == step.exposed == pytest.approx(5 * 1.0 + 0.5)
     assert step.seconds == pytest.approx(3 * (5 * 2.0 + 1.0) + 5.5)
+    # D's second of sending has 0.3 s of the generator to get through in, G's half a second more than it needs.
+    leading = step_seconds(replace(d, lead=0.7), replace(g, lead=0.3), of, n_critic=5, accumulation=3)
+    assert leading.exposed == pytest.approx(5 * 0.7) and leading.communication == step.communication
+    assert leading.seconds == pytest.approx(3 * (5 * 2.0 + 1.0) + 3.5)
+    at_once = step_seconds(replace(d, lead=0.7), replace(g, lead=0.3), of, n_critic=5, accumulation=3, deferred=False)
+    assert at_once == step
     # 6,000 images fade and 4,000 do not; a generator step takes 5 batches of 8.
     stable = step_seconds(d, g, cluster(1), n_critic=5, accumulation=3)
     stage = stage_seconds([(6000.0, step), (4000.0, stable), (0.0, step)], batch=8, n_critic=5)
