@@ -1,6 +1,6 @@
 """How training scales over ranks, and whether `fastgan plan` knows: writes docs/scaling/*.png.
 
-    python benchmarks/bench_scaling.py [--parts ranks hosts curve] [--hosts 2 4] [--seconds 3] [--rounds 4]
+    python benchmarks/bench_scaling.py [--parts ranks hosts curve] [--hosts 2 4] [--seconds 8] [--rounds 4]
 
 ranks: two ranks of one thread beside one rank of one thread, pggan's digits preset at 32 px, the same images per rank;
 and beside two runs of one rank that have nothing to do with each other, which shows what the cores share.
@@ -350,7 +350,7 @@ def draw_hosts(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("ranks", "hosts", "curve"), default=["ranks", "hosts", "curve"])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a measurement")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of a measurement")
     parser.add_argument("--rounds", type=int, default=4, help="measurements of each kind")
     parser.add_argument("--hosts", nargs="+", type=int, choices=(2, 4), default=[2, 4], help="of the part with hosts")
     parser.add_argument("--speedup", type=float, default=1000.0, help="of the curve's ranks over those measured")
