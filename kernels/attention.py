@@ -45,11 +45,14 @@ def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float,
     strides = {f"{name}_strides": None if x is None else x.stride() for name, x in strided.items()}
     odd = any(step % 16 and step != 1 for steps in strides.values() if steps for step in steps)
     tile = tiles.find(op, kind, max(block_d, block_dv), q.device, odd)
+    fewer = min(block_d, block_dv)
+    if op.endswith("rows") and kind == "float32" and block_d != block_dv:
+        fewer = max(16, fewer // 2)  # whole, the smaller operands spill beside the larger ones
     count, block = (m, tile.cols) if op.endswith("columns") else (n, tile.rows)
     with on(q.device):
         kernel[(triton.cdiv(count, block) * batch * heads,)](
             **arrays, **strides, heads=heads, n=n, m=m, scale=scale, D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            ROWS=tile.rows, COLS=tile.cols, CHUNK=min(tile.chunk, block_d, block_dv),
+            ROWS=tile.rows, COLS=tile.cols, CHUNK=min(tile.chunk, fewer),
             EVEN=n % tile.rows == 0 and m % tile.cols == 0, WIDE=wide(*strided.values(), dims=2),
             CAUSAL=causal, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
