@@ -130,7 +130,8 @@ class _Shape:
         self.pixels = self.height * self.width
         self.places = self.pixels * (self.channels // num_features)
         padded = triton.next_power_of_2(group)
-        block = min(max(16, TILE // padded), triton.next_power_of_2(self.places))
+        tile = TILE if padded < 16 else TILE // 2  # a large group's float32 spills on sm_80 otherwise
+        block = min(max(16, tile // padded), triton.next_power_of_2(self.places))
         self.tiles = triton.cdiv(self.places, block)
         self.last = channels_last(x)
         self.programs = self.groups * num_features * self.tiles
