@@ -355,6 +355,7 @@ class DeepSpeedEngine:
         _restore(self._fragments(), self._base(), state)
 
     def close(self) -> None:
+        self._pending = False
         if self._reducer is not None:
             self._reducer.close()
         self._engine.destroy()
