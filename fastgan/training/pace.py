@@ -76,10 +76,7 @@ class Pace:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        if self._world.size == 1:
-            yield
-            return
-        with self._step():
+        with self.rest():
             yield
         self._steps += 1
 
