@@ -141,6 +141,7 @@ def train(case: dict[str, Any], world: processes.World, out: Path) -> None:
     if world.main:
         _write(tensors, out / f"{case['name']}.safetensors")
     trainer._close_engines()
+    trainer.pipeline.close()
 
 
 def main() -> None:
@@ -149,6 +150,8 @@ def main() -> None:
     world = processes.start("auto", "cpu")
     for case in cases:
         train(case, world, out)
+    if world.lives is not None:
+        world.lives.close()
     processes.stop()
 
 
