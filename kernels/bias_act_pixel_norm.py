@@ -1,7 +1,8 @@
 """pixel_norm(act(x + bias) * gain) and its derivatives, one pass each; in full in `fastgan.ops.bias_act_pixel_norm`.
 
-A program takes the whole feature vectors of a few pixels, so that every input is read once; vectors of more than 4096
-channels are read a second time. Sums over all but the channels are sums of the programs' sums, in a fixed order.
+A program takes the whole feature vectors of a few pixels, so that every input is read once. Vectors that it cannot
+keep are read twice: of more than 4096 channels, or, in contiguous memory, whose tiles need neighbouring pixels, of more
+than 512 to 2048, by dtype and pass. Sums over all but the channels are sums of the programs' sums, in a fixed order.
 """
 
 from __future__ import annotations
