@@ -103,6 +103,7 @@ def worker(folder: Path, per_rank: int, resolution: int) -> None:
         answer.with_suffix(".part").write_text(json.dumps(obey(order)))
         os.replace(answer.with_suffix(".part"), answer)
         number += 1
+    world.done()
     processes.stop()
 
 

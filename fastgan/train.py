@@ -284,7 +284,9 @@ def main(argv: list[str]) -> int:
     )
     with world.guard(), readers_may_go():
         try:
-            return _train(request, world, began)
+            code = _train(request, world, began)
+            world.done()
+            return code
         finally:
             processes.stop()
 

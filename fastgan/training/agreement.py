@@ -28,8 +28,7 @@ def same(world: World, values: dict[str, Any]) -> None:
     for rank, (name, theirs) in enumerate(gathered):
         for key, ours in first.items():
             if theirs[key] != ours:
-                if world.lives is not None:
-                    world.lives.close()
+                world.done()
                 if not world.main:
                     raise SystemExit(2)
                 raise ArgumentError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -72,6 +74,11 @@ class World:
         """Around a rank's work; see `Liveness.guard`."""
         return self.lives.guard() if self.lives is not None else contextlib.nullcontext()
 
+    def done(self) -> None:
+        """Say that this rank's work is done; without it, those that are slower to leave take its end for a death."""
+        if self.lives is not None:
+            self.lives.close()
+
 
 def launched() -> bool:
     """Whether a launcher that sets RANK and WORLD_SIZE (deepspeed, torchrun) started this process."""
@@ -96,6 +103,9 @@ def quiet_deepspeed(device: str) -> None:
     import logging
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed imports this when it starts an engine; imported after the processes have met, its functions' defaults
+    # would hold the process group until the interpreter ends (see `stop`).
+    importlib.import_module("torch.distributed.nn")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger
@@ -267,6 +277,16 @@ def device_name(device: torch.device) -> str:
 
 
 def stop() -> None:
-    """Leave the process group, if one was joined."""
-    if dist.is_initialized():
+    """Leave the process group, if one was joined, and leave no thread of it behind.
+
+    Torch shuts a group down but leaves its threads to whoever still holds it; one of them that lets go of a finished
+    collective's tensor while the interpreter ends aborts the process, whose work is done and saved.
+    """
+    if not dist.is_initialized():
+        return
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()  # and of the groups that DeepSpeed keeps
+    else:
         dist.destroy_process_group()
+    gc.collect()  # engines, which hold the last of them in reference cycles

@@ -148,6 +148,7 @@ def main() -> None:
         else:
             counts[case["name"]] = count(case, world, out, sent)
     (out / f"counts-{world.rank}.json").write_text(json.dumps(counts))
+    world.done()
     processes.stop()
 
 

@@ -150,8 +150,7 @@ def main() -> None:
     world = processes.start("auto", "cpu")
     for case in cases:
         train(case, world, out)
-    if world.lives is not None:
-        world.lives.close()
+    world.done()
     processes.stop()
 
 

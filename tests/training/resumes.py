@@ -71,6 +71,7 @@ def main() -> None:
     world = processes.start("auto", "cpu")
     for one in cases:
         go_on(one, world, out)
+    world.done()
     processes.stop()
 
 
