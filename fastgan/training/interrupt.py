@@ -81,6 +81,7 @@ class Interrupt:
         self.signal: int | None = None
         self._stopping = False
         self._group: Any = None
+        self._lives = world.lives
         if world.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         self._flag = torch.zeros((), dtype=torch.int32)
@@ -114,6 +115,8 @@ class Interrupt:
         stop = False
         if self._work is not None:
             self._work.wait()
+            if self._lives is not None:
+                self._lives.together()
             stop = self._stopping = bool(self._flag.item())
         self._flag.fill_(int(asked))
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)

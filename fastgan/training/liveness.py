@@ -84,6 +84,7 @@ class Liveness:
         self._failed: dict[int, tuple[str, int]] = {}
         self._lost: dict[int, str] = {}
         self._decide: float | None = None
+        self._together = 0.0
         self._hosts, self._expected = {0: address}, dict(enumerate(expected))
         listener = socket.create_server(("", 0), backlog=max(size, 16)) if rank == 0 else None
         told = (listener.getsockname()[1], secrets.token_hex(16), host()) if listener else None
@@ -122,6 +123,11 @@ class Liveness:
         self._failed[self.rank] = (what, code)
         self._leaving.set()
         self._thread.join(timeout=5)
+
+    def together(self) -> None:
+        """All ranks have just met in a collective, so that silence before now was the watch's own connections: after a
+        break TCP may wait twice as long as the break was before it tries again."""
+        self._together = time.monotonic()
 
     def close(self) -> None:
         """The work is done: what happens to the others is no longer this rank's concern."""
@@ -171,8 +177,9 @@ class Liveness:
                 beaten = now
                 self._tell(peers, b".\n")
             for peer in peers:
-                if peer.rank is not None and peer.rank not in gone and now - peer.heard > self._silence:
-                    self._verdict(peers, peer.rank, f"no sign of life for {now - peer.heard:.0f} s", FAULT)
+                silent = now - max(peer.heard, self._together)
+                if peer.rank is not None and peer.rank not in gone and silent > self._silence:
+                    self._verdict(peers, peer.rank, f"no sign of life for {silent:.0f} s", FAULT)
             known = {peer.rank for peer in peers} | gone | {0}
             missing = [rank for rank in range(self.size) if rank not in known]
             if missing and now - began > joining(self.timeout):
@@ -299,7 +306,7 @@ class Liveness:
                     if "bye" in said:
                         return
                     self._end(said)
-            silent = time.monotonic() - heard
+            silent = time.monotonic() - max(heard, self._together)
             if not self._leaving.is_set() and (closed or silent > self._silence):
                 what = "its connection closed: the process died" if closed else f"no sign of life for {silent:.0f} s"
                 self._end({"failed": 0, "host": self._hosts[0], "what": what, "code": FAULT})

@@ -45,6 +45,12 @@ with lives.guard():
         raise RuntimeError("gloo: Connection closed by peer")
     if does == "bug":
         raise KeyError("mistake")
+    if does == "mute":
+        lives._beat = 1e9
+    if does in ("mute", "meet"):
+        for _ in range(30):
+            lives.together()
+            time.sleep(0.1)
     time.sleep(60 if does == "hang" else 1)
 lives.close()
 """
@@ -124,6 +130,14 @@ def test_rank_that_others_wait_for_is_named(tmp_path: Path) -> None:
     first, _, third = (_end(p) for p in _ranks(tmp_path, "lost", "hang", "lost"))
     for code, lines in (first, third):
         assert code == 75 and len(lines) == 1 and "rank 1 on" in lines[0] and "alive, but not where" in lines[0]
+
+
+@pytest.mark.parametrize("mute", [0, 1])
+def test_rank_that_is_not_heard_but_met_is_alive(tmp_path: Path, mute: int) -> None:
+    """Collectives go on where the watch's connection has not yet recovered from a break of the link."""
+    does = ["meet", "meet", "meet"]
+    does[mute] = "mute"
+    assert [_end(p) for p in _ranks(tmp_path, *does, timeout=2)] == [(0, [])] * 3
 
 
 def test_ranks_that_are_done_leave_in_any_order(tmp_path: Path) -> None:
