@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cluster")]
 
 FLAGS = (
-    "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 8 --kimg 2.4 --log-kimg 0.008 "
-    "--checkpoint-kimg 0.1 --keep 50 --samples 4 --deterministic --threads 1 --timeout 20"
+    "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 8 --kimg 2.4 --fade-kimg 0.6 "
+    "--stable-kimg 1.2 --log-kimg 0.008 --checkpoint-kimg 0.1 --keep 50 --samples 4 --deterministic --threads 1 "
+    "--timeout 20"
 ).split()
 # What a line of the output holds, in the order of their coming, and what has come to its end with it.
 STAGES = {

@@ -47,10 +47,7 @@ RESOLUTION = 32
 POINTS = 10
 CURVE_IMAGES = 2000
 IMAGES = 10_000
-# One batch for all. pggan's low resolutions are over early: at an equal share for each of them half of so short a run
-# would be over before the first image of 32 px.
-SETTINGS: dict[str, Changes] = {arm: {"schedule": {"batch": 32}} for arm in ARMS}
-SETTINGS["pggan"]["schedule"] |= {"fade_kimg": 5.0, "stable_kimg": 5.0}
+SETTINGS: dict[str, Changes] = {arm: {"schedule": {"batch": 32}} for arm in ARMS}  # one batch for all
 
 
 def gradient_norm(stored: checkpoint.Checkpoint, config: Config) -> float:

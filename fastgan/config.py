@@ -125,9 +125,11 @@ class Schedule(_Strict):
     accumulation: int = 1
     """Micro-batches in which each rank takes its share of a batch."""
     fade_kimg: float | None = None
-    """Length of a fade-in (pggan); None: half of an equal share of --kimg."""
+    """Length of a fade-in (pggan); None: half of an equal share of --kimg, or see grown_at."""
     stable_kimg: float | None = None
     """Length of the training after a fade-in, before the next growth (pggan); None: as fade_kimg."""
+    grown_at: float | None = None
+    """Share of the run after which the last resolution is faded in (pggan), where neither length is given."""
 
 
 @dataclass(frozen=True)
@@ -386,6 +388,7 @@ def check(config: Config) -> None:
     }.items():
         _require(0 <= rate < 1, f"--{flag}", rate, "it may be at least 0 and below 1")
     _require(0 <= config.optimiser.lr_decay <= 1, "--lr-decay", config.optimiser.lr_decay, "it may be 0 to 1")
+    _require(s.grown_at is None or 0 < s.grown_at <= 1, "--grown-at", s.grown_at, "it may be above 0, to 1")
     _require(r.seed >= 0, "--seed", r.seed, "it may be 0 or more")
     _require(config.data.channels in (None, 1, 3), "--channels", config.data.channels, "it may be 1 or 3")
     _require(

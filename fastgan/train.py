@@ -153,9 +153,10 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
     if preset not in ("paper", "digits"):
         raise ArgumentError("--preset", preset, "it may be paper or digits")
     recipe: Preset = "paper" if preset == "paper" else "digits"
-    base = VARIANTS[variant].config(recipe)
+    # What a run's file does not have is newer than the run: the value that changes nothing, not the preset's.
+    base = VARIANTS[variant].config(recipe) if resume is None else Config()
     held = _prepared_resolution(first.data or chosen["data"])
-    if held is not None:
+    if held is not None and resume is None:
         base = replace(base, schedule={"resolution": min(base.schedule.resolution, held)})
     for values, where in layers:
         base = merge(base, values, where)
@@ -164,9 +165,14 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
     )
     asked = tyro.cli(kind, args=argv, default=defaults, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     config = Config(**{f.name: getattr(asked, f.name) for f in dataclasses.fields(Config)})
+    given = {flag.split("=")[0].replace("_", "-") for flag in argv}
+    if "--grown-at" in given and config.schedule.grown_at is not None:
+        if given & {"--fade-kimg", "--stable-kimg"}:
+            share = config.schedule.grown_at
+            raise ArgumentError("--grown-at", share, "it may be left out beside --fade-kimg and --stable-kimg")
+        config = replace(config, schedule={"fade_kimg": None, "stable_kimg": None})  # those of the preset
     check(config)
-    cut = any(flag.split("=")[0] == "--accumulation" for flag in argv)
-    return Request(config, variant, preset, resume, asked, cut)
+    return Request(config, variant, preset, resume, asked, "--accumulation" in given)
 
 
 def _run_directory(request: Request, world: World) -> Path:

@@ -203,6 +203,7 @@ BAD: list[tuple[str, str, Any]] = [
     *[("system", "threads", v) for v in (0, -1)],
     *[("optimiser", key, v) for key in ("beta1", "beta2", "ema_decay") for v in (-0.1, 1.0, 2.0, math.nan)],
     *[("optimiser", "lr_decay", v) for v in (-0.1, 1.1, math.nan)],
+    *[("schedule", "grown_at", v) for v in (-0.1, 0.0, 1.1, math.nan)],
     ("run", "seed", -1),
     *[("data", "channels", v) for v in (0, 2, 4)],
     *[("schedule", "batch_at", v) for v in ({12: 4}, {16: 0}, {32: -1}, {2048: 4})],

@@ -14,7 +14,7 @@ from PIL import Image
 
 import fastgan
 from fastgan import checkpoint, commands, doctor, sample, train
-from fastgan.config import Config
+from fastgan.config import Config, write_yaml
 from fastgan.errors import ArgumentError
 from fastgan.training.build import check_stages
 from fastgan.variants import VARIANTS
@@ -170,6 +170,30 @@ def test_truncated_checkpoint(capsys: pytest.CaptureFixture[str], run: Path, tmp
     file = newest / "training.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     refused(capsys, copy, ["--resume", str(copy)], "--resume", "training.safetensors", "truncated")
+
+
+def test_growing_by_share_or_by_lengths() -> None:
+    """The flag that is given takes the place of what the preset says in other words."""
+
+    def schedule(*flags: str) -> tuple[float | None, float | None, float | None]:
+        s = train.parse(["--variant", "pggan", *flags]).config.schedule
+        return s.fade_kimg, s.stable_kimg, s.grown_at
+
+    assert schedule("--data", "synthetic") == (600, 600, None)
+    assert schedule("--data", "synthetic", "--grown-at", "0.5") == (None, None, 0.5)
+    assert schedule("--grown-at=0.5") == (None, None, 0.5)
+    for flag in ("--fade-kimg", "--stable_kimg"):
+        with pytest.raises(ArgumentError, match=r"--grown-at: was 0\.5"):
+            schedule("--grown-at", "0.5", flag, "5")
+
+
+def test_a_run_older_than_a_setting_goes_on_without_it(tmp_path: Path) -> None:
+    write_yaml(train.parse(["--variant", "pggan"]).config, "pggan", "digits", tmp_path / "config.yaml")
+    content = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert content["schedule"].pop("grown_at") is not None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    resumed = train.parse(["--resume", str(tmp_path)]).config.schedule
+    assert resumed.grown_at is None and resumed.kimg == content["schedule"]["kimg"]
 
 
 def test_what_a_run_leaves(run: Path) -> None:

@@ -33,6 +33,7 @@ def plan(config: Config) -> list[Stage]:
         progressive=config.networks.model == "pggan",
         fade_kimg=s.fade_kimg,
         stable_kimg=s.stable_kimg,
+        grown_at=s.grown_at,
     )
 
 

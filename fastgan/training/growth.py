@@ -32,11 +32,13 @@ def stages(
     progressive: bool,
     fade_kimg: float | None = None,
     stable_kimg: float | None = None,
+    grown_at: float | None = None,
 ) -> list[Stage]:
     """The stages of a run; one stage without a fade when not `progressive`.
 
     The first resolution, 4, has no fade. By default every resolution gets an equal share of `kimg`, half of it fading;
-    the last one trains to the end. Stages that would begin after `kimg` are left out.
+    the last one trains to the end. With `grown_at`, all fades and what lies between them have one length, so that the
+    last fade ends after that share of the run. Stages that would begin after `kimg` are left out.
     """
     total = round(kimg * 1000)
     if not progressive:
@@ -46,6 +48,8 @@ def stages(
     if fade_kimg is None and stable_kimg is None:
         fade = stable = share / 2
         first = share
+        if grown_at is not None and len(sizes) > 1:
+            fade = stable = first = 1000 * kimg * grown_at / (2 * (len(sizes) - 1))
     else:
         fade = share / 2 if fade_kimg is None else 1000 * fade_kimg
         stable = fade if stable_kimg is None else 1000 * stable_kimg

@@ -22,8 +22,8 @@ from fastgan import checkpoint
 
 TIMEOUT = 20
 FLAGS = (
-    "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 8 --kimg 1.6 --checkpoint-kimg 0.1 "
-    f"--keep 50 --samples 4 --deterministic --threads 1 --timeout {TIMEOUT}"
+    "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 8 --kimg 1.6 --fade-kimg 0.4 "
+    f"--stable-kimg 0.8 --checkpoint-kimg 0.1 --keep 50 --samples 4 --deterministic --threads 1 --timeout {TIMEOUT}"
 ).split()
 GROWS = "kimg-000000.800"
 """The last checkpoint at 4 px: the next step is of 8 px."""

@@ -42,7 +42,7 @@ FLAGS = {
     # drift's; at the preset's 0.001 that is the rounding error of a sum of +-1, which Adam then normalises, so the
     # comparison is made where the gradient is one.
     "pggan": "--fmap-base 32 --fmap-max 8 --latent 8 --batch 16 --resolution 8 --kimg 0.32 --drift 1 "
-    "--lr-g 1e-3 --lr-d 1e-3",
+    "--fade-kimg 0.08 --stable-kimg 0.16 --lr-g 1e-3 --lr-d 1e-3",
 }
 
 

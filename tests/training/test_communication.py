@@ -34,7 +34,7 @@ def _case(zero: int, accumulation: int) -> dict[str, Any]:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collectives")
     slow = {"name": "slow", "variant": "pggan", "slow": 0.3, "steps": 0}
-    slow["flags"] = [*ranks.FLAGS["pggan"].split(), *"--kimg 0.16 --log-kimg 0.032".split()]
+    slow["flags"] = [*ranks.FLAGS["pggan"].split(), *"--kimg 0.16 --stable-kimg 0.08 --log-kimg 0.032".split()]
     ranks.launch(SCRIPT, [*(_case(*case) for case in CASES), slow], folder, 2)
     return folder
 

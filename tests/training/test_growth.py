@@ -73,6 +73,19 @@ def test_one_of_the_lengths_alone() -> None:
     assert boundaries(stages(8, 100, progressive=True, stable_kimg=30))[1] == (8, 30_000, 55_000, 100_000)
 
 
+def test_growing_takes_a_share_of_the_run() -> None:
+    assert boundaries(stages(32, 150, progressive=True, grown_at=0.2)) == [
+        (4, 0, 0, 5_000),
+        (8, 5_000, 10_000, 15_000),
+        (16, 15_000, 20_000, 25_000),
+        (32, 25_000, 30_000, 150_000),
+    ]
+    assert boundaries(stages(8, 100, progressive=True, fade_kimg=10, grown_at=0.2)) == boundaries(
+        stages(8, 100, progressive=True, fade_kimg=10)
+    )
+    assert boundaries(stages(4, 100, progressive=True, grown_at=0.2)) == [(4, 0, 0, 100_000)]
+
+
 def test_no_fade() -> None:
     planned = stages(16, 30, progressive=True, fade_kimg=0, stable_kimg=10)
     assert boundaries(planned) == [(4, 0, 0, 10_000), (8, 10_000, 10_000, 20_000), (16, 20_000, 20_000, 30_000)]

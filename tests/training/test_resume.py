@@ -18,8 +18,8 @@ from fastgan import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PGGAN = (
-    "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 16 --kimg 1.2 --checkpoint-kimg 0.1 "
-    "--keep 50 --samples 4 --deterministic --threads 1"
+    "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 16 --kimg 1.2 --grown-at 0.6 "
+    "--checkpoint-kimg 0.1 --keep 50 --samples 4 --deterministic --threads 1"
 ).split()
 SAGAN = (
     "--variant sagan --width 8 --max-width 8 --latent 8 --batch 8 --resolution 16 --kimg 0.8 --checkpoint-kimg 0.1 "
@@ -149,7 +149,7 @@ def test_longer_run_goes_on_from_a_finished_one(whole: Path, tmp_path: Path) -> 
 
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    flags = ("--kimg", "1.3", "--fade-kimg", "0.2", "--stable-kimg", "0.2")
+    flags = ("--kimg", "1.3", "--fade-kimg", "0.18", "--stable-kimg", "0.18")
     result = train("--resume", str(run), *flags)
     assert result.returncode == 0, result.stderr
     assert checkpoint.read(run, "run").meta["images"] == 1304

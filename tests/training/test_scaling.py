@@ -32,7 +32,8 @@ from fastgan.training.steptimes import SCHEMA, StepTimes, Timing, recipe, write
 
 GIGABIT = Link(bandwidth=1e8, latency=1e-3)
 ALONE = Link(bandwidth=1e12, latency=0.0)
-SMALL = "--variant pggan --data digits --fmap-base 32 --fmap-max 8 --latent 8 --resolution 8 --kimg 1".split()
+SMALL = "--variant pggan --data digits --batch 32 --fmap-base 32 --fmap-max 8 --latent 8 --resolution 8".split()
+SMALL += "--kimg 1 --fade-kimg 0.25 --stable-kimg 0.5".split()
 
 
 def cluster(nodes: int, per_node: int = 1, **changes: Any) -> Cluster:

@@ -19,8 +19,8 @@ from fastgan.training.supervisor import rank_hosts, read_hostfile
 
 SCRIPT = Path(train.__file__)
 FLAGS = (
-    "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 8 --kimg 0.8 --checkpoint-kimg 0.1 "
-    "--keep 50 --samples 4 --deterministic --threads 1"
+    "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 8 --kimg 0.8 --fade-kimg 0.2 "
+    "--stable-kimg 0.4 --checkpoint-kimg 0.1 --keep 50 --samples 4 --deterministic --threads 1"
 ).split()
 
 
