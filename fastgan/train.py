@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import signal
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -159,20 +160,33 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
     if held is not None and resume is None:
         base = replace(base, schedule={"resolution": min(base.schedule.resolution, held)})
     for values, where in layers:
-        base = merge(base, values, where)
+        schedule = values.get("schedule")
+        base = _one_growth(merge(base, values, where), schedule if isinstance(schedule, dict) else ())
     defaults = kind(
         **{f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}, variant=variant, preset=first.preset
     )
     asked = tyro.cli(kind, args=argv, default=defaults, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     config = Config(**{f.name: getattr(asked, f.name) for f in dataclasses.fields(Config)})
-    given = {flag.split("=")[0].replace("_", "-") for flag in argv}
-    if "--grown-at" in given and config.schedule.grown_at is not None:
-        if given & {"--fade-kimg", "--stable-kimg"}:
-            share = config.schedule.grown_at
-            raise ArgumentError("--grown-at", share, "it may be left out beside --fade-kimg and --stable-kimg")
-        config = replace(config, schedule={"fade_kimg": None, "stable_kimg": None})  # those of the preset
+    given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
+    config = _one_growth(config, given)
     check(config)
-    return Request(config, variant, preset, resume, asked, "--accumulation" in given)
+    return Request(config, variant, preset, resume, asked, "accumulation" in given)
+
+
+def _one_growth(config: Config, given: Collection[str]) -> Config:
+    """Stages by their lengths or by their share of the run: what is `given` takes the place of the other.
+
+    Raises:
+        ArgumentError: both are given.
+    """
+    s = config.schedule
+    lengths = any(key in given and getattr(s, key) is not None for key in ("fade_kimg", "stable_kimg"))
+    share = "grown_at" in given and s.grown_at is not None
+    if lengths and share:
+        raise ArgumentError("--grown-at", s.grown_at, "it may be left out beside --fade-kimg and --stable-kimg")
+    if lengths:
+        return replace(config, schedule={"grown_at": None})
+    return replace(config, schedule={"fade_kimg": None, "stable_kimg": None}) if share else config
 
 
 def _run_directory(request: Request, world: World) -> Path:

@@ -189,8 +189,8 @@ VARIANTS: dict[str, Variant] = {
             _PGGAN.but(
                 networks={"latent": 64, "fmap_base": 256, "fmap_max": 64},
                 # The paper's rates and its equal shares for each resolution are for runs a hundred times as long: with
-                # rates of 2e-3, equal shares and batches of 32, 150 kimg are at a Frechet distance of 31.5, twice of
-                # what 100 kimg reach so (docs/variants.md).
+                # rates of 2e-3, equal shares and batches of 32, 150 kimg end at a Frechet distance of 31.5; 100 kimg
+                # of these end at 16.2 (docs/variants.md).
                 optimiser={"lr_g": 4e-3, "lr_d": 4e-3, **_QUICK},
                 schedule={
                     "resolution": 32,

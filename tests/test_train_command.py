@@ -172,8 +172,9 @@ def test_truncated_checkpoint(capsys: pytest.CaptureFixture[str], run: Path, tmp
     refused(capsys, copy, ["--resume", str(copy)], "--resume", "training.safetensors", "truncated")
 
 
-def test_growing_by_share_or_by_lengths() -> None:
-    """The flag that is given takes the place of what the preset says in other words."""
+def test_growing_by_share_or_by_lengths(tmp_path: Path) -> None:
+    """What a flag or a file gives takes the place of what the preset says in other words."""
+    file = tmp_path / "config.yaml"
 
     def schedule(*flags: str) -> tuple[float | None, float | None, float | None]:
         s = train.parse(["--variant", "pggan", *flags]).config.schedule
@@ -182,6 +183,10 @@ def test_growing_by_share_or_by_lengths() -> None:
     assert schedule("--data", "synthetic") == (600, 600, None)
     assert schedule("--data", "synthetic", "--grown-at", "0.5") == (None, None, 0.5)
     assert schedule("--grown-at=0.5") == (None, None, 0.5)
+    assert schedule("--fade-kimg", "5") == (5, None, None)
+    file.write_text("schedule: {grown_at: 0.5}")
+    assert schedule("--config", str(file), "--data", "synthetic") == (None, None, 0.5)
+    assert schedule("--config", str(file), "--stable-kimg", "5") == (None, 5, None)
     for flag in ("--fade-kimg", "--stable_kimg"):
         with pytest.raises(ArgumentError, match=r"--grown-at: was 0\.5"):
             schedule("--grown-at", "0.5", flag, "5")
