@@ -160,8 +160,9 @@ class _BiasActPixelNormBackward(Function):
         assert u is not None
         u = node_of(like(u, y))
         want_bias = bias is not None and asked(ctx, 2)
-        if not (want_bias or asked(ctx, 1)):
-            # As a function of dy alone it is linear and its own adjoint.
+        if settings.act != LRELU and not (want_bias or asked(ctx, 1)):
+            # As a function of dy alone it is linear and its own adjoint. Not with lrelu, whose slope s does not commute
+            # with the projection; relu's does, as y is 0 where it is.
             return _BiasActPixelNormBackward.apply(u, origin, bias, y, r, settings, False)[0], *nothing[1:]
         gdy, gx, gb = _BiasActPixelNormSecondBackward.apply(u, dy, origin, bias, y, r, settings, want_bias)
         return gdy, gx, None if gb is None else gb.to(bias.dtype), *nothing[3:]

@@ -84,11 +84,13 @@ FEW = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def all_orders(f: Op, inputs: list[Tensor], dy: Tensor, cotangents: list[Tensor]) -> list[Tensor | None]:
-    """y; its gradients for dy in every input; their gradients for `cotangents` in dy and every input."""
+    """y; its gradients for dy in every input; their gradients for `cotangents` in dy and every input, and in dy alone,
+    for which an op may have a shorter way."""
     y = f(*inputs)
     first = grad(y, inputs, dy, create_graph=True)
-    second = grad(first, [dy, *inputs], cotangents, allow_unused=True)
-    return [y, *first, *second]
+    second = grad(first, [dy, *inputs], cotangents, allow_unused=True, retain_graph=True)
+    alone = grad(first, [dy], cotangents)
+    return [y, *first, *second, *alone]
 
 
 def derivatives(op: Callable[..., Tensor], inputs: list[Tensor], order: int) -> list[Tensor]:
