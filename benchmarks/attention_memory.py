@@ -23,7 +23,7 @@ def peak(attend: Attend, n: int) -> float:
     """MB of forward, backward and second backward."""
     tensors = tuple(torch.randn(1, 1, n, 32).requires_grad_() for _ in range(3))
     do, us = torch.randn(1, 1, n, 32).requires_grad_(), tuple(torch.randn(1, 1, n, 32) for _ in range(3))
-    return sidebyside.peak_memory(partial(run, attend, tensors, do, us, "second")) / sidebyside.MB
+    return sidebyside.peak_memory(partial(run, attend, tensors, do, us, "second"), "cpu") / sidebyside.MB
 
 
 def draw(found: dict[str, dict[int, float]]) -> str:

@@ -9,6 +9,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import sidebyside
+import torch
+
+# As `fastgan train` has it without --tf32: what is called float32 here is float32 in cuDNN too.
+torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -106,14 +106,15 @@ def _allocated_peak(side: Side) -> int:
     return peak
 
 
-def peak_memory(side: Side) -> int:
-    """Peak extra bytes of one call, results included: of the CUDA allocator where there is a GPU, else of the process.
+def peak_memory(side: Side, device: str | None = None) -> int:
+    """Peak extra bytes of one call, results included: of the CUDA allocator, or of the process on a CPU.
 
-    On a CPU it is the larger of what torch's allocator handed out and of the rise in resident memory: the first
-    misses scratch that a kernel takes elsewhere, the second memory that was resident already.
+    device: "cuda" or "cpu"; by default a GPU where there is one. On a CPU it is the larger of what torch's allocator
+    handed out and of the rise in resident memory: the first misses scratch that a kernel takes elsewhere, the second
+    memory that was resident already.
     """
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device != "cpu":
         _synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

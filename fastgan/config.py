@@ -317,9 +317,12 @@ def working_ranks(batch: int, world: int, accumulation: int) -> int | None:
     return next((n for n in range(batch // accumulation, 0, -1) if batch % (n * accumulation) == 0), None)
 
 
+_SECOND_ORDER = ("gradient-penalty", "wasserstein-divergence", "zero-centered")
+
+
 def zero3_fault(regulariser: str) -> str:
     """Why ZeRO 3 is refused."""
-    if regulariser in ("gradient-penalty", "wasserstein-divergence", "zero-centered"):
+    if regulariser in _SECOND_ORDER:
         return f"ZeRO 3 cannot run the second derivative of --regulariser {regulariser}"
     return "the moving average and the checkpoints need whole parameters, which ZeRO 3 takes apart"
 
@@ -415,6 +418,13 @@ def check(config: Config) -> None:
             n.fmap_base,
             f"it may be {s.resolution // 2} or more at {s.resolution} px",
         )
+    _require(
+        not (m.sync_bn and n.model == "dcgan" and n.norm_d == "batch" and o.regulariser in _SECOND_ORDER),
+        "--sync-bn",
+        True,
+        f"--regulariser {o.regulariser} takes a second derivative, which torch's synchronised batch norm has not; "
+        "it may be with --norm-d none",
+    )
     _require(m.zero != 3, "--zero", 3, f"it may be 0, 1 or 2: {zero3_fault(o.regulariser)}")
     _require(
         m.engine != "torch" or (m.zero == 0 and m.deepspeed_config is None),

@@ -83,15 +83,18 @@ def time_of(run: Callable[[], object], given: dict[str, Tile]) -> float | None:
     with tiles.using(given):
         try:
             run()
-        except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError):
+        except (triton.TritonError, RuntimeError):  # of resources, of the compiler, of ptxas
             return None
         return float(triton.testing.do_bench(run, return_mode="median"))
 
 
-def tune(kinds: tuple[str, ...], sizes: tuple[int, ...]) -> dict[str, dict[str, Tile]]:
-    """operation -> kind and size -> fastest tile. The kernels of a pass are tuned one after the other."""
-    found: dict[str, dict[str, Tile]] = {}
+def tune(kinds: tuple[str, ...], sizes: tuple[int, ...]) -> Iterator[dict[str, dict[str, Tile]]]:
+    """For each kind and size: operation -> kind and size -> fastest tile.
+
+    The kernels of a pass are tuned one after the other.
+    """
     for kind, size in itertools.product(kinds, sizes):
+        found: dict[str, dict[str, Tile]] = {}
         torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
         torch.backends.cudnn.conv.fp32_precision = "tf32" if kind == "tf32" else "ieee"
         for name, run in passes(kind, size).items():
@@ -103,7 +106,7 @@ def tune(kinds: tuple[str, ...], sizes: tuple[int, ...]) -> dict[str, dict[str, 
                     best[op] = min(known, key=known.__getitem__)
                     found.setdefault(op, {})[f"{kind}/{size}"] = best[op]
                     print(f"{op} {kind}/{size}: {tuple(best[op])}, the pass {known[best[op]]:.3f} ms", flush=True)
-    return found
+        yield found
 
 
 def write(architecture: str, found: dict[str, dict[str, Tile]]) -> None:
@@ -164,7 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     architecture = tiles.architecture(torch.device("cuda", torch.cuda.current_device()))
-    write(architecture, tune(kinds, sizes))
+    for found in tune(kinds, sizes):
+        write(architecture, found)  # at once: a later one may be stopped, or crash
     print(f"wrote the tiles of {architecture} to {tiles.TABLE}")
     return 0
 

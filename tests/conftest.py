@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # A shell starts its background jobs with Ctrl-C ignored, and the commands that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# As `fastgan train` has it without --tf32: what is called float32 here is float32 in cuDNN too.
+torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that are not for a GPU see none, as commands that they start would take it, and ranks share it."""
+    if "not gpu" in (config.option.markexpr or ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 class _Products(TorchDispatchMode):

@@ -88,8 +88,9 @@ class Dali(AheadStore):
         self._files: Encoded = files
         self._source, self._resolution, self._device = source, resolution, device
         self._pool, self._workers = pool, workers
-        # A DALI pipeline is one thread's.
-        self._runner = ThreadPoolExecutor(1, thread_name_prefix="fastgan-dali")
+        # A DALI pipeline is one thread's. A new thread's current device is the first, where it would leave a context.
+        on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._runner = ThreadPoolExecutor(1, "fastgan-dali", *on_device)
         self._graph: Any = None
         self._seen = np.zeros(len(source), dtype=bool)  # that there is an image in the file, whole or not
         self._largest = 0

@@ -104,7 +104,8 @@ class FidelityExtractor(Extractor):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Extracted:
-        features = self._network(images.expand(-1, 3, -1, -1))
+        device = next(self._network.parameters()).device
+        features = self._network(images.to(device).expand(-1, 3, -1, -1))
         return Extracted(features[0].float(), features[1].float()[:, None] if self.scores else None)
 
 

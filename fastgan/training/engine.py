@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastgan.errors import ArgumentError
 from fastgan.training.reduce import Reducer, reduce_to
+from fastgan.training.scaling import BUCKET_BYTES
 from fastgan.training.stopwatch import Stopwatch
 from fastgan.training.world import bound
 
@@ -384,7 +385,13 @@ def deepspeed_config(
     sizes = dict(zip(_OURS, (micro_batch * accumulation * world, micro_batch, accumulation), strict=True))
     config: dict[str, Any] = {
         # By default DeepSpeed sends whole buckets to all ranks, each of which keeps its part: half as much again.
-        "zero_optimization": {"stage": zero, "use_multi_rank_bucket_allreduce": False, "overlap_comm": overlap},
+        # Its buckets are buffers of 2 GB each on a GPU, allocated in every backward, which no GAN fills before the end.
+        "zero_optimization": {
+            "stage": zero,
+            "use_multi_rank_bucket_allreduce": False,
+            "overlap_comm": overlap,
+            "reduce_bucket_size": BUCKET_BYTES // 4,  # in elements
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,

@@ -79,7 +79,8 @@ def test_derivatives_are_as_near_to_float64_as_plain_pytorch(name: str, dtype: t
     plain = derivatives(name, arguments, "torch")
     ours = derivatives(name, arguments, "triton")
     for i, (a, e, p) in enumerate(zip(ours, exact, plain, strict=True)):
-        check(a.detach(), e.detach(), p.detach(), f"{name} {i}")
+        # A few roundings: second derivatives here go through the rounded output, plain PyTorch's do not.
+        check(a.detach(), e.detach(), p.detach(), f"{name} {i}", floor=2e-6 if dtype == torch.float32 else 0.0)
 
 
 @pytest.mark.parametrize("name", OPS)
