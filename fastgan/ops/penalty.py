@@ -5,9 +5,10 @@ gradient's own graph. `tangent` holds the cotangent v_n = d penalty / d g_n cons
 of D'(x_n; v_n), the critic's directional derivative in forward mode, of which that gradient is the same: everything in
 it is first order, at the price of one more forward pass. docs/penalties.md has both, counted and measured.
 
-`critic` is any callable of x that gives one score for each sample, [N] or [N, 1]; a conditional critic is a lambda
-that closes over its labels. Scores of one sample must not depend on another for the penalties to be what the papers
-define (batch norm breaks that; minibatch standard deviation does too, and the progressive-growing paper accepts it).
+`critic` is any callable of x that gives one score for each sample, [N] or [N, 1] (of several, [N, ...], the sum is
+penalised); a conditional critic is a lambda that closes over its labels. Scores of one sample must not depend on
+another for the penalties to be what the papers define (batch norm breaks that; minibatch standard deviation does too,
+and the progressive-growing paper accepts it).
 
 The gradient, its norm and the penalty are float32 at least, whatever precision the critic computes in: squares of
 half-precision gradients overflow and vanish, which is where NaNs in penalised mixed-precision training come from.
@@ -40,21 +41,68 @@ def _penalty(critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor],
     """`of_gradient` of d(sum of scores)/dx, which it gets as [N, features], float32 at least."""
     if method not in METHODS:
         raise ValueError(f"method: was {method!r}; it may be {' or '.join(METHODS)}")
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "a penalty is made of derivatives: it may be taken where gradients are on, not under no_grad"
+        )
     x = x.detach().requires_grad_(True)
     reverse = method == "reverse"
-    (gradient,) = torch.autograd.grad(critic(x).float().sum(), x, create_graph=reverse)
+    (gradient,) = torch.autograd.grad(_sum_of_scores(critic(x), x), x, create_graph=reverse)
     if reverse:
         return of_gradient(_flat(gradient))
     gradient = gradient.detach().requires_grad_(True)
     value = of_gradient(_flat(gradient))
     (direction,) = torch.autograd.grad(value, gradient)
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(critic(forward_ad.make_dual(x.detach(), direction))).tangent
+        scores = critic(forward_ad.make_dual(x.detach(), direction))
+        tangent = forward_ad.unpack_dual(scores).tangent
     value = value.detach()
     if tangent is None:
         raise RuntimeError("critic: has a layer that lost the forward-mode derivative; method='reverse' needs none")
+    _refuse_norms(scores)
     slope = tangent.sum(dtype=value.dtype)
     return value + (slope - slope.detach())
+
+
+def _sum_of_scores(scores: Any, x: Tensor) -> Tensor:
+    """One score for each sample, or several that are added up, as a critic of patches gives."""
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        was = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"critic: gave {was}; it may give a floating tensor, [N] or [N, 1]")
+    if scores.ndim == 0 or scores.shape[0] != x.shape[0]:
+        # A mean over the batch would divide each sample's gradient by N.
+        raise ValueError(
+            f"critic: gave scores of shape {tuple(scores.shape)}; it may give [{x.shape[0]}] or [{x.shape[0]}, 1], "
+            "one for each sample"
+        )
+    return scores.float().sum()
+
+
+# PyTorch's forward-mode rules of these hold the mean and the deviation, which depend on the weights, for constants, so
+# that the weights' gradient through them is another.
+_HOLD_STATISTICS = {
+    "NativeLayerNormBackward0": "layer norm",
+    "NativeBatchNormBackward0": "batch norm or instance norm",
+    "CudnnBatchNormBackward0": "batch norm or instance norm",
+    "MiopenBatchNormBackward0": "batch norm or instance norm",
+}
+
+
+def _refuse_norms(scores: Tensor) -> None:
+    """Raise if a norm of the batch, in training, or of a layer is in the graph of these scores."""
+    seen, stack = set(), [scores.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        what = _HOLD_STATISTICS.get(type(node).__name__)
+        if what is not None and getattr(node, "_saved_training", True):
+            raise RuntimeError(
+                f"critic: has {what}, whose forward-mode derivative in PyTorch is not to be differentiated; "
+                "method may be 'reverse'"
+            )
+        stack.extend(function for function, _ in node.next_functions)
 
 
 class _Norm(Function):
@@ -81,12 +129,20 @@ def _norm(gradient: Tensor) -> Tensor:
 def _interpolates(real: Tensor, fake: Tensor, weight: Tensor | None, generator: torch.Generator | None) -> Tensor:
     if real.shape != fake.shape:
         raise ValueError(f"fake: had shape {tuple(fake.shape)}; it may be {tuple(real.shape)}, as real")
+    if not real.is_floating_point():
+        raise TypeError(f"real: was {real.dtype}; it may be a floating dtype")
+    if real.ndim < 2:
+        raise ValueError(f"real: had shape {tuple(real.shape)}; it may be [N, ...], of two dimensions or more")
     if real.dtype != fake.dtype:
         raise TypeError(f"fake: was {fake.dtype}; it may be {real.dtype}, as real")
     if real.device != fake.device:
         raise ValueError(f"fake: was on {fake.device}; it may be on {real.device}, as real")
     if weight is None:
         weight = torch.rand(real.shape[0], device=real.device, dtype=real.dtype, generator=generator)
+    elif not isinstance(weight, Tensor):
+        raise TypeError(f"weight: was {type(weight).__name__}; it may be a tensor [{real.shape[0]}]")
+    elif weight.device != real.device:
+        raise ValueError(f"weight: was on {weight.device}; it may be on {real.device}, as real")
     elif weight.numel() != real.shape[0]:
         raise ValueError(f"weight: had {weight.numel()} elements; it may have {real.shape[0]}, one for each sample")
     return torch.lerp(real, fake, weight.to(real.dtype).reshape(-1, *[1] * (real.ndim - 1)))
@@ -117,9 +173,10 @@ def gradient_penalty(
         derivative 0. The critic's last bias has no gradient from it: `autograd.grad` needs `allow_unused=True`.
 
     Raises:
-        TypeError: `fake` has another dtype than `real`.
-        ValueError: `fake` or `weight` does not fit `real`, or an unknown method.
-        RuntimeError: `tangent`, and a layer of the critic has no forward-mode derivative.
+        TypeError: `real` is not floating, `fake` has another dtype, or the scores are no floating tensor.
+        ValueError: `fake`, `weight` or the scores do not fit `real`, or an unknown method.
+        RuntimeError: under no_grad; or with `tangent`, where a layer of the critic has no forward-mode derivative or,
+            as layer norm and batch norm in training, one that is not to be differentiated.
     """
 
     def of_gradient(gradient: Tensor) -> Tensor:
@@ -158,4 +215,6 @@ def zero_centered_penalty(critic: Critic, x: Tensor, *, method: str = "reverse")
 
     The paper multiplies by gamma / 2. Differentiable where the gradient is 0. `method` as in `gradient_penalty`.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"x: was {x.dtype}; it may be a floating dtype")
     return _penalty(critic, x, lambda gradient: gradient.square().sum(dim=1).mean(), method)

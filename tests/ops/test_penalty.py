@@ -175,9 +175,81 @@ def test_a_lost_tangent_is_an_error() -> None:
         gradient_penalty(lambda x: forward_ad.unpack_dual(x).primal @ w, real, real, method="tangent")
 
 
-def test_fake_of_another_dtype_is_named() -> None:
-    with pytest.raises(TypeError, match=r"fake: was torch\.bfloat16; it may be torch\.float32, as real"):
-        gradient_penalty(lambda x: x.sum(1), torch.zeros(2, 3), torch.zeros(2, 3).bfloat16())
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "layer norm": lambda: nn.LayerNorm([4, 6, 6]),
+    "instance norm": lambda: nn.InstanceNorm2d(4),
+    "batch norm": lambda: nn.BatchNorm2d(4),
+    "batch norm, not training": lambda: nn.BatchNorm2d(4).eval(),
+    "group norm": lambda: nn.GroupNorm(2, 4),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_tangent_refuses_norms_that_pytorch_differentiates_wrongly(name: str) -> None:
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 4, 3, padding=1).double()
+    norm = NORMS[name]().double()
+    critic = nn.Sequential(first, norm, nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(144, 1).double())
+    real, fake = random(3, 3, 6, 6), random(3, 3, 6, 6, seed=1)
+    weight = random(3, seed=2).sigmoid()
+
+    def slope(method: str) -> Tensor:
+        return torch.autograd.grad(gradient_penalty(critic, real, fake, weight=weight, method=method), first.weight)[0]
+
+    if name in ("group norm", "batch norm, not training"):
+        torch.testing.assert_close(slope("tangent"), slope("reverse"))
+        return
+    assert slope("reverse").abs().max() > 0
+    with pytest.raises(RuntimeError, match=r"critic: has (layer|batch) norm.*method may be 'reverse'"):
+        slope("tangent")
+
+
+X = torch.zeros(2, 3)
+REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (
+        lambda: gradient_penalty(lambda x: x.sum(1), X, X.bfloat16()),
+        TypeError,
+        r"fake: was torch\.bfloat16; it may be torch\.float32, as real",
+    ),
+    (lambda: gradient_penalty(lambda x: x.mean(), X, X), ValueError, r"critic: gave scores of shape \(\); it may give"),
+    (
+        lambda: gradient_penalty(lambda x: x.mean(0), X, X),
+        ValueError,
+        r"critic: gave scores of shape \(3,\); it may give \[2\] or \[2, 1\]",
+    ),
+    (lambda: gradient_penalty(lambda x: (x, x), X, X), TypeError, "critic: gave tuple; it may give a floating tensor"),
+    (lambda: gradient_penalty(lambda x: x, X[0], X[0]), ValueError, r"real: had shape \(3,\); it may be \[N, ...\]"),
+    (
+        lambda: gradient_penalty(lambda x: x, X.int(), X.int()),
+        TypeError,
+        r"real: was torch\.int32; it may be a floating",
+    ),
+    (lambda: zero_centered_penalty(lambda x: x, X.int()), TypeError, r"x: was torch\.int32; it may be a floating"),
+    (lambda: gradient_penalty(lambda x: x, X, X, weight=[0.5, 0.5]), TypeError, "weight: was list; it may be a tensor"),  # type: ignore[arg-type]
+    (
+        lambda: gradient_penalty(lambda x: x, X, X, weight=torch.empty(2, device="meta")),
+        ValueError,
+        "weight: was on meta; it may be on cpu, as real",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), REFUSED)
+def test_what_does_not_fit_is_named(call: Callable[[], object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_no_penalty_without_gradients() -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError, match="not under no_grad"):
+        gradient_penalty(lambda x: x.sum(1), X, X)
+
+
+def test_scores_of_patches_are_added_up() -> None:
+    real, fake, weight, w = random(2, 1, 6, 6), random(2, 1, 6, 6, seed=1), random(2).sigmoid(), random(1, 1, 3, 3)
+    patches = gradient_penalty(lambda x: ops.conv2d(x, w), real, fake, weight=weight)
+    summed = gradient_penalty(lambda x: ops.conv2d(x, w).sum((1, 2, 3)), real, fake, weight=weight)
+    torch.testing.assert_close(patches, summed)
 
 
 def test_linear_critic() -> None:
