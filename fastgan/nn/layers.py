@@ -42,7 +42,8 @@ class EqualizedLinear(nn.Module):
     """Linear layer with equalised learning rate: weights drawn from N(0, 1), scaled at run time by gain / sqrt(fan in).
 
     Karras et al. 2018, section 4.1. Adam's step does not depend on the gradient's scale, so layers of every size then
-    learn at the same speed. [N, in_features] -> [N, out_features], through the activation `act` (see `ops.bias_act`).
+    learn at the same speed. [..., in_features] -> [..., out_features], through the activation `act` (see
+    `ops.bias_act`).
     """
 
     def __init__(self, in_features: int, out_features: int, gain: float = math.sqrt(2.0), act: str = "linear") -> None:
@@ -56,13 +57,19 @@ class EqualizedLinear(nn.Module):
         weight = self.weight * self.scale
         if self.act == "linear":
             return ops.linear(x, weight, self.bias)
-        return ops.bias_act(ops.linear(x, weight), self.bias, self.act)
+        y = ops.linear(x, weight)
+        if y.ndim == 2:
+            return ops.bias_act(y, self.bias, self.act)
+        return ops.bias_act(y.reshape(-1, y.shape[-1]), self.bias, self.act).view(y.shape)
 
 
 class EqualizedConv2d(nn.Module):
     """Convolution of stride 1 and same size with equalised learning rate (see `EqualizedLinear`).
 
+    [N, in_channels, H, W] -> [N, out_channels, H, W], or without N.
+
     Args:
+        kernel_size: odd.
         resample: "up" doubles the size before the convolution, "down" halves it by averaging after it, both inside
             one strided convolution (`ops.upsample_conv2d`, `ops.conv2d_downsample`); they need `kernel_size` 3.
         act: the activation that follows, in one pass with the bias (`ops.bias_act`).
@@ -82,6 +89,8 @@ class EqualizedConv2d(nn.Module):
         super().__init__()
         if resample not in ("none", "up", "down"):
             raise ValueError(f"resample: was {resample!r}; it may be none, up or down")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: was {kernel_size}; it may be odd, as the size is to stay the same")
         if resample != "none" and kernel_size != 3:
             raise ValueError(f"kernel_size: was {kernel_size}; it may be 3 with resample")
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
@@ -93,6 +102,8 @@ class EqualizedConv2d(nn.Module):
         self.normalise = normalise
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 3:
+            return self.forward(x[None])[0]
         weight = self.weight * self.scale
         plain = self.act == "linear" and not self.normalise
         bias = self.bias if plain else None

@@ -84,6 +84,8 @@ def test_equalized_conv_refusals() -> None:
         EqualizedConv2d(3, 3, 3, resample="half")
     with pytest.raises(ValueError, match="kernel_size: was 1; it may be 3 with resample"):
         EqualizedConv2d(3, 3, 1, resample="up")
+    with pytest.raises(ValueError, match="kernel_size: was 4; it may be odd"):
+        EqualizedConv2d(3, 3, 4)
 
 
 def test_thin_modules_are_their_ops() -> None:
@@ -163,3 +165,19 @@ def test_activation() -> None:
         str(Activation("lrelu", 0.3)) == "Activation(lrelu, negative_slope=0.3)"
         and str(Activation("relu")) == "Activation(relu)"
     )
+
+
+@pytest.mark.parametrize("act", ["linear", "lrelu", "tanh"])
+def test_equalised_layers_without_a_batch_and_with_more_dimensions(act: str) -> None:
+    torch.manual_seed(0)
+    linear = EqualizedLinear(5, 4, act=act)
+    x = torch.randn(4, 4, 5)  # the size that a bias on the wrong dimension would fit
+    with torch.no_grad():
+        linear.bias.copy_(torch.randn(4))
+    torch.testing.assert_close(linear(x), torch.stack([linear(rows) for rows in x]))
+    torch.testing.assert_close(linear(x)[1, 2], linear(x[1, 2]))
+    conv = EqualizedConv2d(3, 6, 3, act=act)
+    image = torch.randn(3, 6, 6)
+    with torch.no_grad():
+        conv.bias.copy_(torch.randn(6))
+    torch.testing.assert_close(conv(image), conv(image[None])[0])
