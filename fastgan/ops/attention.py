@@ -16,12 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from fastgan.ops import attention_chunked
 from fastgan.ops.autograd import autocast, autocasts, without_autocast
 from fastgan.ops.backend import Implementation, Op, forward_mode
-from fastgan.ops.implementations import functions, kernels, no_third_order, tracked
+from fastgan.ops.implementations import functions, kernels, no_third_order, number, tracked
 
 
 def scaled_dot_product_attention(
@@ -93,7 +94,7 @@ def scaled_dot_product_attention(
 
 def _scale(query: Tensor, scale: float | None) -> float:
     if scale is not None:
-        return float(scale)
+        return float(number("scale", scale))
     return 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
 
 
@@ -120,7 +121,7 @@ def _check(
         raise ValueError(f"key: had feature size {key.shape[-1]}; it may be {query.shape[-1]}, as in query")
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"value: had length {value.shape[-2]}; it may be {key.shape[-2]}, as in key")
-    if not 0 <= dropout_p <= 1:
+    if not 0 <= number("dropout_p", dropout_p) <= 1:
         raise ValueError(f"dropout_p: was {dropout_p}; it may be 0 to 1")
     before = {"query": query.shape[:-2], "key": key.shape[:-2], "value": value.shape[:-2]}
     if enable_gqa:
@@ -248,6 +249,8 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None) -> tuple[Any, ...]:
         if do is None:
             return (None,) * 6
+        if forward_mode() and forward_ad.unpack_dual(do).tangent is not None:
+            raise NotImplementedError(f"{OP.name}: its gradient has no forward-mode derivative; backend='torch' has it")
         q, k, v, o, lse = ctx.saved_tensors
         scale, causal, kernels = ctx.rest
         if torch.is_grad_enabled():

@@ -49,9 +49,13 @@ def _in_its_dtype(function: _Pass) -> _Pass:
     return run  # type: ignore[return-value]
 
 
-def _flash_takes(q: Tensor, v: Tensor) -> bool:
-    """Whether torch's fused attention for CPUs, which hands back the log of the row sums, takes these shapes."""
-    return _flash is not None and _flash_backward is not None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+def _flash_takes(q: Tensor, v: Tensor, scale: float, causal: bool) -> bool:
+    """Whether torch's fused attention for CPUs, which hands back the log of the row sums, takes these shapes.
+
+    It multiplies what is hidden, minus infinity, by the scale: NaN unless that is positive.
+    """
+    there = _flash is not None and _flash_backward is not None and q.device.type == "cpu"
+    return there and q.shape[-1] == v.shape[-1] and (scale > 0 or not causal)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ def _logit_gradient(p: Tensor, do: Tensor, v: Tensor) -> Tensor:
 @_in_its_dtype
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """O [B, H, N, dv] in the dtype of q, and lse [B, H, N], float32 at least."""
-    if _flash_takes(q, v):
+    if _flash_takes(q, v, scale, causal):
         o, lse = _flash(_rows(q), _rows(k), _rows(v), 0.0, causal, scale=scale)
         return o, lse
     batch, heads = q.shape[:2]
@@ -120,7 +124,7 @@ def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV in the shapes and the dtype of q, k, v."""
-    if _flash_takes(q, v):
+    if _flash_takes(q, v, scale, causal):
         do, q, k, v, o = (_rows(x) for x in (do, q, k, v, o))
         dq, dk, dv = _flash_backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
         return dq, dk, dv

@@ -31,7 +31,8 @@ def asked(ctx: Any, index: int) -> bool:
 
 def node_of(x: Tensor) -> Tensor:
     """`x`, or a view of it where it is a leaf, so that `asked` can ask about it."""
-    return x.view_as(x) if x.requires_grad and x.is_leaf else x
+    # A view by `...` keeps strides, where view_as makes up those of dimensions of size 1.
+    return x[...] if x.requires_grad and x.is_leaf else x
 
 
 def _can_autocast(device: str) -> bool:

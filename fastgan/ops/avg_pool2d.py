@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgan.ops.backend import LEAN, Op
+from fastgan.ops.backend import LEAN, Op, forward_mode
 from fastgan.ops.bias_act import SMALL
 from fastgan.ops.implementations import dense, kernels, tracked
 
@@ -102,6 +103,8 @@ class _AvgPool(Function):
     def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
         if gy is None:
             return None, None, None
+        if forward_mode():  # gy may have a tangent, which PyTorch's own ops carry on
+            return _spread(gy, ctx.k, ctx.size, "lean"), None, None
         adjoint = _AvgPoolAdjoint.apply if torch.is_grad_enabled() else _spread
         return adjoint(gy, ctx.k, ctx.size, ctx.name), None, None
 
@@ -117,5 +120,14 @@ class _AvgPoolAdjoint(Function):
     def backward(ctx: Any, ggx: Tensor | None) -> tuple[Any, ...]:
         if ggx is None:
             return None, None, None, None
+        if forward_mode():
+            return _pool(ggx, ctx.k, "lean"), None, None, None
         pool = _AvgPool.apply if torch.is_grad_enabled() else _pool
         return pool(ggx, ctx.k, ctx.name), None, None, None
+
+
+# Shapes and strides of what the compiled functions give.
+COMPOSED = SimpleNamespace(
+    avg_pool2d_forward=lambda x, k: _pool(x, k, "lean"),
+    avg_pool2d_backward=lambda gy, k, height, width: _spread(gy, k, (height, width), "lean"),
+)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,6 +24,8 @@ from fastgan.ops.implementations import (
     kernels,
     like,
     no_third_order,
+    number,
+    plain,
     tracked,
 )
 
@@ -100,9 +101,11 @@ def bias_act(
         needs `allow_unused=True`).
 
     Raises:
-        TypeError: `x` or `bias` has another dtype.
+        TypeError: `x` or `bias` has another dtype, or `negative_slope` or `gain` is no number (a tensor among them: it
+            would get no gradient).
         ValueError: shapes or devices do not fit, or `act` is unknown.
     """
+    negative_slope, gain = number("negative_slope", negative_slope), number("gain", gain)
     if act == "lrelu" and OP.free(backend) and _is_small(x, bias):
         small = _small if tracked(x, bias) else reference
         return small(x, bias, LRELU, negative_slope, gain)
@@ -158,18 +161,17 @@ def reference(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, g
         y = torch.sigmoid(y)
     elif act == SILU:
         y = F.silu(y)
-    return y if gain == 1 else y * gain
+    y = y if gain == 1 else y * gain
+    return y.clone() if y is x else y  # it may be changed in place, as a kernel's result may
 
 
-@cache
-def _one() -> Tensor:
-    with torch.inference_mode(False):  # what inference makes could never be part of training
-        return torch.ones(())
+with torch.inference_mode(False):  # what inference makes could never be part of training
+    _ONE = torch.ones((), device="cpu")
 
 
 def _is_small(x: Tensor, bias: Tensor | None) -> bool:
     """Whether `_small` is the way to go; also no, and left to `check`, where x and bias do not fit."""
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.numel() > SMALL or not x.is_cpu or x.ndim < 2:
+    if not plain(x) or x.dtype != torch.float32 or x.numel() > SMALL or not x.is_cpu or x.ndim < 2:
         return False
     if bias is None:
         return True
@@ -181,7 +183,7 @@ def _small(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain
     """lrelu as a product with its slope, a constant: PyTorch's derivatives of that send no zeros back."""
     y = with_bias(x, bias)
     # The gradient of lrelu for a cotangent of 1 is the slope, in one pass.
-    y = y * torch.ops.aten.leaky_relu_backward.default(_one(), y.detach(), negative_slope, False)
+    y = y * torch.ops.aten.leaky_relu_backward.default(_ONE, y.detach(), negative_slope, False)
     return y if gain == 1 else y * gain
 
 
@@ -248,10 +250,20 @@ class _BiasActForwardMode(_BiasAct):
         t = with_bias(tx, tbias)
         ref = None if ctx.settings.act == LINEAR else y.detach()
         t = dense(t) if ref is None else like(t, ref)
-        return _backward(t, None, None, ref, ctx.settings, False)[0], None
+        return _run_backward(t, None, None, ref, ctx.settings, False)[0], None
 
 
 def _backward(
+    dy: Tensor, origin: Tensor | None, bias: Tensor | None, ref: Tensor | None, settings: _Settings, want_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`_run_backward`; inside a level of forward mode in plain PyTorch, as `dy` may have a tangent."""
+    if forward_mode() and (settings.act in PIECEWISE_LINEAR or not torch.is_grad_enabled()):
+        dx, db = backward(dy, ref, _silu_bias(bias, settings), *settings[1:], want_bias)
+        return dx, db if want_bias else None
+    return _run_backward(dy, origin, bias, ref, settings, want_bias)
+
+
+def _run_backward(
     dy: Tensor, origin: Tensor | None, bias: Tensor | None, ref: Tensor | None, settings: _Settings, want_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`_BiasActBackward`, or where nothing is recorded its function: a Function would cost its making alone."""

@@ -30,6 +30,7 @@ from fastgan.ops.implementations import (
     kernels,
     like,
     no_third_order,
+    number,
     tracked,
 )
 from fastgan.ops.pixel_norm import backward as pixel_norm_backward
@@ -75,6 +76,7 @@ def bias_act_pixel_norm(
         TypeError: `x` or `bias` has another dtype.
         ValueError: shapes or devices do not fit, `act` is unknown, or `eps` is negative.
     """
+    negative_slope, gain = number("negative_slope", negative_slope), number("gain", gain)
     code = check(x, bias, act)
     check_eps(eps)
     options = {"act": code, "negative_slope": negative_slope, "gain": gain}

@@ -30,7 +30,7 @@ from fastgan.ops.avg_pool2d import avg_pool2d, halve, halves, interpolate_neares
 from fastgan.ops.backend import LEAN, Implementation, Judge, Op, forward_mode, transformed
 from fastgan.ops.bias_act import SMALL, bias_act, check
 from fastgan.ops.conv_products import CPP, Geometry, Way, convolution, forward, way_of
-from fastgan.ops.implementations import tracked
+from fastgan.ops.implementations import number, plain, tracked
 
 Ints = int | tuple[int, ...]
 
@@ -74,6 +74,26 @@ def _check(x: Tensor, w: Tensor, bias: Tensor | None, groups: int, transposed: b
     outputs = w.shape[1] * groups if transposed else w.shape[0]
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias: had shape {tuple(bias.shape)}; it may be [{outputs}]")
+
+
+def _check_geometry(geometry: Geometry, x: Tensor, w: Tensor) -> None:
+    """What PyTorch's kernels would refuse in words that do not name the argument."""
+    if torch.compiler.is_compiling():
+        return
+    stride, padding, dilation, transposed, output_padding, _ = geometry
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if values[0] < least or values[1] < least:
+            raise ValueError(f"{name}: was {values}; it may be {least} or more")
+    for i in range(2):
+        if transposed:
+            if not 0 <= output_padding[i] < max(stride[i], dilation[i]):
+                limit = f"below stride {stride} or dilation {dilation}"
+                raise ValueError(f"output_padding: was {output_padding}; it may be 0 or more, {limit}")
+        elif dilation[i] * (w.shape[2 + i] - 1) >= x.shape[i - 2] + 2 * padding[i]:
+            raise ValueError(
+                f"weight: had shape {tuple(w.shape)}; it may have a kernel that fits into the padded image, "
+                f"{tuple(s + 2 * p for s, p in zip(x.shape[-2:], padding, strict=True))}"
+            )
 
 
 def conv2d(
@@ -123,6 +143,7 @@ def conv2d(
     else:
         paddings = _pair("padding", padding)
     geometry = Geometry(strides, paddings, dilations, False, (0, 0), groups)
+    _check_geometry(geometry, input, weight)
     input, weight, bias = autocast(input, weight, bias)
     if odd and not transformed():  # the one more goes to the right and the bottom, as in torch
         input, padding = F.pad(input, (0, total[1] % 2, 0, total[0] % 2)), paddings
@@ -158,9 +179,6 @@ def conv_transpose2d(
     a penalty as in `conv2d`.
     """
     _check(input, weight, bias, groups, transposed=True)
-    name = CONV_TRANSPOSE2D.choose(backend, input, weight)
-    if name == "torch" or torch.compiler.is_compiling() or not tracked(input, weight, bias):
-        return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     geometry = Geometry(
         _pair("stride", stride),
         _pair("padding", padding),
@@ -169,6 +187,10 @@ def conv_transpose2d(
         _pair("output_padding", output_padding),
         groups,
     )
+    _check_geometry(geometry, input, weight)
+    name = CONV_TRANSPOSE2D.choose(backend, input, weight)
+    if name == "torch" or torch.compiler.is_compiling() or not tracked(input, weight, bias):
+        return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     x, w, bias = autocast(input, weight, bias)
     return convolution(x[None], w, bias, Way(geometry))[0] if x.ndim == 3 else convolution(x, w, bias, Way(geometry))
 
@@ -179,7 +201,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     PyTorch's double backward of it is at the floor already: four matrix products in a penalty with weight gradients.
     """
     # In forward mode PyTorch's takes a weight that does not move for one that moves by zero, and sends zeros backward.
-    if not forward_mode():
+    if transformed() or not forward_mode():
         return F.linear(input, weight, bias)
     return _Linear.apply(*(None if t is None else node_of(t) for t in autocast(input, weight, bias)))
 
@@ -216,7 +238,7 @@ class _Linear(Function):
 
 def _box_matrix() -> Tensor:
     """[9, 16]: a row for each tap of a 3x3 kernel, with ones where it lands in the 4x4 kernel that includes the box."""
-    matrix = torch.zeros(3, 3, 4, 4, dtype=torch.float64)
+    matrix = torch.zeros(3, 3, 4, 4, dtype=torch.float64, device="cpu")
     for y in range(3):
         for x in range(3):
             matrix[y, x, y : y + 2, x : x + 2] = 1.0
@@ -234,7 +256,10 @@ def _box_on(device: torch.device, dtype: torch.dtype, way: str) -> Tensor:
 
 def _with_box(w: Tensor, way: str) -> Tensor:
     """The 4x4 kernel that is `w` [O, I, 3, 3] convolved with a 2x2 box, as one matrix product over the taps."""
-    box = _BOX[way].to(w.dtype) if w.device.type == "cpu" else _box_on(w.device, w.dtype, way)
+    if transformed() or plain(w):
+        box = _BOX[way].to(w.dtype) if w.device.type == "cpu" else _box_on(w.device, w.dtype, way)
+    else:  # a class that may take no tensor but its own
+        box = torch.tensor(_BOX[way].tolist(), dtype=w.dtype, device=w.device)
     with without_autocast(w):  # the convolution casts the kernel, once
         return (w.reshape(-1, 9) @ box).view(*w.shape[:2], 4, 4)
 
@@ -289,6 +314,10 @@ def _small_sizes(way: str, x: torch.Size, w: torch.Size, bias: torch.Size | None
         return False
     pixels = x[0] * x[2] * x[3]
     return _form(way, pixels // 4 if down else pixels, w[0] * w[1]) == "small"
+
+
+def _is_one(gain: Any) -> bool:
+    return (gain.__class__ is float or gain.__class__ is int) and gain == 1
 
 
 def _fits_small(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
@@ -361,6 +390,7 @@ def _scaled(
     gain: float,
 ) -> Tensor:
     """Either op, its arguments checked but for what the convolution itself checks."""
+    negative_slope, gain = number("negative_slope", negative_slope), number("gain", gain)
     way = "up" if op is UPSAMPLE_CONV2D else "down"
     form = _form_of(way, x, w)
     code = check(x, None, act)
@@ -371,7 +401,8 @@ def _scaled(
         _check(x, w4, bias, 1, transposed=way == "up")
         return scaled_conv.scaled_conv(way, x, w4, bias, code, negative_slope, gain)
     if act != "linear" or gain != 1:
-        return bias_act(_scaled(op, backend, x, w, None, "linear", 0.0, 1.0), bias, act, negative_slope, gain)
+        y = _scaled(op, backend, x, w, None, "linear", 0.0, 1.0)
+        return bias_act(y, bias, act, negative_slope, gain, backend="torch" if backend == "torch" else None)
     # Under a compiler and in forward mode `choose` says "torch" as well; there what is below is PyTorch's anyway.
     if name == "torch" and (backend == "torch" or (not transformed() and op.asked(None) == "torch")):
         _check(x, w, bias, 1, transposed=False)
@@ -382,7 +413,9 @@ def _scaled(
         return conv_transpose2d(x, _with_box(w.transpose(0, 1), way), bias, stride=2, padding=1)
     if form != "fused":
         return avg_pool2d(conv2d(x, w, bias, padding=1))
-    return conv2d(x, _with_box(w, way), bias, stride=2, padding=1)
+    # Kernels that `use_backend` asks for take no stride; this op, which has none of that name, is to run all the same.
+    inner = "lean" if CONV2D.asked(None) == "cpp" else None
+    return conv2d(x, _with_box(w, way), bias, stride=2, padding=1, backend=inner)
 
 
 def upsample_conv2d(
@@ -410,7 +443,7 @@ def upsample_conv2d(
     Raises:
         ValueError: `x` is not 4-dimensional, `w` does not fit it, or `act` is unknown.
     """
-    if act == "linear" and gain == 1 and UPSAMPLE_CONV2D.free(backend) and _fits_small("up", x, w, bias):
+    if act == "linear" and _is_one(gain) and UPSAMPLE_CONV2D.free(backend) and _fits_small("up", x, w, bias):
         return _small("up", x, w, bias)
     _check_scaled(x, w)
     return _scaled(UPSAMPLE_CONV2D, backend, x, w, bias, act, negative_slope, gain)
@@ -439,7 +472,7 @@ def conv2d_downsample(
     Raises:
         ValueError: `x` is not 4-dimensional or has an odd size, `w` does not fit it, or `act` is unknown.
     """
-    if act == "linear" and gain == 1 and CONV2D_DOWNSAMPLE.free(backend) and _fits_small("down", x, w, bias):
+    if act == "linear" and _is_one(gain) and CONV2D_DOWNSAMPLE.free(backend) and _fits_small("down", x, w, bias):
         return _small("down", x, w, bias)
     _check_scaled(x, w)
     if x.shape[2] % 2 or x.shape[3] % 2:

@@ -158,13 +158,14 @@ class _Conv(Function):
             return None, None, None, None
         x, w = ctx.saved_tensors
         want = [asked(ctx, i) for i in range(3)]
+        how = _carrying(ctx.how)
         if not torch.is_grad_enabled():
-            ours = input_gradient(gy, w, x, ctx.how) if want[0] and ctx.how.gradient else None
-            want[0] = want[0] and not ctx.how.gradient
+            ours = input_gradient(gy, w, x, how) if want[0] and how.gradient else None
+            want[0] = want[0] and not how.gradient
             if not any(want):
                 return ours, None, None, None
             sizes = [gy.shape[1]] if want[2] else None
-            gx, gw, gb = _convolution_backward(gy, x, w, sizes, *ctx.how.geometry, want)
+            gx, gw, gb = _convolution_backward(gy, x, w, sizes, *how.geometry, want)
             return gx if ours is None else ours, gw, gb, None
         gx = _input_gradient(gy, w, x, ctx.how) if want[0] else None
         gw = _weight_gradient(gy, x, w, ctx.how) if want[1] else None
@@ -207,22 +208,27 @@ class _WeightGradient(Function):
         return ggy, gx, None, None
 
 
-# Where nothing is recorded, the last pass of a penalty among them, a Function would cost its making alone.
+# Where nothing is recorded, the last pass of a penalty among them, a Function would cost its making alone. Inside a
+# level of forward mode, where tensors may have tangents, gradients are PyTorch's own, which carry them on.
+
+
+def _carrying(how: Way) -> Way:
+    return Way(how.geometry) if forward_mode() else how
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, how: Way) -> Tensor:
     if not torch.is_grad_enabled():
-        return forward(x, w, bias, how)
+        return forward(x, w, bias, _carrying(how))
     return _Conv.apply(node_of(x), node_of(w), None if bias is None else node_of(bias), how)
 
 
 def _input_gradient(gy: Tensor, w: Tensor, x: Tensor, how: Way) -> Tensor:
-    if not torch.is_grad_enabled():
-        return input_gradient(gy, w, x, how)
+    if not torch.is_grad_enabled() or forward_mode():
+        return input_gradient(gy, w, x, _carrying(how))
     return _InputGradient.apply(node_of(gy), node_of(w), x.detach(), how)
 
 
 def _weight_gradient(gy: Tensor, x: Tensor, w: Tensor, how: Way) -> Tensor:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or forward_mode():
         return weight_gradient(gy, x, w, how)
     return _WeightGradient.apply(node_of(gy), node_of(x), w.detach(), how)

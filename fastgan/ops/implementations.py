@@ -175,6 +175,20 @@ def tracked(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def number(name: str, value: Any) -> float:
+    """`value`, if it is a real number; a tensor is none, as kernels would keep no graph of it."""
+    if value.__class__ is float or value.__class__ is int:
+        return value
+    if isinstance(value, (Tensor, str, bytes, complex)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: was {'a tensor' if isinstance(value, Tensor) else repr(value)}; it may be a number")
+    return value
+
+
+def plain(x: Any) -> bool:
+    """Whether x is a tensor and of no class that stands for another, as FakeTensor does."""
+    return x.__class__ is Tensor or x.__class__ is torch.nn.Parameter
+
+
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """dtype that sums over x are kept in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

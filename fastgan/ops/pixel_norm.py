@@ -30,6 +30,7 @@ from fastgan.ops.implementations import (
     kernels,
     like,
     no_third_order,
+    number,
     tracked,
 )
 
@@ -65,7 +66,7 @@ def pixel_norm(x: Tensor, eps: float = 1e-8, *, backend: str | None = None) -> T
 
 
 def check_eps(eps: float) -> None:
-    if not eps >= 0:
+    if not number("eps", eps) >= 0:
         raise ValueError(f"eps: was {eps}; it may be 0 or more")
 
 
