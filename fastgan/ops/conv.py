@@ -29,7 +29,7 @@ from fastgan.ops.autograd import asked, autocast, autocasts, node_of, without_au
 from fastgan.ops.avg_pool2d import avg_pool2d, halve, halves, interpolate_nearest
 from fastgan.ops.backend import LEAN, Implementation, Judge, Op, forward_mode, transformed
 from fastgan.ops.bias_act import SMALL, bias_act, check
-from fastgan.ops.conv_products import CPP, Geometry, Way, convolution, forward, way_of
+from fastgan.ops.conv_products import CPP, Geometry, Way, convolution, forward, in_channels_last, way_of
 from fastgan.ops.implementations import number, plain, tracked
 
 Ints = int | tuple[int, ...]
@@ -254,26 +254,35 @@ def _box_on(device: torch.device, dtype: torch.dtype, way: str) -> Tensor:
         return _BOX[way].to(device, dtype)
 
 
-def _with_box(w: Tensor, way: str) -> Tensor:
-    """The 4x4 kernel that is `w` [O, I, 3, 3] convolved with a 2x2 box, as one matrix product over the taps."""
+def _with_box(w: Tensor, way: str, last: bool = False) -> Tensor:
+    """The 4x4 kernel that is `w` [O, I, 3, 3] convolved with a 2x2 box, as matrix products over the taps.
+
+    With `last` it is made in channels_last, as a convolution of images in channels_last would otherwise copy it to in
+    its forward, in its input gradient and back again in its weight gradient.
+    """
     if transformed() or plain(w):
         box = _BOX[way].to(w.dtype) if w.device.type == "cpu" else _box_on(w.device, w.dtype, way)
     else:  # a class that may take no tensor but its own
         box = torch.tensor(_BOX[way].tolist(), dtype=w.dtype, device=w.device)
     with without_autocast(w):  # the convolution casts the kernel, once
-        return (w.reshape(-1, 9) @ box).view(*w.shape[:2], 4, 4)
+        if not last:
+            return (w.reshape(-1, 9) @ box).view(*w.shape[:2], 4, 4)
+        taps = w.permute(0, 2, 3, 1).contiguous().view(w.shape[0], 9, w.shape[1])
+        kernel = torch.bmm(box.t().expand(w.shape[0], 16, 9), taps)
+        return kernel.view(w.shape[0], 4, 4, w.shape[1]).permute(0, 3, 1, 2)
 
 
-def _form(way: str, pixels: int, pairs: int) -> str:
+def _form(way: str, pixels: int, pairs: int, last: bool = False) -> str:
     """How to go: "fused", one strided convolution; "steps", two; "small", two of PyTorch's own.
 
-    On a CPU, from times on two cores (benchmarks/bench_conv.py), by the pixels of the smaller image times the batch and
-    the pairs of channels. To make the 4x4 kernel costs as much as some hundred of its pixels, and to handle it a tenth
-    of a millisecond; in the smallest convolutions Python's autograd Functions take a good part of the time. PyTorch's
-    double backward sends no zeros either, only its weight gradient is slower.
+    On a CPU, from times on two cores (benchmarks/bench_conv.py), by the pixels of the smaller image times the batch,
+    the pairs of channels, and whether the image is in channels_last. To make the 4x4 kernel costs as much as some
+    hundred of its pixels, and to handle it a tenth of a millisecond; in the smallest convolutions Python's autograd
+    Functions take a good part of the time. PyTorch's double backward sends no zeros either, only its weight gradient is
+    slower.
     """
     work = pixels * pairs
-    kernel_pays = pixels >= (256 if pairs <= 2**16 else 400)
+    kernel_pays = pixels >= (256 if pairs <= 2**16 or (last and way == "down") else 400)
     if kernel_pays and work >= 2**19 and pixels * work >= (2**28 if way == "down" else 2**30):
         return "fused"
     return "small" if work <= 2**21 else "steps"
@@ -285,7 +294,7 @@ def _form_of(way: str, x: Tensor, w: Tensor) -> str:
     # What is exported runs for every batch, in one form: that of one image.
     batch = 1 if torch.compiler.is_exporting() or torch.jit.is_tracing() else x.shape[0]
     pixels = batch * x.shape[2] * x.shape[3]
-    return _form(way, pixels if way == "up" else pixels // 4, w.shape[0] * w.shape[1])
+    return _form(way, pixels if way == "up" else pixels // 4, w.shape[0] * w.shape[1], in_channels_last(x))
 
 
 def _says(way: str) -> Judge:
@@ -407,15 +416,16 @@ def _scaled(
     if name == "torch" and (backend == "torch" or (not transformed() and op.asked(None) == "torch")):
         _check(x, w, bias, 1, transposed=False)
         return _reference(way, x, w, bias)
+    last = x.is_cpu and in_channels_last(x)
     if way == "up":
         if form != "fused":
             return conv2d(interpolate_nearest(x), w, bias, padding=1)
-        return conv_transpose2d(x, _with_box(w.transpose(0, 1), way), bias, stride=2, padding=1)
+        return conv_transpose2d(x, _with_box(w.transpose(0, 1), way, last), bias, stride=2, padding=1)
     if form != "fused":
         return avg_pool2d(conv2d(x, w, bias, padding=1))
     # Kernels that `use_backend` asks for take no stride; this op, which has none of that name, is to run all the same.
     inner = "lean" if CONV2D.asked(None) == "cpp" else None
-    return conv2d(x, _with_box(w, way), bias, stride=2, padding=1, backend=inner)
+    return conv2d(x, _with_box(w, way, last), bias, stride=2, padding=1, backend=inner)
 
 
 def upsample_conv2d(

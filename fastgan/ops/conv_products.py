@@ -67,7 +67,7 @@ def _worth(*inputs: Tensor | None, **_: object) -> str | None:
         return "in forward mode PyTorch hands on zeros that have no memory"
     if _instructions() != "avx512":
         return "without AVX-512 oneDNN's kernels are the default"
-    if _last(x):
+    if in_channels_last(x):
         few = x.shape[1] <= 4 and w.shape[2] > 1
         return None if few else "oneDNN's kernels take channels_last as it is"
     return None if w.shape[0] * w.shape[1] <= 2304 else "beyond 2304 pairs of channels oneDNN's kernels are faster"
@@ -78,7 +78,7 @@ def _instructions() -> str:
     return str(torch.ops.fastgan.cpu_instructions())
 
 
-def _last(x: Tensor) -> bool:
+def in_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -89,14 +89,14 @@ def way_of(name: str, asked_for: bool, x: Tensor, geometry: Geometry) -> Way:
     """Which products our kernels compute, where the implementation `name` was chosen, or asked for by the caller."""
     cpp = name == "cpp"
     # With channels_last oneDNN's forward product of a first layer is the faster one.
-    return Way(geometry, cpp and (asked_for or not _last(x)), cpp)
+    return Way(geometry, cpp and (asked_for or not in_channels_last(x)), cpp)
 
 
 @cache
 def _register_fakes() -> None:
     def result(x: Tensor, channels: int, w: Tensor, padding: tuple[int, int], sign: int) -> Tensor:
         sizes = [s + sign * (2 * p - k + 1) for s, p, k in zip(x.shape[2:], padding, w.shape[2:], strict=True)]
-        last = torch.channels_last if _last(x) else torch.contiguous_format
+        last = torch.channels_last if in_channels_last(x) else torch.contiguous_format
         return torch.empty((x.shape[0], channels, *sizes), dtype=x.dtype, device=x.device, memory_format=last)
 
     @torch.library.register_fake("fastgan::conv2d_forward")

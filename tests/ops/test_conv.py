@@ -237,6 +237,31 @@ def test_keeps_channels_last_in_every_order(op: Callable[..., Tensor]) -> None:
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, gx, ggx))
 
 
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
+def test_the_kernel_with_the_box_is_in_channels_last_too(
+    op: Callable[..., Tensor], weights: torch.memory_format, form: str
+) -> None:
+    x = random(2, 3, 4, 6).to(memory_format=torch.channels_last).requires_grad_()
+    w = random(5, 3, 3, 3, seed=1).to(memory_format=weights).requires_grad_()
+    kernels = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.convolution.default:
+                kernels.append(args[1])
+            return function(*args, **(kwargs or {}))
+
+    with Seen():
+        y = op(x, w)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    if form == "fused":
+        assert [k.shape[2] for k in kernels] == [4]
+        assert kernels[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, op(x, w, backend="torch"))
+    assert gradgradcheck(op, (x, w))
+
+
 @pytest.mark.parametrize(
     "op",
     [upsample_conv2d, conv2d_downsample, conv_transpose2d, lambda x, w: avg_pool2d(x) + interpolate_nearest(x).mean()],
