@@ -37,7 +37,7 @@ class Checked(NamedTuple):
 
 
 def check(open_file: Callable[[], BinaryIO], name: str) -> Checked:
-    """Look at one file without decoding it, where that is enough to tell that it is whole. `name` is for the log."""
+    """Look at one file, and decode it unless less is enough to tell that it is whole. `name` is for the log."""
     from PIL import Image
 
     try:
@@ -45,11 +45,12 @@ def check(open_file: Callable[[], BinaryIO], name: str) -> Checked:
             mode, size, kind = image.mode, image.size, image.format or ""
             transparent = "transparency" in image.info
             image.verify()
-        # `verify` finds nothing in a JPEG. A download cut short lacks the end mark; some cameras write more
-        # after it, so only a file without one is decoded to know.
-        if kind in ("JPEG", "MPO"):
+        # `verify` reads all of a PNG, and opening all of a WebP; neither finds a cut in any other kind, so that a
+        # damaged one would come to light in the middle of a run. A JPEG cut short lacks the end mark; some cameras
+        # write more after it, so only one without it is decoded to know.
+        if kind not in ("PNG", "WEBP"):
             with open_file() as stream:
-                if not _ends_whole(stream):
+                if kind not in ("JPEG", "MPO") or not _ends_whole(stream):
                     with Image.open(stream) as image:
                         image.load()
     except Exception as error:  # Pillow's readers raise nearly anything on a damaged file

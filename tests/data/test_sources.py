@@ -143,6 +143,16 @@ def test_cut_jpeg_is_skipped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.read(0, 16), source.read(1, 16))
 
 
+@pytest.mark.parametrize("kind", ["bmp", "gif", "tiff", "ppm", "tga", "png", "webp"])
+def test_cut_file_of_any_kind_is_skipped(tmp_path: Path, kind: str) -> None:
+    """Most of Pillow's readers notice a cut only while decoding, which would stop a run under way."""
+    data = save(tmp_path / f"a.{kind}", noise(64, 64, 3)).read_bytes()
+    (tmp_path / f"cut.{kind}").write_bytes(data[: len(data) * 9 // 10])
+    source = open_source(f"folder:{tmp_path}", 16)
+    assert [file for file, _ in source.skipped] == [f"cut.{kind}"]
+    assert len(source) == 1
+
+
 def test_file_damaged_after_opening_is_named(tmp_path: Path) -> None:
     file = save(tmp_path / "a.png")
     source = open_source(f"folder:{tmp_path}", 16)
