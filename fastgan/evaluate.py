@@ -172,7 +172,10 @@ def main(argv: list[str]) -> int:
             asked.features or default_extractor(source), source.channels, world.device, asked.feature_weights
         )
         metrics = choose(names, extractor, source, networks["resolution"])
-        partial = _partial(run, asked, trained.meta, source, extractor, metrics)
+        fault = evaluating.unwritable(run)
+        partial = None if fault else _partial(run, asked, trained.meta, source, extractor, metrics)
+        if world.main and fault:
+            print(f"warning: {run} cannot be written ({fault}): the numbers are printed only", file=sys.stderr)
         if world.main:
             print(
                 f"{trained.meta['variant']} at {trained.meta['images'] / 1000:g} kimg, {asked.n:,} images of "
@@ -191,11 +194,13 @@ def main(argv: list[str]) -> int:
         found = evaluation(draw, source, networks["resolution"], warn)
         if found is not None:
             line = evaluating.record(evaluation, found, trained.meta, source, warnings)
+            print(_table(line), flush=True)  # first: what took an hour to compute must not go with a full disk
             try:
                 path = evaluating.append(run, line)
             except OSError as error:
-                raise ArgumentError("RUN", str(run), f"its record could not be written ({error})") from None
-            print(_table(line))
+                print(json.dumps(line), flush=True)
+                may_be = f"it may be a run that can be written, for its record ({error.strerror}); the line is above"
+                raise ArgumentError("RUN", str(run), may_be) from None
             print(f"added to {path}")
         discard(partial)
         return 0

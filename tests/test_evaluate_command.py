@@ -17,7 +17,7 @@ from fastgan import checkpoint, commands, evaluate, train
 from fastgan.data import open_source
 from fastgan.evaluation import measure
 from fastgan.trained import load
-from fastgan.training.evaluating import drawer
+from fastgan.training.evaluating import drawer, unwritable
 
 TINY = "--width 8 --max-width 8 --latent 4 --batch 8 --resolution 16 --samples 4".split()
 
@@ -78,6 +78,28 @@ def test_a_run_is_evaluated_and_the_record_grows(run: Path, cache: Path, capsys:
     assert commands.main(asked) == 0
     rows = (run / "evaluation.jsonl").read_text().splitlines()
     assert len(rows) == 3 and json.loads(rows[0]) == json.loads(rows[2]) == line
+
+
+def test_numbers_are_printed_where_the_record_cannot_be_written(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["evaluate", str(run), "--n", "16", "--metrics", "msssim"]
+    (run / ".evaluation.jsonl.part").mkdir()  # in the way of the record, but not of a look at the folder before
+    assert commands.main(asked) == 2
+    said = capsys.readouterr()
+    table, line = said.out.strip().splitlines()[-2:]
+    assert "MS-SSIM of pairs" in table and json.loads(line)["images"]["generated"] == 16
+    assert said.err.strip().splitlines()[-1].startswith(f"fastgan: RUN: was '{run}'; it may be a run that can be")
+    monkeypatch.setattr("fastgan.training.evaluating.unwritable", lambda run: "Read-only file system")
+    assert commands.main(asked) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"warning: {run} cannot be written (Read-only file system): the numbers are printed")
+    assert "MS-SSIM of pairs" in said.out
+
+
+def test_unwritable_says_why(tmp_path: Path) -> None:
+    assert unwritable(tmp_path) == "" and not list(tmp_path.iterdir())
+    assert unwritable(tmp_path / "nothing") == "No such file or directory"
 
 
 def test_one_checkpoint_other_data_and_another_seed(run: Path, tmp_path: Path) -> None:

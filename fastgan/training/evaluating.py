@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,15 @@ def record(
         "warnings": warnings,
         "version": __version__,
     }
+
+
+def unwritable(run: Path) -> str:
+    """Why nothing can be written into a run's folder, or "": seen by trying, as a mode does not tell of a mount."""
+    try:
+        with tempfile.TemporaryFile(dir=run):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def append(run: Path, line: dict[str, Any]) -> Path:
