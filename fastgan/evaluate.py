@@ -140,10 +140,16 @@ def _check(asked: Evaluate) -> list[str] | None:
 
 
 def _partial(
-    run: Path, asked: Evaluate, checkpoint: dict[str, Any], source: Source, extractor: Extractor, metrics: list[str]
+    run: Path,
+    asked: Evaluate,
+    checkpoint: dict[str, Any],
+    source: Source,
+    extractor: Extractor | None,
+    metrics: list[str],
 ) -> Path:
     """Where an interrupted evaluation is stored: a name that stands for all that its sums depend on."""
-    key = [checkpoint["files"], asked.seed, asked.n, source.fingerprint, len(source), extractor.fingerprint, metrics]
+    of = extractor and extractor.fingerprint
+    key = [checkpoint["files"], asked.seed, asked.n, source.fingerprint, len(source), of, metrics]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return run / f".evaluation-{digest}"
 
@@ -156,7 +162,7 @@ def main(argv: list[str]) -> int:
     config = _settings(run, "RUN")
     from fastgan.evaluation.collect import discard
     from fastgan.evaluation.features import canonical, open_extractor
-    from fastgan.evaluation.measure import Evaluation, cache_folder, choose, default_extractor
+    from fastgan.evaluation.measure import Evaluation, cache_folder, choose, default_extractor, needs_features
     from fastgan.trained import load
     from fastgan.training import evaluating
     from fastgan.training import world as processes
@@ -168,19 +174,21 @@ def main(argv: list[str]) -> int:
         trained = load(asked.run, str(world.device))
         networks = trained.meta["networks"]
         source = _source(asked, config, networks)
-        extractor = open_extractor(
-            asked.features or default_extractor(source), source.channels, world.device, asked.feature_weights
-        )
+        extractor = None
+        if needs_features(names):
+            extractor = open_extractor(
+                asked.features or default_extractor(source), source.channels, world.device, asked.feature_weights
+            )
         metrics = choose(names, extractor, source, networks["resolution"])
         fault = evaluating.unwritable(run)
         partial = None if fault else _partial(run, asked, trained.meta, source, extractor, metrics)
         if world.main and fault:
             print(f"warning: {run} cannot be written ({fault}): the numbers are printed only", file=sys.stderr)
         if world.main:
+            reach = "none" if extractor is None else f"{extractor.name}, images reach it {extractor.resize}"
             print(
                 f"{trained.meta['variant']} at {trained.meta['images'] / 1000:g} kimg, {asked.n:,} images of "
-                f"{networks['resolution']} px beside {len(source):,} real ones of {source.name}; features: "
-                f"{extractor.name}, images reach it {extractor.resize}",
+                f"{networks['resolution']} px beside {len(source):,} real ones of {source.name}; features: {reach}",
                 flush=True,
             )
         warnings: list[str] = []

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastgan import checkpoint, commands, evaluate, train
 from fastgan.data import open_source
+from fastgan.errors import ArgumentError
 from fastgan.evaluation import measure
 from fastgan.trained import load
 from fastgan.training.evaluating import drawer, unwritable
@@ -95,6 +96,27 @@ def test_numbers_are_printed_where_the_record_cannot_be_written(
     said = capsys.readouterr()
     assert said.err.startswith(f"warning: {run} cannot be written (Read-only file system): the numbers are printed")
     assert "MS-SSIM of pairs" in said.out
+
+
+def test_metrics_of_pixels_need_no_features(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine without a network the weights of Inception, the default for most data, cannot be had."""
+
+    def offline(*args: object) -> None:
+        raise ArgumentError("--features", args[0], "its weights could not be fetched")
+
+    monkeypatch.setattr("fastgan.evaluation.features.open_extractor", offline)
+    asked = ["evaluate", str(run), "--data", "synthetic", "--n", "16", "--metrics"]
+    grey = open_source("synthetic", 16, 1)
+    monkeypatch.setattr("fastgan.data.open_source", lambda *_: grey)
+    assert commands.main([*asked, "swd,msssim"]) == 0
+    assert "features: none" in capsys.readouterr().out
+    (line,) = lines(run)
+    assert line["features"] is line["feature_weights"] is line["resize"] is None
+    assert {"swd", "ms_ssim"} < set(line["metrics"])
+    assert commands.main([*asked, "swd,kid"]) == 2
+    assert "--features: was 'inception-v3-compat'" in capsys.readouterr().err
 
 
 def test_unwritable_says_why(tmp_path: Path) -> None:

@@ -63,18 +63,25 @@ class Collected:
 
     Args:
         metrics: as in `--metrics`.
-        extractor: gives the features; it is not called where no metric needs any.
+        extractor: gives the features; it is not called, and may be None, where no metric needs any.
         generated: whether the set is; classes are asked of generated images alone.
         channels: of the images.
         swd_images: images whose patches are kept; seed, stream: where those are cut.
     """
 
     def __init__(
-        self, metrics: set[str], extractor: Extractor, *, generated: bool, channels: int, swd_images: int, seed: int
+        self,
+        metrics: set[str],
+        extractor: Extractor | None,
+        *,
+        generated: bool,
+        channels: int,
+        swd_images: int,
+        seed: int,
     ) -> None:
         self._extractor = extractor
         self.count = 0
-        self.moments = Moments(extractor.dimension) if "fid" in metrics else None
+        self.moments = Moments(extractor.dimension) if extractor is not None and "fid" in metrics else None
         self.rows = FeatureRows(KEPT) if metrics & {"kid", "prdc"} else None
         self.similarity = PairSimilarity() if "msssim" in metrics else None
         stream = "generated" if generated else "real"
@@ -85,6 +92,7 @@ class Collected:
     def update(self, indices: Tensor, images: Tensor) -> None:
         """Take in images `indices` (int64 [N], even ones first of each pair), uint8 [N, C, R, R] on any device."""
         if self.moments or self.rows or self.score or self.modes:
+            assert self._extractor is not None
             features, logits = self._extractor(images)
             if self.moments is not None:
                 self.moments.update(features)

@@ -27,6 +27,7 @@ from fastgan.evaluation.similarity import scales
 from fastgan.evaluation.sliced_wasserstein import PATCH, bytes_of_patches, patch_distances
 
 METRICS = ("fid", "kid", "is", "prdc", "swd", "msssim", "modes")
+OF_PIXELS = ("swd", "msssim")
 DIGITS = ("digits", "stacked-digits")
 _SCHEMA = 1
 # Karras et al. 2018 compare 16,384 images; patches of more pixels than these bytes hold are of fewer images.
@@ -39,20 +40,25 @@ def default_extractor(source: Source) -> str:
     return "digits" if source.name in DIGITS else INCEPTION
 
 
-def choose(asked: Sequence[str] | None, extractor: Extractor, source: Source, resolution: int) -> list[str]:
-    """The metrics to compute: those asked for, or all that mean something here.
+def needs_features(asked: Sequence[str] | None) -> bool:
+    """Whether an extractor must be had for the metrics asked for, None being all."""
+    return asked is None or not set(asked) <= set(OF_PIXELS)
+
+
+def choose(asked: Sequence[str] | None, extractor: Extractor | None, source: Source, resolution: int) -> list[str]:
+    """The metrics to compute: those asked for, or all that mean something here. extractor: None for `OF_PIXELS` alone.
 
     Raises:
         ArgumentError: one that does not exist, or means nothing here.
     """
     cannot = {}
-    if not extractor.scores:
+    if extractor is not None and not extractor.scores:
         cannot["is"] = f"--features {extractor.name} gives no classes of an image"
     if resolution < PATCH:
         cannot["swd"] = f"its patches need images of {PATCH} px or more, and these have {resolution}"
     if not scales(resolution):
         cannot["msssim"] = f"its window needs images of 11 px or more, and these have {resolution}"
-    if extractor.name != "digits" or source.name not in DIGITS:
+    if extractor is None or extractor.name != "digits" or source.name not in DIGITS:
         cannot["modes"] = f"it needs --features digits and --data {' or '.join(DIGITS)}, whose modes are known"
     if asked is None:
         return [name for name in METRICS if name not in cannot]
@@ -73,13 +79,13 @@ def cache_folder() -> Path:
 class Evaluation:
     """How images are compared.
 
-    metrics: from `choose`. n: generated images. seed: of subsets, patches and projections. cache: folder for the
-    statistics of real images, or None. partial: file in which an interrupted evaluation is stored, or None; whoever
-    names it makes sure that it stands for one generator and one seed of its images. progress: show bars.
+    metrics, extractor: as for `choose`. n: generated images. seed: of subsets, patches and projections. cache: folder
+    for the statistics of real images, or None. partial: file in which an interrupted evaluation is stored, or None;
+    whoever names it makes sure that it stands for one generator and one seed of its images. progress: show bars.
     """
 
     metrics: Sequence[str]
-    extractor: Extractor
+    extractor: Extractor | None
     n: int
     seed: int = 0
     cache: Path | None = None
@@ -174,10 +180,11 @@ class Evaluation:
     def _cache_file(self, source: Source, resolution: int, metrics: set[str], total: int) -> Path | None:
         if self.cache is None:
             return None
+        of = self.extractor if needs_features(sorted(metrics)) else None
         key = {
             "schema": _SCHEMA,
             "data": [source.name, source.fingerprint, len(source), source.channels, source.resolution, resolution],
-            "features": [self.extractor.name, self.extractor.fingerprint, self.extractor.resize],
+            "features": None if of is None else [of.name, of.fingerprint, of.resize],
             "metrics": sorted(metrics),
             "images": total,
         }
@@ -232,6 +239,7 @@ class Evaluation:
         found: dict[str, Any] = {}
         used: dict[str, Any] = {"generated": self.n, "real": len(source)}
         if generated.moments is not None and real.moments is not None:
+            assert self.extractor is not None
             dimension = self.extractor.dimension
             for moments, name in ((real.moments, "real"), (generated.moments, "generated")):
                 if moments.count <= dimension:

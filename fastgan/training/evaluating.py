@@ -55,9 +55,10 @@ def record(
         "kimg": meta["images"] / 1000,
         "variant": meta["variant"],
         **found,
-        "features": extractor.name,
-        "feature_weights": extractor.fingerprint,
-        "resize": extractor.resize,
+        # None, of all three, where only pixels were compared.
+        "features": getattr(extractor, "name", None),
+        "feature_weights": getattr(extractor, "fingerprint", None),
+        "resize": getattr(extractor, "resize", None),
         "resolution": meta["networks"]["resolution"],
         "data": source.name,
         "fingerprint": source.fingerprint,
