@@ -126,19 +126,28 @@ def _same(file: Path, meta: dict[str, Any]) -> bool:
 
 
 def target(out: str | None, run: Path, suffix: str) -> Path:
-    """The file to write: one that is not there, or an export that may be replaced."""
+    """The file to write: one that is not there, or an export that may be replaced, and so may config.json beside it.
+
+    Raises:
+        ArgumentError: it is of another kind, or would replace what fastgan did not write.
+    """
     from fastgan.exporting import formats
 
     path = Path(out) if out is not None else run / "export"
-    if path.is_dir() or path.suffix == "":
+    if path.is_dir() or path.suffix == "" or str(out).endswith(("/", os.sep)):
         path = path / f"model{suffix}"
     if path.suffix != suffix:
-        raise ArgumentError("--out", out, f"it may be a folder, or a file that ends in {suffix}")
+        may_be = f"it may be a folder (with / at its end if a new one has a dot), or a file that ends in {suffix}"
+        raise ArgumentError("--out", out, may_be)
     if path.exists() and out is not None:
         try:
             formats.read(path)
         except ArgumentError:
             raise ArgumentError("--out", out, "it exists and is no export of fastgan; it may be another name") from None
+    config = path.with_name("config.json")
+    if path.name == "model.safetensors" and not formats.is_config(config):
+        may_be = f"{config} is not fastgan's and would be replaced; it may be another folder, or a file of another name"
+        raise ArgumentError("--out", str(path) if out is None else out, may_be)
     return path
 
 

@@ -339,6 +339,19 @@ def read(file: Path, device: str = "cpu") -> tuple[nn.Module, Meta]:
         raise ArgumentError("RUN", str(file), f"it may be a {name} file from fastgan export ({reason[:150]})") from None
 
 
+def is_config(file: Path) -> bool:
+    """Whether `file`, a config.json, is missing or a generator's, as `fastgan export` and `save_pretrained` write."""
+    if not file.exists():
+        return True
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    if not isinstance(config, dict) or not {"resolution", "latent"} <= config.keys():
+        return False
+    return config.get("model") in list(models.MODELS)  # others' files have a "model" too
+
+
 def _meta_of(config: dict[str, Any]) -> Meta:
     """What a config.json of `save_pretrained` says."""
     return {"networks": {"num_classes": 0, **config, "norm_g": config.get("norm", "batch")}}

@@ -201,6 +201,31 @@ def test_refused(run: Path, tmp_path: Path, exported: dict[str, Path], capsys: p
         assert content(tmp_path) == before
 
 
+def test_a_config_of_the_users_own_is_not_replaced(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.json"
+    for text in ('{"model": "bert", "resolution": 8, "latent": 6}', "[1]", "{", '{"model": "dcgan"}'):
+        config.write_text(text)
+        capsys.readouterr()
+        assert export.main([str(run), "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert f"--out: was '{tmp_path}'; {config} is not fastgan's" in error and len(error.splitlines()) == 1
+        assert content(tmp_path) == [config] and config.read_text() == text
+    assert export.main([str(run), "--out", str(tmp_path / "weights.safetensors")]) == 0  # which has no config.json
+    config.unlink()
+    assert export.main([str(run), "--out", str(tmp_path)]) == 0
+    assert export.main([str(run), "--out", str(tmp_path)]) == 0  # its own is
+    assert json.loads(config.read_text())["model"] == "dcgan"
+
+
+def test_a_new_folder_may_have_a_dot_in_its_name(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export.main([str(run), "--out", f"{tmp_path / 'my.run'}"]) == 2
+    assert "with / at its end" in capsys.readouterr().err and not (tmp_path / "my.run").exists()
+    assert export.main([str(run), "--out", f"{tmp_path / 'my.run'}/"]) == 0
+    assert (tmp_path / "my.run" / "model.safetensors").is_file()
+
+
 class Bomb:
     """Leaves a file behind where it is unpickled."""
 

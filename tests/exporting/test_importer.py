@@ -164,6 +164,17 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert not (tmp_path / "out").exists()
 
 
+def test_a_config_of_the_users_own_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    file = save(tmp_path / "x.pth", monkeypatch)
+    assert importer.main([str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "config.json is not fastgan's" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
 class Bomb:
     def __init__(self, path: Path) -> None:
         self.path = path
