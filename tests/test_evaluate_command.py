@@ -270,3 +270,19 @@ def test_features_that_cannot_be_had_stop_a_run_before_its_first_step(
     assert not (tmp_path / "run").exists()
     assert train.main([*asked, "--evaluate-n", "0"]) == 2
     assert "--evaluate-n: was 0; it may be 1 or more" in capsys.readouterr().err
+
+
+def test_too_few_images_to_evaluate_stop_a_run_before_its_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--variant", "dcgan", *TINY, "--kimg", "0.064", "--every", "0.01"]
+    assert train.main([*base, "--out", str(tmp_path / "run"), "--evaluate-n", "5"]) == 2
+    assert "--evaluate-n: was 5; it may be 6 or more for prdc" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/samples/*")) and not list(tmp_path.glob("run/checkpoints/*"))
+    (tmp_path / "few").mkdir()
+    for i in range(4):
+        Image.new("L", (16, 16), 30 * i).save(tmp_path / "few" / f"{i}.png")
+    asked = [*base, "--data", f"folder:{tmp_path / 'few'}", "--evaluate-features", "digits"]
+    assert train.main([*asked, "--out", str(tmp_path / "other")]) == 2
+    assert "--data: was 'folder'; it has 4 images, and prdc needs 6 or more" in capsys.readouterr().err
+    assert not list(tmp_path.glob("other/samples/*")) and not list(tmp_path.glob("other/checkpoints/*"))

@@ -108,7 +108,7 @@ class Evaluation:
         Raises:
             ArgumentError: there are too few images for a metric.
         """
-        self._check(source)
+        self.check(source)
         swd_images = min(self.n, len(source), _SWD_IMAGES, _SWD_BYTES // bytes_of_patches(resolution, source.channels))
         real = self._real(source, resolution, swd_images)
         generated = self._generated(draw, source, resolution, swd_images)
@@ -117,13 +117,15 @@ class Evaluation:
         assert real is not None
         return self._compare(generated, real, source, swd_images, warn)
 
-    def _check(self, source: Source) -> None:
+    def check(self, source: Source) -> None:
+        """Raises ArgumentError, of --n or --data, if there are too few images for a metric."""
         least = {"fid": 2, "kid": 2, "prdc": 6, "msssim": 2, "swd": 1, "is": 1, "modes": 1}
         for name in self.metrics:
             if self.n < least[name]:
                 raise ArgumentError("--n", self.n, f"it may be {least[name]} or more for {name}")
             if len(source) < least[name]:
-                raise ArgumentError("--data", source.name, f"{name} needs {least[name]} images or more")
+                may_be = f"it has {len(source):,} images, and {name} needs {least[name]} or more"
+                raise ArgumentError("--data", source.name, may_be)
 
     def _batch(self, resolution: int) -> int:
         return 256 if resolution <= 64 else 64

@@ -96,7 +96,7 @@ class Evaluator:
         source: the real images; n: generated ones; features: as in `--features`; seed: of all randomness.
 
     Raises:
-        ArgumentError: the features cannot be had.
+        ArgumentError: the features cannot be had, or there are too few images for what will be computed.
     """
 
     def __init__(self, source: Source, n: int, features: str | None, seed: int, device: torch.device) -> None:
@@ -107,6 +107,15 @@ class Evaluator:
             if error.argument == "--features":
                 raise ArgumentError("--evaluate-features", features, str(error).partition("; ")[2]) from None
             raise
+        try:
+            self._evaluation(source.resolution).check(source)  # at the target all metrics are that are below it
+        except ArgumentError as error:
+            raise error.renamed("--evaluate-n" if error.argument == "--n" else error.argument) from None
+
+    def _evaluation(self, resolution: int) -> Evaluation:
+        # Patches of real images are not cached, and cutting and sorting them takes longer than all the rest.
+        metrics = [name for name in choose(None, self.extractor, self.source, resolution) if name != "swd"]
+        return Evaluation(metrics, self.extractor, self.n, self.seed, cache=cache_folder())
 
     def __call__(self, generator: nn.Module, meta: dict[str, Any]) -> dict[str, Any] | None:
         """A collective: a line of the run's record on the first rank, None on others.
@@ -114,9 +123,7 @@ class Evaluator:
         meta: variant, networks and images seen, as in a checkpoint.
         """
         resolution = meta["networks"]["resolution"]
-        # Patches of real images are not cached, and cutting and sorting them takes longer than all the rest.
-        metrics = [name for name in choose(None, self.extractor, self.source, resolution) if name != "swd"]
-        evaluation = Evaluation(metrics, self.extractor, self.n, self.seed, cache=cache_folder())
+        evaluation = self._evaluation(resolution)
         warnings: list[str] = []
         draw = drawer(generator, meta["networks"], self.source, self.seed)
         found = evaluation(draw, self.source, resolution, warnings.append)
