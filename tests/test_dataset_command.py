@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +117,24 @@ def test_show_names_an_image_that_is_damaged(copy: Path, said: Out) -> None:
     named = f"DST: was '{tar}, member 000000000.png'; the image cannot be decoded (no image format Pillow knows); "
     assert named in said()[1]
     assert not (copy / "x.png").exists()
+
+
+@pytest.mark.parametrize("what", ["header", "archive"])
+def test_a_damaged_array_is_named(copy: Path, said: Out, what: str) -> None:
+    """Of the size that the manifest says: a header of another text, and what numpy takes for a .npz."""
+    file = copy / "cache" / "0008" / "00000.npy"
+    content = file.read_bytes()
+    buffer = io.BytesIO()
+    np.savez(buffer, np.zeros(1))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = bytes(len(content) - len(buffer.getvalue()))
+    file.write_bytes(content[:10] + b"{'((" + content[14:] if what == "header" else buffer.getvalue())
+    assert file.stat().st_size == len(content)
+    assert main(["data", "show", str(copy), "--resolution", "8", "--out", str(copy / "x.png")]) == 2
+    error = said()[1]
+    assert f"DST: was '{file}'; it may be a whole .npy file (" in error and len(error.splitlines()) == 1
+    with pytest.raises(ArgumentError, match=r"--data: .*00000\.npy'; it may be a whole \.npy file"):
+        fastgan.data.open_source(str(copy), 8).arrays(8)
 
 
 def test_verify_finds_a_changed_manifest(copy: Path, said: Out) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastgan.data.files import File, write_whole
-from fastgan.data.images import undecodable
+from fastgan.data.images import first_line, undecodable
 from fastgan.data.sources import Encoded, Source
 from fastgan.errors import ArgumentError
 
@@ -161,7 +161,7 @@ class Level:
         self._arrays: dict[int, np.ndarray] = {}
         self._offsets: np.ndarray | None = None
         if not self.cached:
-            self._offsets = _load(manifest.path / offsets_file(resolution))
+            self._offsets = _load(manifest.path / offsets_file(resolution), flag=flag)
             if self._offsets.shape != (manifest.count, 2) or self._offsets.dtype != np.int64:
                 may_be = f"{offsets_file(resolution)} may be int64 [{manifest.count}, 2]"
                 raise ArgumentError(flag, str(manifest.path), may_be)
@@ -200,7 +200,7 @@ class Level:
         """
         if shard not in self._arrays:
             name = cache_file(self.resolution, shard)
-            array = _load(self.manifest.path / name)
+            array = _load(self.manifest.path / name, flag=self._flag)
             shape = (self.manifest.shards[shard].count, self.manifest.channels, self.resolution, self.resolution)
             if array.shape != shape or array.dtype != np.uint8:
                 may_be = f"{name} holds {array.dtype} {list(array.shape)}; it may be uint8 {list(shape)}"
@@ -397,9 +397,14 @@ def _fault(manifest: Manifest) -> str:
     return f"{wrong[0]} is {'not listed' if wrong[0] in wanted else 'no file of such a set'}" if wrong else ""
 
 
-def _load(file: Path, mmap: bool = True) -> np.ndarray:
+def _load(file: Path, mmap: bool = True, flag: str = "--data") -> np.ndarray:
     try:
         with _LOADING:
-            return np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ArgumentError("--data", str(file), f"it may be a whole .npy file ({error})") from error
+            array = np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
+        if isinstance(array, np.ndarray):
+            return array
+        reason = "it is a .npz"
+    except Exception as error:  # a damaged header goes through Python's own tokenizer, whose errors are many
+        reason = first_line(error)
+    may_be = f"it may be a whole .npy file ({reason}); `fastgan data verify` lists all that are not"
+    raise ArgumentError(flag, str(file), may_be)
