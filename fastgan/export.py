@@ -78,8 +78,14 @@ def describe(trained: TrainedGenerator, run: Path, batch: int | None, licence: s
         from fastgan.exporting.card import data_name
 
         stored = read_yaml(run / "config.yaml", "RUN")
-        meta["data"] = data_name(str(stored.get("data", {}).get("data", "")))
-        if stored.get("optimiser", {}).get("ema_decay") == 0:
+        # As `merge` says it; what else may be wrong with the run's settings is nothing to its weights.
+        sections = {name: stored.get(name, {}) for name in ("data", "optimiser")}
+        for name, section in sections.items():
+            if not isinstance(section, dict):
+                where = f"{run / 'config.yaml'}: {name}"
+                raise ArgumentError(where, section, "it may be a mapping of keys to values")
+        meta["data"] = data_name(str(sections["data"].get("data", "")))
+        if sections["optimiser"].get("ema_decay") == 0:
             meta["weights"] = "the last ones: the run kept no average (ema_decay 0)"
     if licence is not None:
         meta["licence"] = licence

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
@@ -39,6 +41,24 @@ class Sample:
     """cpu or cuda."""
 
 
+@contextlib.contextmanager
+def _fitting(n: int, each: int) -> Iterator[None]:
+    """Around the making of `n` images of `each` bytes at least, all in memory at once: too many are --n's fault."""
+    try:
+        # Of all memory: the system gives back what it keeps of files, and how much it can is not known.
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // each
+    except (ValueError, OSError, AttributeError):
+        most = n
+    if n > most:
+        raise ArgumentError("--n", n, f"it may be {most} or fewer: all are held in this machine's memory at once")
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):  # torch's CPU allocator has no class of its own
+            raise ArgumentError("--n", n, "it may be less: there is too little memory for all at once") from None
+        raise
+
+
 @command
 def main(argv: list[str]) -> int:
     asked = tyro.cli(Sample, args=argv, prog="fastgan sample")
@@ -60,14 +80,17 @@ def main(argv: list[str]) -> int:
     folder = next((p for p in (run, run.parent.parent) if (p / "config.yaml").is_file()), run)
     out = Path(asked.out) if asked.out else folder / f"{kind}-seed{asked.seed}.png"
     check_picture(out)
-    if asked.interpolate:
-        columns = max(2, math.ceil(asked.n**0.5))  # whole walks: --n is rounded up to fill the last row
-        images = trained.interpolate(math.ceil(asked.n / columns), columns, asked.seed, asked.truncation)
-    else:
-        columns = None
-        images = trained.sample(asked.n, asked.seed, asked.truncation)
-    with writing(out):
-        save_grid(images, out, columns=columns)
+    networks = trained.meta["networks"]
+    image = 4 * (networks["channels"] * networks["resolution"] ** 2 + networks["latent"])
+    with _fitting(asked.n, 2 * image):
+        if asked.interpolate:
+            columns = max(2, math.ceil(asked.n**0.5))  # whole walks: --n is rounded up to fill the last row
+            images = trained.interpolate(math.ceil(asked.n / columns), columns, asked.seed, asked.truncation)
+        else:
+            columns = None
+            images = trained.sample(asked.n, asked.seed, asked.truncation)
+        with writing(out):
+            save_grid(images, out, columns=columns)
     print(f"{len(images)} images of {images.shape[-1]} px, {trained}: {out}")
     return 0
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import noise
+from fastgan.errors import ArgumentError
 
 
 class TrainedGenerator:
@@ -62,7 +63,13 @@ class TrainedGenerator:
         """`rows` walks of `columns` images each between two random latents, float32 [rows * columns, C, R, R].
 
         The walk is along the great circle, on which Gaussian latents of high dimension lie (White 2016).
+
+        Raises:
+            ValueError: `rows` or `columns` is below 1, or as `sample` does.
         """
+        for name, value in (("rows", rows), ("columns", columns)):
+            if value < 1:
+                raise ValueError(f"{name}: was {value}; it may be 1 or more")
         self._check(seed, truncation)
         device = device_of(self.module)
         ends = noise.normal(seed, "sample", torch.arange(2 * rows, device=device), self.latent)
@@ -118,19 +125,32 @@ def sample_images(generator: nn.Module, n: int, seed: int, networks: dict[str, A
     return generate(generator, latent, labels, networks["resolution"])
 
 
+def _check_device(device: str) -> None:
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ArgumentError("device", device, "it may be cpu, cuda or cuda:N") from None
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        here = f"cuda:0 to cuda:{gpus - 1}, or cpu" if gpus else "cpu: torch sees no GPU here"
+        raise ArgumentError("device", device, f"it may be {here}")
+
+
 def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
     """The averaged generator of a run's newest checkpoint, of one checkpoint folder, or of an exported file.
 
     Args:
         path: a run, a checkpoint, a file that `fastgan export` or `save_pretrained` wrote, or a folder with one.
-        device: "cpu" or "cuda"; an ONNX file runs on the CPU.
+        device: "cpu", "cuda" or "cuda:1"; an ONNX file runs on the CPU.
 
     Raises:
-        ArgumentError (a ValueError): there is none, it is damaged, or it holds what loading would have to execute.
+        ArgumentError (a ValueError): there is none, it is damaged, or it holds what loading would have to execute; or
+            there is no such device.
     """
     from fastgan import checkpoint, models
     from fastgan.exporting import formats
 
+    _check_device(device)
     path = Path(path)
     file = formats.find(path)
     if file is not None:

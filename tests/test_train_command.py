@@ -236,6 +236,7 @@ def test_sample_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     for argv, word in (
         ([str(tmp_path)], "RUN"),
         ([str(run), "--n", "0"], "--n"),
+        ([str(run), "--n", "1000000000000"], "or fewer: all are held in this machine's memory at once"),
         ([str(run), "--out", str(tmp_path / "x" / "y.png")], "--out"),
         ([str(run), "--out", "picture.jpg"], "--out"),
     ):
@@ -243,6 +244,21 @@ def test_sample_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert sample.main(argv) == 2
         error = capsys.readouterr().err
         assert word in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
+)
+def test_more_samples_than_memory_holds(
+    run: Path, error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastgan.trained.generate", full)
+    assert sample.main([str(run), "--n", "5"]) == 2
+    said = capsys.readouterr().err
+    assert said == "fastgan: --n: was 5; it may be less: there is too little memory for all at once\n"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(

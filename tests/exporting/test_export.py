@@ -226,6 +226,26 @@ def test_a_new_folder_may_have_a_dot_in_its_name(run: Path, tmp_path: Path, caps
     assert (tmp_path / "my.run" / "model.safetensors").is_file()
 
 
+def test_a_section_of_the_settings_that_is_empty(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = Path(shutil.copytree(run, tmp_path / "run"))
+    settings = yaml.safe_load((broken / "config.yaml").read_text())
+    (broken / "config.yaml").write_text(yaml.safe_dump({**settings, "data": None}))
+    assert export.main([str(broken), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error == f"fastgan: {broken / 'config.yaml'}: data: was None; it may be a mapping of keys to values\n"
+
+
+def test_python_names_the_argument(run: Path) -> None:
+    trained = fastgan.load(run)
+    for rows, columns, words in ((0, 3, "rows: was 0"), (2, 0, "columns: was 0"), (-1, 3, "rows: was -1")):
+        with pytest.raises(ValueError, match=f"{words}; it may be 1 or more"):
+            trained.interpolate(rows, columns)
+    with pytest.raises(ArgumentError, match="device: was 'foo'; it may be cpu, cuda or cuda:N"):
+        fastgan.load(run, device="foo")
+    with pytest.raises(ArgumentError, match="device: was 'cuda:99'; it may be"):
+        fastgan.load(run, device="cuda:99")
+
+
 class Bomb:
     """Leaves a file behind where it is unpickled."""
 
