@@ -256,6 +256,12 @@ class Evaluation:
             same = min(len(fake_rows), len(real_rows))
             used["neighbours"] = same
             if "kid" in self.metrics:
+                for rows, name in ((real_rows, "real"), (fake_rows, "generated")):
+                    if len(rows) == min(neighbours.SUBSET, len(fake_rows), len(real_rows)):
+                        warn(
+                            f"kid: every subset holds all {len(rows):,} {name} images: the deviation over subsets does "
+                            f"not say how they vary; more than {neighbours.SUBSET:,} of each make it do so"
+                        )
                 mean, deviation = neighbours.kernel_distance(fake_rows, real_rows, seed=self.seed)
                 found |= {"kernel_distance": mean, "kernel_distance_std": deviation}
             if "prdc" in self.metrics:
@@ -264,6 +270,12 @@ class Evaluation:
                 values = (*neighbours.precision_recall(*pair), *neighbours.density_coverage(*pair))
                 found |= dict(zip(names, values, strict=True))
         if generated.score is not None:
+            classes, part = generated.score.probability.shape[1], self.n // generated.score.PARTS
+            if part < classes:
+                warn(
+                    f"is: {self.n:,} generated images, {part:,} in a tenth, for {classes:,} classes: the score is "
+                    "biased downwards, as a tenth cannot show them all"
+                )
             found["class_score"], found["class_score_std"] = generated.score.result()
         if generated.patches is not None and real.patches is not None:
             levels = generated.patches.levels()

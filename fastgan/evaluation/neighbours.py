@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SUBSET = 1000  # vectors of each set in a subset of the kernel distance
+
 
 def kernel_distance(generated: Tensor, real: Tensor, *, subsets: int = 100, seed: int = 0) -> tuple[float, float]:
     """Mean and standard deviation over random subsets of the unbiased squared MMD with kernel (x.y / D + 1)^3.
@@ -21,7 +23,7 @@ def kernel_distance(generated: Tensor, real: Tensor, *, subsets: int = 100, seed
         generated.double(),
         real.double(),
         kid_subsets=subsets,
-        kid_subset_size=min(1000, len(generated), len(real)),
+        kid_subset_size=min(SUBSET, len(generated), len(real)),
         rng_seed=seed,
         verbose=False,
     )
