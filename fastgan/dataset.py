@@ -140,7 +140,10 @@ def _show(manifest: Manifest, asked: Show) -> int:
         raise ArgumentError("--n", asked.n, "it may be 1 or more")
     if not 0 <= asked.start < manifest.count:
         raise ArgumentError("--start", asked.start, f"it may be 0 to {manifest.count - 1}")
-    resolution = asked.resolution or max(r for r in manifest.resolutions if r <= 128)
+    resolution = asked.resolution
+    if resolution is None:
+        resolution = max(r for r in manifest.resolutions if r <= 128)
+    manifest.files_of(resolution)  # refuses what it does not have
     out = Path(asked.out or f"{manifest.path.resolve().name}-{resolution}px.png").expanduser()
     check_picture(out)
     order = np.arange(manifest.count) if asked.seed is None else Sampler(manifest.count, asked.seed).order(0)

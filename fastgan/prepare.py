@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from fastgan.commands import command
+from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fastgan.data.prepared import Manifest
+
+
+_KINDS = ("avif", "bmp", "gif", "jpeg", "jpg", "jxl", "none", "png", "tif", "tiff", "webp")
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,18 @@ def main(argv: list[str]) -> int:
 
 
 def _lossless(argv: list[str]) -> list[str]:
-    """`--lossless` alone means png."""
+    """`--lossless` alone means png.
+
+    Raises:
+        ArgumentError: what follows it is the name of another kind of file, which would pass for SRC or DST.
+    """
     out = []
     for at, argument in enumerate(argv):
         out.append(argument)
-        if argument == "--lossless" and argv[at + 1 : at + 2] not in (["png"], ["webp"], ["None"]):
+        following = argv[at + 1] if at + 1 < len(argv) else ""
+        if argument == "--lossless" and following not in ("png", "webp", "None"):
+            if following.lower() in _KINDS and not Path(following).exists():
+                raise ArgumentError("--lossless", following, "it may be png or webp")
             out.append("png")
     return out
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import fastgan
+from fastgan import prepare
 from fastgan.commands import main
 from fastgan.data.images import area_average
 from fastgan.data.prepared import read_manifest
@@ -53,6 +54,19 @@ def test_prepare_says_what_it_made(prepared: Path, said: Out) -> None:
     out, err = said()
     assert out.startswith(f"{prepared}: 1,797 images of 16 px, grey, 10 classes, ")
     assert "is prepared already" in err
+
+
+def test_lossless_takes_two_kinds_or_none(tmp_path: Path, said: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kind in ("jpg", "PNG", "tiff"):
+        assert main(["prepare", "--lossless", kind, "digits", "set"]) == 2
+        assert said()[1] == f"fastgan: --lossless: was '{kind}'; it may be png or webp\n"
+        assert main(["prepare", "digits", "set", "--lossless", kind]) == 2
+        assert said()[1] == f"fastgan: --lossless: was '{kind}'; it may be png or webp\n"
+    assert not list(tmp_path.iterdir())
+    assert prepare._lossless(["--lossless", "digits", "set"]) == ["--lossless", "png", "digits", "set"]
+    (tmp_path / "jpg").mkdir()  # what is there is SRC
+    assert prepare._lossless(["--lossless", "jpg", "set"]) == ["--lossless", "png", "jpg", "set"]
 
 
 def test_info(prepared: Path, said: Out) -> None:
@@ -170,6 +184,7 @@ def test_show(prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.Mon
         ("--n 0", "--n: was 0"),
         ("--start 1797", "--start: was 1797; it may be 0 to 1796"),
         ("--resolution 32", "--resolution: was 32"),
+        ("--resolution 0", "--resolution: was 0"),
         ("--out x.jpg", "--out: was 'x.jpg'"),
         ("--out nowhere/x.png", "--out: was 'nowhere/x.png'"),
     ],
