@@ -15,6 +15,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Collection
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -23,7 +24,7 @@ from fastgan import __version__
 from fastgan.commands import command
 from fastgan.config import Config, check, merge, read_yaml, replace, write_yaml
 from fastgan.errors import ArgumentError
-from fastgan.training import supervisor
+from fastgan.training import rundir, supervisor
 from fastgan.variants import VARIANTS, Preset
 
 if TYPE_CHECKING:
@@ -86,23 +87,6 @@ def _first_pass(argv: list[str]) -> argparse.Namespace:
     return parser.parse_known_args(argv)[0]
 
 
-def _newest_run(out: str | None, variant: str) -> Path | None:
-    """The run that `--resume auto` means."""
-    if out is not None:
-        return Path(out) if (Path(out) / "config.yaml").is_file() else None
-    runs = [path.parent for path in Path("runs").glob(f"{variant}-*/config.yaml")]
-    return max(runs, key=lambda run: run.stat().st_mtime, default=None)
-
-
-def _run_of(resume: str) -> Path:
-    """The run directory of `--resume`, which may also name a checkpoint inside it."""
-    path = Path(resume)
-    for run in (path, path.parent.parent):
-        if (run / "config.yaml").is_file():
-            return run
-    raise ArgumentError("--resume", resume, "it may be a run directory, a checkpoint in one, or auto")
-
-
 def _prepared_resolution(data: object) -> int | None:
     """The highest resolution of a prepared set, which limits the preset's; None for other data."""
     path = Path(str(data).removeprefix("prepared:")).expanduser()
@@ -128,11 +112,11 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
     asked_variant = first.variant or next((str(values["variant"]) for values, _ in layers if "variant" in values), None)
     resume: Path | None = None
     if first.resume == "auto":
-        resume = _newest_run(first.out, asked_variant or DEFAULT_VARIANT)
+        resume = rundir.newest(first.out, asked_variant or DEFAULT_VARIANT)
     elif first.resume:
         resume = Path(first.resume)
     if resume is not None:
-        run = _run_of(str(resume))
+        run = rundir.of(str(resume))
         stored = read_yaml(run / "config.yaml", "--resume")
         if asked_variant not in (None, stored.get("variant")):
             raise ArgumentError("--variant", asked_variant, f"the run {run} is of {stored.get('variant')}")
@@ -189,34 +173,50 @@ def _one_growth(config: Config, given: Collection[str]) -> Config:
     return replace(config, schedule={"fade_kimg": None, "stable_kimg": None}) if share else config
 
 
-def _run_directory(request: Request, world: World) -> Path:
-    """Where the run is written: refused before anything is, if it holds another run or cannot be written."""
-    if request.resume is not None:
-        run = _run_of(str(request.resume))
-        if request.config.run.out not in (None, str(run)) and Path(str(request.config.run.out)) != run:
-            raise ArgumentError("--out", request.config.run.out, f"it may be left out: --resume goes on in {run}")
+def _run_directory(request: Request, world: World, held: ExitStack, patience: float) -> Path:
+    """Where the run is written: refused before anything is, if it holds another run or cannot be written.
+
+    A run that is gone on with is this process's from then on, until `held` is closed.
+    """
+    out = request.config.run.out
+    if request.resume is None:
+        run = Path(world.broadcast(out or str(rundir.default(request.variant))))
+        if out is not None:
+            rundir.check_free(run)
         return run
-    name = request.config.run.out or f"runs/{request.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = Path(world.broadcast(name))
-    if (run / "config.yaml").exists():
-        raise ArgumentError("--out", str(run), f"it already has a run; go on with --resume {run}, or name another")
-    if run.exists() and not run.is_dir():
-        raise ArgumentError("--out", str(run), "it may be a folder")
-    return run
-
-
-def _create(run: Path, request: Request, world: World) -> None:
-    """Make the run directory on the first rank, and let every rank know whether that worked."""
+    run = rundir.of(str(request.resume))
+    if out not in (None, str(run)) and Path(str(out)) != run:
+        raise ArgumentError("--out", out, f"it may be left out: --resume goes on in {run}")
     failure = None
     if world.main:
         try:
-            run.mkdir(parents=True, exist_ok=True)
-            write_yaml(request.config, request.variant, request.preset, run / "config.yaml")
-        except OSError as error:
-            failure = error.strerror
+            held.enter_context(rundir.locked(run, "--resume", patience))
+        except ArgumentError as error:
+            failure = error
     failure = world.broadcast(failure)
-    if failure:
-        raise ArgumentError("--out", str(run), f"it may be a folder that can be written ({failure})")
+    if failure is not None:
+        raise failure
+    return run
+
+
+def _create(run: Path, request: Request, world: World, held: ExitStack) -> Path:
+    """Make the run directory on the first rank, and let every rank know which it is and whether that worked."""
+    failure = None
+    if world.main:
+        try:
+            if request.resume is None:
+                named = request.config.run.out is not None
+                run = rundir.make(run, named)
+                held.enter_context(rundir.locked(run, "--out"))
+                rundir.check_free(run)  # another start may have had it since this was asked first
+            with rundir.writable(run):
+                write_yaml(request.config, request.variant, request.preset, run / "config.yaml")
+        except ArgumentError as error:
+            failure = error
+    failure, run = world.broadcast((failure, run))
+    if failure is not None:
+        raise failure
+    return run
 
 
 def _open_source(config: Config, world: World) -> Source:
@@ -284,31 +284,45 @@ def main(argv: list[str]) -> int:
         return 0
     supervision = supervisor.asked(argv)
     if supervision is not None:
-        resumed = request.resume is not None
-        name = config.run.out or f"runs/{request.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = _run_of(str(request.resume)) if resumed else Path(name)
-        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout)()
+        return _supervise(supervision, request)
     if "RANK" not in os.environ:
         print(f"fastgan {__version__}: {request.variant}, {request.preset} preset; loading torch", flush=True)
     from fastgan.training import world as processes
     from fastgan.training.interrupt import readers_may_go
 
     prepare_torch(config)
+    hosts = supervisor.rank_hosts(argv)
     world = processes.start(
         config.system.engine,
         config.system.device,
         zero=config.system.zero,
         deepspeed_config=config.system.deepspeed_config,
         timeout=config.system.timeout,
-        hosts=supervisor.rank_hosts(argv),
+        hosts=hosts,
     )
-    with world.guard(), readers_may_go():
+    # A supervisor that starts again without a host it does not reach may be before that host's rank has given up.
+    patience = config.system.timeout / 2 if hosts else 0.0
+    with world.guard(), readers_may_go(), ExitStack() as held:
         try:
-            code = _train(request, world, began)
+            code = _train(request, world, began, held, patience)
             world.done()
             return code
         finally:
             processes.stop()
+
+
+def _supervise(supervision: supervisor.Supervision, request: Request) -> int:
+    """Start the ranks of the run and watch over them."""
+    config, resumed = request.config, request.resume is not None
+    if resumed or config.run.out is not None:
+        run = rundir.of(str(request.resume)) if resumed else Path(str(config.run.out))
+        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout)()
+    run = rundir.make(rundir.default(request.variant), named=False)
+    try:
+        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout)()
+    finally:
+        with suppress(OSError):  # it is the run's, unless the ranks were refused before they wrote anything
+            run.rmdir()
 
 
 def _stored(request: Request, run: Path) -> Checkpoint | None:
@@ -360,8 +374,8 @@ def _cut(request: Request, stored: Checkpoint, world: World) -> Request:
     return dataclasses.replace(request, config=replace(request.config, schedule={"accumulation": found}))
 
 
-def _train(request: Request, world: World, began: float) -> int:
-    """What each rank does once it has found the others."""
+def _train(request: Request, world: World, began: float, held: ExitStack, patience: float) -> int:
+    """What each rank does once it has found the others; `held` and `patience` as in `_run_directory`."""
     from fastgan.training.agreement import same, settings
     from fastgan.training.build import check_stages
     from fastgan.training.trainer import NonFiniteError, Trainer
@@ -369,7 +383,7 @@ def _train(request: Request, world: World, began: float) -> int:
     if request.config.system.sync_bn and world.device.type != "cuda":
         raise ArgumentError("--sync-bn", True, "it needs GPUs; it may be left out on a CPU")
     same(world, settings(request.config))
-    run = _run_directory(request, world)
+    run = _run_directory(request, world, held, patience)
     stored = _stored(request, run)
     same(world, {"the checkpoint to go on from": None if stored is None else (str(stored.path), stored.meta["files"])})
     if stored is not None:
@@ -377,10 +391,12 @@ def _train(request: Request, world: World, began: float) -> int:
     config = request.config
     check_stages(config, world.size)
     source = _open_source(config, world)
-    if world.lives is not None:
-        world.lives.run, world.lives.last_good = run, None if stored is None else stored.path
+    if world.lives is not None and stored is not None:
+        world.lives.run, world.lives.last_good = run, stored.path
     trainer = Trainer(config, request.variant, world, source, run, stored)
-    _create(run, request, world)
+    trainer.run_path = run = _create(run, request, world, held)
+    if world.lives is not None:
+        world.lives.run = run
     if world.main:
         print(f"{trainer.pipeline.describe()}", flush=True)
         print(

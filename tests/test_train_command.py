@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ import fastgan
 from fastgan import checkpoint, commands, doctor, sample, train
 from fastgan.config import Config, write_yaml
 from fastgan.errors import ArgumentError
+from fastgan.training import rundir
 from fastgan.training.build import check_stages
 from fastgan.variants import VARIANTS
 
@@ -149,6 +154,60 @@ def test_a_second_run_in_the_same_folder(capsys: pytest.CaptureFixture[str], run
     refused(capsys, run, ["--variant", "dcgan", *TINY, "--out", str(run)], "--out", "already has a run", "--resume")
 
 
+def test_a_run_that_another_process_trains(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, new = tmp_path / "copy", tmp_path / "new"
+    shutil.copytree(run, copy)
+    new.mkdir()
+    with rundir.locked(copy, "--resume"), rundir.locked(new, "--out"):
+        refused(capsys, tmp_path, ["--resume", str(copy), "--kimg", "0.128"], "--resume", "another process trains")
+        refused(capsys, tmp_path, ["--variant", "dcgan", *TINY, "--out", str(new)], "--out", "another process trains")
+    # With its end the lock is gone, also within one process; and where there are no locks, one goes on without.
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+        assert train.main(["--resume", str(copy), "--kimg", "0.072"]) == 0
+    assert train.main(["--resume", str(copy), "--kimg", "0.08"]) == 0
+
+
+def test_a_run_that_another_start_made_meanwhile(
+    capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Mock(wraps=rundir.check_free, side_effect=[None, DEFAULT])
+    monkeypatch.setattr(rundir, "check_free", asked)
+    refused(capsys, run, ["--variant", "dcgan", *TINY, "--out", str(run)], "--out", "already has a run")
+
+
+def test_two_starts_in_one_second_are_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rundir, "default", lambda variant: Path(f"runs/{variant}-now"))
+    for _ in range(3):
+        assert train.main(["--variant", "dcgan", *TINY]) == 0
+    runs = sorted(Path("runs").iterdir())
+    assert [run.name for run in runs] == ["dcgan-now", "dcgan-now.2", "dcgan-now.3"]
+    assert all(checkpoint.existing(run) for run in runs)
+
+
+def test_a_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    with rundir.locked(tmp_path, "--resume"):
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    try:
+        with rundir.locked(tmp_path, "--resume"):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_run_that_is_being_left_is_waited_for(tmp_path: Path) -> None:
+    held = rundir.locked(tmp_path, "--resume")
+    held.__enter__()
+    end = threading.Timer(0.7, held.__exit__, (None, None, None))
+    end.start()
+    with rundir.locked(tmp_path, "--resume", patience=30):
+        end.join()
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [(ArgumentError("--data", "a.png", "it is cut short"), "--data: was 'a.png'"), (OSError(28, "No space"), "--out")],
@@ -166,8 +225,6 @@ def test_an_error_while_training_keeps_its_name(
 
 
 def test_truncated_checkpoint(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     newest = checkpoint.existing(copy)[-1]

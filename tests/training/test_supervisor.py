@@ -47,6 +47,13 @@ def test_killed_process_is_started_again_and_ends_bit_identical(tmp_path: Path) 
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_name_of_the_supervisors_own_goes_with_a_run_that_is_refused(tmp_path: Path) -> None:
+    line = [sys.executable, str(SCRIPT), "--max-restarts", "1", "--batch", "9", "--accumulation", "2"]
+    refused = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2 and "--batch: was 9" in refused.stderr
+    assert not list((tmp_path / "runs").iterdir())
+
+
 def test_a_run_whose_reader_goes_saves_and_stops(tmp_path: Path) -> None:
     """As `| head` does, or a launcher that was killed: nothing goes on unwatched, and nothing is lost."""
     run = tmp_path / "run"
