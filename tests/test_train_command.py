@@ -233,6 +233,23 @@ def test_truncated_checkpoint(capsys: pytest.CaptureFixture[str], run: Path, tmp
     refused(capsys, copy, ["--resume", str(copy)], "--resume", "training.safetensors", "truncated")
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_another_optimiser_than_the_checkpoints(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    before = (copy / "config.yaml").read_bytes()
+    if older:  # a checkpoint that does not say it: its run does
+        stored = checkpoint.read(copy, "RUN")
+        monkeypatch.setattr(checkpoint, "read", lambda *_: stored)
+        assert stored.meta.pop("optimiser") == "adam"
+    for name in ("sgd", "rmsprop"):
+        words = (f"--optimiser: was '{name}'", "has the state of adam")
+        refused(capsys, copy, ["--resume", str(copy), "--optimiser", name, "--kimg", "0.128"], *words)
+    assert (copy / "config.yaml").read_bytes() == before
+
+
 def test_growing_by_share_or_by_lengths(tmp_path: Path) -> None:
     """What a flag or a file gives takes the place of what the preset says in other words."""
     file = tmp_path / "config.yaml"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgan import checkpoint
 from fastgan.checkpoint import Checkpoint
-from fastgan.config import Config
+from fastgan.config import Config, read_yaml
 from fastgan.errors import ArgumentError
 from fastgan.training.growth import Stage, stage_at
 from fastgan.training.world import World
@@ -51,11 +51,31 @@ def write(
     return last_good
 
 
+def settings(config: Config) -> dict[str, Any]:
+    """What a checkpoint keeps of its run's settings: those that `check` or the cut of the batches go by."""
+    return {
+        "accumulation": config.schedule.accumulation,
+        "seed": config.run.seed,
+        "optimiser": config.optimiser.optimiser,
+    }
+
+
+def _optimiser(resume: Checkpoint) -> str | None:
+    """The optimiser whose state a checkpoint has, as it says itself or, if it is older than that, its run."""
+    if "optimiser" in resume.meta:
+        return str(resume.meta["optimiser"])
+    file = resume.path.resolve().parent.parent / "config.yaml"
+    if not file.is_file():
+        return None
+    section = read_yaml(file, "--resume").get("optimiser")
+    return section.get("optimiser") if isinstance(section, dict) else None
+
+
 def check(resume: Checkpoint, config: Config, networks: dict[str, Any], stages: list[Stage]) -> None:
     """Refuse a checkpoint that a run of `config` cannot go on from; `networks` are the run's at its resolution.
 
     Raises:
-        ArgumentError: networks, stages or seed are not the checkpoint's.
+        ArgumentError: networks, stages, seed or optimiser are not the checkpoint's.
     """
     meta = resume.meta
     for key, value in meta["networks"].items():
@@ -76,3 +96,6 @@ def check(resume: Checkpoint, config: Config, networks: dict[str, Any], stages: 
         )
     if meta["seed"] != config.run.seed:
         raise ArgumentError("--seed", config.run.seed, f"the checkpoint {resume.path} has {meta['seed']}")
+    was, asked = _optimiser(resume), config.optimiser.optimiser
+    if was not in (None, asked):
+        raise ArgumentError("--optimiser", asked, f"the checkpoint {resume.path} has the state of {was}")

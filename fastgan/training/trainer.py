@@ -361,8 +361,7 @@ class Trainer:
             "ema_steps": int(self.ema.steps.item()),
             "resolution": self.resolution,
             "world_size": self.world.size,
-            "accumulation": self.config.schedule.accumulation,
-            "seed": self.config.run.seed,
+            **saving.settings(self.config),
             "data": self.pipeline.state_dict(),
         }
         ema, keep = dict(self.ema.module.state_dict()), self.config.run.keep
