@@ -91,7 +91,7 @@ def save(
     training: dict[str, dict[str, Tensor]],
     keep: int,
 ) -> Path:
-    """Write a checkpoint of `run` and drop all but the newest `keep`.
+    """Write a checkpoint of `run` and drop others until `keep` are left, this one among them, the oldest first.
 
     Args:
         meta: plain values; "images" (real images seen) names the checkpoint.
@@ -137,7 +137,8 @@ def save(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in existing(run)[:-keep]:
+    others = [path for path in existing(run) if path != final]
+    for old in others[: max(len(others) - keep + 1, 0)]:
         # Renamed first, so that a kill halfway through leaves nothing that looks like a checkpoint.
         shutil.rmtree(old.rename(old.with_name(f".dropped-{old.name}")))
     return final

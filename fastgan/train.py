@@ -404,6 +404,8 @@ def _train(request: Request, world: World, began: float, held: ExitStack, patien
             + (f", going on at {trainer.images / 1000:g} kimg" if stored else ""),
             flush=True,
         )
+        if request.resume is not None and stored is None:
+            print(f"{run} has no checkpoint to go on from: it begins at the beginning", flush=True)
     try:
         stopped = trainer.run()
     except NonFiniteError as error:  # raised by all ranks together

@@ -100,6 +100,15 @@ def test_newest_is_read_and_only_some_are_kept(tmp_path: Path) -> None:
     assert is_good(tmp_path, 5)
 
 
+@pytest.mark.parametrize("keep", [1, 2, 9])
+def test_what_was_just_written_is_kept(tmp_path: Path, keep: int) -> None:
+    """Also below another run's checkpoints, or one's own from before the growth was moved."""
+    for images in (5000, 6000, 7000):
+        save(tmp_path, images)
+    assert is_good(save(tmp_path, 1000, seed=1, keep=keep), 1)
+    assert len(checkpoint.existing(tmp_path)) == min(keep, 4)
+
+
 def test_same_moment_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, 1000, seed=1)
     save(tmp_path, 2000, seed=2)

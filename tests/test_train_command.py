@@ -154,6 +154,26 @@ def test_a_second_run_in_the_same_folder(capsys: pytest.CaptureFixture[str], run
     refused(capsys, run, ["--variant", "dcgan", *TINY, "--out", str(run)], "--out", "already has a run", "--resume")
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "samples"])
+def test_a_folder_with_what_a_run_left(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path, name: str
+) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, old / name)
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    refused(capsys, old, ["--variant", "dcgan", *TINY, "--out", str(old)], "--out", f"holds {name}", "new folder")
+    assert before == {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins_anew(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
+) -> None:
+    shutil.copy(run / "config.yaml", tmp_path)
+    assert train.main(["--resume", str(tmp_path)]) == 0
+    assert f"{tmp_path} has no checkpoint to go on from: it begins at the beginning\n" in capsys.readouterr().out
+
+
 def test_a_run_that_another_process_trains(
     capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

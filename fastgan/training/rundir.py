@@ -43,6 +43,11 @@ def check_free(run: Path) -> None:
         raise ArgumentError("--out", str(run), f"it already has a run; go on with --resume {run}, or name another")
     if run.exists() and not run.is_dir():
         raise ArgumentError("--out", str(run), "it may be a folder")
+    for name in ("checkpoints", "metrics.jsonl", "evaluation.jsonl", "samples"):
+        left = run / name
+        if left.is_file() or (left.is_dir() and any(left.iterdir())):
+            # A new run would count old checkpoints among its own, and drop them.
+            raise ArgumentError("--out", str(run), f"it holds {name} and no config.yaml; it may be a new folder")
 
 
 @contextlib.contextmanager
