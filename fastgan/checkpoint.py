@@ -28,6 +28,7 @@ from fastgan.errors import ArgumentError
 
 SCHEMA = 1
 _GENERATOR, _TRAINING, _META = "generator.safetensors", "training.safetensors", "checkpoint.json"
+_REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,17 @@ def existing(run: Path) -> list[Path]:
     return sorted(p for p in folder(run).glob("kimg-*") if (p / _META).is_file())
 
 
+def recover(run: Path) -> None:
+    """Give a checkpoint its name back whose replacement was cut short between two renames.
+
+    Only for whoever holds the run: another process may be between the two just now.
+    """
+    for replaced in folder(run).glob(f"{_REPLACED}kimg-*"):
+        final = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+        if not final.exists():
+            replaced.rename(final)
+
+
 def save(
     run: Path,
     meta: dict[str, Any],
@@ -105,6 +117,7 @@ def save(
     """
     final = folder(run) / f"kimg-{meta['images'] / 1000:010.3f}"
     partial = final.with_name(f".writing-{final.name}")
+    recover(run)
     for left in folder(run).glob(".*-kimg-*"):
         shutil.rmtree(left, ignore_errors=True)  # by a process that was killed while it wrote or deleted
     try:
@@ -121,20 +134,18 @@ def save(
         _flush(partial / _META)
         _flush(partial)
         # Only a run resumed from an older checkpoint finds its place taken, by the same state.
-        replaced = final.rename(final.with_name(f".replaced-{final.name}")) if final.exists() else None
-        try:
-            partial.rename(final)
-        except OSError:
-            if replaced is not None:
-                replaced.rename(final)
-            raise
+        replaced = final.with_name(f"{_REPLACED}{final.name}")
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
         _flush(final.parent)
-        if replaced is not None:
+        if replaced.exists():
             shutil.rmtree(replaced)
     except SafetensorError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(errno.EIO, str(error)) from error  # what a full disk is to safetensors
-    except BaseException:
+    except BaseException:  # an interrupt between the two renames too
+        recover(run)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     others = [path for path in existing(run) if path != final]

@@ -178,6 +178,8 @@ def _run_directory(request: Request, world: World, held: ExitStack, patience: fl
 
     A run that is gone on with is this process's from then on, until `held` is closed.
     """
+    from fastgan import checkpoint
+
     out = request.config.run.out
     if request.resume is None:
         run = Path(world.broadcast(out or str(rundir.default(request.variant))))
@@ -191,6 +193,8 @@ def _run_directory(request: Request, world: World, held: ExitStack, patience: fl
     if world.main:
         try:
             held.enter_context(rundir.locked(run, "--resume", patience))
+            with rundir.writable(run):
+                checkpoint.recover(run)
         except ArgumentError as error:
             failure = error
     failure = world.broadcast(failure)

@@ -229,6 +229,32 @@ def test_a_crash_while_writing_leaves_the_one_before(
     assert is_good(save(tmp_path, 2000, seed=2, keep=1), 2)  # and the next one can be written
 
 
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("error", [Crash(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_crash_while_the_only_one_is_replaced_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, error: BaseException
+) -> None:
+    path = save(tmp_path, 1000, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", _nth(Path.rename, n, error))
+        with pytest.raises(type(error)):
+            save(tmp_path, 1000, seed=2)
+    assert [p.name for p in checkpoint.folder(tmp_path).iterdir()] == [path.name]
+    assert is_good(tmp_path, 1)
+
+
+def test_a_kill_while_the_only_one_is_replaced_keeps_it(tmp_path: Path) -> None:
+    path = save(tmp_path, 1000, seed=1)
+    path.rename(path.with_name(f".replaced-{path.name}"))
+    later = save(tmp_path, 2000, seed=2)
+    assert checkpoint.existing(tmp_path) == [path, later] and is_good(path, 1)
+    path.rename(path.with_name(f".replaced-{path.name}"))
+    save(tmp_path, 1000, seed=3)  # and where the other one was complete, what it replaced goes
+    path.rename(path.with_name(f".replaced-{path.name}"))
+    checkpoint.recover(tmp_path)
+    assert is_good(path, 3) and leftovers(tmp_path) == []
+
+
 def test_half_a_file_from_a_failing_write_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1000, seed=1)
 

@@ -174,6 +174,17 @@ def test_a_run_without_a_checkpoint_says_that_it_begins_anew(
     assert f"{tmp_path} has no checkpoint to go on from: it begins at the beginning\n" in capsys.readouterr().out
 
 
+def test_a_run_killed_while_it_replaced_its_checkpoint_goes_on_from_it(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for path in checkpoint.existing(copy):
+        path.rename(path.with_name(f".replaced-{path.name}"))
+    assert train.main(["--resume", str(copy), "--kimg", "0.072"]) == 0
+    assert "going on at 0.064 kimg" in capsys.readouterr().out
+
+
 def test_a_run_that_another_process_trains(
     capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
