@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -279,6 +280,22 @@ def test_another_optimiser_than_the_checkpoints(
         words = (f"--optimiser: was '{name}'", "has the state of adam")
         refused(capsys, copy, ["--resume", str(copy), "--optimiser", name, "--kimg", "0.128"], *words)
     assert (copy / "config.yaml").read_bytes() == before
+
+
+def test_auto_is_the_run_that_was_trained_last(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = Path("runs/wgan-1"), Path("runs/wgan-2")
+    for number, copy in enumerate((old, new, Path("runs/wgan-gp-3"))):
+        shutil.copytree(run, copy)
+        for file in copy.rglob("*"):
+            os.utime(file, (1e9 + number, 1e9 + number))
+    (old / "sample.png").touch()  # as `fastgan sample` does, which changes the folder's time, as another's of its files
+    os.utime(old / "config.yaml")
+    assert rundir.newest(None, "wgan") == new
+    for copy in (old, new):
+        shutil.rmtree(copy / "checkpoints")
+    assert rundir.newest(None, "wgan") == old
+    assert rundir.newest(None, "wgan-gp") == Path("runs/wgan-gp-3") and rundir.newest(None, "dcgan") is None
 
 
 def test_growing_by_share_or_by_lengths(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastgan import checkpoint
 from fastgan.data.preparing.unfinished import _lock
 from fastgan.errors import ArgumentError
+from fastgan.variants import VARIANTS
 
 LOCK = ".lock"
 
@@ -24,8 +26,16 @@ def newest(out: str | None, variant: str) -> Path | None:
     """The run that `--resume auto` means."""
     if out is not None:
         return Path(out) if (Path(out) / "config.yaml").is_file() else None
+    longer = tuple(f"{name}-" for name in VARIANTS if name.startswith(f"{variant}-"))  # wgan-gp's are not wgan's
     runs = [path.parent for path in Path("runs").glob(f"{variant}-*/config.yaml")]
-    return max(runs, key=lambda run: run.stat().st_mtime, default=None)
+    runs = [run for run in runs if not run.name.startswith(longer)]
+    return max(runs, key=_trained, default=None)
+
+
+def _trained(run: Path) -> float:
+    """When a run was trained last; its folder's own time is also that of a sample or an export that went there."""
+    newest = checkpoint.existing(run)[-1:]
+    return (newest[0] / "checkpoint.json" if newest else run / "config.yaml").stat().st_mtime
 
 
 def of(resume: str) -> Path:
