@@ -392,7 +392,8 @@ def check(config: Config) -> None:
         _require(0 <= rate < 1, f"--{flag}", rate, "it may be at least 0 and below 1")
     _require(0 <= config.optimiser.lr_decay <= 1, "--lr-decay", config.optimiser.lr_decay, "it may be 0 to 1")
     _require(s.grown_at is None or 0 < s.grown_at <= 1, "--grown-at", s.grown_at, "it may be above 0, to 1")
-    _require(r.seed >= 0, "--seed", r.seed, "it may be 0 or more")
+    # Torch's generators take 64 bits, 12 of which tell the networks of one resolution from another's.
+    _require(0 <= r.seed < 2**51, "--seed", r.seed, "it may be 0 or more, below 2**51")
     _require(config.data.channels in (None, 1, 3), "--channels", config.data.channels, "it may be 1 or 3")
     _require(
         all(k in powers and v >= 1 for k, v in s.batch_at.items()),
