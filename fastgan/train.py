@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 DEFAULT_VARIANT = "pggan"
 
+_NAMES = {"variant": f"it may be {', '.join(VARIANTS)}", "preset": "it may be paper or digits"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Asked(Config):
@@ -87,6 +89,18 @@ def _first_pass(argv: list[str]) -> argparse.Namespace:
     return parser.parse_known_args(argv)[0]
 
 
+def _name(values: dict[str, Any], key: str, where: str) -> str | None:
+    """The variant or preset that a file names, if it does.
+
+    Raises:
+        ArgumentError: it is no name.
+    """
+    name = values.get(key)
+    if name is not None and not isinstance(name, str):
+        raise ArgumentError(f"{where}: {key}", name, _NAMES[key])
+    return name
+
+
 def _prepared_resolution(data: object) -> int | None:
     """The highest resolution of a prepared set, which limits the preset's; None for other data."""
     path = Path(str(data).removeprefix("prepared:")).expanduser()
@@ -109,17 +123,21 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
     layers: list[tuple[dict[str, Any], str]] = []
     if first.config:
         layers.append((read_yaml(Path(first.config), "--config"), first.config))
-    asked_variant = first.variant or next((str(values["variant"]) for values, _ in layers if "variant" in values), None)
+    names = {"variant": first.variant, "preset": first.preset}
+    for values, where in layers:
+        names = {key: name or _name(values, key, where) for key, name in names.items()}
     resume: Path | None = None
     if first.resume == "auto":
-        resume = rundir.newest(first.out, asked_variant or DEFAULT_VARIANT)
+        resume = rundir.newest(first.out, names["variant"] or DEFAULT_VARIANT)
     elif first.resume:
         resume = Path(first.resume)
     if resume is not None:
         run = rundir.of(str(resume))
         stored = read_yaml(run / "config.yaml", "--resume")
-        if asked_variant not in (None, stored.get("variant")):
-            raise ArgumentError("--variant", asked_variant, f"the run {run} is of {stored.get('variant')}")
+        for key, name in names.items():
+            was = _name(stored, key, str(run / "config.yaml"))
+            if name is not None and was is not None and name != was:
+                raise ArgumentError(f"--{key}", name, f"the run {run} is of {was}")
         if isinstance(stored.get("run"), dict):
             stored["run"].pop("out", None)  # a run goes on where it is now, moved or not
         layers.insert(0, (stored, str(run / "config.yaml")))
@@ -131,12 +149,12 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
         chosen["data"] = section.get("data", chosen["data"]) if isinstance(section, dict) else chosen["data"]
     variant = first.variant or chosen["variant"]
     if variant not in VARIANTS:
-        raise ArgumentError("--variant", variant, f"it may be {', '.join(VARIANTS)}")
+        raise ArgumentError("--variant", variant, _NAMES["variant"])
     preset = first.preset or chosen["preset"]
     if preset is None:
         preset = "digits" if (first.data or chosen["data"]) in ("digits", "stacked-digits") else "paper"
     if preset not in ("paper", "digits"):
-        raise ArgumentError("--preset", preset, "it may be paper or digits")
+        raise ArgumentError("--preset", preset, _NAMES["preset"])
     recipe: Preset = "paper" if preset == "paper" else "digits"
     # What a run's file does not have is newer than the run: the value that changes nothing, not the preset's.
     base = VARIANTS[variant].config(recipe) if resume is None else Config()

@@ -82,6 +82,9 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str],
         (["--resume", "missing"], ("--resume", "missing")),
         (["--out", "/dev/null/run", *TINY], ("--out", "/dev/null/run")),
         (["--conditional"], ("--conditional", "sagan")),
+        (["--seed", "-1"], ("--seed", "-1", "0 or more")),
+        (["--seed", str(2**51)], ("--seed", str(2**51), "below 2**51")),
+        (["--seed", str(2**64)], ("--seed", str(2**64), "below 2**51")),
         (["--variant", "sagan", "--attention-at", "12"], ("--attention-at", "12")),
     ],
 )
@@ -137,6 +140,26 @@ def test_unknown_key_and_schema_in_a_config_file(capsys: pytest.CaptureFixture[s
     refused(capsys, tmp_path, ["--config", str(file)], "schema", "99")
     file.write_text("optimiser: {lr_g: fast}")
     refused(capsys, tmp_path, ["--config", str(file)], "lr_g", "fast")
+
+
+@pytest.mark.parametrize("key", ["variant", "preset"])
+@pytest.mark.parametrize("value", ["[dcgan]", "{a: 1}", "3"])
+def test_a_name_in_a_file_that_is_none(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path, key: str, value: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{key}: {value}")
+    words = (f"{file}: {key}: was {yaml.safe_load(value)!r}", "dcgan" if key == "variant" else "paper")
+    for flag, named in (("--config", file), ("--resume", tmp_path)):
+        refused(capsys, tmp_path, [flag, str(named)], *words)
+
+
+def test_another_preset_than_the_runs(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: paper")
+    for flags in (("--preset", "paper"), ("--config", str(file))):
+        refused(capsys, run, ["--resume", str(run), *flags], "--preset: was 'paper'", f"the run {run} is of digits")
+    assert train.parse(["--resume", str(run), "--preset", "digits"]).preset == "digits"
 
 
 def test_precedence_preset_file_flags(tmp_path: Path) -> None:
@@ -208,6 +231,11 @@ def test_a_run_that_another_start_made_meanwhile(
     asked = Mock(wraps=rundir.check_free, side_effect=[None, DEFAULT])
     monkeypatch.setattr(rundir, "check_free", asked)
     refused(capsys, run, ["--variant", "dcgan", *TINY, "--out", str(run)], "--out", "already has a run")
+
+
+def test_the_largest_seed(tmp_path: Path) -> None:
+    assert train.main(["--variant", "dcgan", *TINY, "--seed", str(2**51 - 1), "--out", str(tmp_path / "run")]) == 0
+    assert fastgan.load(tmp_path / "run").sample(2).isfinite().all()
 
 
 def test_two_starts_in_one_second_are_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
