@@ -12,6 +12,7 @@ if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) == os.pa
 
 import argparse
 import dataclasses
+import shlex
 import signal
 import time
 from collections.abc import Collection
@@ -81,9 +82,9 @@ class Request:
     """Whether --accumulation was given: a resumed run otherwise keeps the cut of its batches, on whatever ranks."""
 
 
-def _first_pass(argv: list[str]) -> argparse.Namespace:
+def _first_pass(argv: list[str], prog: str) -> argparse.Namespace:
     """The flags that decide what the defaults of all others are."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     for flag in ("--variant", "--preset", "--config", "--data", "--resume", "--out"):
         parser.add_argument(flag)
     return parser.parse_known_args(argv)[0]
@@ -119,7 +120,11 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
     """
     # DeepSpeed's launcher adds the first, whose variable serves, and ours the others.
     argv = [flag for flag in argv if not flag.startswith(("--local_rank=", supervisor.HOSTS, supervisor.JOB))]
-    first = _first_pass(argv)
+    first = _first_pass(argv, prog)
+    for flag in ("out", "resume"):
+        path = getattr(first, flag) or ""
+        if path.encode(errors="replace").decode() != path:  # TensorBoard and config.yaml take no other
+            raise ArgumentError(f"--{flag}", path, "it may be a path in UTF-8")
     layers: list[tuple[dict[str, Any], str]] = []
     if first.config:
         layers.append((read_yaml(Path(first.config), "--config"), first.config))
@@ -441,13 +446,14 @@ def _train(request: Request, world: World, began: float, held: ExitStack, patien
         on = f"the last checkpoint is {good[0]}" if good else "there is no checkpoint yet"
         raise ArgumentError("--out", str(run), f"it could not be written ({error}); {on}") from None
     if world.main:
+        quoted = shlex.quote(str(run))
         seen, took = f"{trainer.images / 1000:g} kimg", f"{(time.monotonic() - began) / 60:.1f} minutes"
         if stopped:
             name = signal.Signals(stopped).name
-            print(f"stopped by {name} at {seen} after {took}; go on with: fastgan train --resume {run}", flush=True)
+            print(f"stopped by {name} at {seen} after {took}; go on with: fastgan train --resume {quoted}", flush=True)
         else:
             samples = run / "samples"
-            print(f"done: {seen} in {took}; samples in {samples}, more with: fastgan sample {run}", flush=True)
+            print(f"done: {seen} in {took}; samples in {samples}, more with: fastgan sample {quoted}", flush=True)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,7 +23,7 @@ import fastgan
 from fastgan import checkpoint, commands, doctor, sample, train
 from fastgan.config import Config, write_yaml
 from fastgan.errors import ArgumentError
-from fastgan.training import rundir
+from fastgan.training import evaluating, rundir
 from fastgan.training.build import check_stages
 from fastgan.variants import VARIANTS
 
@@ -97,6 +99,31 @@ def test_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(capsys, tmp_path, argv, *words)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--resume"])
+def test_a_path_that_is_no_text(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, tmp_path, [*TINY, flag, os.fsdecode(b"o\xff")], f"{flag}: was 'o\\udcff'", "UTF-8")
+
+
+@pytest.mark.parametrize("flag", ["--config", "--resume", "--data"])
+def test_a_flag_without_its_value_is_told_as_the_commands(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    with pytest.raises(SystemExit):
+        train.main([flag])
+    error = capsys.readouterr().err
+    assert "fastgan train: error: " in error and "__main__" not in error and "pytest" not in error
+
+
+def test_lines_to_paste_are_quoted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "it's a run"
+    flags = ["--variant", "dcgan", *TINY, "--out", str(out)]
+    assert train.main(flags) == 0
+    assert f"more with: fastgan sample {shlex.quote(str(out))}" in capsys.readouterr().out
+    assert train.main(flags) == 2
+    assert f"--resume {shlex.quote(str(out))}, or" in capsys.readouterr().err
 
 
 def test_cuda_without_a_gpu_is_refused(
@@ -233,9 +260,12 @@ def test_a_run_that_another_start_made_meanwhile(
     refused(capsys, run, ["--variant", "dcgan", *TINY, "--out", str(run)], "--out", "already has a run")
 
 
-def test_the_largest_seed(tmp_path: Path) -> None:
+def test_the_largest_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train.main(["--variant", "dcgan", *TINY, "--seed", str(2**51 - 1), "--out", str(tmp_path / "run")]) == 0
     assert fastgan.load(tmp_path / "run").sample(2).isfinite().all()
+    monkeypatch.setattr(evaluating, "open_extractor", Mock())
+    seed = evaluating.Evaluator(Mock(channels=1), 300, "digits", 2**51 - 1, torch.device("cpu")).seed
+    np.random.RandomState(seed)  # which torch-fidelity makes of it
 
 
 def test_two_starts_in_one_second_are_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,8 @@ class Evaluator:
     """
 
     def __init__(self, source: Source, n: int, features: str | None, seed: int, device: torch.device) -> None:
-        self.source, self.n, self.seed = source, n, seed
+        # As far as torch-fidelity's go; what is recorded is what `fastgan evaluate --seed` takes for the same numbers.
+        self.source, self.n, self.seed = source, n, seed % 2**32
         try:
             self.extractor = open_extractor(features or default_extractor(source), source.channels, device)
         except ArgumentError as error:

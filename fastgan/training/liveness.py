@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import selectors
+import shlex
 import socket
 import threading
 import time
@@ -319,7 +320,7 @@ class Liveness:
         beside = self.local_rank == 1 and rank == self.rank - 1  # the first of this host is the one that is gone
         if (self.local_rank == 0 or beside) and rank != self.rank:
             good = f"the last checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
-            on = f"; go on with --resume {self.run}" if self.run else ""
+            on = f"; go on with --resume {shlex.quote(str(self.run))}" if self.run else ""
             line = f"fastgan: rank {rank} on {verdict['host']}: {verdict['what']}; {good}{on}\n"
             # A launcher behind a dead link reads nothing, and its pipe is full: that must not hold this process up.
             saying = threading.Thread(target=self._say, args=(line,), daemon=True)

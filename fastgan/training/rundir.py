@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,8 @@ def of(resume: str) -> Path:
 def check_free(run: Path) -> None:
     """Raises ArgumentError if a new run cannot be begun in `run` because of what is there."""
     if (run / "config.yaml").exists():
-        raise ArgumentError("--out", str(run), f"it already has a run; go on with --resume {run}, or name another")
+        quoted = shlex.quote(str(run))
+        raise ArgumentError("--out", str(run), f"it already has a run; go on with --resume {quoted}, or name another")
     if run.exists() and not run.is_dir():
         raise ArgumentError("--out", str(run), "it may be a folder")
     for name in ("checkpoints", "metrics.jsonl", "evaluation.jsonl", "samples"):
