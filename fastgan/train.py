@@ -50,7 +50,7 @@ class Asked(Config):
     config: str | None = None
     """YAML file over the preset and under the flags; a run's config.yaml is one."""
     resume: str | None = None
-    """A run or checkpoint folder to go on with; auto: the run in --out, or the variant's newest, if there is one."""
+    """A run or checkpoint folder to go on with; auto: the run in --out, or the variant's trained last, if any."""
 
 
 @dataclasses.dataclass(frozen=True)
