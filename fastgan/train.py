@@ -26,6 +26,7 @@ from fastgan.commands import command
 from fastgan.config import Config, check, merge, read_yaml, replace, write_yaml
 from fastgan.errors import ArgumentError
 from fastgan.training import rundir, supervisor
+from fastgan.training.liveness import FAULT
 from fastgan.variants import VARIANTS, Preset
 
 if TYPE_CHECKING:
@@ -334,6 +335,12 @@ def main(argv: list[str]) -> int:
             code = _train(request, world, began, held, patience)
             world.done()
             return code
+        except rundir.Held as error:
+            if not hosts:
+                raise
+            if world.main:
+                print(f"fastgan: {error}", file=sys.stderr, flush=True)
+            return FAULT  # a host that died may hold a shared lock for some time yet: the supervisor starts again
         finally:
             processes.stop()
 

@@ -11,11 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastgan import checkpoint
-from fastgan.data.preparing.unfinished import _lock
+from fastgan.data.preparing.unfinished import lock
 from fastgan.errors import ArgumentError
 from fastgan.variants import VARIANTS
 
 LOCK = ".lock"
+
+
+class Held(ArgumentError):
+    """Another process trains in the run."""
+
+    def __reduce__(self) -> tuple[type[Held], tuple[str, object, str]]:
+        return Held, (self.argument, self.was, self.may_be)
 
 
 def default(variant: str) -> Path:
@@ -103,15 +110,15 @@ def locked(run: Path, flag: str, patience: float = 0.0) -> Iterator[None]:
         patience: seconds to wait for the one that holds it.
 
     Raises:
-        ArgumentError: another process holds it, or the file cannot be written.
+        Held: another process holds it. ArgumentError: the file cannot be written.
     """
     with writable(run):
         stream = (run / LOCK).open("a")
     with stream:
         deadline, told = time.monotonic() + patience, False
-        while not _lock(stream.fileno()):
+        while not lock(stream.fileno()):
             if time.monotonic() >= deadline:
-                raise ArgumentError(flag, str(run), "another process trains there; it may be given once that has ended")
+                raise Held(flag, str(run), "another process trains there; it may be given once that has ended")
             if not told:
                 print(f"another process trains in {run}; waiting {patience:g} s for its end", flush=True)
                 told = True

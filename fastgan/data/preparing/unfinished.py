@@ -103,7 +103,7 @@ def locked(dst: Path) -> Iterator[Unfinished]:
         with _refused(dst):
             stream = (state.folder / "lock").open("a")
         with stream:
-            if not _lock(stream.fileno()):
+            if not lock(stream.fileno()):
                 raise ArgumentError("DST", str(dst), "another prepare is at work on it; it may be another folder")
             try:
                 same = os.path.samestat(os.fstat(stream.fileno()), os.stat(state.folder / "lock"))
@@ -131,7 +131,7 @@ def _refused(dst: Path) -> Iterator[None]:
         raise ArgumentError("DST", str(dst), f"it cannot be written to ({file}: {error.strerror})") from error
 
 
-def _lock(descriptor: int) -> bool:
+def lock(descriptor: int) -> bool:
     """Whether this process holds the lock now; it is let go when the file is closed, also by a kill."""
     try:
         import fcntl
