@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,16 @@ def celeba(root: Path, count: int = 3) -> None:
         ("list_attr_celeba.txt", f"{count}\nMale Young\n", "1 -1"),
     ):
         (root / file).write_text(header + "".join(f"{name} {values}\n" for name in names))
+
+
+def save_broken(path: Path, side: int) -> Path:
+    """A PNG whose checksums are right and whose compressed pixels are not: only decoding finds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", b"\x78\x9c" + bytes(range(256)) * 8) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    return path

@@ -7,14 +7,13 @@ import json
 import re
 import shutil
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from published import celeba, cifar10, mnist, noise, save
+from published import celeba, cifar10, mnist, noise, save, save_broken
 
 import fastgan.data
 from fastgan.data import open_source, prepared
@@ -256,20 +255,14 @@ def mixed(photos: Path) -> Path:
     data = save(photos / "a" / "cut.jpg", noise(32, 32, 3)).read_bytes()
     (photos / "a" / "cut.jpg").write_bytes(data[: len(data) // 2])
     save(photos / "a" / "tiny.png", noise(15, 40, 3))
-    # A PNG whose checksums are right, of pixels that cannot be unpacked.
-    data = save(photos / "a" / "2b.png", noise(32, 32, 3)).read_bytes()
-    at = data.index(b"IDAT")
-    size = int.from_bytes(data[at - 4 : at], "big")
-    chunk = b"IDAT" + bytes(size)
-    whole = data[:at] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + data[at + 8 + size :]
-    (photos / "a" / "2b.png").write_bytes(whole)
+    save_broken(photos / "a" / "2.broken.png", 32)
     return photos
 
 
 def test_what_cannot_be_used_is_skipped_and_named(mixed: Path, tmp_path: Path) -> None:
     made = make(mixed, tmp_path / "set", resolution=16, cache_to=8, lossless="png")
     skipped = dict(line.split("\t") for line in (tmp_path / "set" / "skipped.txt").read_text().splitlines())
-    assert list(skipped) == ["a/2b.png", "a/cut.jpg", "a/notes.txt", "a/tiny.png"]
+    assert list(skipped) == ["a/2.broken.png", "a/cut.jpg", "a/notes.txt", "a/tiny.png"]
     assert skipped["a/tiny.png"] == "too small: 40 x 15, smaller than 16 px"
     assert made.skipped == 4
     # Without the broken files everything but the list of skipped ones and the shards' limits is the same.

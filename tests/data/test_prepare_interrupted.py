@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from published import noise, save
+from published import noise, save, save_broken
 
 from fastgan.data.prepared import is_prepared, read_manifest
 from fastgan.data.preparing.archives import Zip
@@ -34,8 +34,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("src") / "photos"
     for i in range(COUNT):
         save(root / "ab"[i % 2] / f"{i:03}.png", noise(128, 128, 3, seed=i), compress_level=0)
-    data = save(root / "a" / "002.bmp", noise(128, 128, 3)).read_bytes()
-    (root / "a" / "002.bmp").write_bytes(data[:-300])
+    save_broken(root / "a" / "002.broken.png", 128)
     return root
 
 
@@ -135,8 +134,7 @@ def test_killed_at_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     src = tmp_path / "photos"
     for i in range(5):
         save(src / "ab"[i % 2] / f"{i}.png", noise(8, 8, seed=i))
-    data = save(src / "a" / "1.bmp", noise(64, 64)).read_bytes()
-    (src / "a" / "1.bmp").write_bytes(data[:-300])
+    save_broken(src / "a" / "1.broken.png", 64)
     settings = Settings(per_shard=3, cache_to=4)
     prepare(str(src), tmp_path / "whole", settings, workers=1)
     whole = contents(tmp_path / "whole")
