@@ -138,6 +138,14 @@ def test_one_checkpoint_other_data_and_another_seed(run: Path, tmp_path: Path) -
     assert first["metrics"]["ms_ssim_real"] == second["metrics"]["ms_ssim_real"]
 
 
+def test_the_card_of_an_export_has_the_numbers(run: Path) -> None:
+    assert commands.main(["evaluate", str(run), "--n", "64", "--metrics", "msssim,modes"]) == 0
+    (line,) = lines(run)
+    assert commands.main(["export", str(run)]) == 0
+    card = (run / "export" / "README.md").read_text()
+    assert f"| ms_ssim | {line['metrics']['ms_ssim']:.4g} | digits | 64 |" in card
+
+
 def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = str(run)
     refused(

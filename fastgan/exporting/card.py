@@ -36,7 +36,7 @@ def data_name(data: str) -> str:
 
 
 def evaluations(run: Path, images: int | None) -> list[dict[str, Any]]:
-    """Rows of RUN/evaluation.jsonl that measured the generator at `images`, each a mapping with "metrics".
+    """Rows of RUN/evaluation.jsonl that measured the generator at `images`: "metrics", "features" or None, and "n".
 
     A later row of the same features and samples replaces an earlier one; what is no such row is passed over, as a line
     that a kill cut short.
@@ -50,11 +50,12 @@ def evaluations(run: Path, images: int | None) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             metrics = {str(k): float(v) for k, v in row["metrics"].items() if isinstance(v, int | float)}
+            seen, n = round(1000 * row["kimg"]), row["images"]["generated"]
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        if metrics and row.get("images") == images:
-            key = f"{row.get('features')} {row.get('n')} {sorted(metrics)}"
-            found[key] = {**row, "metrics": metrics}
+        if metrics and seen == images:
+            features = row.get("features")
+            found[f"{features} {n} {sorted(metrics)}"] = {"metrics": metrics, "features": features, "n": n}
     return list(found.values())
 
 
@@ -79,7 +80,7 @@ def _front(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                         "task": {"type": task},
                         "dataset": {"name": data, "type": data},
                         "metrics": [
-                            {"type": metric, "value": value, "name": f"{metric}, {row.get('features')} features"}
+                            {"type": metric, "value": value, "name": f"{metric}, {row['features'] or 'no'} features"}
                             for metric, value in row["metrics"].items()
                         ],
                     }
@@ -125,7 +126,7 @@ def text(meta: dict[str, Any], files: list[str], rows: list[dict[str, Any]]) -> 
         out += ["| metric | value | features | samples |", "| --- | --- | --- | --- |"]
         for row in rows:
             for metric, value in row["metrics"].items():
-                out.append(f"| {metric} | {value:.4g} | {row.get('features', '')} | {row.get('n', '')} |")
+                out.append(f"| {metric} | {value:.4g} | {row['features'] or ''} | {row['n']} |")
         out += ["", "Measured by `fastgan evaluate`."]
     else:
         out.append("Not measured.")

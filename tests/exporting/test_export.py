@@ -133,15 +133,18 @@ def test_the_card(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
         assert words in text
     assert "/home/me" not in text
     rows = [
-        {"images": 12_000, "metrics": {"fd": 1.5, "recall": 0.7}, "features": "digits", "n": 1000},
-        {"images": 9_000, "metrics": {"fd": 99.0}, "features": "digits", "n": 1000},
-        {"images": 12_000, "metrics": "none"},
+        {"kimg": 12.0, "metrics": {"fd": 1.5, "recall": 0.7}, "features": "digits", "images": {"generated": 1000}},
+        {"kimg": 9.0, "metrics": {"fd": 99.0}, "features": "digits", "images": {"generated": 1000}},
+        {"kimg": 12.0, "metrics": "none", "images": {"generated": 1000}},
+        {"kimg": 12.0, "metrics": {"fd": 98.0}, "images": 12_000},
     ]
     measured = make_run(tmp_path / "run", ema=0.0)
     (measured / "evaluation.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"images": 12')
     assert export.main([str(measured)]) == 0
     text = (measured / "export" / "README.md").read_text()
-    assert "| fd | 1.5 | digits | 1000 |" in text and "99" not in text and "kept no average" in text
+    assert (
+        "| fd | 1.5 | digits | 1000 |" in text and "99" not in text and "98" not in text and "kept no average" in text
+    )
     hub = pytest.importorskip("huggingface_hub", reason="extra export: pip install 'fastgan[export]'")
     card = hub.ModelCard.load(measured / "export" / "README.md")
     assert {(r.metric_type, r.metric_value) for r in card.data.eval_results} == {("fd", 1.5), ("recall", 0.7)}
