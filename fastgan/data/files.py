@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all: hashed as they are written, flushed to the disk, then renamed."""
+"""Files that are whole or not there at all: hashed while written, flushed to the disk, then renamed. And locks."""
 
 from __future__ import annotations
 
@@ -91,3 +91,24 @@ def size_in_words(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.4g} TB"
+
+
+def lock(descriptor: int) -> bool:
+    """Whether this process holds the lock now; it is let go when the file is closed, also by a kill."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastgan import checkpoint
-from fastgan.data.preparing.unfinished import lock
+from fastgan.data.files import lock
 from fastgan.errors import ArgumentError
 from fastgan.variants import VARIANTS
 

@@ -22,7 +22,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from fastgan.data.files import write_whole
+from fastgan.data.files import lock, write_whole
 from fastgan.data.prepared import MANIFEST, UNFINISHED
 from fastgan.data.preparing.originals import Item, printable
 from fastgan.errors import ArgumentError
@@ -129,27 +129,6 @@ def _refused(dst: Path) -> Iterator[None]:
     except OSError as error:
         file = error.filename or dst
         raise ArgumentError("DST", str(dst), f"it cannot be written to ({file}: {error.strerror})") from error
-
-
-def lock(descriptor: int) -> bool:
-    """Whether this process holds the lock now; it is let go when the file is closed, also by a kill."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks: two at once would write the same bytes
-    return True
 
 
 def difference(begun: dict[str, Any], asked: dict[str, Any]) -> tuple[str, object, object] | None:
