@@ -60,13 +60,13 @@ def interpolate_nearest(x: Tensor, scale_factor: int = 2) -> Tensor:
 
 def halves(x: Tensor) -> bool:
     """Whether `halve` is the way to average 2x2: up to some size, where its Function would cost more than the work."""
-    if not x.is_cpu or x.numel() > SMALL or x.dtype not in (torch.float32, torch.float64):
+    if not x.is_cpu or x.numel() > SMALL:
         return False
     return x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
 
 
 def halve(x: Tensor) -> Tensor:
-    """2x2 mean, bit for bit: bilinear at half the size reads in the middle of four pixels. Its derivative is linear to
+    """2x2 mean, to a rounding: bilinear at half the size reads in the middle of four pixels. Its derivative is linear to
     autograd, where that of `F.avg_pool2d` sends zeros back through every layer before it."""
     return _bilinear(x, None, False, _HALF)
 

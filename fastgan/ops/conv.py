@@ -272,18 +272,19 @@ def _with_box(w: Tensor, way: str, last: bool = False) -> Tensor:
         return kernel.view(w.shape[0], 4, 4, w.shape[1]).permute(0, 3, 1, 2)
 
 
-def _form(way: str, pixels: int, pairs: int, last: bool = False) -> str:
+def _form(way: str, pixels: int, pairs: int, last: bool = False, bf16: bool = False) -> str:
     """How to go: "fused", one strided convolution; "steps", two; "small", two of PyTorch's own.
 
     On a CPU, from times on two cores (benchmarks/bench_conv.py), by the pixels of the smaller image times the batch,
     the pairs of channels, and whether the image is in channels_last. To make the 4x4 kernel costs as much as some
     hundred of its pixels, and to handle it a tenth of a millisecond; in the smallest convolutions Python's autograd
     Functions take a good part of the time. PyTorch's double backward sends no zeros either, only its weight gradient is
-    slower.
+    slower. In bfloat16 there is less to save, as the convolution takes half the time and the rest the same.
     """
     work = pixels * pairs
     kernel_pays = pixels >= (256 if pairs <= 2**16 or (last and way == "down") else 400)
-    if kernel_pays and work >= 2**19 and pixels * work >= (2**28 if way == "down" else 2**30):
+    least = 2 ** (19 + (bf16 and (2 * (way == "up" or last) + (way == "up" and last))))
+    if kernel_pays and work >= least and pixels * work >= (2**28 if way == "down" else 2**30):
         return "fused"
     return "small" if work <= 2**21 else "steps"
 
@@ -294,7 +295,8 @@ def _form_of(way: str, x: Tensor, w: Tensor) -> str:
     # What is exported runs for every batch, in one form: that of one image.
     batch = 1 if torch.compiler.is_exporting() or torch.jit.is_tracing() else x.shape[0]
     pixels = batch * x.shape[2] * x.shape[3]
-    return _form(way, pixels if way == "up" else pixels // 4, w.shape[0] * w.shape[1], in_channels_last(x))
+    pairs, bf16 = w.shape[0] * w.shape[1], x.dtype is torch.bfloat16
+    return _form(way, pixels if way == "up" else pixels // 4, pairs, in_channels_last(x), bf16)
 
 
 def _says(way: str) -> Judge:
@@ -314,7 +316,7 @@ def _says(way: str) -> Judge:
 
 
 @functools.lru_cache(4096)  # cheaper to ask than to reckon
-def _small_sizes(way: str, x: torch.Size, w: torch.Size, bias: torch.Size | None) -> bool:
+def _small_sizes(way: str, x: torch.Size, w: torch.Size, bias: torch.Size | None, bf16: bool, last: bool) -> bool:
     """Whether these fit together and so little work is done on them that `_small` is the way."""
     if len(x) != 4 or len(w) != 4 or w[1:] != (x[1], 3, 3) or bias not in (None, w[:1]):
         return False
@@ -322,7 +324,7 @@ def _small_sizes(way: str, x: torch.Size, w: torch.Size, bias: torch.Size | None
     if down and (x[2] % 2 or x[3] % 2):
         return False
     pixels = x[0] * x[2] * x[3]
-    return _form(way, pixels // 4 if down else pixels, w[0] * w[1]) == "small"
+    return _form(way, pixels // 4 if down else pixels, w[0] * w[1], last, bf16) == "small"
 
 
 def _is_one(gain: Any) -> bool:
@@ -334,14 +336,17 @@ def _fits_small(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
 
     It is asked in every eager call, and in the smallest each attribute of a tensor that is read here is seen.
     """
+    dtype = x.dtype
+    bf16 = dtype is torch.bfloat16
     try:
-        if not _small_sizes(way, x.shape, w.shape, None if bias is None else bias.shape):
+        last = bf16 and in_channels_last(x)
+        if not _small_sizes(way, x.shape, w.shape, None if bias is None else bias.shape, bf16, last):
             return False
     except TypeError:  # the sizes that a tracer has for any size have no hash
         return False
-    if bias is not None and (bias.dtype is not x.dtype or not bias.is_cpu):
+    if bias is not None and (bias.dtype is not dtype or not bias.is_cpu):
         return False
-    return x.is_cpu and w.is_cpu and w.dtype is x.dtype
+    return x.is_cpu and w.is_cpu and w.dtype is dtype
 
 
 def _small(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -351,7 +356,7 @@ def _small(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     recorded = torch.is_grad_enabled() and (
         x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if not recorded and x.is_contiguous() and not autocasts(x) and _ours(x, w):
+    if not recorded and x.dtype is torch.float32 and x.is_contiguous() and not autocasts(x) and _ours(x, w):
         y = forward(x, w, bias, _PADDED)
     else:
         y = F.conv2d(x, w, bias, 1, 1)

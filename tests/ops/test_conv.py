@@ -352,6 +352,19 @@ def test_what_runs_is_said_and_is_the_same_without_autograd(n: int, channels: in
         torch.testing.assert_close(op(inputs[0].requires_grad_(), w).detach(), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bfloat16_has_a_crossover_of_its_own(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    x = torch.randn(16, 32, 8, 8).to(dtype, memory_format=layout)
+    w = (torch.randn(32, 32, 3, 3) / 17).to(dtype, memory_format=layout)
+    what = backends("upsample_conv2d", x, w)["lean"]
+    assert ("stride 2" if dtype == torch.float32 else "PyTorch's own convolution") in what
+    y, expected = upsample_conv2d(x, w), upsample_conv2d(x, w, backend="torch")
+    assert y.is_contiguous(memory_format=layout)
+    assert torch.equal(y, expected) == (dtype == torch.bfloat16)  # the very ops that are said, or others
+    torch.testing.assert_close(y.float(), expected.float(), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
 def test_a_tracer_of_any_size_may_follow_a_scaled_convolution(op: Callable[..., Tensor]) -> None:
     x, w = torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3)
