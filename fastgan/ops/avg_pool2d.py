@@ -66,8 +66,8 @@ def halves(x: Tensor) -> bool:
 
 
 def halve(x: Tensor) -> Tensor:
-    """2x2 mean, to a rounding: bilinear at half the size reads in the middle of four pixels. Its derivative is linear to
-    autograd, where that of `F.avg_pool2d` sends zeros back through every layer before it."""
+    """2x2 mean, to a rounding: bilinear at half the size reads in the middle of four pixels. Its derivative is linear
+    to autograd, where that of `F.avg_pool2d` sends zeros back through every layer before it."""
     return _bilinear(x, None, False, _HALF)
 
 
