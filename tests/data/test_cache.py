@@ -68,6 +68,7 @@ def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeyp
         for step in range(3, 40):
             check(4 * step)
             assert gathered_by[-2:] == [threading.current_thread().name] * 2
+            assert not mapped._ahead.pending  # nor is a batch that nobody asks for kept in memory
         rows = mapped._rows
         monkeypatch.setattr(mapped, "_rows", Waiting(rows, waits))
         check(160)
