@@ -98,6 +98,7 @@ def test_state_goes_on_in_another_engine() -> None:
     steps(second, 3)
     for a, b in zip(straight.module.parameters(), second.module.parameters(), strict=True):
         assert torch.equal(a, b)
+    assert all(value == 2 for key, value in state.items() if key.endswith("/step"))  # it is the caller's still
 
 
 def test_state_of_a_rank_that_holds_pieces() -> None:
