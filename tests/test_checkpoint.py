@@ -25,6 +25,7 @@ def tensors(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, dict[str, Tenso
     ema = {
         "weight": weight.to(memory_format=torch.channels_last),
         "tied": weight,
+        "tied too": weight,
         "half": weight.bfloat16(),
         "alpha": torch.tensor(0.25),
         "count": torch.tensor(7),
@@ -98,6 +99,16 @@ def test_newest_is_read_and_only_some_are_kept(tmp_path: Path) -> None:
     save(tmp_path, 1_000_001, seed=5, keep=1)
     assert [p.name for p in checkpoint.existing(tmp_path)] == ["kimg-001000.001"]
     assert is_good(tmp_path, 5)
+
+
+def test_what_is_dropped_looks_like_no_checkpoint_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill halfway through the removal leaves nothing that would be read."""
+    removed: list[Path] = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: removed.append(path))
+    for images in (1000, 2000):
+        save(tmp_path, images, keep=1)
+    assert [path.name for path in removed] == [".dropped-kimg-000001.000"]
+    assert [path.name for path in checkpoint.existing(tmp_path)] == ["kimg-000002.000"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 9])

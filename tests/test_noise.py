@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 
@@ -49,6 +50,23 @@ def test_splitmix64() -> None:
     states = torch.tensor([noise._signed(golden * k) for k in (1, 2, 3)])
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [x % 2**64 for x in noise._mix(states).tolist()] == expected
+
+
+def test_bits_are_steps_of_splitmix64_from_a_state_of_the_samples_own() -> None:
+    """A stored run must draw the same numbers again with any later version: the definition, in Python's integers."""
+
+    def mix(x: int) -> int:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            x = (x ^ x >> shift) * factor % 2**64
+        return x
+
+    golden = 0x9E3779B97F4A7C15
+    key = int.from_bytes(hashlib.blake2b(b"3 latent", digest_size=8).digest(), "little")
+    index = [0, 1, 2**40]
+    states = [mix((i * golden + key) % 2**64) for i in index]
+    expected = [[mix((state + k * golden) % 2**64) for k in (1, 2, 3)] for state in states]
+    found = noise._bits(3, "latent", torch.tensor(index), 3)
+    assert [[x % 2**64 for x in row] for row in found.tolist()] == expected
 
 
 def test_dtypes_and_shapes() -> None:

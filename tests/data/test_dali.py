@@ -193,8 +193,8 @@ def test_a_file_damaged_after_opening_is_named(tmp_path: Path) -> None:
         assert error.value.__cause__ is not None and error.value.__cause__.__traceback__ is None
         store = pipeline._store
         assert isinstance(store, dali.Dali)
-        for begun in [part for parts in store._ahead.pending.values() for part in parts]:
-            assert begun.exception() is not None
+        begun = [part for parts in store._ahead.pending.values() for part in parts]
+        assert begun and all(part.exception() is not None for part in begun)
         assert store._graph is None  # of no more use after an error
         (tmp_path / "2.jpg").unlink()
         with pytest.raises(ArgumentError, match=r"2\.jpg"):

@@ -63,7 +63,7 @@ def test_killed_and_resumed_is_bit_identical(folder: Path, tmp_path: Path) -> No
         for key in ours:
             assert torch.equal(ours[key], theirs[key]), key
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert all(0 < row["data_share"] < 1 for row in rows)
+    assert rows and all(0 < row["data_share"] < 1 for row in rows)
 
 
 def test_a_set_limits_the_presets_resolution(folder: Path) -> None:

@@ -45,8 +45,10 @@ def test_order_is_pinned() -> None:
 
 
 def test_any_int_is_a_seed() -> None:
-    for seed in (-1, 2**63, 2**64 - 1):
-        assert sorted(Sampler(9, seed).indices(range(9))) == list(range(9))
+    """Of 64 bits: those that differ in the upper ones alone have orders of their own."""
+    orders = [tuple(Sampler(64, seed).order(0)) for seed in (-1, 2**32 - 1, 2**63, 0)]
+    assert all(sorted(order) == list(range(64)) for order in orders) and len(set(orders)) == 4
+    assert tuple(Sampler(64, 2**64 - 1).order(0)) == orders[0]
 
 
 def test_positions_in_any_order_and_over_an_epoch_end() -> None:

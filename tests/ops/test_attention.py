@@ -457,6 +457,20 @@ def test_threads_change_nothing(sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.skipif(_NO_CPP is not None, reason=f"no C++ kernels: {_NO_CPP}")
+def test_compiled_ops_look_at_what_they_are_given() -> None:
+    """Every tensor with one row or number too few, which would be read beyond its end."""
+    q, k, v = (x.detach() for x in inputs(1, 1, n=4, m=3, dtype=torch.float32))
+    o, lse = torch.ops.fastgan.attention_forward(q, k, v, 1.0, False)
+    second = {"uq": q, "uk": k, "uv": v, "do": o, "query": q, "key": k, "value": v, "o": o, "lse": lse}
+    torch.ops.fastgan.attention_second_backward(*second.values(), 1.0, False)
+    for call, right in (("second_backward", second), ("backward", {n: second[n] for n in list(second)[3:]})):
+        for name in right:
+            wrong = {**right, name: right[name][:, :, 1:]}
+            with pytest.raises(RuntimeError, match=r"(uq|uk|uv|do|lse|query, key, value):"):
+                getattr(torch.ops.fastgan, f"attention_{call}")(*wrong.values(), 1.0, False)
+
+
+@pytest.mark.skipif(_NO_CPP is not None, reason=f"no C++ kernels: {_NO_CPP}")
 def test_compiled_ops_write_all_of_their_outputs() -> None:
     """Memory that was NaN before leaves no trace: allocations are recycled, so outputs and scratch start as NaN."""
     tensors = inputs(1, 2, n=50, m=37, d=9, dv=17, dtype=torch.float32)

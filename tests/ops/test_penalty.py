@@ -333,6 +333,17 @@ def test_half_precision_critic_gives_a_float32_penalty(penalty: Penalty, input_d
     torch.testing.assert_close(value, exact, rtol=0.1, atol=0.02)
 
 
+@pytest.mark.parametrize("method", ["reverse", "tangent"])
+def test_scores_in_half_precision_do_not_overflow_in_a_sum(method: str) -> None:
+    """Each sample's score and slope fit into float16, the batch's sums do not."""
+    w = torch.full((4,), 200.0, requires_grad=True)
+    x = torch.full((8, 4), 80.0)
+    value = gradient_penalty(lambda x: (x @ w).half(), x, x, method=method)
+    (gradient,) = torch.autograd.grad(value, w)
+    assert value.item() == (400 - 1) ** 2
+    torch.testing.assert_close(gradient, torch.full((4,), 2 * (400 - 1) * 0.5))
+
+
 def test_large_gradients_do_not_overflow_half_precision() -> None:
     """1000^2 is beyond float16; the norm must be taken after the cast."""
     w = torch.full((4,), 1000.0, dtype=torch.float16)

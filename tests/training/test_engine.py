@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastgan.config import Config, replace
 from fastgan.errors import ArgumentError
 from fastgan.training import world as processes
 from fastgan.training.build import rates
-from fastgan.training.engine import TorchEngine, deepspeed_config
+from fastgan.training.engine import Fragment, TorchEngine, _collect, _restore, deepspeed_config, own_reduction
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"micro_batch": 4, "accumulation": 2, "world": 2}
@@ -31,16 +31,26 @@ def network() -> nn.Module:
 
 
 def test_accumulated_micro_batches_equal_the_batch() -> None:
-    x = torch.randn(8, 3)
-    whole, parts = TorchEngine(network(), adam, 1), TorchEngine(network(), adam, 2)
+    """By SGD, whose step is as large as the gradient: Adam's would hide a sum in place of a mean."""
+
+    def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    x, plain = torch.randn(8, 3), network()
+    whole, parts = TorchEngine(network(), sgd, 1), TorchEngine(network(), sgd, 2)
+    optimiser = sgd(list(plain.parameters()))
     for _ in range(3):
+        optimiser.zero_grad()
+        plain(x).square().mean().backward()
+        optimiser.step()
         whole.backward(whole.module(x).square().mean())
         whole.step()
         for half in x.split(4):
             parts.backward(parts.module(half).square().mean())
             parts.step()
-    for a, b in zip(whole.module.parameters(), parts.module.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for engine in (whole, parts):
+        for a, b in zip(engine.module.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_a_rate_is_that_of_the_next_step() -> None:
@@ -88,6 +98,42 @@ def test_state_goes_on_in_another_engine() -> None:
     steps(second, 3)
     for a, b in zip(straight.module.parameters(), second.module.parameters(), strict=True):
         assert torch.equal(a, b)
+    assert all(value == 2 for key, value in state.items() if key.endswith("/step"))  # it is the caller's still
+
+
+def test_state_of_a_rank_that_holds_pieces() -> None:
+    """As under ZeRO: the optimiser knows one flat tensor, of parts of parameters; what others hold is theirs to add."""
+    module = nn.ParameterDict({"a": torch.zeros(2, 3), "b": torch.zeros(4), "c": torch.zeros(2)})
+    holder = torch.zeros(9)
+    fragments = [Fragment("a", module["a"], holder, 3, 1, 5), Fragment("b", module["b"], holder, 0, 2, 2)]
+    whole = {
+        "a/exp_avg": torch.arange(1.0, 7.0).view(2, 3),
+        "b/exp_avg": torch.tensor([7.0, 8.0, 9.0, 10.0]),
+        "a/step": torch.tensor(4.0),
+        "b/step": torch.tensor(4.0),
+    }
+    optimiser = torch.optim.Adam([holder])
+    _restore(fragments, optimiser, whole)
+    assert optimiser.state[holder]["exp_avg"].tolist() == [9, 10, 0, 2, 3, 4, 5, 6, 0]
+    assert optimiser.state[holder]["step"] == 4
+    found = _collect(module, fragments, optimiser, shared=False)
+    assert {key: value.tolist() for key, value in found.items()} == {
+        "a/exp_avg": [[0, 2, 3], [4, 5, 6]],
+        "b/exp_avg": [0, 0, 9, 10],
+        "a/step": 4,
+        "b/step": 4,
+    }
+
+
+def test_weights_have_moved_once_for_a_batch() -> None:
+    moved: list[Tensor] = []
+    module = network()
+    parts = TorchEngine(module, adam, 2, moved=lambda: moved.append(module[0].bias.detach().clone()))
+    before = module[0].bias.detach().clone()
+    for _ in range(4):
+        parts.backward(parts.module(torch.ones(4, 3)).square().mean())
+        parts.step()
+    assert len(moved) == 2 and not moved[0].equal(before) and moved[1].equal(module[0].bias)
 
 
 def test_parameters_without_gradient_count_as_zero() -> None:
@@ -105,13 +151,31 @@ def test_built_configuration() -> None:
     assert config["zero_optimization"]["stage"] == 1
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (16, 4)
     assert config["gradient_clipping"] == 0.0  # DeepSpeed's own default clips, plain torch does not
+    assert config["zero_optimization"]["overlap_comm"] is False
+    assert deepspeed_config(None, zero=1, overlap=True, **SIZES)["zero_optimization"]["overlap_comm"] is True
+
+
+@pytest.mark.parametrize(
+    ("config", "ours"),
+    [
+        ({}, True),
+        ({"zero_optimization": {"stage": 0}, "gradient_clipping": 0.5}, True),
+        ({"zero_optimization": {"stage": 1}}, False),
+        *[({key: value}, False) for key, value in (("communication_data_type", "fp16"), ("prescale_gradients", True))],
+        *[({key: value}, False) for key, value in (("gradient_predivide_factor", 2), ("sparse_gradients", True))],
+    ],
+)
+def test_who_averages_gradients(config: dict[str, object], ours: bool) -> None:
+    """DeepSpeed where a user's file says how, or under ZeRO 1 and 2; else this package."""
+    assert own_reduction(config) is ours
 
 
 @pytest.mark.parametrize(
     ("content", "zero", "words"),
     [
         ({"optimizer": {"type": "Adam"}}, 0, "--optimiser"),
-        ({"bf16": {"enabled": True}}, 0, "--precision"),
+        ({"scheduler": {"type": "WarmupLR"}}, 0, "--lr-decay"),
+        *[({key: {"enabled": True}}, 0, "--precision") for key in ("fp16", "bf16", "torch_autocast")],
         ({"train_batch_size": 7}, 0, "train_batch_size"),
         ({"zero_optimization": {"stage": 2}}, 1, "--zero"),
         ({"zero_optimization": {"stage": 3}}, 0, "stage may be 0, 1 or 2"),

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgan import checkpoint, data
+from fastgan.objectives import gradient_penalty, wasserstein
 from fastgan.train import parse
 from fastgan.training import world as processes
+from fastgan.training.step import Meters, Step
 from fastgan.training.trainer import NonFiniteError, Trainer
 
 SMALL = {
@@ -119,3 +122,81 @@ def test_zero_centered_penalty_is_part_of_the_loss(tmp_path: Path) -> None:
     assert expected > 0
     torch.testing.assert_close(seen["penalty"], expected)
     torch.testing.assert_close(with_it - without, 3 * expected)
+
+
+class _Generator(nn.Module):
+    latent = 4
+
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, latent: Tensor, labels: Tensor | None) -> Tensor:
+        self.calls.append(("G", latent, labels, torch.is_autocast_enabled("cpu")))
+        return latent.view(-1, 1, 2, 2).tanh()
+
+
+class _Discriminator(nn.Module):
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        self.calls.append(("D", x.detach(), labels, torch.is_autocast_enabled("cpu")))
+        return x.flatten(1).sum(dim=1)
+
+
+def recorded(**options: Any) -> tuple[Step, list[tuple[Any, ...]]]:
+    """A step of two networks that note (which, input, labels, whether autocast was on) of every call."""
+    calls: list[tuple[Any, ...]] = []
+    return Step(_Generator(calls), _Discriminator(calls), loss=wasserstein(), seed=1, **options), calls
+
+
+REAL = torch.linspace(-1, 1, 32).view(8, 1, 2, 2)
+
+
+def test_drift_is_the_mean_squared_score_of_real_images() -> None:
+    (without, _), (with_it, _) = (recorded(drift=d)[0].discriminator_loss(REAL, torch.arange(8)) for d in (0.0, 0.5))
+    torch.testing.assert_close(with_it - without, 0.5 * REAL.flatten(1).sum(dim=1).square().mean())
+
+
+def test_both_networks_steps_have_latents_and_labels_of_their_own() -> None:
+    step, calls = recorded(num_classes=10, penalty=(1.0, gradient_penalty))
+    labels = torch.arange(8)
+    step.discriminator_loss(REAL, torch.arange(8), labels)
+    assert [who for who, *_ in calls] == ["G", "D", "D", "D"]  # the last is the penalty's
+    assert all(given is labels for _, _, given, _ in calls)
+    (_, latent, *_), _, (_, fake, *_), _ = calls
+    torch.testing.assert_close(fake, latent.view(-1, 1, 2, 2).tanh())
+    calls.clear()
+    step.generator_loss(torch.arange(8))
+    (_, other, drawn, _), (_, _, scored_as, _) = calls
+    assert not torch.isclose(other, latent).any()
+    assert drawn is scored_as and not drawn.equal(labels)
+
+
+@pytest.mark.parametrize("generator_first", [True, False])
+def test_the_network_that_stepped_last_comes_last(generator_first: bool) -> None:
+    step, calls = recorded()
+    step.discriminator_loss(REAL, torch.arange(8), generator_first=generator_first)
+    assert [who for who, *_ in calls] == (["G", "D", "D"] if generator_first else ["D", "G", "D"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("penalty_precision", ["fp32", "bf16"])
+def test_the_penalty_has_a_precision_of_its_own(precision: str, penalty_precision: str) -> None:
+    step, calls = recorded(precision=precision, penalty_precision=penalty_precision, penalty=(1.0, gradient_penalty))
+    step.discriminator_loss(REAL, torch.arange(8))
+    *networks, penalty = [autocast for *_, autocast in calls]
+    assert networks == [precision == "bf16"] * 3
+    assert penalty == (penalty_precision == "bf16")
+
+
+def test_meters_sum_and_count_until_they_are_cleared() -> None:
+    meters = Meters()
+    meters.add({"a": torch.tensor(1.5), "b": torch.tensor(4.0)})
+    meters.add({"a": torch.tensor(2.0)})
+    names, device = ["b", "a", "never"], torch.device("cpu")
+    assert meters.totals(names, device).tolist() == [[4.0, 3.5, 0.0], [1.0, 2.0, 0.0]]
+    meters.clear()
+    assert meters.totals(names, device).tolist() == [[0.0] * 3] * 2

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from fastgan import checkpoint, train
 from fastgan.errors import ArgumentError
-from fastgan.training.supervisor import rank_hosts, read_hostfile
+from fastgan.training.liveness import FAULT
+from fastgan.training.supervisor import Supervision, Supervisor, asked, rank_hosts, read_hostfile
 
 SCRIPT = Path(train.__file__)
 FLAGS = (
@@ -91,3 +92,89 @@ def test_ranks_are_told_their_hosts_in_order() -> None:
     argv = ["--local_rank=2", "--variant", "wgan", "--hosts=fe80::1:2,h2:1", "--job=1a"]
     assert rank_hosts(argv) == ["fe80::1", "fe80::1", "h2"] and rank_hosts([]) == []
     assert train.parse(argv).variant == "wgan"
+
+
+class Scripted(Supervisor):
+    """Each start ends as the next of `ends` says: an exit code, and whether it left a new checkpoint."""
+
+    def __init__(self, run: Path, restarts: int, ends: list[tuple[int, bool]], hosts: dict[str, int] | None = None):
+        file = None if hosts is None else run / "hosts file"
+        least = None if hosts is None else 1
+        super().__init__(Supervision(restarts, least, hosts or {}, file, None, []), run, True, 0)
+        self.ends = ends
+        self.starts: list[dict[str, int]] = []
+
+    def _launch(self, hosts: dict[str, int], start: int) -> int:
+        code, saved = self.ends[start]
+        self.starts.append(hosts)
+        if saved:
+            made = checkpoint.folder(self._run) / f"kimg-{start:010.3f}"
+            made.mkdir(parents=True)
+            (made / "checkpoint.json").touch()
+        return code
+
+
+@pytest.fixture
+def unhandled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A supervisor in this process leaves its signals alone."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
+SAVED, NOTHING = (137, True), (137, False)
+
+
+@pytest.mark.usefixtures("unhandled")
+@pytest.mark.parametrize(
+    ("restarts", "ends", "code", "said"),
+    [
+        *[(3, [(code, True)], code, "") for code in (0, 1, 2)],
+        (3, [NOTHING, SAVED, NOTHING, (0, True)], 0, "1 left"),
+        (9, [SAVED, NOTHING, NOTHING], FAULT, "two starts in a row brought no new checkpoint"),
+        (1, [SAVED, SAVED], FAULT, "no restarts are left of --max-restarts 1"),
+    ],
+)
+def test_what_ends_it(
+    restarts: int,
+    ends: list[tuple[int, bool]],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    supervisor = Scripted(tmp_path, restarts, ends)
+    assert supervisor() == code
+    assert len(supervisor.starts) == len(ends)
+    heard = capsys.readouterr().err
+    last = (heard.splitlines() or [""])[-1]
+    assert said in last and bool(said) == bool(heard)
+    if code == FAULT:
+        assert last.endswith(f"go on with: fastgan train --max-restarts {restarts} --resume {tmp_path}")
+
+
+@pytest.mark.usefixtures("unhandled")
+def test_starts_on_the_hosts_that_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    hosts = {"a": 2, "b": 1}
+    supervisor = Scripted(tmp_path, 0, [NOTHING], hosts)
+    monkeypatch.setattr(supervisor, "_on_hosts", lambda *_: {"b": "10.0.0.2 fe80::1\n"})
+    assert supervisor() == FAULT and supervisor.starts == [{"b": 1}] and supervisor._master == "10.0.0.2"
+    said = capsys.readouterr().err
+    assert "without a: no answer over ssh" in said
+    assert f"--hostfile '{tmp_path}/hosts file' --max-restarts 0 --min-nodes 1 --resume {tmp_path}" in said
+
+
+def test_what_is_asked_of_a_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("a slots=2\nb slots=1\n")
+    line = ["--max-restarts", "2", "--hostfile", str(file), "--seed", "1"]
+    assert asked([*line, "--min-nodes", "2", "--ssh-port", "1"]) == Supervision(
+        2, 2, {"a": 2, "b": 1}, file, 1, ["--seed", "1"]
+    )
+    for flag, value in (("--min-nodes", "3"), ("--min-nodes", "0"), ("--ssh-port", "0"), ("--max-restarts", "x")):
+        with pytest.raises(ArgumentError, match=f"{flag}: was '?{value}"):
+            asked([*line, flag, value])
+    monkeypatch.setenv("RANK", "0")
+    assert asked(line) is None
