@@ -112,12 +112,12 @@ def _second_kernel(
     given = tl.load(u + narrow, mask=mask, other=0.0)
     tl.store(gdy + broad, given, mask=mask)
     v = given.to(tl.float32)
+    v -= (tl.sum(v, 0) / GROUP)[None, :]  # before the product: the rounding error of d is the same in all of a group
     d, sigma = _deviation(tl.load(x + narrow, mask=mask, other=0.0).to(tl.float32), mask, eps, GROUP)
     along = tl.sum(v * d, 0) / GROUP
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, along / sigma, 0.0), 0))
     scale = tl.load(t + group * F + chunk) / (GROUP * sigma)
-    mean = tl.sum(v, 0) / GROUP
-    found = (v - mean[None, :] - d * (along / (sigma * sigma))[None, :]) * scale[None, :]
+    found = (v - d * (along / (sigma * sigma))[None, :]) * scale[None, :]
     tl.store(gx + narrow, found.to(gx.dtype.element_ty), mask=mask)
 
 

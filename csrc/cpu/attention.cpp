@@ -86,7 +86,12 @@ Sizes sizes(const Tensor& q, const Tensor& k, const Tensor& v) {
   return size;
 }
 
-void check_lse(const Tensor& lse, const Sizes& size) {
+// What the backward passes get besides q, k and v: the forward's results and the output's cotangent.
+void check_outputs(const Tensor& dout, const Tensor& o, const Tensor& lse, const Tensor& q, const Sizes& size) {
+  STD_TORCH_CHECK(o.dim() == 4 && o.size(0) == size.batch && o.size(1) == size.heads && o.size(2) == size.n &&
+                      o.size(3) == size.dv && o.scalar_type() == q.scalar_type() && o.is_cpu(),
+                  "o: may be [B, H, N, dv], of the query's dtype");
+  check_like(dout, "do", o);
   STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == size.batch && lse.size(1) == size.heads && lse.size(2) == size.n &&
                       lse.scalar_type() == ScalarType::Float && lse.is_cpu(),
                   "lse: may be a float [B, H, N]");
@@ -174,8 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
                                                       const Tensor& v, const Tensor& o, const Tensor& lse, double scale,
                                                       bool causal) {
   const Sizes size = sizes(q, k, v);
-  check_like(dout, "do", o);
-  check_lse(lse, size);
+  check_outputs(dout, o, lse, q, size);
   const Tensor dq = contiguous_like(q), dk = contiguous_like(k), dv = contiguous_like(v);
   dispatch(q, "query", [&](auto element) {
     using T = decltype(element);
@@ -218,8 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_second_backward(
     const std::optional<Tensor>& uq, const std::optional<Tensor>& uk, const std::optional<Tensor>& uv, const Tensor& dout,
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, double scale, bool causal) {
   const Sizes size = sizes(q, k, v);
-  check_like(dout, "do", o);
-  check_lse(lse, size);
+  check_outputs(dout, o, lse, q, size);
   if (uq) check_like(*uq, "uq", q);
   if (uk) check_like(*uk, "uk", k);
   if (uv) check_like(*uv, "uv", v);

@@ -194,10 +194,11 @@ def second_backward(
     n, _, h, w = x.shape
     d, sigma = _deviation(_split(x, group, num_features), eps)
     v = _split(u, group, num_features)
+    v = v - v.mean(dim=0, keepdim=True)  # before the product: the rounding error of d is the same in all of a group
     along = (v * d).mean(dim=0, keepdim=True)
     maps = (along / sigma).mean(dim=(0, 3, 4, 5)).to(x.dtype)
     maps = maps.repeat(group, 1)[:, :, None, None].expand(n, num_features, h, w)
-    curvature = (v - v.mean(dim=0, keepdim=True) - d * along / sigma.square()) / (group * sigma)
+    curvature = (v - d * along / sigma.square()) / (group * sigma)
     gx = (t[:, :, None, None, None] * curvature).reshape(x.shape)
     return like(torch.cat([u, maps], dim=1), x), like(gx.to(x.dtype), x)
 

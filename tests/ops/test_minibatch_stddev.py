@@ -174,15 +174,20 @@ def test_kernels(poison: None, kernel: tuple[str, str], shape: tuple[int, ...], 
 
 
 def test_second_derivatives_of_groups_that_hardly_differ() -> None:
-    """Rounding of a mean far from 0 is a good part of so small a deviation: the kernel takes it out again."""
-    if (reason := module.OP.implementations["cpp"].able(torch.zeros(4, 1, 1, 1))) is not None:
-        pytest.skip(reason)
+    """Rounding of a mean far from 0 is a good part of so small a deviation: the C++ kernel takes it out again, and in
+    plain PyTorch it meets no mean of the cotangent."""
     x, u = (1000 + 0.01 * random(8, 4, 3, 3)).float(), (100 + random(8, 4, 3, 3, seed=1)).float()
     t = random(2, 2, seed=2).float()
-    found = torch.ops.fastgan.minibatch_stddev_second_backward(u, x, t, 4, 2, 1e-8)
     exact = module.second_backward(u.double(), x.double(), t.double(), 4, 2, 1e-8)
-    for actual, expected in ((found[0][:, 4:], exact[0][:, 4:]), (found[1], exact[1])):
-        assert (actual.double() - expected).norm() < 1e-3 * expected.norm()
+
+    def close(found: tuple[torch.Tensor, torch.Tensor], error: float) -> None:
+        for actual, expected in ((found[0][:, 4:], exact[0][:, 4:]), (found[1], exact[1])):
+            assert (actual.double() - expected).norm() < error * expected.norm()
+
+    close(module.second_backward(u, x, t, 4, 2, 1e-8), 0.02)
+    if (reason := module.OP.implementations["cpp"].able(torch.zeros(4, 1, 1, 1))) is not None:
+        pytest.skip(reason)
+    close(torch.ops.fastgan.minibatch_stddev_second_backward(u, x, t, 4, 2, 1e-8), 1e-3)
 
 
 @each_kernel
