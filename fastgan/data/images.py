@@ -188,7 +188,10 @@ def undecodable(error: Exception) -> str:
     """Why Pillow could not open or decode an image, in a line."""
     from PIL import UnidentifiedImageError
 
-    return "no image format Pillow knows" if isinstance(error, UnidentifiedImageError) else first_line(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "no image format Pillow knows"
+    # Without the path, which is another one in another place.
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 def first_line(error: Exception) -> str:
