@@ -138,12 +138,13 @@ def test_one_checkpoint_other_data_and_another_seed(run: Path, tmp_path: Path) -
     assert first["metrics"]["ms_ssim_real"] == second["metrics"]["ms_ssim_real"]
 
 
-def test_the_card_of_an_export_has_the_numbers(run: Path) -> None:
+def test_the_card_of_an_export_has_the_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main(["evaluate", str(run), "--n", "64", "--metrics", "msssim,modes"]) == 0
     (line,) = lines(run)
     assert commands.main(["export", str(run)]) == 0
     card = (run / "export" / "README.md").read_text()
     assert f"| ms_ssim | {line['metrics']['ms_ssim']:.4g} | digits | 64 |" in card
+    refused(capsys, [str(run / "export" / "model.safetensors")], "RUN: was", "a checkpoint in one")
 
 
 def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +156,7 @@ def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     refused(capsys, [name, "--n", "0"], "--n: was 0; it may be 1 or more")
     refused(capsys, [name, "--n", "1", "--metrics", "fid"], "--n: was 1; it may be 2 or more for fid")
     refused(capsys, [name, "--seed", "-1"], "--seed: was -1")
+    refused(capsys, [name, "--seed", str(2**32)], "--seed: was 4294967296; it may be 0 to 4294967295")
     refused(capsys, [name, "--device", "tpu"], "--device: was 'tpu'")
     refused(capsys, [name, "--features", "resnet"], "--features: was 'resnet'", "inception-v3-compat")
     refused(capsys, [name, "--feature-weights", "x.pth"], "--feature-weights: was 'x.pth'; it may be left out")

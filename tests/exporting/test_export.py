@@ -132,22 +132,27 @@ def test_the_card(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
     for words in ("12 kimg", "folder:photos", "Not measured", "cc0-1.0", *(p.name for p in exported.values())):
         assert words in text
     assert "/home/me" not in text
+    other = {"data": "folder", "fingerprint": "another"}
     rows = [
         {"kimg": 12.0, "metrics": {"fd": 1.5, "recall": 0.7}, "features": "digits", "images": {"generated": 1000}},
         {"kimg": 9.0, "metrics": {"fd": 99.0}, "features": "digits", "images": {"generated": 1000}},
         {"kimg": 12.0, "metrics": "none", "images": {"generated": 1000}},
+        {"kimg": 12.0, "metrics": {"fd": 7.5}, "features": "digits", "images": {"generated": 1000}, **other},
         {"kimg": 12.0, "metrics": {"fd": 98.0}, "images": 12_000},
     ]
-    measured = make_run(tmp_path / "run", ema=0.0)
+    measured = make_run(tmp_path / "run", data="/home/me/SET", ema=0.0)
     (measured / "evaluation.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"images": 12')
     assert export.main([str(measured)]) == 0
     text = (measured / "export" / "README.md").read_text()
     assert (
         "| fd | 1.5 | digits | 1000 |" in text and "99" not in text and "98" not in text and "kept no average" in text
     )
+    assert "| fd, beside folder, not the training data | 7.5 |" in text
+    assert "| Trained on | SET |" in text and "/home/me" not in text
     hub = pytest.importorskip("huggingface_hub", reason="extra export: pip install 'fastgan[export]'")
     card = hub.ModelCard.load(measured / "export" / "README.md")
-    assert {(r.metric_type, r.metric_value) for r in card.data.eval_results} == {("fd", 1.5), ("recall", 0.7)}
+    measures = {(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results}
+    assert measures == {("SET", "fd", 1.5), ("SET", "recall", 0.7), ("folder", "fd", 7.5)}
     (measured / "export" / "README.md").write_text("mine")
     assert export.main([str(measured)]) == 0
     assert (measured / "export" / "README.md").read_text() == "mine"
