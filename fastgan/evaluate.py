@@ -56,7 +56,7 @@ def _settings(run: Path, flag: str) -> Config:
 
 def _run_of(path: str) -> Path:
     for run in (Path(path), Path(path).resolve().parent.parent):
-        if (run / "config.yaml").is_file():
+        if os.path.isfile(run / "config.yaml"):  # False too where nobody may look
             return run
     raise ArgumentError("RUN", path, "it may be a run directory, or a checkpoint in one")
 

@@ -157,5 +157,8 @@ def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
         return TrainedGenerator(*formats.read(file, device))
     stored = checkpoint.read(path, "RUN")
     generator, _ = models.build(**stored.meta["networks"])
-    generator.load_state_dict(stored.generator())
+    try:
+        generator.load_state_dict(stored.generator())
+    except FileNotFoundError:
+        return load(path, device)  # who trains dropped it for a newer one since it was verified
     return TrainedGenerator(generator.to(device).eval().requires_grad_(False), stored.meta)

@@ -38,9 +38,9 @@ def data_name(data: str) -> str:
 def evaluations(run: Path, images: int | None, fingerprint: str | None = None) -> list[dict[str, Any]]:
     """Rows of RUN/evaluation.jsonl that measured the generator at `images`: "metrics", "features" or None, "n", "other".
 
-    other: the kind of the real images where those are not the training data, whose `fingerprint` is given; else None. A
-    later row of the same features, samples and real images replaces an earlier one; what is no such row is passed over,
-    as a line that a kill cut short.
+    other: the kind of the real images where they are not the training data, whose `fingerprint` is given; else None.
+    A later row of the same features, samples and real images replaces an earlier one; what is no such row is passed
+    over, as a line that a kill cut short.
     """
     found: dict[str, dict[str, Any]] = {}
     try:

@@ -19,7 +19,7 @@ from runs import build, make_run
 from torch import nn
 
 import fastgan
-from fastgan import checkpoint, export, models, sample
+from fastgan import checkpoint, commands, export, models, sample
 from fastgan.errors import ArgumentError
 from fastgan.exporting import formats
 
@@ -241,6 +241,36 @@ def test_a_section_of_the_settings_that_is_empty(run: Path, tmp_path: Path, caps
     assert export.main([str(broken), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error == f"fastgan: {broken / 'config.yaml'}: data: was None; it may be a mapping of keys to values\n"
+
+
+def test_a_run_whose_checkpoint_training_drops_while_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    (old,) = checkpoint.existing(run)
+    newer = shutil.copytree(old, tmp_path / "newer")
+    stored = checkpoint.Checkpoint.generator
+
+    def dropped(found: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
+        if newer.exists():
+            newer.rename(old.with_name("kimg-000013.000"))
+            shutil.rmtree(old)
+        return stored(found)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "generator", dropped)
+    assert fastgan.load(run).sample(1).shape == (1, 2, 8, 8)
+
+
+def test_a_run_that_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(file: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    for command in ("sample", "export", "explore"):
+        assert commands.main([command, str(tmp_path)]) == 2
+        assert f"RUN: was '{tmp_path}'; it may be one that can be read (Permission denied)" in capsys.readouterr().err
 
 
 def test_python_names_the_argument(run: Path) -> None:
