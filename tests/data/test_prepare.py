@@ -179,6 +179,19 @@ def webdataset(file: Path, first: int, count: int, label: Callable[[int], tuple[
                 archive.add(scratch / "label", f"{i:04}.{found[0]}")
 
 
+def test_links_in_a_tar_are_named(photos: Path, tmp_path: Path) -> None:
+    """An image that is stored once under two names is a hard link the second time."""
+    (photos / "a" / "hard.png").hardlink_to(photos / "a" / "9.png")
+    (photos / "a" / "soft.png").symlink_to("9.png")
+    (photos / "a" / "soft.cls").symlink_to("9.png")
+    with tarfile.open(tmp_path / "p.tar", "w") as archive:
+        archive.add(photos, "photos")
+    made = make(tmp_path / "p.tar", tmp_path / "set")
+    assert (made.count, made.num_classes, made.skipped) == (10, 5, 2)
+    skipped = (tmp_path / "set" / "skipped.txt").read_text()
+    assert skipped.count("a link, which is not followed in an archive") == 2 and "photos/a/soft.png" in skipped
+
+
 @pytest.mark.parametrize(
     ("label", "labels", "classes"),
     [
