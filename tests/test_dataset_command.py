@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from published import noise, save
 
 import fastgan
 from fastgan import prepare
@@ -149,6 +151,40 @@ def test_a_damaged_array_is_named(copy: Path, said: Out, what: str) -> None:
     assert f"DST: was '{file}'; it may be a whole .npy file (" in error and len(error.splitlines()) == 1
     with pytest.raises(ArgumentError, match=r"--data: .*00000\.npy'; it may be a whole \.npy file"):
         fastgan.data.open_source(str(copy), 8).arrays(8)
+
+
+@pytest.mark.parametrize("name", ["classes.json", "names.jsonl", "labels.npy"])
+def test_a_damaged_list_is_named(tmp_path: Path, said: Out, name: str) -> None:
+    """Cut it would drop images, or their classes, from a set that is prepared from this one."""
+    copy = tmp_path / "copy"
+    for i in range(4):
+        save(tmp_path / "photos" / f"class {i}" / "a.png", noise(8, 8))
+    assert main(["prepare", str(tmp_path / "photos"), str(copy), "--workers", "1"]) == 0
+    file = copy / name
+    content = file.read_bytes()
+    said()
+    for damage in (content[: len(content) // 2], b"\xff" * len(content), None):
+        if damage is None:
+            file.unlink()
+        else:
+            file.write_bytes(damage)
+        if name == "classes.json":
+            assert main(["data", "info", str(copy)]) == 2
+            assert f"DST: was '{copy}'; {name} is " in said()[1]
+        assert main(["prepare", str(copy), str(copy.parent / "again"), "--workers", "1"]) == 2
+        error = said()[1]
+        assert "SRC: was '" in error and name in error and len(error.splitlines()) == 1
+    assert not (copy.parent / "again").exists()
+
+
+def test_names_that_are_no_text_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / os.fsdecode(b"caf\xe9")
+    save(source / source.name / "a.png", noise(8, 8))
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # strict, as in most people's locales
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["prepare", str(source), str(tmp_path / "set"), "--workers", "1"]) == 0
+    assert main(["data", "info", str(tmp_path / "set")]) == 0
+    assert "1: caf\\udce9\n" in out.buffer.getvalue().decode()
 
 
 def test_verify_finds_a_changed_manifest(copy: Path, said: Out) -> None:

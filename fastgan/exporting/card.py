@@ -36,7 +36,7 @@ def data_name(data: str) -> str:
 
 
 def evaluations(run: Path, images: int | None, fingerprint: str | None = None) -> list[dict[str, Any]]:
-    """Rows of RUN/evaluation.jsonl that measured the generator at `images`: "metrics", "features" or None, "n", "other".
+    """Rows of RUN/evaluation.jsonl that measured the generator at `images`: "metrics", "features" or None, n and other.
 
     other: the kind of the real images where they are not the training data, whose `fingerprint` is given; else None.
     A later row of the same features, samples and real images replaces an earlier one; what is no such row is passed

@@ -91,12 +91,12 @@ class Prepared(Originals):
         self._level: Level | None = None
         self.channels, self.largest = None, self._manifest.resolution
         self.usual = self.largest
-        self.num_classes, self.classes = self._manifest.num_classes, self._manifest.classes()
+        self.num_classes, self.classes = self._manifest.num_classes, self._manifest.classes("SRC")
 
     def items(self) -> Iterator[Item]:
         stamp = int(self._manifest.fingerprint, 16)
-        labels = self._manifest.labels()
-        for index, name in enumerate(self._manifest.names()):
+        labels = self._manifest.labels("SRC")
+        for index, name in enumerate(self._manifest.names("SRC")):
             yield Item(name, 0, stamp, (index,), None if labels is None else int(labels[index]))
 
     def check(self, item: Item) -> Checked:
