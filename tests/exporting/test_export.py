@@ -22,6 +22,7 @@ import fastgan
 from fastgan import checkpoint, commands, export, models, sample
 from fastgan.errors import ArgumentError
 from fastgan.exporting import formats
+from fastgan.trained import great_circle
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason="extra export: pip install 'fastgan[export]'")
@@ -123,6 +124,16 @@ def test_truncation_draws_nearer_to_the_average(run: Path, tmp_path: Path) -> No
     growing = make_run(tmp_path / "pggan", "pggan-4")
     with pytest.raises(ValueError, match="normalises"):
         fastgan.load(growing).sample(1, truncation=0.5)
+
+
+def test_the_way_between_two_latents() -> None:
+    start, end, t = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]]), torch.tensor([[0.0], [0.5], [1.0]])
+    torch.testing.assert_close(
+        great_circle(start, end, t), torch.tensor([[3.0, 0.0], [4.5**0.5, 4.5**0.5], [0.0, 3.0]])
+    )
+    # Of one number, or the same: a line.
+    torch.testing.assert_close(great_circle(start[:, :1], start[:, :1] - 4, t), torch.tensor([[3.0], [1.0], [-1.0]]))
+    torch.testing.assert_close(great_circle(start, start, t), start.expand(3, 2))
 
 
 def test_the_card(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
