@@ -223,11 +223,17 @@ def test_show(prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.Mon
         ("--resolution 0", "--resolution: was 0"),
         ("--out x.jpg", "--out: was 'x.jpg'"),
         ("--out nowhere/x.png", "--out: was 'nowhere/x.png'"),
+        ("--out folder.png", "--out: was 'folder.png'; it may be a file that can be written (Is a directory)"),
     ],
 )
-def test_show_refuses(prepared: Path, said: Out, flags: str, words: str) -> None:
+def test_show_refuses(
+    prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.MonkeyPatch, flags: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     assert main(["data", "show", str(prepared), *flags.split()]) == 2
     assert words in said()[1]
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
 
 
 def test_no_prepared_set(tmp_path: Path, said: Out) -> None:

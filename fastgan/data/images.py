@@ -180,8 +180,12 @@ def save_sheet(pixels: np.ndarray, path: Path, *, size: int | None = None, colum
     sheet = sheet.reshape(rows, columns, c, r, r).transpose(0, 3, 1, 4, 2).reshape(rows * r, columns * r, c)
     sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
     partial = path.with_name(f".{path.name}.part")
-    Image.fromarray(sheet[:, :, 0] if c == 1 else sheet).save(partial, format="PNG")
-    os.replace(partial, path)
+    try:
+        Image.fromarray(sheet[:, :, 0] if c == 1 else sheet).save(partial, format="PNG")
+        os.replace(partial, path)
+    except BaseException:  # a full disk, a folder of that name, an interrupt
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def undecodable(error: Exception) -> str:
