@@ -73,11 +73,12 @@ def test_a_run_is_evaluated_and_the_record_grows(run: Path, cache: Path, capsys:
     assert line["fingerprint"] == open_source("digits", 16).fingerprint and line["version"]
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
     assert not list(run.glob(".evaluation*"))
-    # Again, the real images from the cache; a line that a crash cut short does not swallow the new one.
-    with (run / "evaluation.jsonl").open("a") as file:
-        file.write('{"kimg": 0')
+    # Again, the real images from the cache; a line that a crash cut short, or a bad disk changed, does not swallow the
+    # new one.
+    with (run / "evaluation.jsonl").open("ab") as file:
+        file.write(b'{"kimg": \xff')
     assert commands.main(asked) == 0
-    rows = (run / "evaluation.jsonl").read_text().splitlines()
+    rows = (run / "evaluation.jsonl").read_text(errors="replace").splitlines()
     assert len(rows) == 3 and json.loads(rows[0]) == json.loads(rows[2]) == line
 
 
