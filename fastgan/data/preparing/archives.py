@@ -237,10 +237,11 @@ class Tar(Files):
                 continue
             if isinstance(value, str) and not value.isdecimal():
                 return value
-            if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+            number = isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+            if number and len(str(value)) <= 18:  # they are stored in 64 bits
                 return int(value)
-            may_be = "a label may be a number from 0, or the name of a class"
-            raise ArgumentError("SRC", str(file), f"{member.name} holds {value!r}; {may_be}")
+            may_be = "a label may be a number from 0 of up to 18 digits, or the name of a class"
+            raise ArgumentError("SRC", str(file), f"{member.name} holds {value!r:.40}; {may_be}")
         return None
 
 
