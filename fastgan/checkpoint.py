@@ -165,7 +165,12 @@ def read(path: Path, flag: str) -> Checkpoint:
         found = existing(path)
         if not found:
             raise ArgumentError(flag, str(path), "it may be a run with a checkpoint, or a folder in its checkpoints/")
-        path = found[-1]
+        try:
+            return read(found[-1], flag)
+        except (ArgumentError, FileNotFoundError):
+            if found[-1].exists():
+                raise
+            return read(path, flag)  # who trains put a newer one in its place meanwhile
     try:
         meta = json.loads((path / _META).read_text())
         digest, files, schema = meta.pop("sha256"), meta["files"], meta["schema"]
@@ -173,6 +178,8 @@ def read(path: Path, flag: str) -> Checkpoint:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ArgumentError(flag, str(path), f"its {_META} is damaged; {_older(path)}") from None
+    except PermissionError as error:
+        raise ArgumentError(flag, str(path), f"its {_META} cannot be read ({error.strerror})") from None
     if schema != SCHEMA:
         raise ArgumentError(flag, str(path), f"its schema is {schema}, this version reads {SCHEMA}")
     for name, expected in files.items():

@@ -58,6 +58,8 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     @functools.wraps(main)
     def wrapped(argv: list[str]) -> int:
         adopt()
+        with contextlib.suppress(AttributeError):  # a caller's own
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no text
         try:
             status = main(argv)
             sys.stdout.flush()

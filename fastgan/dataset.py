@@ -85,7 +85,7 @@ def table(manifest: Manifest) -> str:
     from fastgan.data.prepared import SKIPPED
 
     settings = ", ".join(f"{name} {value}" for name, value in sorted(manifest.settings.items()) if value is not None)
-    classes = manifest.classes()
+    classes = manifest.classes("DST")
     names = "" if classes is None else f": {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}"
     sizes = [file.bytes for file in manifest.files.values()]
     facts = {

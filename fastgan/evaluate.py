@@ -56,7 +56,7 @@ def _settings(run: Path, flag: str) -> Config:
 
 def _run_of(path: str) -> Path:
     for run in (Path(path), Path(path).resolve().parent.parent):
-        if (run / "config.yaml").is_file():
+        if os.path.isfile(run / "config.yaml"):  # False too where nobody may look
             return run
     raise ArgumentError("RUN", path, "it may be a run directory, or a checkpoint in one")
 
@@ -127,8 +127,8 @@ def _check(asked: Evaluate) -> list[str] | None:
 
     if asked.n < 1:
         raise ArgumentError("--n", asked.n, "it may be 1 or more")
-    if asked.seed < 0:
-        raise ArgumentError("--seed", asked.seed, "it may be 0 or more")
+    if not 0 <= asked.seed < 2**32:
+        raise ArgumentError("--seed", asked.seed, f"it may be 0 to {2**32 - 1}, as torch-fidelity's may")
     check_device(asked.device, "auto", "cpu", "cuda")
     if asked.metrics is None:
         return None
@@ -172,6 +172,8 @@ def main(argv: list[str]) -> int:
     world = processes.join(asked.device)
     try:
         trained = load(asked.run, str(world.device))
+        if "files" not in trained.meta:  # an exported file, which does not say of which run
+            raise ArgumentError("RUN", asked.run, "it may be a run directory, or a checkpoint in one")
         networks = trained.meta["networks"]
         source = _source(asked, config, networks)
         extractor = None

@@ -185,7 +185,10 @@ def write(trained: TrainedGenerator, meta: dict[str, Any], format: str, path: Pa
         beside = [p.name for p in path.parent.iterdir() if p.suffix in suffixes and _same(p, meta)]
         if card.replaceable(path.with_name("README.md")):
             files = sorted({path.name, *beside}, key=lambda name: (suffixes.index(Path(name).suffix), name))
-            texts["README.md"] = card.text(meta, files, card.evaluations(run, meta.get("images")))
+            stored = trained.meta.get("data")  # of a checkpoint it has the data's fingerprint
+            fingerprint = stored.get("fingerprint") if isinstance(stored, dict) else None
+            rows = card.evaluations(run, meta.get("images"), fingerprint)
+            texts["README.md"] = card.text(meta, files, rows)
         for name, content in texts.items():
             parts.append(path.with_name(f".part-{name}"))
             parts[-1].write_text(content, encoding="utf-8")

@@ -69,7 +69,7 @@ def _read(path: Path) -> dict[str, Any]:
         words = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         reason = words.strip()[:150] or "no file that torch.save wrote"
         raise ArgumentError("FILE", str(path), f"it may be a checkpoint of pytorch_GAN_zoo: {reason}") from None
-    if not isinstance(found, dict) or not ("avgG" in found or "netG" in found):
+    if not isinstance(found, dict) or not isinstance(found.get("avgG", found.get("netG")), dict):
         raise ArgumentError("FILE", str(path), "it may be a checkpoint of pytorch_GAN_zoo, with avgG or netG in it")
     return found
 

@@ -93,7 +93,9 @@ def great_circle(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
     """The latents at share `t` of the way from `start` to `end`, all broadcast against each other, [..., latent]."""
     unit = torch.nn.functional.normalize
     angle = torch.acos((unit(start, dim=-1) * unit(end, dim=-1)).sum(-1, keepdim=True).clamp(-1, 1))
-    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
+    circle = (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
+    # Between latents on one line, as all of one number are, no circle is the great one.
+    return torch.where(torch.sin(angle) < 1e-5, (1 - t) * start + t * end, circle)
 
 
 def device_of(generator: nn.Module) -> torch.device:
@@ -157,5 +159,8 @@ def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
         return TrainedGenerator(*formats.read(file, device))
     stored = checkpoint.read(path, "RUN")
     generator, _ = models.build(**stored.meta["networks"])
-    generator.load_state_dict(stored.generator())
+    try:
+        generator.load_state_dict(stored.generator())
+    except FileNotFoundError:
+        return load(path, device)  # who trains dropped it for a newer one since it was verified
     return TrainedGenerator(generator.to(device).eval().requires_grad_(False), stored.meta)

@@ -111,6 +111,23 @@ def test_what_is_dropped_looks_like_no_checkpoint_meanwhile(tmp_path: Path, monk
     assert [path.name for path in checkpoint.existing(tmp_path)] == ["kimg-000002.000"]
 
 
+def test_the_newest_is_read_where_training_drops_the_one_that_is_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1000, seed=1)
+    real = checkpoint._hash
+
+    def hash_(file: Path) -> str:
+        found = real(file)
+        if file.parent.name == "kimg-000001.000":
+            monkeypatch.setattr(checkpoint, "_hash", real)
+            save(tmp_path, 2000, seed=2, keep=1)
+        return found
+
+    monkeypatch.setattr(checkpoint, "_hash", hash_)
+    assert is_good(tmp_path, 2)
+
+
 @pytest.mark.parametrize("keep", [1, 2, 9])
 def test_what_was_just_written_is_kept(tmp_path: Path, keep: int) -> None:
     """Also below another run's checkpoints, or one's own from before the growth was moved."""

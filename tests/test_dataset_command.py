@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from published import noise, save
 
 import fastgan
 from fastgan import prepare
@@ -151,6 +153,40 @@ def test_a_damaged_array_is_named(copy: Path, said: Out, what: str) -> None:
         fastgan.data.open_source(str(copy), 8).arrays(8)
 
 
+@pytest.mark.parametrize("name", ["classes.json", "names.jsonl", "labels.npy"])
+def test_a_damaged_list_is_named(tmp_path: Path, said: Out, name: str) -> None:
+    """Cut it would drop images, or their classes, from a set that is prepared from this one."""
+    copy = tmp_path / "copy"
+    for i in range(4):
+        save(tmp_path / "photos" / f"class {i}" / "a.png", noise(8, 8))
+    assert main(["prepare", str(tmp_path / "photos"), str(copy), "--workers", "1"]) == 0
+    file = copy / name
+    content = file.read_bytes()
+    said()
+    for damage in (content[: len(content) // 2], b"\xff" * len(content), None):
+        if damage is None:
+            file.unlink()
+        else:
+            file.write_bytes(damage)
+        if name == "classes.json":
+            assert main(["data", "info", str(copy)]) == 2
+            assert f"DST: was '{copy}'; {name} is " in said()[1]
+        assert main(["prepare", str(copy), str(copy.parent / "again"), "--workers", "1"]) == 2
+        error = said()[1]
+        assert "SRC: was '" in error and name in error and len(error.splitlines()) == 1
+    assert not (copy.parent / "again").exists()
+
+
+def test_names_that_are_no_text_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / os.fsdecode(b"caf\xe9")
+    save(source / source.name / "a.png", noise(8, 8))
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # strict, as in most people's locales
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["prepare", str(source), str(tmp_path / "set"), "--workers", "1"]) == 0
+    assert main(["data", "info", str(tmp_path / "set")]) == 0
+    assert "1: caf\\udce9\n" in out.buffer.getvalue().decode()
+
+
 def test_verify_finds_a_changed_manifest(copy: Path, said: Out) -> None:
     file = copy / "manifest.json"
     file.write_text(file.read_text().replace('"cache_to": 8', '"cache_to": 4'))
@@ -187,11 +223,17 @@ def test_show(prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.Mon
         ("--resolution 0", "--resolution: was 0"),
         ("--out x.jpg", "--out: was 'x.jpg'"),
         ("--out nowhere/x.png", "--out: was 'nowhere/x.png'"),
+        ("--out folder.png", "--out: was 'folder.png'; it may be a file that can be written (Is a directory)"),
     ],
 )
-def test_show_refuses(prepared: Path, said: Out, flags: str, words: str) -> None:
+def test_show_refuses(
+    prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.MonkeyPatch, flags: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     assert main(["data", "show", str(prepared), *flags.split()]) == 2
     assert words in said()[1]
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
 
 
 def test_no_prepared_set(tmp_path: Path, said: Out) -> None:

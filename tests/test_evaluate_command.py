@@ -73,11 +73,12 @@ def test_a_run_is_evaluated_and_the_record_grows(run: Path, cache: Path, capsys:
     assert line["fingerprint"] == open_source("digits", 16).fingerprint and line["version"]
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
     assert not list(run.glob(".evaluation*"))
-    # Again, the real images from the cache; a line that a crash cut short does not swallow the new one.
-    with (run / "evaluation.jsonl").open("a") as file:
-        file.write('{"kimg": 0')
+    # Again, the real images from the cache; a line that a crash cut short, or a bad disk changed, does not swallow the
+    # new one.
+    with (run / "evaluation.jsonl").open("ab") as file:
+        file.write(b'{"kimg": \xff')
     assert commands.main(asked) == 0
-    rows = (run / "evaluation.jsonl").read_text().splitlines()
+    rows = (run / "evaluation.jsonl").read_text(errors="replace").splitlines()
     assert len(rows) == 3 and json.loads(rows[0]) == json.loads(rows[2]) == line
 
 
@@ -138,12 +139,13 @@ def test_one_checkpoint_other_data_and_another_seed(run: Path, tmp_path: Path) -
     assert first["metrics"]["ms_ssim_real"] == second["metrics"]["ms_ssim_real"]
 
 
-def test_the_card_of_an_export_has_the_numbers(run: Path) -> None:
+def test_the_card_of_an_export_has_the_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main(["evaluate", str(run), "--n", "64", "--metrics", "msssim,modes"]) == 0
     (line,) = lines(run)
     assert commands.main(["export", str(run)]) == 0
     card = (run / "export" / "README.md").read_text()
     assert f"| ms_ssim | {line['metrics']['ms_ssim']:.4g} | digits | 64 |" in card
+    refused(capsys, [str(run / "export" / "model.safetensors")], "RUN: was", "a checkpoint in one")
 
 
 def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +157,7 @@ def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     refused(capsys, [name, "--n", "0"], "--n: was 0; it may be 1 or more")
     refused(capsys, [name, "--n", "1", "--metrics", "fid"], "--n: was 1; it may be 2 or more for fid")
     refused(capsys, [name, "--seed", "-1"], "--seed: was -1")
+    refused(capsys, [name, "--seed", str(2**32)], "--seed: was 4294967296; it may be 0 to 4294967295")
     refused(capsys, [name, "--device", "tpu"], "--device: was 'tpu'")
     refused(capsys, [name, "--features", "resnet"], "--features: was 'resnet'", "inception-v3-compat")
     refused(capsys, [name, "--feature-weights", "x.pth"], "--feature-weights: was 'x.pth'; it may be left out")

@@ -180,15 +180,22 @@ def save_sheet(pixels: np.ndarray, path: Path, *, size: int | None = None, colum
     sheet = sheet.reshape(rows, columns, c, r, r).transpose(0, 3, 1, 4, 2).reshape(rows * r, columns * r, c)
     sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
     partial = path.with_name(f".{path.name}.part")
-    Image.fromarray(sheet[:, :, 0] if c == 1 else sheet).save(partial, format="PNG")
-    os.replace(partial, path)
+    try:
+        Image.fromarray(sheet[:, :, 0] if c == 1 else sheet).save(partial, format="PNG")
+        os.replace(partial, path)
+    except BaseException:  # a full disk, a folder of that name, an interrupt
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def undecodable(error: Exception) -> str:
     """Why Pillow could not open or decode an image, in a line."""
     from PIL import UnidentifiedImageError
 
-    return "no image format Pillow knows" if isinstance(error, UnidentifiedImageError) else first_line(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "no image format Pillow knows"
+    # Without the path, which is another one in another place.
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 def first_line(error: Exception) -> str:

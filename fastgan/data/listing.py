@@ -31,7 +31,7 @@ def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
         try:
             # "a/" for a folder: its files come between those of its neighbours as their whole names do.
             with os.scandir(path / inside) as entries:
-                keys = ((one.name + "/" * one.is_dir(),) for one in entries if everything or one.name[0] != ".")
+                keys = ((one.name + "/" * is_folder(one),) for one in entries if everything or one.name[0] != ".")
                 names = sorted_rows(keys)
                 first = next(names, None)
         except OSError as error:
@@ -44,6 +44,14 @@ def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
                 yield inside + name, ""
 
     return below("")
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Not so a link to itself, or to where nobody may look: that says nothing of the files beside it."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def sorted_rows(rows: Iterable[Row], at_once: int = 2**13, at_most: int = 128) -> Iterator[Row]:

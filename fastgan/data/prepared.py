@@ -109,9 +109,12 @@ class Manifest:
         Raises: ArgumentError naming the first that is missing or has another size.
         """
         for name in [*self.files_of(resolution), *([LABELS] if self.num_classes else [])]:
-            fault = self.fault(name)
-            if fault:
-                raise ArgumentError(flag, str(self.path), f"{name} {fault}; `fastgan data verify` lists all such files")
+            self._check(name, flag)
+
+    def _check(self, name: str, flag: str) -> None:
+        fault = self.fault(name)
+        if fault:
+            raise ArgumentError(flag, str(self.path), f"{name} {fault}; `fastgan data verify` lists all such files")
 
     def fault(self, name: str) -> str:
         """What is wrong with a file as far as its size tells, to follow its name; "" if nothing."""
@@ -126,24 +129,35 @@ class Manifest:
             return f"is truncated: {found.st_size:,} of {wanted:,} bytes"
         return "" if found.st_size == wanted else f"is too long: {found.st_size:,} bytes instead of {wanted:,}"
 
-    def labels(self) -> np.ndarray | None:
+    def labels(self, flag: str = "--data") -> np.ndarray | None:
         """int64 [N], or None for a set without labels."""
         if not self.num_classes:
             return None
-        labels = _load(self.path / LABELS, mmap=False)
+        labels = _load(self.path / LABELS, mmap=False, flag=flag)
         if labels.shape != (self.count,) or labels.dtype != np.int64:
-            raise ArgumentError("--data", str(self.path), f"{LABELS} may be int64 [{self.count}]")
+            raise ArgumentError(flag, str(self.path), f"{LABELS} may be int64 [{self.count}]")
         return labels
 
-    def names(self) -> Iterator[str]:
+    def names(self, flag: str = "--data") -> Iterator[str]:
         """The source name of each image, in order, read line by line."""
-        with (self.path / NAMES).open(encoding="utf-8") as lines:
+        self._check(NAMES, flag)
+        with (self.path / NAMES).open("rb") as lines:
             for line in lines:
-                yield json.loads(line)
+                yield self._parsed(line, NAMES, flag)
 
-    def classes(self) -> list[str] | None:
+    def classes(self, flag: str = "--data") -> list[str] | None:
         """The class names by label, if the source had any."""
-        return json.loads((self.path / CLASSES).read_text()) if CLASSES in self.files else None
+        if CLASSES not in self.files:
+            return None
+        self._check(CLASSES, flag)
+        return self._parsed((self.path / CLASSES).read_bytes(), CLASSES, flag)
+
+    def _parsed(self, text: bytes, name: str, flag: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            may_be = f"{name} is damaged ({error}); `fastgan data verify` lists all such files"
+            raise ArgumentError(flag, str(self.path), may_be) from None
 
 
 class Level:

@@ -402,7 +402,7 @@ def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Sou
 
 
 def _check(file: Path) -> tuple[Checked, int]:
-    if not file.is_file():  # opening a named pipe would wait forever
+    if not os.path.isfile(file):  # opening a named pipe would wait forever
         return Checked("no file"), 0
     found = check(lambda: file.open("rb"), str(file))
     return found, 0 if found.reason else _sample(file)

@@ -148,7 +148,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may evaluate beside the same images now
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     os.replace(partial, path)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -190,13 +191,16 @@ class Evaluation:
             "metrics": sorted(metrics),
             "images": total,
         }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        file = self.cache / f"{source.name}-{resolution}px-{digest}.safetensors"
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
+            if not file.is_file():
+                tempfile.TemporaryFile(dir=self.cache).close()  # what the real images told is written at the end
         except OSError as error:
             may_be = f"it may name a folder that can be written ({error.strerror})"
             raise ArgumentError("XDG_CACHE_HOME", str(self.cache.parent.parent), may_be) from None
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        return self.cache / f"{source.name}-{resolution}px-{digest}.safetensors"
+        return file
 
     def _generated(
         self, draw: Callable[[Tensor], Tensor], source: Source, resolution: int, swd_images: int

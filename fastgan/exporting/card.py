@@ -32,14 +32,15 @@ _USE = {
 def data_name(data: str) -> str:
     """What a card may say of `--data`: its kind and the last part of its path, not where it lies on this machine."""
     kind, colon, path = data.partition(":")
-    return f"{kind}{colon}{Path(path).name}" if colon else kind
+    return f"{kind}{colon}{Path(path).name}" if colon else Path(kind).name  # a prepared set may be a bare path
 
 
-def evaluations(run: Path, images: int | None) -> list[dict[str, Any]]:
-    """Rows of RUN/evaluation.jsonl that measured the generator at `images`: "metrics", "features" or None, and "n".
+def evaluations(run: Path, images: int | None, fingerprint: str | None = None) -> list[dict[str, Any]]:
+    """Rows of RUN/evaluation.jsonl that measured the generator at `images`: "metrics", "features" or None, n and other.
 
-    A later row of the same features and samples replaces an earlier one; what is no such row is passed over, as a line
-    that a kill cut short.
+    other: the kind of the real images where they are not the training data, whose `fingerprint` is given; else None.
+    A later row of the same features, samples and real images replaces an earlier one; what is no such row is passed
+    over, as a line that a kill cut short.
     """
     found: dict[str, dict[str, Any]] = {}
     try:
@@ -54,8 +55,10 @@ def evaluations(run: Path, images: int | None) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
         if metrics and seen == images:
-            features = row.get("features")
-            found[f"{features} {n} {sorted(metrics)}"] = {"metrics": metrics, "features": features, "n": n}
+            features, beside = row.get("features"), row.get("fingerprint")
+            other = str(row.get("data")) if fingerprint and beside and beside != fingerprint else None
+            key = f"{features} {n} {sorted(metrics)} {beside}"
+            found[key] = {"metrics": metrics, "features": features, "n": n, "other": other}
     return list(found.values())
 
 
@@ -78,7 +81,7 @@ def _front(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                 "results": [
                     {
                         "task": {"type": task},
-                        "dataset": {"name": data, "type": data},
+                        "dataset": {"name": row["other"] or data, "type": row["other"] or data},
                         "metrics": [
                             {"type": metric, "value": value, "name": f"{metric}, {row['features'] or 'no'} features"}
                             for metric, value in row["metrics"].items()
@@ -125,8 +128,9 @@ def text(meta: dict[str, Any], files: list[str], rows: list[dict[str, Any]]) -> 
     if rows:
         out += ["| metric | value | features | samples |", "| --- | --- | --- | --- |"]
         for row in rows:
+            beside = f", beside {row['other']}, not the training data" if row["other"] else ""
             for metric, value in row["metrics"].items():
-                out.append(f"| {metric} | {value:.4g} | {row['features'] or ''} | {row['n']} |")
+                out.append(f"| {metric}{beside} | {value:.4g} | {row['features'] or ''} | {row['n']} |")
         out += ["", "Measured by `fastgan evaluate`."]
     else:
         out.append("Not measured.")

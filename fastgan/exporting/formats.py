@@ -296,9 +296,16 @@ def find(path: Path) -> Path | None:
     """The exported file that `path` is or holds; None where it is no such thing: a run, a checkpoint, nothing.
 
     Raises:
-        ArgumentError: a file of another kind, or a folder with several.
+        ArgumentError: a file of another kind, a folder with several, or what may not be read.
     """
     suffixes = [it.suffix for it in FORMATS.values()]
+    try:
+        return _find(path, suffixes)
+    except PermissionError as error:
+        raise ArgumentError("RUN", str(path), f"it may be one that can be read ({error.strerror})") from None
+
+
+def _find(path: Path, suffixes: list[str]) -> Path | None:
     if path.is_file():
         if path.suffix not in suffixes:
             raise ArgumentError("RUN", str(path), f"it may be a run, or a file that ends in {', '.join(suffixes)}")

@@ -80,11 +80,11 @@ def unwritable(run: Path) -> str:
 def append(run: Path, line: dict[str, Any]) -> Path:
     """Add a line to a run's record, which is never left with half of one."""
     path = run / RECORD
-    before = path.read_text() if path.is_file() else ""
-    if before and not before.endswith("\n"):
-        before += "\n"
+    before = path.read_bytes() if path.is_file() else b""  # not as text: a line may be damaged
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
     partial = path.with_name(f".{path.name}.part")
-    partial.write_text(before + json.dumps(line) + "\n")
+    partial.write_bytes(before + json.dumps(line).encode() + b"\n")
     os.replace(partial, path)
     return path
 

@@ -20,6 +20,7 @@ from fastgan.data import open_source, prepared
 from fastgan.data.images import area_average
 from fastgan.data.listing import sorted_rows
 from fastgan.data.prepared import Level, Manifest, read_manifest
+from fastgan.data.preparing.originals import Folder
 from fastgan.data.preparing.preparation import Settings, prepare
 from fastgan.errors import ArgumentError
 
@@ -178,6 +179,19 @@ def webdataset(file: Path, first: int, count: int, label: Callable[[int], tuple[
                 archive.add(scratch / "label", f"{i:04}.{found[0]}")
 
 
+def test_links_in_a_tar_are_named(photos: Path, tmp_path: Path) -> None:
+    """An image that is stored once under two names is a hard link the second time."""
+    (photos / "a" / "hard.png").hardlink_to(photos / "a" / "9.png")
+    (photos / "a" / "soft.png").symlink_to("9.png")
+    (photos / "a" / "soft.cls").symlink_to("9.png")
+    with tarfile.open(tmp_path / "p.tar", "w") as archive:
+        archive.add(photos, "photos")
+    made = make(tmp_path / "p.tar", tmp_path / "set")
+    assert (made.count, made.num_classes, made.skipped) == (10, 5, 2)
+    skipped = (tmp_path / "set" / "skipped.txt").read_text()
+    assert skipped.count("a link, which is not followed in an archive") == 2 and "photos/a/soft.png" in skipped
+
+
 @pytest.mark.parametrize(
     ("label", "labels", "classes"),
     [
@@ -278,6 +292,31 @@ def test_what_cannot_be_used_is_skipped_and_named(mixed: Path, tmp_path: Path) -
         with tarfile.open(tmp_path / "set" / prepared.tar_file(16, shard)) as archive:
             members += [one.name for one in archive.getmembers() if one.name.endswith("png")]
     assert members == [f"{i:09}.png" for i in range(10)]
+
+
+def test_a_link_to_itself_is_skipped_and_takes_no_other_file_along(photos: Path, tmp_path: Path) -> None:
+    for folder in (photos, photos / "a"):
+        (folder / "0.png").symlink_to("0.png")
+    made = make(photos, tmp_path / "set")
+    lines = [f"{name}\tToo many levels of symbolic links" for name in ("0.png", "a/0.png")]
+    assert (made.count, (tmp_path / "set" / "skipped.txt").read_text().splitlines()) == (10, lines)
+
+
+def test_an_original_that_may_not_be_read(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who runs the tests may read anything, so it is refused here."""
+
+    def refuse(file: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "exists", refuse)
+        assert "SRC: was" in (text := refusal(photos, tmp_path / "set")) and "Permission denied" in text
+    real = Folder.open
+    monkeypatch.setattr(
+        Folder, "open", lambda self, item: refuse(self.path) if item.name == "a/9.png" else real(self, item)
+    )
+    assert make(photos, tmp_path / "set").count == 9
+    assert (tmp_path / "set" / "skipped.txt").read_text() == "a/9.png\tPermission denied\n"
 
 
 def test_strict(mixed: Path, tmp_path: Path) -> None:
@@ -425,8 +464,10 @@ def test_encrypted_and_oddly_packed_zips(photos: Path, tmp_path: Path) -> None:
 
 def test_a_label_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
-    webdataset(tmp_path / "src" / "x.tar", 0, 1, lambda i: ("json", b'{"label": -1}'))
-    assert "0000.json holds -1" in refusal(tmp_path / "src" / "x.tar", tmp_path / "set")
+    for label in ("-1", "1" + 18 * "0", f'"{5000 * "9"}"'):
+        webdataset(tmp_path / "src" / "x.tar", 0, 1, lambda i, it=label: ("json", b'{"label": %s}' % it.encode()))
+        words = f"0000.json holds {label[:20]}".replace('"', "'")
+        assert words in refusal(tmp_path / "src" / "x.tar", tmp_path / "set")
 
 
 def test_dali_reads_the_tars_by_their_index(photos: Path, tmp_path: Path) -> None:

@@ -194,6 +194,14 @@ def test_folder_links_in_a_circle(tmp_path: Path) -> None:
     assert len(open_source(f"folder:{tmp_path / 'data'}", 16)) == 1
 
 
+def test_a_link_that_leads_nowhere_is_named_and_takes_no_other_file_along(tmp_path: Path) -> None:
+    save(tmp_path / "data" / "a" / "x.png")
+    save(tmp_path / "data" / "b" / "y.png")
+    (tmp_path / "data" / "a" / "itself.png").symlink_to("itself.png")
+    source = open_source(f"folder:{tmp_path / 'data'}", 16)
+    assert (len(source), source.num_classes, source.skipped) == (2, 2, [("a/itself.png", "no file")])
+
+
 def test_unusable_folders(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
     assert f"{missing} is missing" in refusal(f"folder:{missing}")

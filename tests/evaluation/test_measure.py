@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -191,6 +192,37 @@ def test_real_images_are_read_once_per_data_features_and_size(digits: Source, tm
     files[0].write_bytes(files[0].read_bytes()[:1000])
     assert evaluate(source, **settings) == first and source.reads == 3 * 1797
     assert len(list((tmp_path / "cache").iterdir())) == 3  # nothing half-written is left
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_images_are_read(
+    digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Counting(digits, "a" * 16)
+    evaluate(source, metrics=["fid"], cache=tmp_path)
+
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    evaluate(source, metrics=["fid"], cache=tmp_path)  # what is there already is used
+    with pytest.raises(ArgumentError, match=r"XDG_CACHE_HOME: was .* can be written \(Read-only file system"):
+        evaluate(source, metrics=["prdc"], cache=tmp_path)
+    assert source.reads == 1797
+
+
+def test_two_that_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, tensors = safetensors.torch.save_file, {"a": torch.ones(2)}
+
+    def beside(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        save(tensors, file)
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        collect.write_tensors(tensors, tmp_path / "cache")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", beside)
+    collect.write_tensors(tensors, tmp_path / "cache")
+    assert collect.read_tensors(tmp_path / "cache") is not None
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
 
 
 def test_memory_does_not_grow_with_the_number_of_images(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,8 @@ def build(case: str) -> tuple[nn.Module, dict[str, Any]]:
 
 def make_run(path: Path, case: str = "dcgan", data: str = "folder:/home/me/photos", ema: float = 0.9) -> Path:
     generator, networks = build(case)
-    meta = {"version": "0", "variant": networks["model"], "networks": networks, "images": 12_000, "data": {"x": 1}}
+    stood = {"fingerprint": "own"}  # where its pipeline stood
+    meta = {"version": "0", "variant": networks["model"], "networks": networks, "images": 12_000, "data": stood}
     checkpoint.save(path, meta, dict(generator.state_dict()), {"random": {"rank0": torch.zeros(1)}}, 1)
     config = {"schema": 1, "variant": "dcgan", "data": {"data": data}, "optimiser": {"ema_decay": ema}}
     (path / "config.yaml").write_text(yaml.safe_dump(config))

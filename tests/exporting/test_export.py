@@ -19,9 +19,10 @@ from runs import build, make_run
 from torch import nn
 
 import fastgan
-from fastgan import checkpoint, export, models, sample
+from fastgan import checkpoint, commands, export, models, sample
 from fastgan.errors import ArgumentError
 from fastgan.exporting import formats
+from fastgan.trained import great_circle
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason="extra export: pip install 'fastgan[export]'")
@@ -125,6 +126,16 @@ def test_truncation_draws_nearer_to_the_average(run: Path, tmp_path: Path) -> No
         fastgan.load(growing).sample(1, truncation=0.5)
 
 
+def test_the_way_between_two_latents() -> None:
+    start, end, t = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]]), torch.tensor([[0.0], [0.5], [1.0]])
+    torch.testing.assert_close(
+        great_circle(start, end, t), torch.tensor([[3.0, 0.0], [4.5**0.5, 4.5**0.5], [0.0, 3.0]])
+    )
+    # Of one number, or the same: a line.
+    torch.testing.assert_close(great_circle(start[:, :1], start[:, :1] - 4, t), torch.tensor([[3.0], [1.0], [-1.0]]))
+    torch.testing.assert_close(great_circle(start, start, t), start.expand(3, 2))
+
+
 def test_the_card(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
     text = (run / "export" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
@@ -132,22 +143,27 @@ def test_the_card(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
     for words in ("12 kimg", "folder:photos", "Not measured", "cc0-1.0", *(p.name for p in exported.values())):
         assert words in text
     assert "/home/me" not in text
+    other = {"data": "folder", "fingerprint": "another"}
     rows = [
         {"kimg": 12.0, "metrics": {"fd": 1.5, "recall": 0.7}, "features": "digits", "images": {"generated": 1000}},
         {"kimg": 9.0, "metrics": {"fd": 99.0}, "features": "digits", "images": {"generated": 1000}},
         {"kimg": 12.0, "metrics": "none", "images": {"generated": 1000}},
+        {"kimg": 12.0, "metrics": {"fd": 7.5}, "features": "digits", "images": {"generated": 1000}, **other},
         {"kimg": 12.0, "metrics": {"fd": 98.0}, "images": 12_000},
     ]
-    measured = make_run(tmp_path / "run", ema=0.0)
+    measured = make_run(tmp_path / "run", data="/home/me/SET", ema=0.0)
     (measured / "evaluation.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"images": 12')
     assert export.main([str(measured)]) == 0
     text = (measured / "export" / "README.md").read_text()
     assert (
         "| fd | 1.5 | digits | 1000 |" in text and "99" not in text and "98" not in text and "kept no average" in text
     )
+    assert "| fd, beside folder, not the training data | 7.5 |" in text
+    assert "| Trained on | SET |" in text and "/home/me" not in text
     hub = pytest.importorskip("huggingface_hub", reason="extra export: pip install 'fastgan[export]'")
     card = hub.ModelCard.load(measured / "export" / "README.md")
-    assert {(r.metric_type, r.metric_value) for r in card.data.eval_results} == {("fd", 1.5), ("recall", 0.7)}
+    measures = {(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results}
+    assert measures == {("SET", "fd", 1.5), ("SET", "recall", 0.7), ("folder", "fd", 7.5)}
     (measured / "export" / "README.md").write_text("mine")
     assert export.main([str(measured)]) == 0
     assert (measured / "export" / "README.md").read_text() == "mine"
@@ -236,6 +252,36 @@ def test_a_section_of_the_settings_that_is_empty(run: Path, tmp_path: Path, caps
     assert export.main([str(broken), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error == f"fastgan: {broken / 'config.yaml'}: data: was None; it may be a mapping of keys to values\n"
+
+
+def test_a_run_whose_checkpoint_training_drops_while_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    (old,) = checkpoint.existing(run)
+    newer = shutil.copytree(old, tmp_path / "newer")
+    stored = checkpoint.Checkpoint.generator
+
+    def dropped(found: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
+        if newer.exists():
+            newer.rename(old.with_name("kimg-000013.000"))
+            shutil.rmtree(old)
+        return stored(found)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "generator", dropped)
+    assert fastgan.load(run).sample(1).shape == (1, 2, 8, 8)
+
+
+def test_a_run_that_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(file: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    for command in ("sample", "export", "explore"):
+        assert commands.main([command, str(tmp_path)]) == 2
+        assert f"RUN: was '{tmp_path}'; it may be one that can be read (Permission denied)" in capsys.readouterr().err
 
 
 def test_python_names_the_argument(run: Path) -> None:

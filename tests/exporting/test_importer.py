@@ -149,6 +149,7 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         ({"avgG": cut}, "scaleLayers.0.0.bias"),
         ({"avgG": {**zoo_state(WIDTHS, 1), "mapping.weight": torch.ones(1)}}, "mapping.weight"),
         ({"netG": None}, "avgG or netG"),
+        ({"avgG": torch.ones(1)}, "avgG or netG"),
     ]
     for number, (parts, word) in enumerate(cases):
         file = save(tmp_path / f"{number}.pth", monkeypatch, **parts)

@@ -164,6 +164,10 @@ class Tar(Files):
                     name = f"{file.name}/{member.name}" if len(self.files) > 1 else member.name
                     if suffix(member.name) not in image_suffixes():
                         continue
+                    if not member.isreg():
+                        found = True
+                        yield Item(name, reason="a link, which is not followed in an archive")
+                        continue
                     found, own = True, label
                     if own is None:
                         if wrapper is None:
@@ -200,7 +204,7 @@ class Tar(Files):
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # which would keep every one of them
                     last = member.name = member.name.removeprefix("./")
-                    if member.isreg() and not hidden(member.name):
+                    if (member.isreg() or member.islnk() or member.issym()) and not hidden(member.name):
                         yield member
                 # tarfile takes a damaged header for the end; the end is a block of zeros, or the file's.
                 assert archive.fileobj is not None
@@ -217,7 +221,7 @@ class Tar(Files):
         """What a sample says of itself: a number, or the name of a class."""
         for member in sample:
             kind = suffix(member.name)
-            if kind not in ("cls", "json") or member.size > 2**20:
+            if kind not in ("cls", "json") or not member.isreg() or member.size > 2**20:
                 continue
             with file.open("rb") as stream:
                 stream.seek(member.offset_data)
@@ -233,10 +237,11 @@ class Tar(Files):
                 continue
             if isinstance(value, str) and not value.isdecimal():
                 return value
-            if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+            number = isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+            if number and len(str(value)) <= 18:  # they are stored in 64 bits
                 return int(value)
-            may_be = "a label may be a number from 0, or the name of a class"
-            raise ArgumentError("SRC", str(file), f"{member.name} holds {value!r}; {may_be}")
+            may_be = "a label may be a number from 0 of up to 18 digits, or the name of a class"
+            raise ArgumentError("SRC", str(file), f"{member.name} holds {value!r:.40}; {may_be}")
         return None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgan.data.images import Checked, square
+from fastgan.data.listing import is_folder
 from fastgan.data.prepared import Level, is_prepared, read_manifest
 from fastgan.data.preparing.archives import Tar, Zip, image_suffixes, suffix, tar_files
 from fastgan.data.preparing.originals import Folder, Item, Originals
@@ -90,12 +91,12 @@ class Prepared(Originals):
         self._level: Level | None = None
         self.channels, self.largest = None, self._manifest.resolution
         self.usual = self.largest
-        self.num_classes, self.classes = self._manifest.num_classes, self._manifest.classes()
+        self.num_classes, self.classes = self._manifest.num_classes, self._manifest.classes("SRC")
 
     def items(self) -> Iterator[Item]:
         stamp = int(self._manifest.fingerprint, 16)
-        labels = self._manifest.labels()
-        for index, name in enumerate(self._manifest.names()):
+        labels = self._manifest.labels("SRC")
+        for index, name in enumerate(self._manifest.names("SRC")):
             yield Item(name, 0, stamp, (index,), None if labels is None else int(labels[index]))
 
     def check(self, item: Item) -> Checked:
@@ -126,14 +127,16 @@ def open_originals(src: str) -> Originals:
     kind, colon, place = src.partition(":")
     if src in ("digits", "synthetic"):
         return Arrays(src)
-    if not colon or kind not in _OPENERS:
-        kind, place = _recognise(src), src
-    if not place:
-        raise ArgumentError("SRC", src, _KINDS)
     try:
+        if not colon or kind not in _OPENERS:
+            kind, place = _recognise(src), src
+        if not place:
+            raise ArgumentError("SRC", src, _KINDS)
         return _OPENERS[kind](place)
     except ArgumentError as error:
         raise error.renamed("SRC") from error
+    except OSError as error:
+        raise ArgumentError("SRC", src, f"it cannot be read ({error.filename or src}: {error.strerror})") from error
 
 
 def _recognise(src: str) -> str:
@@ -167,7 +170,7 @@ def _holds_tars_alone(path: Path) -> bool:
     tars = 0
     with os.scandir(path) as entries:
         for entry in entries:
-            if not entry.name.startswith(".") and (entry.is_dir() or suffix(entry.name) in image_suffixes()):
+            if not entry.name.startswith(".") and (is_folder(entry) or suffix(entry.name) in image_suffixes()):
                 return False
             tars += entry.name.endswith(".tar")
     return tars > 0
