@@ -29,6 +29,14 @@ _PACKAGES = {
     "tqdm": ("the progress bar", "pip install 'fastgan[train]'"),
     "tyro": ("the command line", "pip install 'fastgan[train]'"),
     "tensorboard": ("TensorBoard events", "pip install 'fastgan[train]'"),
+    "torch-fidelity": ("evaluate: features of images, kid, prdc", "pip install 'fastgan[eval]'"),
+    "torchmetrics": ("evaluate: msssim", "pip install 'fastgan[eval]'"),
+    "timm": ("evaluate: --features dinov2", "pip install 'fastgan[eval]'"),
+    "onnx": ("export --format onnx", "pip install 'fastgan[export]'"),
+    "onnxruntime": ("export --format onnx", "pip install 'fastgan[export]'"),
+    "onnxscript": ("export --format onnx", "pip install 'fastgan[export]'"),
+    "huggingface-hub": ("from_pretrained, push_to_hub", "pip install 'fastgan[export]'"),
+    "gradio": ("explore", "pip install 'fastgan[explore]'"),
 }
 
 
@@ -55,7 +63,7 @@ def main(argv: list[str]) -> int:
     missing = []
     for name, (purpose, install) in _PACKAGES.items():
         version = _version(name)
-        print(f"  {name:13} {version or 'missing':14} {purpose}")
+        print(f"  {name:15} {version or 'missing':14} {purpose}")
         if version is None and not (name == "triton" and platform.system() != "Linux"):
             missing.append(f"{name} ({purpose}): {install}")
     import torch

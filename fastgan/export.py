@@ -208,6 +208,8 @@ def main(argv: list[str]) -> int:
     asked = tyro.cli(Export, args=argv, prog="fastgan export")
     if asked.batch is not None and asked.batch < 1:
         raise ArgumentError("--batch", asked.batch, "it may be 1 or more")
+    if asked.licence is not None and not asked.licence.isprintable():
+        raise ArgumentError("--licence", asked.licence, "it may be a name in one line")
     from fastgan.exporting import formats
 
     path = Path(asked.run)

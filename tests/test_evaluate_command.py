@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def test_numbers_are_printed_where_the_record_cannot_be_written(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["evaluate", str(run), "--n", "16", "--metrics", "msssim"]
-    (run / ".evaluation.jsonl.part").mkdir()  # in the way of the record, but not of a look at the folder before
+    # In the way of the record, but not of a look at the folder before.
+    (run / f".evaluation.jsonl.{os.getpid()}.part").mkdir()
     assert commands.main(asked) == 2
     said = capsys.readouterr()
     table, line = said.out.strip().splitlines()[-2:]

@@ -97,9 +97,13 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
 
     if image.mode[0] in "IF":
         # I;16 and its kin, I (16 bits in 32), F (0 to 1, or to 255): Pillow's own convert clips at 255.
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        top = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1
-        image = Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+        values, clear = np.asarray(image, dtype=np.float32), image.info.get("transparency")
+        largest = values.max(where=np.isfinite(values), initial=0)
+        top = 65535 if image.mode[0] == "I" else 255 if largest > 1 else 1
+        levels = np.rint(np.clip(np.nan_to_num(values) / top, 0, 1) * 255).astype(np.uint8)
+        if isinstance(clear, int):  # the one value that is transparent
+            levels[values == clear] = 255
+        image = Image.fromarray(levels)
     elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -315,7 +315,7 @@ def _find(path: Path, suffixes: list[str]) -> Path | None:
     for suffix in suffixes:
         if (path / f"model{suffix}").is_file():  # of several formats in one folder any does
             return path / f"model{suffix}"
-    found = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    found = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.name[0] != ".")
     if len(found) > 1:
         raise ArgumentError("RUN", str(path), f"it may be one of its files: {', '.join(file.name for file in found)}")
     return found[0] if found else None

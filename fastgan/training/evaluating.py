@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgan import __version__, noise
 from fastgan.data import Source
+from fastgan.data.files import write_whole
 from fastgan.errors import ArgumentError
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation, cache_folder, choose, default_extractor
@@ -83,9 +83,7 @@ def append(run: Path, line: dict[str, Any]) -> Path:
     before = path.read_bytes() if path.is_file() else b""  # not as text: a line may be damaged
     if before and not before.endswith(b"\n"):
         before += b"\n"
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_bytes(before + json.dumps(line).encode() + b"\n")
-    os.replace(partial, path)
+    write_whole(path, before + json.dumps(line).encode() + b"\n")
     return path
 
 

@@ -231,6 +231,7 @@ def test_folder_channels(tmp_path: Path) -> None:
 
 def test_conversions_keep_the_values(tmp_path: Path) -> None:
     grey = noise(16, 16)
+    grey[0, 0] = 255
     for order in ("<u2", ">u2"):
         save(tmp_path / f"{order[1:]}{ord(order[0])}.tif", grey.astype(order) * 257)
     save(tmp_path / "v8.png", grey)
@@ -238,9 +239,10 @@ def test_conversions_keep_the_values(tmp_path: Path) -> None:
     save(tmp_path / "v32.tif", grey.astype(np.int32) * 257)
     save(tmp_path / "vf.tif", grey.astype(np.float32))
     save(tmp_path / "vf1.tif", grey.astype(np.float32) / 255)
+    save(tmp_path / "vf1 infinite.tif", np.where(grey == 255, np.inf, grey / 255).astype(np.float32))
     source = open_source(f"folder:{tmp_path}", 16)
-    assert len(source) == 7
-    for index in range(7):
+    assert len(source) == 8
+    for index in range(8):
         np.testing.assert_array_equal(source.read(index, 16)[0], grey)
 
 
@@ -253,8 +255,10 @@ def test_transparent_becomes_white(tmp_path: Path) -> None:
     palette = Image.fromarray(np.repeat(np.array([[0], [1]], np.uint8), 8, axis=0).repeat(16, axis=1))
     palette.putpalette([9, 9, 9, 0, 0, 0])
     palette.save(tmp_path / "c.png", transparency=0)
+    deep = np.repeat(np.array([[7], [0]], np.uint16), 8, axis=0).repeat(16, axis=1)
+    Image.fromarray(deep).save(tmp_path / "d.png", transparency=7)
     source = open_source(f"folder:{tmp_path}", 16)
-    for index in range(3):
+    for index in range(4):
         image = source.read(index, 16)
         assert (image[:, :8] == 255).all() and (image[:, 8:] == 0).all()
 

@@ -210,6 +210,7 @@ def test_refused(run: Path, tmp_path: Path, exported: dict[str, Path], capsys: p
         ([str(run), "--format", "onnx", "--out", str(tmp_path / "mine.onnx")], ("--out", "is no export of fastgan")),
         ([str(run), "--format", "onnx", "--batch", "0"], ("--batch", "0", "1 or more")),
         ([str(run), "--batch", "2"], ("--batch", "left out")),
+        ([str(run), "--licence", "mine\n| yours"], ("--licence", "one line")),
         ([str(run), "--out", str(tmp_path / "notes.txt" / "sub")], ("--out", "notes.txt")),
         ([str(checkpoint.existing(run)[0] / "generator.safetensors")], ("RUN", "checkpoint it belongs to")),
     ):
