@@ -455,6 +455,16 @@ def test_more_samples_than_memory_holds(
     assert said == "fastgan: --n: was 5; it may be less: there is too little memory for all at once\n"
 
 
+def test_a_run_that_ends_below_its_resolution_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The published recipe takes 600 kimg for each step of its growth, whatever --kimg says."""
+    flags = "--variant pggan --preset paper --fmap-max 8 --latent 8 --resolution 16 --batch 8 --kimg 0.008".split()
+    warning = "warning: 0.008 kimg end at 4 px; raise --kimg, or lower --fade-kimg, --stable-kimg\n"
+    assert train.main([*flags, "--dry-run"]) == 0 and warning in capsys.readouterr().out
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0 and warning in capsys.readouterr().out
+    assert train.main([*flags, "--fade-kimg", "0", "--stable-kimg", "0", "--out", str(tmp_path / "whole")]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
