@@ -28,6 +28,22 @@ RegulariserName = Literal["none", "weight-clipping", "gradient-penalty", "wasser
 Norm = Literal["batch", "none"]
 
 
+def _pairs(words: list[str]) -> dict[int, int]:
+    if len(words) % 2:
+        raise ValueError("it may be pairs of a resolution and a batch")
+    return {int(key): int(value) for key, value in zip(words[::2], words[1::2], strict=True)}
+
+
+# Of a dict that has a default tyro makes a flag for each key, in place of the one for all.
+_PAIRS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[INT INT [INT INT ...]]",
+    instance_from_str=_pairs,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [str(number) for pair in value.items() for number in pair],
+)
+
+
 class _Strict:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -120,8 +136,8 @@ class Schedule(_Strict):
     """Length of the run in thousands of real images shown to the discriminator."""
     batch: int = 64
     """Images of a discriminator step, over all ranks."""
-    batch_at: dict[int, int] = field(default_factory=dict)
-    """Smaller batches from a resolution on, as pairs `RESOLUTION BATCH ...` (pggan)."""
+    batch_at: Annotated[dict[int, int], _PAIRS] = field(default_factory=dict)
+    """Smaller batches from a resolution on, as pairs `RESOLUTION BATCH ...`, in place of the preset's (pggan)."""
     accumulation: int = 1
     """Micro-batches in which each rank takes its share of a batch."""
     fade_kimg: float | None = None

@@ -411,7 +411,7 @@ def _cut(request: Request, stored: Checkpoint, world: World) -> Request:
 def _train(request: Request, world: World, began: float, held: ExitStack, patience: float) -> int:
     """What each rank does once it has found the others; `held` and `patience` as in `_run_directory`."""
     from fastgan.training.agreement import same, settings
-    from fastgan.training.build import check_stages
+    from fastgan.training.build import check_stages, ends_early
     from fastgan.training.trainer import NonFiniteError, Trainer
 
     if request.config.system.sync_bn and world.device.type != "cuda":
@@ -438,6 +438,9 @@ def _train(request: Request, world: World, began: float, held: ExitStack, patien
             + (f", going on at {trainer.images / 1000:g} kimg" if stored else ""),
             flush=True,
         )
+        warning = ends_early(config)
+        if warning is not None:
+            print(warning, flush=True)
         if request.resume is not None and stored is None:
             print(f"{run} has no checkpoint to go on from: it begins at the beginning", flush=True)
     try:

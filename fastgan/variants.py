@@ -2,6 +2,15 @@
 
 `paper` is the recipe as published, at its widths and schedule; `digits` is small and tuned for scikit-learn's digits
 on a CPU, and is what runs when no data is named. A new variant is a new entry.
+
+Where `paper` is not what the authors ran: all variants average the generator, only pggan's authors did. gan: the
+discriminator is as wide as the generator, without dropout (`models.mlp`), batches are of 128 and not 100, so that more
+ranks can share them, rates and momentum stay, and D's loss is not halved. lsgan and the wgan family have the networks
+of dcgan: lsgan's authors had deeper ones, wgan-gp's and wgan-div's residual ones, the latter with layer norm in the
+critic. wgan: always 5 critic steps, where the authors' code takes 100 now and then. wgan-div: k is the paper's, not the
+10 of the authors' code. sagan: classes are asked for by `--conditional`. pggan: schedule and batches of the authors'
+preset for one GPU, with the paper's one rate for all resolutions (1.5e-3 at 1024 px there); the optimisers start fresh
+at a growth, not once more when its fade ends.
 """
 
 from __future__ import annotations
@@ -47,7 +56,7 @@ class Variant:
 
 
 _GAN = Recipe(
-    # The authors' MNIST networks: 1200 rectifiers, then 240 maxout units of 5 pieces.
+    # The authors' MNIST generator; their discriminator has 240 maxout units in each layer, here it is 1200.
     Networks(model="mlp", latent=100, width=1200),
     Objective(loss="minimax"),
     Optimiser(optimiser="sgd", lr_g=0.1, lr_d=0.1, beta1=0.5),
@@ -72,6 +81,7 @@ _WGAN_GP = _WGAN.but(
 )
 _WGAN_DIV = _WGAN_GP.but(
     objective={"regulariser": "wasserstein-divergence", "divergence_k": 2.0, "divergence_p": 6.0},
+    optimiser={"lr_g": 2e-4, "lr_d": 2e-4, "n_critic": 4},  # of the authors' code
 )
 _SAGAN = Recipe(
     Networks(model="sagan", latent=128, width=64, max_width=1024),

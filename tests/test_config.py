@@ -119,6 +119,14 @@ PAPER: dict[str, dict[str, Any]] = {
         "objective.regulariser": "wasserstein-divergence",
         "objective.divergence_k": 2.0,
         "objective.divergence_p": 6.0,
+        # Of the authors' code.
+        "networks.latent": 128,
+        "optimiser.lr_g": 2e-4,
+        "optimiser.lr_d": 2e-4,
+        "optimiser.beta1": 0.0,
+        "optimiser.beta2": 0.9,
+        "optimiser.n_critic": 4,
+        "schedule.batch": 64,
     },
     "sagan": {
         "networks.model": "sagan",

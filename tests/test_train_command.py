@@ -202,6 +202,20 @@ def test_precedence_preset_file_flags(tmp_path: Path) -> None:
     assert train.parse(["--data", "synthetic", "--preset", "digits"]).preset == "digits"
 
 
+def test_batches_of_a_preset_are_replaced_by_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The flag is there too where the preset, a file or the run that is gone on with has such batches."""
+    paper = ["--variant", "pggan", "--preset", "paper"]
+    assert train.parse(paper).config.schedule.batch_at == VARIANTS["pggan"].paper.schedule.batch_at
+    assert train.parse([*paper, "--batch-at", "64", "32", "1024", "8"]).config.schedule.batch_at == {64: 32, 1024: 8}
+    assert train.parse([*paper, "--batch-at"]).config.schedule.batch_at == {}
+    with pytest.raises(SystemExit):
+        train.parse([*paper, "--batch-at", "64"])
+    assert "it may be pairs of a resolution and a batch" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        train.parse([*paper, "--help"])
+    assert "(default: 32 64 64 32 128 16 256 8 512 4)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_a_second_run_in_the_same_folder(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     refused(capsys, run, ["--variant", "dcgan", *TINY, "--out", str(run)], "--out", "already has a run", "--resume")
 
@@ -438,6 +452,16 @@ def test_more_samples_than_memory_holds(
     assert sample.main([str(run), "--n", "5"]) == 2
     said = capsys.readouterr().err
     assert said == "fastgan: --n: was 5; it may be less: there is too little memory for all at once\n"
+
+
+def test_a_run_that_ends_below_its_resolution_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The published recipe takes 600 kimg for each step of its growth, whatever --kimg says."""
+    flags = "--variant pggan --preset paper --fmap-max 8 --latent 8 --resolution 16 --batch 8 --kimg 0.008".split()
+    warning = "warning: 0.008 kimg end at 4 px; raise --kimg, or lower --fade-kimg, --stable-kimg\n"
+    assert train.main([*flags, "--dry-run"]) == 0 and warning in capsys.readouterr().out
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0 and warning in capsys.readouterr().out
+    assert train.main([*flags, "--fade-kimg", "0", "--stable-kimg", "0", "--out", str(tmp_path / "whole")]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(

@@ -1,7 +1,8 @@
 """Deep convolutional networks of Radford et al. 2015, "Unsupervised representation learning with DCGANs".
 
 Each 4x4 convolution of stride 2 halves (discriminator) or doubles (generator) the size, from the image down to 4x4.
-Channels double towards 4x4, up to `max_width`.
+Channels double towards 4x4, up to `max_width`. 4x4 is the size in the authors' Torch code, which Arjovsky et al. 2017
+took over; figure 1 of the paper and its Theano code have 5x5. Latents are Gaussian, the paper's uniform.
 """
 
 from __future__ import annotations

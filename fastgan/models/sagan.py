@@ -3,6 +3,9 @@
 Spectral norm is on every convolution and linear layer of both networks. Channels double towards 4x4, up to 16 times
 `width` or `max_width`. Attention sits where the feature map is `attention_at` pixels wide, in both networks; by default
 32, or half of an image that is smaller than 64.
+
+Two things are not as in the authors' code: weights start orthogonal, there as Xavier's, and the discriminator's last
+block, which keeps size and width, has a 1x1 convolution beside it where theirs passes its input on as it is.
 """
 
 from __future__ import annotations

@@ -37,6 +37,14 @@ def plan(config: Config) -> list[Stage]:
     )
 
 
+def ends_early(config: Config) -> str | None:
+    """A warning to a run that is over before it has grown to the resolution that was asked for."""
+    s, reached = config.schedule, plan(config)[-1].resolution
+    if reached == s.resolution:
+        return None
+    return f"warning: {s.kimg:g} kimg end at {reached} px; raise --kimg, or lower --fade-kimg, --stable-kimg"
+
+
 def engine_settings(config: Config, resolution: int, world_size: int, *, overlap: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for a stage whose batch can be shared.
 

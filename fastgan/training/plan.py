@@ -16,7 +16,7 @@ from fastgan import models
 from fastgan.config import Config, batch_at, replace, working_ranks
 from fastgan.data import Source
 from fastgan.models.pggan import Progressive
-from fastgan.training.build import build_step, check_stages, network_values, plan
+from fastgan.training.build import build_step, check_stages, ends_early, network_values, plan
 from fastgan.training.growth import Stage
 from fastgan.training.step import Step
 
@@ -155,7 +155,7 @@ def describe(variant: str, preset: str, config: Config, world: int) -> str:
             f"{stage.resolution:5d} {stage.start / 1000:10g} {stage.fade_end / 1000:10g} {stage.end / 1000:8g} "
             f"{batch:6d} {working:6d} {micro:9d} {of.g:11,d} {of.d:11,d} {of.bytes / 2**30:8.2f} GiB"
         )
-    reached = plan(config)[-1].resolution
-    if reached < s.resolution:
-        lines.append(f"warning: {s.kimg:g} kimg end at {reached} px; raise --kimg, or lower --fade-kimg, --stable-kimg")
+    warning = ends_early(config)
+    if warning is not None:
+        lines.append(warning)
     return "\n".join(lines)

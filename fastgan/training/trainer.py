@@ -305,18 +305,18 @@ class Trainer:
         stage = stage_at(self.stages, self.images)
         while self.resolution < stage.resolution:
             self._grow(self.resolution * 2)
+        self._set_alpha(stage)  # on ranks that wait too: they draw images for an evaluation
         if self.idle:
             self.images += self.config.optimiser.n_critic * batch_at(self.config.schedule, self.resolution)
             self.steps += 1
             return
         with self.pace.step():
-            self._step(stage)
+            self._step()
 
-    def _step(self, stage: Stage) -> None:
+    def _step(self) -> None:
         assert self._engines is not None
         rate_g, rate_d = rates(self.config, self.images)
         self._engines[1].set_rate(rate_d)
-        self._set_alpha(stage)
         self.finite.begin_step(self.steps)
         batch = batch_at(self.config.schedule, self.resolution)
         positions: list[Tensor] = []
@@ -489,6 +489,8 @@ class Trainer:
 
         began = time.monotonic()
         self._catch_up()
+        if self.world.size > 1:
+            spread(self.ema.module.buffers())  # all ranks draw, with the batch-norm statistics that are saved
         meta = {"variant": self.variant, "networks": self.networks, "images": self.images}
         record = evaluator(self.ema.module, meta)
         if record is not None:

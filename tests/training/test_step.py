@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,31 @@ def test_twenty_steps_read_nothing(variant: str, tmp_path: Path, monkeypatch: py
     with HostReads(monkeypatch) as reads:
         trainer._read_finite()
     assert reads.seen  # the counter sees a read where there is one
+
+
+def test_a_rank_that_waits_draws_what_is_faded_in_so_far(tmp_path: Path) -> None:
+    """It gets the first rank's weights for an evaluation, and must blend as far as that does."""
+    trainer = make("pggan", tmp_path)
+    while trainer.resolution < 8:
+        trainer.train_step()
+    trainer.idle = True
+    trainer.train_step()
+    average = trainer.ema.module
+    assert average.fade and 0 < average.alpha.item() < 1  # type: ignore[operator,union-attr]
+
+
+def test_ranks_draw_for_an_evaluation_with_the_statistics_that_are_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make("dcgan", tmp_path)
+    trainer.world, shared, drawn = dataclasses.replace(trainer.world, size=2), [], []
+    monkeypatch.setattr("fastgan.training.trainer.spread", shared.extend)
+
+    def evaluator(generator: torch.nn.Module, meta: dict[str, Any]) -> None:
+        drawn.append([b is s for b, s in zip(generator.buffers(), shared, strict=True)])
+
+    trainer._evaluate(None, evaluator)  # type: ignore[arg-type]
+    assert drawn and len(drawn[0]) > 0 and all(drawn[0])
 
 
 @pytest.fixture
