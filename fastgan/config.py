@@ -320,6 +320,15 @@ def batch_at(schedule: Schedule, resolution: int) -> int:
     return min([schedule.batch, *limits])
 
 
+def batches_for_all(schedule: Schedule, world: int) -> str:
+    """Flags that leave none of `world` ranks without images at any resolution, and batches else as they are."""
+    least = world * schedule.accumulation
+    if schedule.batch <= least:
+        return f"--batch {least}" + (" --batch-at" if schedule.batch_at else "")
+    pairs = [f"{at} {max(size, least)}" for at, size in sorted(schedule.batch_at.items())]
+    return " ".join(["--batch-at", *pairs])
+
+
 def working_ranks(batch: int, world: int, accumulation: int) -> int | None:
     """How many of `world` ranks share a batch, in `accumulation` micro-batches each; None: it cannot be shared.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastgan.commands import command
+from fastgan.config import Config, batches_for_all
 from fastgan.errors import ArgumentError
 from fastgan.train import Asked, Request, parse
 
@@ -150,7 +151,7 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def remarks(rows: list[Row], ranks: int, stddev: bool) -> list[str]:
+def remarks(rows: list[Row], ranks: int, config: Config) -> list[str]:
     """What a reader of the table should know: what was not measured, and which ranks have nothing to do."""
     lines = []
     for note in dict.fromkeys(row.note for row in rows if row.note):
@@ -161,11 +162,11 @@ def remarks(rows: list[Row], ranks: int, stddev: bool) -> list[str]:
         at = ", ".join(str(share.stage.resolution) for share in idle)
         working = ", ".join(str(share.working) for share in idle)
         lines.append(
-            f"{at} px: the batch keeps {working} of {ranks} ranks at work; the others have no part in it, unless "
-            f"--batch, or --batch-at {idle[0].stage.resolution} {ranks} ..., gives them one"
+            f"{at} px: the batch keeps {working} of {ranks} ranks at work; the others have no part in it; all have one "
+            f"with {batches_for_all(config.schedule, ranks)}"
         )
     small = [str(row.share.stage.resolution) for row in rows if row.share.micro < 4]
-    if stddev and small:
+    if config.networks.model == "pggan" and small:
         lines.append(
             f"{', '.join(small)} px: fewer than 4 images per rank, so that minibatch standard deviation sees smaller "
             "groups than on one rank"
@@ -222,7 +223,7 @@ def main(argv: list[str]) -> int:
     )
     print()
     print("\n".join(table(rows)))
-    for line in remarks(rows, cluster.size, config.networks.model == "pggan"):
+    for line in remarks(rows, cluster.size, config):
         print(line)
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from fastgan import config as configs
-from fastgan.config import Config, Schedule, batch_at, check, merge, read_yaml, replace, write_yaml
+from fastgan.config import Config, Schedule, batch_at, batches_for_all, check, merge, read_yaml, replace, write_yaml
 from fastgan.errors import ArgumentError
 from fastgan.variants import VARIANTS, Preset
 
@@ -271,6 +271,10 @@ def test_batch_at() -> None:
     schedule = Schedule(batch=128, batch_at={32: 64, 64: 32, 256: 8})
     sizes = {4: 128, 16: 128, 32: 64, 64: 32, 128: 32, 256: 8, 1024: 8}
     assert {resolution: batch_at(schedule, resolution) for resolution in sizes} == sizes
+    assert batches_for_all(schedule, 16) == "--batch-at 32 64 64 32 256 16"
+    assert batches_for_all(dataclasses.replace(schedule, accumulation=4), 16) == "--batch-at 32 64 64 64 256 64"
+    assert batches_for_all(schedule, 256) == "--batch 256 --batch-at"
+    assert batches_for_all(Schedule(batch=16), 32) == "--batch 32"
     assert batch_at(Schedule(batch=16), 512) == 16
     assert batch_at(Schedule(batch=16, batch_at={8: 64}), 512) == 16  # never larger than --batch
     paper = VARIANTS["pggan"].config("paper").schedule

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastgan import __version__, models
 from fastgan import data as data_room
 from fastgan.checkpoint import Checkpoint
-from fastgan.config import Config, batch_at, working_ranks
+from fastgan.config import Config, batch_at, batches_for_all, working_ranks
 from fastgan.models.pggan import Progressive
 from fastgan.trained import sample_images
 from fastgan.training import saving
@@ -439,8 +439,7 @@ class Trainer:
             batch = batch_at(self.config.schedule, self.resolution)
             log.line(
                 f"{self.resolution} px: the batch of {batch} keeps {self.working} of {self.world.size} ranks at work; "
-                f"--batch, or --batch-at {self.resolution} {self.world.size * self.config.schedule.accumulation}, "
-                "uses all"
+                f"all with {batches_for_all(self.config.schedule, self.world.size)}"
             )
 
     def _log(self, log: Log) -> None:
