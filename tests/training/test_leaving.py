@@ -17,7 +17,7 @@ FLAGS = "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --resolution 8 -
 FLAGS += "--fade-kimg 0.016 --stable-kimg 0.016 --kimg 0.064".split()
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_is_done_is_done_on_every_rank(tmp_path: Path, late: int) -> None:
     """Also where one rank still works (the first saves and evaluates alone) when the other has left."""
     ranks.launch(Path(__file__), {"late": late}, tmp_path, 2)

@@ -58,7 +58,8 @@ def test_a_name_of_the_supervisors_own_goes_with_a_run_that_is_refused(tmp_path:
 def test_a_run_whose_reader_goes_saves_and_stops(tmp_path: Path) -> None:
     """As `| head` does, or a launcher that was killed: nothing goes on unwatched, and nothing is lost."""
     run = tmp_path / "run"
-    job = subprocess.Popen([sys.executable, str(SCRIPT), *FLAGS, "--kimg", "1000", "--out", str(run)],
+    line = [sys.executable, str(SCRIPT), *FLAGS, "--kimg", "1000", "--log-kimg", "0.1"]
+    job = subprocess.Popen([*line, "--out", str(run)],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert job.stdout is not None
     while "img/s" not in job.stdout.readline():
