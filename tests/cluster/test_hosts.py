@@ -43,6 +43,7 @@ def test_hosts_have_names_addresses_and_processes_of_their_own(two: Hosts) -> No
     assert two.processes(1) == {}
 
 
+@pytest.mark.slow
 def test_links_go_down_and_are_limited_and_slowed(two: Hosts) -> None:
     two.link(1, up=False)
     assert "timed out" in said(two, 0, "ssh -o ConnectTimeout=1 h2 hostname 2>&1").lower()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import ranks
 import resumes
 import torch
@@ -13,6 +14,7 @@ from fastgan.training.world import World
 SCRIPT = Path(resumes.__file__)
 
 
+@pytest.mark.slow
 def test_a_run_moves_to_one_rank_and_back(tmp_path: Path) -> None:
     """pggan, in the fade after a growth; two ranks under ZeRO 2, one with plain torch."""
     ranks.launch(SCRIPT, [resumes.case(None, "two", "pggan", 2, 12)], tmp_path, 2)
