@@ -283,7 +283,9 @@ def _form(way: str, pixels: int, pairs: int, last: bool = False, bf16: bool = Fa
     """
     work = pixels * pairs
     kernel_pays = pixels >= (256 if pairs <= 2**16 or (last and way == "down") else 400)
-    least = 2 ** (19 + (bf16 and (2 * (way == "up" or last) + (way == "up" and last))))
+    least = 2**19
+    if bf16 and (way == "up" or last):
+        least = 2**22 if way == "up" and last else 2**21
     if kernel_pays and work >= least and pixels * work >= (2**28 if way == "down" else 2**30):
         return "fused"
     return "small" if work <= 2**21 else "steps"
