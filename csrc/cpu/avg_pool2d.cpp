@@ -79,30 +79,61 @@ void spread_planes(const T* dy, T* dx, const Planes& p) {
   });
 }
 
+// Beyond the caches the short runs of two rows are too many for the prefetcher: it is told of the next pixels.
+constexpr int64_t kFar = int64_t{1} << 24;  // bytes
+
+template <class T>
+void prefetch(const T* p, int64_t count) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
+#endif
+}
+
+// Pixels of `c` channels: y[j] is the mean of `side` pixels in each of as many rows.
+template <int64_t K, class T>
+void pool_row_of_pixels(const T* x, int64_t stride, T* y, int64_t width, int64_t c, int64_t k, bool far) {
+  const int64_t side = K ? K : k;
+  const float scale = 1.0f / static_cast<float>(side * side);
+  for (int64_t j = 0; j < width; ++j, x += side * c, y += c) {
+    for (int64_t a = 0; far && j + 1 < width && a < side; ++a) prefetch(x + a * stride + side * c, side * c);
+#pragma omp simd
+    for (int64_t i = 0; i < c; ++i) {
+      float sum = 0.0f;
+      for (int64_t a = 0; a < side; ++a) {
+        for (int64_t b = 0; b < side; ++b) sum += load(x + a * stride + b * c + i);
+      }
+      store(y + i, sum * scale);
+    }
+  }
+}
+
+template <int64_t K, class T>
+void spread_row_of_pixels(const T* dy, T* dx, int64_t width, int64_t c, int64_t k) {
+  const int64_t side = K ? K : k;
+  const float scale = 1.0f / static_cast<float>(side * side);
+  for (int64_t j = 0; j < width; ++j, dy += c, dx += side * c) {
+#pragma omp simd
+    for (int64_t i = 0; i < c; ++i) {
+      const float value = load(dy + i) * scale;
+      for (int64_t b = 0; b < side; ++b) store(dx + b * c + i, value);
+    }
+  }
+}
+
 template <class T>
 void pool_pixels(const T* x, T* y, const Planes& p) {
-  const float scale = 1.0f / static_cast<float>(p.k * p.k);
+  const bool far = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) > kFar;
   parallel(p.n * p.oh(), p.w * p.c * p.k * static_cast<int64_t>(sizeof(T)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t j = 0; j < p.ow(); ++j) {
-        const T* from = x + (((row / p.oh()) * p.h + (row % p.oh()) * p.k) * p.w + j * p.k) * p.c;
-        T* to = y + (row * p.ow() + j) * p.c;
-#pragma omp simd
-        for (int64_t c = 0; c < p.c; ++c) {
-          float sum = 0.0f;
-          for (int64_t a = 0; a < p.k; ++a) {
-            for (int64_t b = 0; b < p.k; ++b) sum += load(from + (a * p.w + b) * p.c + c);
-          }
-          store(to + c, sum * scale);
-        }
-      }
+      const T* from = x + ((row / p.oh()) * p.h + (row % p.oh()) * p.k) * p.w * p.c;
+      (p.k == 2 ? pool_row_of_pixels<2, T> : pool_row_of_pixels<0, T>)(from, p.w * p.c, y + row * p.ow() * p.c, p.ow(),
+                                                                       p.c, p.k, far);
     }
   });
 }
 
 template <class T>
 void spread_pixels(const T* dy, T* dx, const Planes& p) {
-  const float scale = 1.0f / static_cast<float>(p.k * p.k);
   parallel(p.n * p.h, p.w * p.c * static_cast<int64_t>(sizeof(T)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* to = dx + row * p.w * p.c;
@@ -112,11 +143,7 @@ void spread_pixels(const T* dy, T* dx, const Planes& p) {
         continue;
       }
       const T* from = dy + ((row / p.h) * p.oh() + above) * p.ow() * p.c;
-      for (int64_t j = 0; j < p.ow() * p.k; ++j) {
-        const T* one = from + (j / p.k) * p.c;
-#pragma omp simd
-        for (int64_t c = 0; c < p.c; ++c) store(to + j * p.c + c, load(one + c) * scale);
-      }
+      (p.k == 2 ? spread_row_of_pixels<2, T> : spread_row_of_pixels<0, T>)(from, to, p.ow(), p.c, p.k);
       zero(to + p.ow() * p.k * p.c, (p.w - p.ow() * p.k) * p.c);
     }
   });

@@ -26,7 +26,7 @@ from torch.autograd import Function
 
 from fastgan.ops import scaled_conv
 from fastgan.ops.autograd import asked, autocast, autocasts, node_of, without_autocast
-from fastgan.ops.avg_pool2d import avg_pool2d, halve, halves, interpolate_nearest
+from fastgan.ops.avg_pool2d import avg_pool2d, halve, interpolate_nearest
 from fastgan.ops.backend import LEAN, Implementation, Judge, Op, forward_mode, transformed
 from fastgan.ops.bias_act import SMALL, bias_act, check
 from fastgan.ops.conv_products import CPP, Geometry, Way, convolution, forward, in_channels_last, way_of
@@ -364,9 +364,7 @@ def _small(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         y = F.conv2d(x, w, bias, 1, 1)
     if way == "up":
         return y
-    if not recorded and y.numel() <= SMALL:
-        return F.avg_pool2d(y, 2)
-    return halve(y) if halves(y) else avg_pool2d(y)
+    return halve(y) if y.numel() <= SMALL else avg_pool2d(y)
 
 
 def _ours(x: Tensor, w: Tensor) -> bool:

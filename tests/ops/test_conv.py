@@ -211,6 +211,20 @@ def test_a_bias_has_no_gradient_from_a_penalty() -> None:
     assert torch.autograd.grad(gradient.square().sum(), [w, b], allow_unused=True)[1] is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", [conv2d, conv_transpose2d])
+def test_a_bias_has_the_sum_of_the_cotangent_alone_and_beside_others(
+    op: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    x, w, b = (t.to(dtype).requires_grad_() for t in (random(2, 3, 5, 6), random(3, 3, 3, 3, seed=1), random(3, seed=2)))
+    seed = random(*op(x, w, b).shape, seed=3).to(dtype)
+    exact = seed.double().sum((0, 2, 3))
+    for wanted in ([b], [b, x], [b, w], [b, x, w]):
+        found = torch.autograd.grad(op(x, w, b), wanted, seed)
+        assert found[0].dtype == dtype and all(t.isfinite().all() and t.any() for t in found)
+        assert (found[0].double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+
+
 @pytest.mark.parametrize("op", [conv2d, conv_transpose2d])
 def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs(op: Callable[..., Tensor]) -> None:
     x, w = torch.randn(2, 4, 6, 6, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
