@@ -41,9 +41,7 @@ inline constexpr int64_t kVector = 4;
 inline float load(const float* p) { return *p; }
 
 inline float load(const BFloat16* p) {
-  uint16_t half;
-  std::memcpy(&half, p, sizeof half);
-  const uint32_t bits = uint32_t{half} << 16;
+  const uint32_t bits = uint32_t{p->x} << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
@@ -56,8 +54,7 @@ inline void store(BFloat16* p, float value) {
   std::memcpy(&bits, &value, sizeof bits);
   const uint32_t nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-  const auto half = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : nearest_even);
-  std::memcpy(p, &half, sizeof half);
+  p->x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : nearest_even);
 }
 
 // Calls f with a value of the tensor's element type: dispatch(x, "x", [&](auto element) { using T = decltype(element); });
