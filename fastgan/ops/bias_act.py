@@ -56,9 +56,7 @@ SMALL = 2**17
 
 
 def _worth(*inputs: Tensor, act: int = LRELU, **_: Any) -> str | None:
-    """Not for lrelu of few elements, nor for half precision (measured on a CPU that has bfloat16; docs/ops.md)."""
-    if inputs and inputs[0].dtype in (torch.float16, torch.bfloat16):
-        return "in half precision PyTorch's own kernels take less time"
+    """Not for lrelu of few elements, see `_small`."""
     small = inputs and act == LRELU and inputs[0].numel() <= SMALL and inputs[0].dtype == torch.float32
     return f"up to {SMALL} elements PyTorch's own ops take less time" if small and not forward_mode() else None
 

@@ -25,7 +25,7 @@ from kernelcases import (
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from fastgan.ops import bias_act
+from fastgan.ops import backends, bias_act
 
 module = importlib.import_module("fastgan.ops.bias_act")  # the package's attribute of that name is the function
 ACTS = ("linear", "relu", "lrelu", "tanh", "sigmoid", "silu")
@@ -220,6 +220,13 @@ def test_opcheck(act: str) -> None:
             if act in CURVED:
                 arguments = (t, t.clone(), ref, bias, code, 0.2, 1.4, want_bias)
                 opcheck(fastgan.bias_act_second_backward.default, arguments)
+
+
+def test_large_maps_take_the_kernel_in_bfloat16_too() -> None:
+    x = torch.zeros(2, 3, 200, 200)
+    need(("cpp", "cpu"), bias_act, x)
+    for t in (x, x.bfloat16()):
+        assert backends("bias_act", t)["cpp"] == "C++ kernels"
 
 
 def test_empty_and_plain_forms() -> None:
