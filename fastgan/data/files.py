@@ -34,7 +34,8 @@ class Output:
         self._digest = hashlib.sha256()
         self._finished = False
         self.bytes = 0
-        self._stream = self._partial.open("wb", buffering=2**20)
+        with self._named():
+            self._stream = self._partial.open("wb", buffering=2**20)
 
     def write(self, content: bytes | memoryview) -> None:
         with self._named():

@@ -345,7 +345,7 @@ def read_manifest(path: str | Path, flag: str = "--data") -> Manifest:
     try:
         manifest = _parse(path, content)
         fault = _fault(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         fault = f"{type(error).__name__}: {error}"
     if fault:
         raise ArgumentError(flag, str(path), f"{file} is damaged ({fault}); prepare the set anew")

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 from PIL import Image
 
 from fastgan.data import prepared
-from fastgan.data.files import size_in_words
+from fastgan.data.files import File, size_in_words, write_whole
 from fastgan.data.images import area_average
 from fastgan.data.prepared import Level, Manifest, is_prepared, read_manifest
 from fastgan.errors import ArgumentError
@@ -107,6 +110,7 @@ def test_damaged_manifests(tmp_path: Path, prepared_set: Writer) -> None:
         "cached: [8]": lambda m: m.update(cached=[8]),
         "encoding: pickle": lambda m: m.update(encoding="pickle"),
         "TypeError": lambda m: m.update(shards=[3]),
+        "OverflowError": lambda m: m.update(count=math.inf),
     }
     for wanted, change in changes.items():
         (tmp_path / prepared.MANIFEST).write_text(whole)
@@ -134,6 +138,43 @@ def test_missing_and_cut_files_are_named_when_a_resolution_is_opened(tmp_path: P
     assert Level(manifest, 8).pixels(5).shape == (1, 8, 8)
     with pytest.raises(ArgumentError, match="holds 4, 8, 16, 32"):
         Level(manifest, 64)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"before")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match=f"No space .*: '{tmp_path}/file'"):
+            patched.setattr(os, name, refuse)
+            write_whole(tmp_path / "file", b"after")
+        assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"before"
+    with pytest.raises(FileNotFoundError, match=f": '{tmp_path}/none/file'"):
+        write_whole(tmp_path / "none" / "file", b"after")
+
+
+def test_a_file_has_its_name_once_its_bytes_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut leaves a manifest of zeros, or one of files that are not there."""
+    flush, replace, done = os.fsync, os.replace, []
+
+    def flushed(descriptor: int) -> None:
+        done.append(("flushed", os.fstat(descriptor).st_size))
+        flush(descriptor)
+
+    def renamed(one: Path, other: Path) -> None:
+        done.append(("renamed", one.stat().st_size))
+        replace(one, other)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    made = write_whole(tmp_path / "file", b"content")
+    assert done == [("flushed", 7), ("renamed", 7)]
+    assert made == File(7, hashlib.sha256(b"content").hexdigest())
 
 
 @pytest.mark.parametrize(
