@@ -67,7 +67,7 @@ def asked(argv: list[str]) -> Supervision | None:
     numbers = {}
     for name, least in (("max_restarts", 0), ("min_nodes", 1), ("ssh_port", 1)):
         text = getattr(given, name)
-        if text is not None and (not text.isdigit() or int(text) < least):
+        if text is not None and (not text.isdecimal() or int(text) < least):
             raise ArgumentError(f"--{name.replace('_', '-')}", text, f"it may be a whole number, {least} or more")
         numbers[name] = None if text is None else int(text)
     hostfile = None if given.hostfile is None else Path(given.hostfile)
@@ -93,9 +93,10 @@ def read_hostfile(path: Path) -> dict[str, int]:
         words = line.split("#")[0].split()
         if not words:
             continue
-        if len(words) != 2 or not words[1].removeprefix("slots=").isdigit() or words[0] in hosts:
+        slots = words[-1].removeprefix("slots=")
+        if len(words) != 2 or not slots.isdecimal() or int(slots) < 1 or words[0] in hosts:
             raise ArgumentError("--hostfile", str(path), f"a line may be `HOST slots=N`, each host once, not {line!r}")
-        hosts[words[0]] = int(words[1].removeprefix("slots="))
+        hosts[words[0]] = int(slots)
     if not hosts:
         raise ArgumentError("--hostfile", str(path), "it may name a host or more")
     return hosts

@@ -81,10 +81,12 @@ def test_hostfile_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     file = tmp_path / "hosts"
     file.write_text("# two\na slots=2\n\nb slots=1 # small\n")
     assert read_hostfile(file) == {"a": 2, "b": 1}
-    for text in ("a\n", "a slots=x\n", "a slots=1\na slots=1\n", ""):
-        file.write_text(text)
+    for text in ("a\n", "a slots=x\n", "a slots=1\na slots=1\n", "", "a slots=0\n", "a slots=²\n", "\udcff slots=1\n"):
+        file.write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(ArgumentError, match="--hostfile"):
             read_hostfile(file)
+    with pytest.raises(ArgumentError, match=r"--hostfile: was .*; it may be a readable file \(.*No such file"):
+        read_hostfile(tmp_path / "nothing")
     assert train.main([*FLAGS, "--max-restarts", "-1"]) == 2
     assert "--max-restarts" in capsys.readouterr().err
 
@@ -174,7 +176,13 @@ def test_what_is_asked_of_a_supervisor(tmp_path: Path, monkeypatch: pytest.Monke
     assert asked([*line, "--min-nodes", "2", "--ssh-port", "1"]) == Supervision(
         2, 2, {"a": 2, "b": 1}, file, 1, ["--seed", "1"]
     )
-    for flag, value in (("--min-nodes", "3"), ("--min-nodes", "0"), ("--ssh-port", "0"), ("--max-restarts", "x")):
+    assert asked(line[2:]) == Supervision(0, None, {"a": 2, "b": 1}, file, None, ["--seed", "1"])
+    assert asked(["--max-restarts", "0", "--min-nodes", "1"]) == Supervision(0, 1, {}, None, None, [])
+    assert asked(["--min-nodes", "1"]) is asked(["--max", "1"]) is None  # a rank's own flag may begin like one of these
+    for flag, value in (
+        *(("--min-nodes", "3"), ("--min-nodes", "0"), ("--ssh-port", "0"), ("--max-restarts", "x")),
+        ("--max-restarts", "²"),
+    ):
         with pytest.raises(ArgumentError, match=f"{flag}: was '?{value}"):
             asked([*line, flag, value])
     monkeypatch.setenv("RANK", "0")
