@@ -14,6 +14,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,9 @@ class FidelityExtractor(Extractor):
         self.scores = name == INCEPTION
         self._network = network
 
+    def to(self, device: torch.device | str) -> None:
+        self._network.to(device)
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Extracted:
         device = next(self._network.parameters()).device
@@ -139,21 +143,31 @@ def open_extractor(
         return DigitsExtractor(channels)
     fidelity = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     path = Path(weights).expanduser() if weights is not None else _published(name, fidelity.URL_INCEPTION_V3)
+    try:
+        extractor = _from_file(path, name, fidelity)
+    except ArgumentError as error:
+        if weights is not None:
+            raise
+        # torch takes a download that was cut short for whole.
+        reason = f"{path} cannot be used: {error.may_be}; delete it, and it is fetched again"
+        raise ArgumentError("--features", name, reason) from None
+    extractor.to(device)
+    return extractor
+
+
+def _from_file(path: Path, name: str, fidelity: Any) -> FidelityExtractor:
     state = _read(path, name)
     flag = str(path)
     if name == INCEPTION:
         layers = ["2048", "logits_unbiased"]
         network = _load(lambda: fidelity.FeatureExtractorInceptionV3(name, layers, _file_of(state)), name, flag)
-        extractor = FidelityExtractor(name, network, 2048, 299, _fingerprint(state))
-    elif name == "vgg16":
+        return FidelityExtractor(name, network, 2048, 299, _fingerprint(state))
+    if name == "vgg16":
         vgg16 = importlib.import_module("torch_fidelity.feature_extractor_vgg16").FeatureExtractorVGG16
         network = _load(lambda: vgg16(name, ["fc2_relu"], _file_of(state)), name, flag)
-        extractor = FidelityExtractor(name, network, 4096, 224, _fingerprint(state))
-    else:
-        network = _load(lambda: _dino(name, state), name, flag)
-        extractor = FidelityExtractor(name, network, network.model.num_features, _DINO_SIDE, _fingerprint(state))  # type: ignore[union-attr, arg-type]
-    network.to(device)
-    return extractor
+        return FidelityExtractor(name, network, 4096, 224, _fingerprint(state))
+    network = _load(lambda: _dino(name, state), name, flag)
+    return FidelityExtractor(name, network, network.model.num_features, _DINO_SIDE, _fingerprint(state))  # type: ignore[union-attr, arg-type]
 
 
 def _url(name: str, inception: str) -> str:
@@ -175,7 +189,7 @@ def _published(name: str, inception: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _patience(20.0):
             torch.hub.download_url_to_file(url, str(path))  # to another name first, then renamed
-    except (OSError, RuntimeError) as error:  # no network, no such file, a full disk
+    except (OSError, RuntimeError, HTTPException) as error:  # no network, no such file, a full disk, half an answer
         where = f"download {url} to {path}, or name the file with --feature-weights"
         raise ArgumentError("--features", name, f"its weights could not be fetched ({error}); {where}") from None
     return path

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import http.client
 import io
 import math
 import pickle
+import socket
 import urllib.error
 from pathlib import Path
 
@@ -95,8 +97,10 @@ def test_inception_from_a_file_of_its_layout(inception: Path, tmp_path: Path) ->
     assert extractor.is_inception and extractor.dimension == 2048 and extractor.scores
     assert tuple(found.features.shape) == (2, 2048) and found.features.std() > 0
     assert found.logits is not None and tuple(found.logits.shape) == (2, 1, 1008)
-    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception))
-    assert torch.allclose(found.features, theirs(images)[0], rtol=1e-5)
+    # Inception scores are published of logits without the last layer's bias.
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(inception))
+    for ours, expected in zip((found.features, found.logits[:, 0]), theirs(images), strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-5)
     # The same weights as safetensors, and a grey image as three equal channels.
     save_file(torch.load(inception, weights_only=True), tmp_path / "w.safetensors")
     again = open_extractor("inception-v3-compat", 1, weights=str(tmp_path / "w.safetensors"))
@@ -157,6 +161,42 @@ def test_published_weights_are_taken_from_torchs_cache(
     (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").symlink_to(inception)
     named = open_extractor("inception", 3, weights=str(inception))
     assert open_extractor("inception", 3).fingerprint == named.fingerprint
+
+
+def test_published_weights_that_are_damaged_are_no_flag_of_the_users(
+    inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch takes a download that was cut short for whole."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+
+    def cut_short(url: str, path: str) -> None:
+        Path(path).write_bytes(inception.read_bytes()[:1000])
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", cut_short)
+    for _ in range(2):
+        with pytest.raises(ArgumentError) as told:
+            open_extractor("inception", 3)
+        text = str(told.value)
+        assert text.startswith(f"--features: was 'inception-v3-compat'; {file} cannot be used: it is no weights file")
+        assert text.endswith("; delete it, and it is fetched again") and "\n" not in text
+    torch.save({"fc.bias": torch.zeros(3)}, file)
+    with pytest.raises(ArgumentError, match=f"--features: .*; {file} cannot be used: it does not hold the weights"):
+        open_extractor("inception", 3)
+
+
+def test_a_connection_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+
+    def half(url: str, path: str) -> None:
+        waits.append(socket.getdefaulttimeout())
+        raise http.client.IncompleteRead(b"", 3)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", half)
+    with pytest.raises(ArgumentError, match=r"--features: was 'vgg16'; its weights could not be fetched \(Incomplete"):
+        open_extractor("vgg16", 3)
+    assert waits == [20.0] and socket.getdefaulttimeout() is None
 
 
 def test_names() -> None:
