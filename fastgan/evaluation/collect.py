@@ -5,7 +5,7 @@ What images leave behind can be stored and taken up again, and joined with what 
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgan.data.files import write_whole
 from fastgan.evaluation import ranks
 from fastgan.evaluation.classes import ClassScore, ModeCounts
 from fastgan.evaluation.features import Extractor
@@ -145,12 +146,14 @@ class Collected:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
+    """A safetensors file, whole or not at all.
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may evaluate beside the same images now
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, path)
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:
@@ -211,7 +214,8 @@ def stream(
     def save(position: int, partial: Path) -> None:
         nonlocal saved, wait
         began = time.monotonic()
-        write_tensors({"done": torch.tensor(position), **collected.state()}, partial)
+        with contextlib.suppress(OSError):  # on a full disk an interrupt costs more, but the numbers are still had
+            write_tensors({"done": torch.tensor(position), **collected.state()}, partial)
         saved = time.monotonic()
         wait = max(_SAVE_SECONDS, 20 * (saved - began))  # writing takes a twentieth of the time at most
 

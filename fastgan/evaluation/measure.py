@@ -172,7 +172,7 @@ class Evaluation:
                     if found is not None:
                         kept = found
                         if file is not None:
-                            write_tensors(kept.state(), file)
+                            self._keep(kept, file)
                     discard(partial)
             if "swd" in wanted:
                 found = collect({"swd"}, swd_images, "patches of real images", None)
@@ -201,6 +201,13 @@ class Evaluation:
             may_be = f"it may name a folder that can be written ({error.strerror})"
             raise ArgumentError("XDG_CACHE_HOME", str(self.cache.parent.parent), may_be) from None
         return file
+
+    def _keep(self, real: Collected, file: Path) -> None:
+        try:
+            write_tensors(real.state(), file)
+        except OSError as error:  # the disk has filled up since; the sums are at hand
+            said = f"warning: {file} cannot be written ({error.strerror}): the real images will be read again next time"
+            print(said, file=sys.stderr, flush=True)
 
     def _generated(
         self, draw: Callable[[Tensor], Tensor], source: Source, resolution: int, swd_images: int

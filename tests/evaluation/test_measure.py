@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -210,21 +209,6 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_images_are_read(
     assert source.reads == 1797
 
 
-def test_two_that_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, tensors = safetensors.torch.save_file, {"a": torch.ones(2)}
-
-    def beside(tensors: dict[str, torch.Tensor], file: Path) -> None:
-        save(tensors, file)
-        monkeypatch.undo()
-        monkeypatch.setattr(os, "getpid", lambda: 1)
-        collect.write_tensors(tensors, tmp_path / "cache")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", beside)
-    collect.write_tensors(tensors, tmp_path / "cache")
-    assert collect.read_tensors(tmp_path / "cache") is not None
-    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
-
-
 def test_memory_does_not_grow_with_the_number_of_images(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect, "KEPT", 50)
     monkeypatch.setattr(collect, "PAIRED", 60)
@@ -236,6 +220,80 @@ def test_memory_does_not_grow_with_the_number_of_images(digits: Source, monkeypa
         assert kept.rows is not None and len(kept.rows.rows()) == 50
         sizes.append(sum(tensor.numel() for tensor in kept.state().values()))
     assert sizes[0] == sizes[1]
+
+
+def test_the_sums_of_other_real_images_have_another_name(digits: Source, tmp_path: Path) -> None:
+    """Of whatever they depend on: numbers of other images would be taken for these."""
+
+    def name(
+        at: int = 16, metrics: tuple[str, ...] = ("fid",), total: int = 9, of: str = "data", **changes: Any
+    ) -> str:
+        extractor, source = Stub(), Counting(digits, "a" * 16)
+        for key, value in changes.items():
+            setattr(extractor if of == "extractor" else source, key, value)
+        file = Evaluation(["fid"], extractor, 2, cache=tmp_path)._cache_file(source, at, set(metrics), total)
+        assert file is not None and file.parent == tmp_path
+        return file.name.rpartition("-")[2]
+
+    names = [
+        *(name(), name(8), name(metrics=("fid", "kid")), name(total=10)),
+        *(name(name="other"), name(fingerprint="b" * 16), name(channels=3), name(resolution=32), name(inner=range(5))),
+        *(name(of="extractor", **change) for change in ({"name": "x"}, {"resize": "x"}, {"fingerprint": "f" * 16})),
+    ]
+    assert len(set(names)) == len(names) == 12 and name() == names[0]
+    assert name(metrics=("msssim",)) == name(metrics=("msssim",), of="extractor", name="x")  # of pixels alone
+
+
+def test_where_the_sums_of_real_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", None):  # empty is as not set, by the XDG specification
+        monkeypatch.delenv("XDG_CACHE_HOME") if value is None else monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert measure.cache_folder() == tmp_path / ".cache" / "fastgan" / "evaluation"
+
+
+def test_a_full_disk_costs_the_cache_alone(
+    digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"metrics": ["prdc"], "n": 20}
+    plain = evaluate(digits, **settings)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert evaluate(digits, cache=tmp_path, **settings) == plain
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "cannot be written (No space left on device)" in said[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_seed_is_of_every_choice_and_levels_are_averaged(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def distances(a: list[Tensor], b: list[Tensor], seed: int = 0) -> dict[int, float]:
+        seen.append(("directions", seed))
+        return {0: 1.0, 1: 3.0}
+
+    def kernel(generated: Tensor, real: Tensor, *, seed: int = 0) -> tuple[float, float]:
+        seen.append(("subsets", seed, len(generated), len(real)))
+        return 0.5, 0.25
+
+    class Seen(collect.Patches):
+        def __init__(self, seed: int, stream: str, limit: int) -> None:
+            seen.append((stream, seed, limit))
+            super().__init__(seed, stream, limit)
+
+    monkeypatch.setattr(measure, "patch_distances", distances)
+    monkeypatch.setattr(measure.neighbours, "kernel_distance", kernel)
+    monkeypatch.setattr(collect, "Patches", Seen)
+    monkeypatch.setattr(measure, "_SWD_IMAGES", 9)
+    found = evaluate(digits, metrics=["kid", "swd"], n=12, seed=7)
+    assert set(seen) == {("directions", 7), ("subsets", 7, 12, 1797), ("generated", 7, 9), ("real", 7, 9)}
+    assert found["images"]["swd"] == 9
+    kid = {"kernel_distance": 0.5, "kernel_distance_std": 0.25}
+    assert found["metrics"] == {**kid, "swd": 2.0, "swd_level0": 1.0, "swd_level1": 3.0}
+    monkeypatch.setattr(measure, "_SWD_BYTES", 5 * 128 * 49 * 4)  # patches of five images
+    assert evaluate(digits, metrics=["swd"], n=12)["images"]["swd"] == 5
 
 
 def test_no_features_are_computed_for_metrics_of_pixels(digits: Source) -> None:

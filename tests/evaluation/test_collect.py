@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgan.evaluation import collect, ranks
+from fastgan.evaluation.collect import Collected, FeatureRows, discard, read_tensors, stream, write_tensors
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stubs import Stub, draw
+
+
+def empty(*metrics: str) -> Collected:
+    return Collected(set(metrics), Stub(), generated=True, channels=1, swd_images=8, seed=0)
+
+
+def collected(images: Callable[[Tensor], Tensor] = draw, total: int = 10, **changes: Any) -> Collected | None:
+    """Images in batches of 4."""
+    settings: dict[str, Any] = {"batch": 4, "partial": None, "progress": lambda count: None, **changes}
+    return stream(lambda: empty("fid", "is"), images, total, **settings)
+
+
+@pytest.fixture
+def every_batch_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which so much passes between two looks that writing has never taken a twentieth of it."""
+    monkeypatch.setattr(collect.time, "monotonic", (100.0**i for i in itertools.count()).__next__)
+
+
+@pytest.fixture
+def rank_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes this process one rank of several, which finds the sums of the first alone."""
+
+    def be(rank: int, size: int) -> None:
+        monkeypatch.setattr(ranks, "rank_and_size", lambda: (rank, size))
+        monkeypatch.setattr(ranks, "gather", lambda value: [value] if rank == 0 else None)
+
+    return be
+
+
+def test_two_that_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, tensors = os.replace, {"a": torch.ones(2)}
+
+    def beside(one: Path, other: Path) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        write_tensors(tensors, tmp_path / "cache")
+        replace(one, other)
+
+    monkeypatch.setattr(os, "replace", beside)
+    write_tensors(tensors, tmp_path / "cache")
+    assert read_tensors(tmp_path / "cache") is not None
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+
+
+def test_what_cannot_be_read_is_none(tmp_path: Path) -> None:
+    write_tensors({"a": torch.arange(6).view(2, 3).T}, tmp_path / "whole")
+    whole = read_tensors(tmp_path / "whole")
+    assert whole is not None and torch.equal(whole["a"], torch.arange(6).view(2, 3).T)
+    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-1])
+    (tmp_path / "empty").touch()
+    for name in ("cut", "empty", "missing", "."):
+        assert read_tensors(tmp_path / name) is None
+
+
+def test_rows_are_those_of_the_first_images_in_their_order() -> None:
+    one, other = FeatureRows(5), FeatureRows(5)
+    one.update(torch.tensor([4, 5, 0]), torch.tensor([[4.0], [5.0], [0.0]]))
+    other.update(torch.tensor([3, 6, 1, 2]), torch.tensor([[3.0], [6.0], [1.0], [2.0]]))
+    one.merge(other)
+    assert one.rows().flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_either_metric_of_neighbours_keeps_rows() -> None:
+    assert empty("kid").rows is not None and empty("prdc").rows is not None and empty("fid").rows is None
+
+
+def test_ranks_that_had_no_images_add_nothing() -> None:
+    """Where there are fewer batches than ranks: how many classes there are is seen only with an image."""
+    for first in (True, False):
+        one, other, whole = (empty("fid", "is", "kid", "swd") for _ in range(3))
+        for kept in (one if first else other, whole):
+            kept.update(torch.arange(4), draw(torch.arange(4)))
+        one.merge(other)
+        assert one.count == 4
+        a, b = one.state(), whole.state()
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.usefixtures("every_batch_is_stored")
+def test_progress_is_told_of_all_images_once(tmp_path: Path, rank_of: Callable[[int, int], None]) -> None:
+    told: list[int] = []
+
+    def failing(indices: Tensor) -> Tensor:
+        if len(told) == 3:
+            raise KeyboardInterrupt
+        return draw(indices)
+
+    with pytest.raises(KeyboardInterrupt):
+        collected(failing, partial=tmp_path / "p", progress=told.append)
+    assert told == [0, 4, 4]
+    told.clear()
+    assert collected(partial=tmp_path / "p", progress=told.append) is not None
+    assert told == [8, 2]
+    told.clear()
+    assert collected(partial=tmp_path / "p", progress=told.append) is not None  # the numbers were interrupted
+    assert told == [10]
+    told.clear()
+    rank_of(0, 2)
+    collected(progress=told.append)
+    assert told == [0, 8, 2]
+
+
+@pytest.mark.usefixtures("every_batch_is_stored")
+def test_sums_of_other_ranks_are_not_taken_up(tmp_path: Path, rank_of: Callable[[int, int], None]) -> None:
+    """A rank of two has every other batch, whoever goes on."""
+    for rank, images in ((0, 6), (1, 4)):
+        rank_of(rank, 2)
+        drawn: list[int] = []
+
+        def counting(indices: Tensor, drawn: list[int] = drawn) -> Tensor:
+            drawn.extend(indices.tolist())
+            return draw(indices)
+
+        collected(counting, partial=tmp_path / "p")
+        assert len(drawn) == images
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["p.rank0of2", "p.rank1of2"]
+    discard(tmp_path / "p")
+    discard(tmp_path / "p")  # and where there is nothing
+    assert [file.name for file in tmp_path.iterdir()] == ["p.rank0of2"]
+    rank_of(0, 1)
+    whole = collected(partial=tmp_path / "p")
+    assert whole is not None and whole.count == 10
+
+
+@pytest.mark.usefixtures("every_batch_is_stored")
+def test_a_full_disk_does_not_end_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    kept, plain = collected(partial=tmp_path / "p"), collected()
+    assert kept is not None and plain is not None and kept.count == 10
+    assert all(torch.equal(tensor, plain.state()[key]) for key, tensor in kept.state().items())
+    assert not list(tmp_path.iterdir())  # nothing half-written either
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/w'"):
+        write_tensors({"a": torch.ones(1)}, tmp_path / "w")
