@@ -109,8 +109,9 @@ class Collected:
                 self.modes.update(logits.softmax(dim=2))
         if self.patches is not None:
             self.patches.update(indices, images)
-        if self.similarity is not None and len(indices) > 1 and indices[0] < PAIRED:
-            self.similarity.update(images[: len(images) // 2 * 2])
+        pairs = int((indices < PAIRED).sum()) // 2
+        if self.similarity is not None and pairs:
+            self.similarity.update(images[: 2 * pairs])
         self.count += len(indices)
 
     def _parts(self) -> dict[str, object]:

@@ -30,7 +30,7 @@ from fastgan.evaluation.sliced_wasserstein import PATCH, bytes_of_patches, patch
 METRICS = ("fid", "kid", "is", "prdc", "swd", "msssim", "modes")
 OF_PIXELS = ("swd", "msssim")
 DIGITS = ("digits", "stacked-digits")
-_SCHEMA = 1
+_SCHEMA = 2
 # Karras et al. 2018 compare 16,384 images; patches of more pixels than these bytes hold are of fewer images.
 _SWD_IMAGES = 16_384
 _SWD_BYTES = 2**31

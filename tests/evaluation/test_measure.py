@@ -20,6 +20,7 @@ from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.frechet import Moments, frechet_distance
 from fastgan.evaluation.measure import Evaluation, choose, expected_modes
 from fastgan.evaluation.neighbours import density_coverage, precision_recall
+from fastgan.evaluation.similarity import PairSimilarity
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stubs import ALL, Stub, draw
@@ -294,6 +295,18 @@ def test_the_seed_is_of_every_choice_and_levels_are_averaged(digits: Source, mon
     assert found["metrics"] == {**kid, "swd": 2.0, "swd_level0": 1.0, "swd_level1": 3.0}
     monkeypatch.setattr(measure, "_SWD_BYTES", 5 * 128 * 49 * 4)  # patches of five images
     assert evaluate(digits, metrics=["swd"], n=12)["images"]["swd"] == 5
+
+
+@pytest.mark.parametrize("batch", [8, 16])
+def test_pairs_are_of_so_many_images_whatever_the_batch(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "PAIRED", 20)
+    kept = collect.Collected({"msssim"}, None, generated=True, channels=1, swd_images=0, seed=0)
+    for part in torch.arange(41).split(batch):  # one image without a pair
+        kept.update(part, draw(part))
+    direct = PairSimilarity()
+    direct.update(draw(torch.arange(20)))
+    assert kept.similarity is not None and kept.similarity.count == 10
+    assert kept.similarity.result() == pytest.approx(direct.result(), rel=1e-6)
 
 
 def test_no_features_are_computed_for_metrics_of_pixels(digits: Source) -> None:
