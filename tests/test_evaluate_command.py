@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +125,36 @@ def test_metrics_of_pixels_need_no_features(
     assert "--features: was 'inception-v3-compat'" in capsys.readouterr().err
 
 
+def test_the_table_by_features() -> None:
+    numbers = {
+        "frechet_distance": 12.345, "kernel_distance": 0.0125, "kernel_distance_std": 0.001, "class_score": 7.5,
+        "class_score_std": 0.25, "precision": 0.75, "recall": 0.5, "density": 1.25, "coverage": 0.875,
+        "swd": 0.02, "swd_level0": 0.03, "swd_level1": 0.01, "ms_ssim": 0.25, "ms_ssim_real": 0.125,
+        "modes": 9, "modes_of": 10, "confident": 0.625, "kl": 0.0625,
+    }  # fmt: skip
+    line = {"metrics": numbers, "images": {"neighbours": 1000, "swd": 1200}, "resolution": 32}
+    rows = [" ".join(row.split()) for row in evaluate._table({**line, "features": "inception-v3-compat"}).splitlines()]
+    assert rows[:3] == [
+        "FID 12.35 lower is better",
+        "KID 0.0125 ± 0.001 over subsets",
+        "inception score 7.5 ± 0.25 over tenths; higher is better",
+    ]
+    assert rows[3:] == [
+        "precision 0.7500 k = 3, 1,000 images of each",
+        "recall 0.5000 k = 3, 1,000 images of each",
+        "density 1.2500 k = 5, 1,000 images of each; 1 is the real images'",
+        "coverage 0.8750 k = 5, 1,000 images of each",
+        "sliced Wasserstein x 10^3 20.00 30.00 at 32 px, 10.00 at 16 px; 1,200 images of each",
+        "MS-SSIM of pairs 0.2500 real images: 0.1250",
+        "modes 9 of 10; 62.5% of images are confident",
+        "KL of the modes 0.0625 nats; generated from real",
+    ]
+    other = [" ".join(row.split()) for row in evaluate._table({**line, "features": "vgg16"}).splitlines()]
+    assert [row.partition(" (vgg16 features) ")[0] for row in other[:5]] == [
+        *("Frechet distance", "kernel distance", "class score", "precision", "recall")
+    ]
+
+
 def test_unwritable_says_why(tmp_path: Path) -> None:
     assert unwritable(tmp_path) == "" and not list(tmp_path.iterdir())
     assert unwritable(tmp_path / "nothing") == "No such file or directory"
@@ -180,6 +213,29 @@ def test_data_smaller_than_the_runs_images(
     refused(capsys, [str(run), "--data", "small"], "--data: was 'small'; the run's images have 16 px", "4 to 8")
 
 
+def test_data_of_the_runs_seed_and_of_as_many_classes(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run / "config.yaml"
+    config.write_text(re.sub("seed: 0", "seed: 5", config.read_text()))
+    asked: list[tuple[object, ...]] = []
+
+    def opened(*given: object) -> Any:
+        asked.append(given)
+        return source
+
+    monkeypatch.setattr("fastgan.data.open_source", opened)
+    source = open_source("digits", 16)
+    networks = {"channels": 1, "resolution": 16, "num_classes": 10}
+    settings = evaluate._settings(run, "RUN")
+    assert evaluate._source(evaluate.Evaluate(str(run)), settings, networks) is source
+    assert asked == [("digits", 16, 1, 5)]
+    with pytest.raises(ArgumentError, match="--data: was 'digits'; the run has 4 classes, not 10"):
+        evaluate._source(evaluate.Evaluate(str(run)), settings, {**networks, "num_classes": 4})
+    source.num_classes, source.labels = 0, None  # labels then go round
+    assert evaluate._source(evaluate.Evaluate(str(run)), settings, networks) is source
+
+
 def test_a_run_without_an_average_or_without_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = checkpoint.existing(run)[-1]
     (newest / "generator.safetensors").unlink()
@@ -216,6 +272,25 @@ def test_an_interrupted_command_goes_on(run: Path, monkeypatch: pytest.MonkeyPat
     assert lines(run)[0]["metrics"]["modes"] == whole["metrics"]["modes"]
     assert lines(run)[0]["metrics"]["ms_ssim"] == pytest.approx(whole["metrics"]["ms_ssim"], rel=1e-6)
     assert not list(run.glob(".evaluation-*"))
+
+
+def test_an_interrupted_evaluation_is_not_taken_up_by_another(run: Path) -> None:
+    """Of whatever its sums depend on: another checkpoint, seed, number, data, features or metrics."""
+    asked, source = evaluate.Evaluate(str(run)), open_source("digits", 16)
+    other = open_source("digits", 16)
+    other.fingerprint = "f" * 16
+    checkpoints: list[dict[str, Any]] = [{"files": {"generator": size}} for size in (1, 2)]
+    extractors: list[Any] = [None, SimpleNamespace(fingerprint="a"), SimpleNamespace(fingerprint="b")]
+    others = [dataclasses.replace(asked, seed=1), dataclasses.replace(asked, n=7)]
+    given = [
+        *((one, checkpoints[0], source, None, ["swd"]) for one in (asked, *others)),
+        (asked, checkpoints[1], source, None, ["swd"]),
+        (asked, checkpoints[0], other, None, ["swd"]),
+        *((asked, checkpoints[0], source, one, ["swd"]) for one in extractors[1:]),
+        (asked, checkpoints[0], source, None, ["swd", "msssim"]),
+    ]
+    names = {evaluate._partial(run, *one) for one in given}
+    assert len(names) == len(given) and names == {evaluate._partial(run, *one) for one in given}
 
 
 def test_what_is_drawn_belongs_to_its_index(run: Path) -> None:

@@ -42,11 +42,12 @@ def probabilities(classes: list[tuple[int, ...]], top: float) -> torch.Tensor:
 
 def test_a_mode_counts_when_all_three_channels_are_sure() -> None:
     counts = ModeCounts(10, 3)
-    counts.update(probabilities([(0, 0, 7), (9, 9, 9), (0, 0, 7)], top=0.95))
+    counts.update(probabilities([(0, 0, 7), (9, 9, 9)], top=0.95))
     unsure = probabilities([(1, 2, 3)], top=0.95)
     unsure[0, 1] = probabilities([(2,)], top=0.89)[0, 0]
     other = ModeCounts(10, 3)
     other.update(unsure)
+    other.update(probabilities([(0, 0, 7)], top=0.95))
     counts.merge(ModeCounts.from_state(other.state()))
     assert counts.said.nonzero().flatten().tolist() == [7, 123, 999] and counts.said[7] == 2
     uniform = torch.full((1000,), 1e-3)

@@ -35,8 +35,11 @@ def test_moments_are_those_of_numpy_however_they_are_batched() -> None:
 
 def test_merged_moments_and_stored_ones() -> None:
     x = features(100, 5, 1)
-    merged = moments(x[:30], 8)
+    merged = Moments(5)
+    merged.merge(Moments(5))  # of a rank that had no images
+    merged.merge(moments(x[:30], 8))
     merged.merge(Moments(5))
+    merged.update(x[:0])
     merged.merge(moments(x[30:], 9))
     stored = Moments.from_state({k: v.clone() for k, v in merged.state().items()})
     assert stored.count == 100

@@ -35,6 +35,14 @@ def test_kernel_distance_is_the_unbiased_estimate() -> None:
     assert mean == pytest.approx(direct, rel=1e-9) and deviation == pytest.approx(0, abs=1e-9)
 
 
+def test_subsets_of_the_kernel_distance_are_a_hundred_of_a_thousand_or_of_the_smaller_set() -> None:
+    x, y = normal(60, 2, 0), normal(40, 2, 1)
+    assert kernel_distance(x, y) == kernel_distance(x, y, subsets=100) != kernel_distance(x, y, subsets=10)
+    assert kernel_distance(y, x, subsets=10)[1] > 0
+    x, y = normal(1000, 2, 2), normal(1000, 2, 3)  # whole in every subset
+    assert kernel_distance(x, y, subsets=2)[1] == pytest.approx(0, abs=1e-12)
+
+
 def test_kernel_distance_of_one_distribution_is_about_zero_and_repeats() -> None:
     x, y = normal(1500, 4, 2), normal(1300, 4, 3)
     mean, deviation = kernel_distance(x, y, subsets=20)
@@ -59,6 +67,22 @@ def test_density_and_coverage(shift: float) -> None:
     assert density == pytest.approx(inside.sum() / (5 * 150))
     assert coverage == pytest.approx(inside.any(0).mean())
     assert 0 < coverage < 1
+
+
+def test_balls_hold_what_lies_on_their_edge() -> None:
+    """Whole numbers on a line: the fifth neighbour of 0 is at 5, and so is an image that was generated there."""
+    real = torch.arange(6.0)[:, None]
+    density, coverage = density_coverage(torch.tensor([[-5.0], [99.0]]), real)
+    assert density == pytest.approx(1 / (5 * 2)) and coverage == pytest.approx(1 / 6)
+    same = torch.zeros(7, 2)
+    assert density_coverage(same[:3], same) == pytest.approx((7 / 5, 1))
+
+
+def test_density_far_from_zero() -> None:
+    """Where float32 would lose the distances."""
+    fake, real = ((x * 2**10).round() / 2**10 for x in (normal(60, 3, 9), normal(70, 3, 10)))
+    near = density_coverage(fake, real)
+    assert density_coverage(fake + 2**12, real + 2**12) == pytest.approx(near, abs=1e-12)
 
 
 def test_a_copy_of_few_is_precise_and_covers_little() -> None:

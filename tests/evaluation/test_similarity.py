@@ -34,6 +34,7 @@ def parts(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 def test_scales() -> None:
     assert [scales(r) for r in (8, 16, 32, 64, 128, 256, 1024)] == [0, 1, 2, 3, 4, 5, 5]
+    assert [scales(r) for r in (10, 11, 21, 22, 175, 176)] == [0, 1, 1, 2, 4, 5]  # the window just fits
 
 
 @pytest.mark.parametrize("size", [16, 32])

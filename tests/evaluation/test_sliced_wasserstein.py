@@ -126,6 +126,26 @@ def test_patches_are_cut_from_everywhere_and_belong_to_their_image() -> None:
     assert torch.equal(later.levels()[0], patches.levels()[0])
 
 
+def test_patches_are_cut_elsewhere_for_each_seed_set_level_and_image() -> None:
+    """What two sets have in common would be taken for likeness of their images."""
+
+    def left(seed: int, stream: str, size: int) -> torch.Tensor:
+        """Left edges of the patches of two images, float32 [2, 128]."""
+        ramp = torch.arange(float(size)).expand(2, 1, size, size)
+        return Patches(seed, stream, limit=2)._cut(ramp, torch.arange(2))[:, :, 0, 0, 0]
+
+    one = left(0, "real", 16)
+    assert torch.equal(one, left(0, "real", 16))
+    others = [one[1], left(1, "real", 16)[0], left(0, "generated", 16)[0], left(0, "real", 32)[0]]
+    for other in others:
+        assert abs(torch.corrcoef(torch.stack([one[0], other]))[0, 1]) < 0.4
+
+
+def test_patches_of_one_colour_are_at_no_distance() -> None:
+    flat, other = torch.full((2, 128, 1, 7, 7), 9.0), torch.full((2, 128, 1, 7, 7), 200.0)
+    assert patch_distances([flat], [other]) == {0: 0.0}
+
+
 def direct_distance(a: np.ndarray, b: np.ndarray, directions: np.ndarray) -> float:
     def vectors(x: np.ndarray) -> np.ndarray:
         x = x.reshape(-1, *x.shape[2:])
@@ -136,12 +156,14 @@ def direct_distance(a: np.ndarray, b: np.ndarray, directions: np.ndarray) -> flo
     return float(np.mean([stats.wasserstein_distance(one @ u, two @ u) for u in directions.T]))
 
 
-def test_distance_of_patches_against_scipy() -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_distance_of_patches_against_scipy(seed: int) -> None:
+    """No two seeds have a set of directions in common."""
     a, b = random(3, 128, 2, 7, 7) * 5 + 1, random(3, 128, 2, 7, 7, seed=1) ** 3 - 2
     directions = []
     for repeat in range(4):
-        u = torch.randn(98, 128, generator=torch.Generator().manual_seed(repeat))
+        u = torch.randn(98, 128, generator=torch.Generator().manual_seed(4 * seed + repeat))
         directions.append((u / u.norm(dim=0)).numpy())
     direct = direct_distance(a.double().numpy(), b.double().numpy(), np.concatenate(directions, axis=1))
-    assert patch_distances([a, a], [b, a]) == pytest.approx({0: direct, 1: 0.0}, rel=1e-5, abs=1e-9)
+    assert patch_distances([a, a], [b, a], seed) == pytest.approx({0: direct, 1: 0.0}, rel=1e-5, abs=1e-9)
     assert direct > 0.01
