@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -187,3 +190,235 @@ def test_what_is_asked_of_a_supervisor(tmp_path: Path, monkeypatch: pytest.Monke
             asked([*line, flag, value])
     monkeypatch.setenv("RANK", "0")
     assert asked(line) is None
+
+
+@pytest.mark.parametrize("ignored", [None, signal.SIGHUP])
+def test_signals_it_takes_but_not_what_nohup_ignores(
+    ignored: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", lambda number, _: taken.append(number))
+    assert Scripted(tmp_path, 0, [(0, True)])() == 0
+    assert taken == [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if number != ignored]
+
+
+class Signalled(Scripted):
+    """A signal comes while the ranks run."""
+
+    left: list[int]
+
+    def _launch(self, hosts: dict[str, int], start: int) -> int:
+        self._receive(signal.SIGTERM, None)
+        return super()._launch(hosts, start)
+
+    def _leave(self, hosts: dict[str, int], code: int) -> None:
+        self.left = [*getattr(self, "left", []), code]
+
+
+@pytest.mark.usefixtures("unhandled")
+@pytest.mark.parametrize(
+    ("end", "code"), [((0, True), 0), ((2, False), 2), ((143, True), 0), ((143, False), 143), ((1, True), 0)]
+)
+def test_a_signal_ends_it_and_is_no_fault(
+    end: tuple[int, bool], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    supervisor = Signalled(tmp_path, 3, [end])
+    assert supervisor() == code
+    assert len(supervisor.starts) == 1 and supervisor.left == [end[0]]
+    stopped = f"fastgan: stopped by SIGTERM; go on with: fastgan train --max-restarts 3 --resume {tmp_path}\n"
+    assert capsys.readouterr().err == (stopped if end[0] not in (0, 2) else "")
+
+
+def test_nothing_to_go_on_with_and_nobody_who_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = Scripted(tmp_path / "a run", 1, [])
+    assert supervisor._how_to_go_on() == ""
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run" / "config.yaml").touch()
+    assert supervisor._how_to_go_on().endswith(f"--resume '{tmp_path}/a run'")
+
+    class Gone:
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert supervisor._give_up("for a test") == FAULT
+
+
+class Child:
+    """A launcher that ends with -9 after `looks` looks at it, a second each."""
+
+    pid = 77
+
+    def __init__(self, looks: int, before: Callable[[int], None] = lambda look: None) -> None:
+        self.looks, self.before, self.now = looks, before, 0
+
+    def wait(self, timeout: float) -> int:
+        self.before(self.now)
+        self.now += 1
+        if self.now > self.looks:
+            return -signal.SIGKILL
+        raise subprocess.TimeoutExpired("train", timeout)
+
+
+@pytest.mark.parametrize(
+    ("signals", "killed"),
+    [
+        ({}, []),
+        ({2: signal.SIGTERM}, [3, 9, 15]),  # and again after each timeout, 5 s
+        ({2: signal.SIGINT, 4: signal.SIGINT}, [3, 5, 11, 17]),  # twice is at once
+        ({2: signal.SIGTERM, 4: signal.SIGINT}, [3, 9, 15]),
+    ],
+)
+def test_a_signal_is_handed_on(
+    signals: dict[int, int], killed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = Supervisor(Supervision(0, None, {}, None, None, []), tmp_path, False, 5)
+    child = Child(18, lambda look: supervisor._receive(signals[look], None) if look in signals else None)
+    seen: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(time, "monotonic", lambda: float(child.now))
+    monkeypatch.setattr(os, "killpg", lambda pid, number: seen.append((child.now, pid, number)))
+    assert supervisor._wait(child, {}) == -signal.SIGKILL  # type: ignore[arg-type]
+    assert [when for when, _, _ in seen] == killed and {pid for _, pid, _ in seen} <= {77}
+    assert [number for _, _, number in seen][-1:] == list(signals.values())[-1:]
+
+
+def test_a_signal_is_told_to_the_ranks_on_the_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher would end before they have saved."""
+    supervisor = Supervisor(Supervision(0, None, {"a": 1}, None, None, []), tmp_path, False, 100)
+    child = Child(9)
+    told: list[tuple[int, list[str], str]] = []
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0 + child.now)
+    monkeypatch.setattr(supervisor, "_on_hosts", lambda hosts, line, _: told.append((child.now, [*hosts], line)))
+    supervisor._receive(signal.SIGTERM, None)
+    assert supervisor._wait(child, {"a": 1}) == -signal.SIGKILL  # type: ignore[arg-type]
+    assert [when for when, _, _ in told] == [1, 4, 7]
+    assert told[0][1:] == (["a"], f"pkill -TERM -f {supervisor._ranks()}; true")
+    told.clear()
+    supervisor._leave({"a": 1}, 0)
+    supervisor._leave({}, 1)
+    assert not told
+    supervisor._leave({"a": 1}, 143)
+    assert told[0][2].startswith("for i in $(seq 100); do pgrep -f ")
+    assert told[0][2].endswith(f"pkill -KILL -f {supervisor._ranks()}")
+
+
+def test_ranks_are_found_and_not_who_looks_for_them(tmp_path: Path) -> None:
+    supervisor, other = (Supervisor(Supervision(0, None, {}, None, None, []), tmp_path, False, 1) for _ in range(2))
+    (pattern,) = shlex.split(supervisor._ranks())
+    rank = f"python train.py --local_rank=0 --variant gan --hosts=a:1 --job={supervisor._job}"
+    assert re.search(pattern, rank) and not re.search(pattern, rank.replace(supervisor._job, other._job))
+    for shell in (f"sh -c pkill -f {supervisor._ranks()}", f"python -m deepspeed.launcher --job={supervisor._job}"):
+        assert not re.search(pattern, shell)
+
+
+class Launched:
+    """Stands for Popen: what was to be started, and how."""
+
+    def __init__(self) -> None:
+        self.lines: list[list[str]] = []
+        self.hostfile = ""
+        self.environment: dict[str, str] = {}
+
+    def __call__(self, argv: list[str], *, env: dict[str, str], start_new_session: bool) -> Child:
+        assert start_new_session  # a signal of the terminal's is handed on, not shared
+        self.lines.append(argv)
+        self.environment = env
+        if "--hostfile" in argv:
+            self.hostfile = Path(argv[argv.index("--hostfile") + 1]).read_text()
+        return Child(0)
+
+
+def test_what_is_started_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = Launched()
+    monkeypatch.setattr(subprocess, "Popen", launched)
+
+    def flags(rest: list[str], resume: bool, start: int) -> list[str]:
+        supervisor = Supervisor(Supervision(1, None, {}, None, None, rest), tmp_path, resume, 5)
+        assert supervisor._launch({}, start) == 128 + signal.SIGKILL
+        assert launched.lines[-1][:2] == [sys.executable, str(SCRIPT)]
+        return launched.lines[-1][2:]
+
+    out = str(tmp_path)
+    assert flags(["--seed", "1"], False, 0) == ["--seed", "1", "--out", out] == flags(["--seed", "1"], False, 1)
+    for given in (["--out", out], [f"--out={out}"]):
+        assert flags(given, False, 0) == given
+    assert flags(["--resume", out], True, 0) == ["--resume", out]
+    (tmp_path / "config.yaml").touch()
+    assert flags(["--seed", "1"], False, 0) == ["--seed", "1", "--out", out]
+    assert flags(["--seed", "1"], False, 1) == ["--resume", out]
+
+
+def test_what_is_started_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = Launched()
+    monkeypatch.setattr(subprocess, "Popen", launched)
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-4")
+    supervisor = Supervisor(
+        Supervision(1, None, {"a": 2, "b": 1}, Path("h"), 2222, ["--seed", "1"]), tmp_path, False, 2
+    )
+    supervisor._master = "10.0.0.2"
+    ports = []
+    for start in (0, 1):
+        supervisor._launch({"b": 1, "c": 4}, start)
+        line = shlex.join(launched.lines[-1])
+        assert launched.hostfile == "b slots=1\nc slots=4\n"
+        assert "-m deepspeed.launcher.runner" in line and "--ssh_port 2222 --master_addr 10.0.0.2" in line
+        assert line.endswith(f"--seed 1 --out {tmp_path} --hosts=b:1,c:4 --job={supervisor._job}")
+        ports.append(launched.lines[-1][launched.lines[-1].index("--master_port") + 1])
+    assert ports[0] != ports[1]  # which the last start may still hold
+    alive = "-4 -o ServerAliveInterval=1 -o ServerAliveCountMax=3"
+    assert launched.environment["PDSH_SSH_ARGS_APPEND"] == alive
+
+
+def test_what_hosts_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[str] = []
+
+    class Ssh:
+        def __init__(self, argv: list[str], **_: object) -> None:
+            assert argv[0] == "ssh" and argv[-4:-2] == ["-p", "2222"] and argv[-1] == "hostname"
+            self.host = argv[-2]
+            self.returncode = 255 if self.host == "refused" else 0
+
+        def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+            if self.host == "silent" and self.host not in killed:
+                raise subprocess.TimeoutExpired("ssh", timeout or 0)
+            return f"{self.host} here\n", None
+
+        def kill(self) -> None:
+            killed.append(self.host)
+
+    monkeypatch.setattr(subprocess, "Popen", Ssh)
+    supervisor = Supervisor(Supervision(0, None, {}, None, 2222, []), tmp_path, False, 5)
+    assert supervisor._on_hosts(["a", "silent", "refused", "b"], "hostname", 1) == {"a": "a here\n", "b": "b here\n"}
+    assert killed == ["silent"]
+
+
+def test_hosts_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts, now, lines = {"a": 2, "b": 1}, [0.0], []
+    supervisor = Supervisor(Supervision(1, None, hosts, Path("h"), None, []), tmp_path, False, 3)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def answer(hosts: dict[str, int], line: str, timeout: float) -> dict[str, str]:
+        lines.append(line)
+        return {host: "\n" for host in hosts if host == "a" or now[0] >= late}
+
+    monkeypatch.setattr(supervisor, "_on_hosts", answer)
+    late = 2.0
+    assert supervisor._answering(0) == hosts and supervisor._master == "a"  # which does not know its addresses
+    assert capsys.readouterr().err.count("no answer over ssh from b; trying for 3 s") == 1
+    assert {line.partition("hostname")[0] for line in lines} == {""}
+    lines.clear()
+    supervisor._answering(1)  # what the last start left would write the same run
+    assert lines[0].startswith(f"pkill -KILL -f {supervisor._ranks()}; ")
+    late = 100.0
+    assert supervisor._answering(0) is None and now[0] < 10
+    assert "given up: no answer over ssh from b, and 2 hosts are needed" in capsys.readouterr().err
+    supervisor._receive(signal.SIGTERM, None)
+    before = now[0]
+    assert supervisor._answering(0) is None and now[0] == before and not capsys.readouterr().err
