@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import math
 import os
+import shutil
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +19,9 @@ import pytest
 from PIL import Image
 
 from fastgan.data import prepared
-from fastgan.data.files import File, size_in_words, write_whole
+from fastgan.data.files import File, lock, size_in_words, write_whole
 from fastgan.data.images import area_average
-from fastgan.data.prepared import Level, Manifest, is_prepared, read_manifest
+from fastgan.data.prepared import Level, Manifest, PreparedSource, is_prepared, read_manifest
 from fastgan.errors import ArgumentError
 
 Writer = Callable[..., Manifest]
@@ -94,6 +98,9 @@ def test_a_shard_without_images(tmp_path: Path, prepared_set: Writer) -> None:
         assert np.abs(level.pixels(1).astype(int) - area_average(images[1], resolution)).mean() < 1.5
 
 
+_BACK = ((0, 5), (5, 2), (7, -1))
+
+
 def test_damaged_manifests(tmp_path: Path, prepared_set: Writer) -> None:
     assert f"{tmp_path / 'manifest.json'} is missing" in refusal(tmp_path)
     prepared_set(tmp_path, smooth(6, 1, 16))
@@ -111,11 +118,20 @@ def test_damaged_manifests(tmp_path: Path, prepared_set: Writer) -> None:
         "encoding: pickle": lambda m: m.update(encoding="pickle"),
         "TypeError": lambda m: m.update(shards=[3]),
         "OverflowError": lambda m: m.update(count=math.inf),
+        "AttributeError": lambda m: m.update(files=[]),
+        "schema 0": lambda m: m.update(schema=0),
+        "resolutions: [4, 8, 16]": lambda m: m.update(resolution=17),
+        "channels: 2": lambda m: m.update(channels=2),
+        "shard 2 has images 7 to 6": lambda m: m.update(shards=[{"first": a, "count": b} for a, b in _BACK]),
+        "0 images in shards, count 0": lambda m: m.update(count=0, shards=[]),
     }
     for wanted, change in changes.items():
         (tmp_path / prepared.MANIFEST).write_text(whole)
         edit(tmp_path, change)
         assert wanted in refusal(tmp_path)
+    (tmp_path / prepared.MANIFEST).write_text(whole)
+    below = tmp_path / "names.jsonl"
+    assert refusal(below).endswith(f"{below / 'manifest.json'} cannot be read (Not a directory)")
     for cut in ("", whole[: len(whole) // 2], "[]", "\0"):
         (tmp_path / prepared.MANIFEST).write_text(cut)
         assert str(tmp_path / prepared.MANIFEST) in refusal(tmp_path)
@@ -140,6 +156,98 @@ def test_missing_and_cut_files_are_named_when_a_resolution_is_opened(tmp_path: P
         Level(manifest, 64)
 
 
+def test_files_of_the_right_size_with_something_else(tmp_path: Path, prepared_set: Writer) -> None:
+    """Only their headers tell."""
+    prepared_set(tmp_path, smooth(6, 1, 16), np.arange(6))
+    manifest = read_manifest(tmp_path)
+    cache, offsets = tmp_path / "cache" / "0008" / "00000.npy", tmp_path / "encoded" / "0016" / "offsets.npy"
+    others: dict[Path, list[np.ndarray]] = {
+        tmp_path / "labels.npy": [np.zeros(6), np.zeros((1, 6), dtype=np.int64)],
+        offsets: [np.zeros((6, 2)), np.zeros((2, 6), dtype=np.int64)],
+        cache: [np.zeros((5, 1, 8, 8), dtype=np.int8), np.zeros((5, 1, 4, 16), dtype=np.uint8)],
+    }
+    said = {"labels.npy": r"int64 \[6\]", "offsets.npy": r"int64 \[6, 2\]", "00000.npy": r"uint8 \[5, 1, 8, 8\]"}
+    for file, arrays in others.items():
+        whole = file.read_bytes()
+        for array in arrays:
+            np.save(file, array)
+            assert file.stat().st_size == len(whole)
+            with pytest.raises(ArgumentError, match=f"{file.name} .*may be {said[file.name]}"):
+                PreparedSource(manifest, 16).arrays(8)
+        file.write_bytes(whole)
+    assert PreparedSource(manifest, 16).arrays(8) is not None
+
+
+def test_what_sizes_tell_of_a_file(tmp_path: Path, prepared_set: Writer) -> None:
+    prepared_set(tmp_path, smooth(6, 1, 16), np.arange(6))
+    manifest = read_manifest(tmp_path)
+    names = tmp_path / "names.jsonl"
+    names.write_bytes(names.read_bytes()[:-1])
+    assert manifest.fault("names.jsonl").startswith("is truncated: ")
+    assert manifest.fault("labels.npy") == ""
+    shutil.rmtree(tmp_path / "encoded" / "0016")
+    (tmp_path / "encoded" / "0016").touch()
+    assert manifest.fault("encoded/0016/00000.tar") == "cannot be read (Not a directory)"
+    (tmp_path / "labels.npy").unlink()
+    with pytest.raises(ArgumentError, match=r"labels\.npy is missing; `fastgan data verify`"):
+        Level(manifest, 8)
+
+
+def test_a_picture_too_large_to_decode_is_named(tmp_path: Path, prepared_set: Writer) -> None:
+    """Pillow's refusal is no OSError."""
+    prepared_set(tmp_path, smooth(6, 1, 16), encoding="png")
+    level = Level(read_manifest(tmp_path), 16)
+    at = int(np.load(tmp_path / "encoded" / "0016" / "offsets.npy")[0, 0])
+    header = b"IHDR" + struct.pack(">II", 2**17, 2**17) + level.encoded(0)[24:29]
+    with (tmp_path / "encoded" / "0016" / "00000.tar").open("r+b") as file:
+        file.seek(at + 12)
+        file.write(header + struct.pack(">I", zlib.crc32(header)))
+    with pytest.raises(ArgumentError, match=r"member 000000000\.png'; the image cannot be decoded"):
+        level.pixels(0)
+    assert level.pixels(1).shape == (1, 16, 16)
+
+
+def test_the_encoded_resolution_to_decode(tmp_path: Path, prepared_set: Writer) -> None:
+    """The lowest that is large enough; a decoder is not given what lies decoded."""
+    sides: dict[int, list[int | None]] = {2: [4, 8, 16, 32], 8: [16, 16, 16, 32], 32: [None] * 4}
+    for cache_to, expected in sides.items():
+        folder = tmp_path / str(cache_to)
+        prepared_set(folder, smooth(6, 1, 32), cache_to=cache_to, encoding="png")
+        source = PreparedSource(read_manifest(folder), 8)
+        found = [source.encoded(resolution) for resolution in (4, 8, 16, 32)]
+        assert [one and one.side for one in found] == expected
+        assert all(list(one.kinds) == [("PNG", "L", False)] for one in found if one)
+    prepared_set(tmp_path / "webp", smooth(6, 1, 32), encoding="webp")
+    found = [PreparedSource(read_manifest(tmp_path / "webp"), 32).encoded(32)]
+    assert found[0] is not None and list(found[0].kinds) == [("WEBP", "RGB", False)]  # WebP has no grey
+
+
+def test_an_image_that_is_read_is_the_callers_own(tmp_path: Path, prepared_set: Writer) -> None:
+    prepared_set(tmp_path, smooth(6, 1, 16))
+    source = PreparedSource(read_manifest(tmp_path), 16)
+    for resolution in (8, 16):
+        image = source.read(0, resolution)
+        whole = image.copy()
+        image[:] = 0
+        np.testing.assert_array_equal(source.read(0, resolution), whole)
+    for index in (-1, 6):
+        with pytest.raises(IndexError, match=f"image {index} of 6"):
+            source.read(index, 8)
+
+
+def test_a_fingerprint_is_of_every_file_and_setting() -> None:
+    one, other = File(1, "aa"), File(1, "bb")
+    made = prepared.fingerprint({"x": one, "y": other}, {"quality": 95})
+    assert made == prepared.fingerprint({"y": other, "x": one}, {"quality": 95})
+    changed = [
+        prepared.fingerprint({"x": other, "y": other}, {"quality": 95}),
+        prepared.fingerprint({"x": other, "y": one}, {"quality": 95}),
+        prepared.fingerprint({"x": one, "z": other}, {"quality": 95}),
+        prepared.fingerprint({"x": one, "y": other}, {"quality": 90}),
+    ]
+    assert len({made, *changed}) == 5 and len(made) == 16
+
+
 def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +264,28 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(
     assert (tmp_path / "file").read_bytes() == b"before"
     with pytest.raises(FileNotFoundError, match=f": '{tmp_path}/none/file'"):
         write_whole(tmp_path / "none" / "file", b"after")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="has no device that is always full")
+def test_a_full_disk_is_told_though_what_is_buffered_cannot_be_written_either(tmp_path: Path) -> None:
+    (tmp_path / f".file.{os.getpid()}.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file'"):
+        write_whole(tmp_path / "file", b"content")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_held_by_one_and_not_asked_for_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / "lock").open("wb") as one, (tmp_path / "lock").open("wb") as other:
+        assert lock(one.fileno()) and not lock(other.fileno())
+
+        def without(*_: object) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", without)
+        assert lock(other.fileno())
 
 
 def test_a_file_has_its_name_once_its_bytes_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
