@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastgan.data import Source, open_source
 from fastgan.errors import ArgumentError
-from fastgan.evaluation import collect, measure
+from fastgan.evaluation import collect, measure, neighbours
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.frechet import Moments, frechet_distance
 from fastgan.evaluation.measure import Evaluation, choose, expected_modes
@@ -295,6 +296,15 @@ def test_the_seed_is_of_every_choice_and_levels_are_averaged(digits: Source, mon
     assert found["metrics"] == {**kid, "swd": 2.0, "swd_level0": 1.0, "swd_level1": 3.0}
     monkeypatch.setattr(measure, "_SWD_BYTES", 5 * 128 * 49 * 4)  # patches of five images
     assert evaluate(digits, metrics=["swd"], n=12)["images"]["swd"] == 5
+
+
+def test_numbers_of_images_are_the_documented_ones() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    said = [row.split("|")[2:] for row in text.splitlines() if re.match(r"\| `(kid|prdc|swd|msssim)` ", row)]
+    kid, prdc, swd, msssim = (" ".join(cells) for cells in said)
+    assert f"subsets of {neighbours.SUBSET:,} " in kid and f"{collect.KEPT:,} of each" in kid
+    assert f"{collect.KEPT:,} of each" in prdc and f"{collect.PAIRED:,} of each" in msssim
+    assert f"{measure._SWD_IMAGES:,} of each" in swd and "over 2 GB" in swd and measure._SWD_BYTES == 2 * 2**30
 
 
 @pytest.mark.parametrize("batch", [8, 16])
