@@ -178,6 +178,37 @@ def test_files_of_the_right_size_with_something_else(tmp_path: Path, prepared_se
     assert PreparedSource(manifest, 16).arrays(8) is not None
 
 
+def test_nothing_is_unpickled(tmp_path: Path, prepared_set: Writer) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "ran",)
+
+    prepared_set(tmp_path, smooth(90, 1, 8), np.arange(90) % 3, per_shard=50)
+    labels = tmp_path / "labels.npy"
+    size = labels.stat().st_size
+    np.save(labels, np.array([Attack()], dtype=object), allow_pickle=True)
+    with labels.open("ab") as file:
+        file.write(bytes(size - file.tell()))
+    with pytest.raises(ArgumentError, match=r"labels\.npy'; it may be a whole \.npy file \(Object arrays"):
+        PreparedSource(read_manifest(tmp_path), 8)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_one_header_is_read_at_a_time(tmp_path: Path, prepared_set: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that did so at once would each take a whole file for a damaged one, now and then."""
+    prepared_set(tmp_path, smooth(6, 1, 16), np.arange(6))
+    load, alone = np.load, []
+
+    def watched(*args: Any, **settings: Any) -> Any:
+        alone.append(prepared._LOADING.locked())
+        return load(*args, **settings)
+
+    monkeypatch.setattr(np, "load", watched)
+    PreparedSource(read_manifest(tmp_path), 16).arrays(8)
+    assert len(alone) == 4 and all(alone)  # labels, offsets, two shards
+    assert not prepared._LOADING.locked()
+
+
 def test_what_sizes_tell_of_a_file(tmp_path: Path, prepared_set: Writer) -> None:
     prepared_set(tmp_path, smooth(6, 1, 16), np.arange(6))
     manifest = read_manifest(tmp_path)
