@@ -244,7 +244,23 @@ def test_a_run_without_an_average_or_without_checkpoints(run: Path, capsys: pyte
     refused(capsys, [str(run)], "RUN: was", "it may be a run with a checkpoint")
 
 
-def test_an_interrupted_command_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_before_anything_is_stored(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(indices: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    stopped: list[bool] = []
+    monkeypatch.setattr("fastgan.training.evaluating.drawer", lambda *_: interrupted)
+    monkeypatch.setattr("fastgan.training.world.stop", lambda: stopped.append(True))
+    assert evaluate.main([str(run), "--n", "64", "--metrics", "msssim"]) == 130
+    said = capsys.readouterr().err
+    assert said.endswith("fastgan: interrupted\n") and "goes on" not in said and stopped == [True]
+
+
+def test_an_interrupted_command_goes_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = [str(run), "--n", "64", "--metrics", "modes,msssim"]
     assert evaluate.main(asked) == 0
     whole = lines(run)[0]
@@ -267,6 +283,8 @@ def test_an_interrupted_command_goes_on(run: Path, monkeypatch: pytest.MonkeyPat
 
         patch.setattr("fastgan.training.evaluating.drawer", breaking)
         assert evaluate.main(asked) == 130
+    kept = "what was done is kept; the same command goes on"
+    assert capsys.readouterr().err.splitlines()[-2:] == [kept, "fastgan: interrupted"]
     assert len(list(run.glob(".evaluation-*.rank0of1"))) == 1 and not (run / "evaluation.jsonl").exists()
     assert evaluate.main(asked) == 0
     assert lines(run)[0]["metrics"]["modes"] == whole["metrics"]["modes"]

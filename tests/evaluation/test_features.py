@@ -138,7 +138,15 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("name", "file"), [("inception", "weights-inception-"), ("dinov2", "dinov2_vitl14_pretrain")])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("inception", "weights-inception-"),
+        ("vgg16", "vgg16-397923af"),
+        ("dinov2", "dinov2_vitl14_pretrain"),
+        *((f"dinov2-vit-{size}-14", f"dinov2_vit{size}14_pretrain") for size in "sbl"),
+    ],
+)
 def test_weights_that_cannot_be_had(name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(url: str, path: str) -> None:
         raise urllib.error.URLError("no route to host")
