@@ -207,6 +207,18 @@ def test_a_connection_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch:
     assert waits == [20.0] and socket.getdefaulttimeout() is None
 
 
+def test_a_fingerprint_is_of_every_weight_by_its_name() -> None:
+    a, b = torch.zeros(3), torch.ones(3)
+    made = features._fingerprint({"a": a, "b": b})
+    assert made == features._fingerprint({"b": b, "a": a}) and len(made) == 16
+    assert len({made, features._fingerprint({"a": b, "b": a}), features._fingerprint({"a": a, "c": b})}) == 3
+
+
+def test_weights_in_the_home_folder(inception: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(inception.parent))
+    assert open_extractor("inception", 3, weights=f"~/{inception.name}").is_inception
+
+
 def test_names() -> None:
     with pytest.raises(ArgumentError, match="--features: was 'resnet'; it may be digits, inception-v3-compat"):
         open_extractor("resnet", 3)
@@ -232,7 +244,9 @@ def dino_state() -> dict[str, Tensor]:
             shapes[f"blocks.{i}.{name}"] = shape
     for key, shape in shapes.items():
         state[key] = torch.zeros(shape)
-    return random_like(state)
+    made = random_like(state)
+    made["pos_embed"] = torch.randn(shapes["pos_embed"], generator=torch.Generator().manual_seed(1))  # to be seen
+    return made
 
 
 def dino_forward(state: dict[str, Tensor], images: Tensor) -> Tensor:

@@ -246,6 +246,15 @@ def test_the_sums_of_other_real_images_have_another_name(digits: Source, tmp_pat
     assert name(metrics=("msssim",)) == name(metrics=("msssim",), of="extractor", name="x")  # of pixels alone
 
 
+def test_real_images_are_read_as_far_as_the_metrics_go(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "KEPT", 50)
+    monkeypatch.setattr(measure, "PAIRED", 60)
+    for metrics, reads in ((["prdc"], 60), (["is"], 0), (["fid"], 1797)):
+        source = Counting(digits, "a" * 16)
+        evaluate(source, metrics=metrics, n=32)
+        assert source.reads == reads
+
+
 def test_where_the_sums_of_real_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", None):  # empty is as not set, by the XDG specification
@@ -294,6 +303,9 @@ def test_the_seed_is_of_every_choice_and_levels_are_averaged(digits: Source, mon
     assert found["images"]["swd"] == 9
     kid = {"kernel_distance": 0.5, "kernel_distance_std": 0.25}
     assert found["metrics"] == {**kid, "swd": 2.0, "swd_level0": 1.0, "swd_level1": 3.0}
+    few = Counting(digits, "a" * 16)
+    monkeypatch.setattr(Counting, "__len__", lambda self: 6)
+    assert evaluate(few, metrics=["swd"], n=12)["images"]["swd"] == 6
     monkeypatch.setattr(measure, "_SWD_BYTES", 5 * 128 * 49 * 4)  # patches of five images
     assert evaluate(digits, metrics=["swd"], n=12)["images"]["swd"] == 5
 
@@ -330,6 +342,7 @@ def test_choice_of_metrics(digits: Source) -> None:
     assert choose(None, stub, faces, 16) == ["fid", "kid", "is", "prdc", "swd", "msssim"]
     assert choose(None, stub, faces, 8) == ["fid", "kid", "is", "prdc", "swd"]
     assert choose(["prdc", "fid"], stub, faces, 16) == ["fid", "prdc"]
+    assert choose(["swd"], stub, faces, 7) == ["swd"]
     stub.scores = False
     assert "is" not in choose(None, stub, faces, 16)
     for name, resolution, said in (
@@ -341,8 +354,9 @@ def test_choice_of_metrics(digits: Source) -> None:
     ):
         with pytest.raises(ArgumentError, match=f"--metrics: was '{name}'; .*{said}"):
             choose([name], stub, faces, resolution)
-    with pytest.raises(ArgumentError, match="--n: was 5; it may be 6 or more for prdc"):
-        Evaluation(["prdc"], stub, 5)(draw, digits, 16, silent)
+    for name, least in (("prdc", 6), ("fid", 2), ("kid", 2), ("msssim", 2)):
+        with pytest.raises(ArgumentError, match=f"--n: was {least - 1}; it may be {least} or more for {name}"):
+            Evaluation([name], stub, least - 1)(draw, digits, 16, silent)
 
 
 def test_expected_modes() -> None:
