@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -100,7 +101,7 @@ def test_few_images_are_warned_of(digits: Source) -> None:
     assert len(told) == 1 and told[0].startswith("fid: 1,797 real images for 1,797 features: their covariance is sing")
 
 
-def test_few_images_for_subsets_and_tenths_are_warned_of(digits: Source) -> None:
+def test_few_images_for_subsets_and_tenths_are_warned_of(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     Evaluation(["kid", "is"], Stub(), 20)(draw, digits, 16, told.append)
     assert [text.partition(":")[0] for text in told] == ["kid", "is"]
@@ -108,6 +109,8 @@ def test_few_images_for_subsets_and_tenths_are_warned_of(digits: Source) -> None
     assert told[1].startswith("is: 20 generated images, 2 in a tenth, for 3 classes: the score is biased downwards")
     told.clear()
     Evaluation(["is"], Stub(), 30)(draw, digits, 16, told.append)
+    monkeypatch.setattr(measure.neighbours, "SUBSET", 10)
+    Evaluation(["kid"], Stub(), 11)(draw, digits, 16, told.append)
     assert not told
 
 
@@ -244,6 +247,41 @@ def test_the_sums_of_other_real_images_have_another_name(digits: Source, tmp_pat
     ]
     assert len(set(names)) == len(names) == 12 and name() == names[0]
     assert name(metrics=("msssim",)) == name(metrics=("msssim",), of="extractor", name="x")  # of pixels alone
+
+
+def test_reading_real_images_goes_on_where_it_was_interrupted(
+    digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect.time, "monotonic", (100.0**i for i in itertools.count()).__next__)
+    settings: dict[str, Any] = {"metrics": ["fid"], "n": 32}
+    plain, source = evaluate(digits, **settings), Counting(digits, "a" * 16)
+
+    def failing(self: Counting, index: int, resolution: int) -> np.ndarray:
+        if self.reads >= 1024:
+            raise Interrupted
+        return Source.read(self, index, resolution)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(Counting, "read", failing)
+        evaluate(source, cache=tmp_path, **settings)
+    before, source.reads = source.reads, 0
+    assert evaluate(source, cache=tmp_path, **settings) == plain
+    assert before >= 1024 and source.reads == 1797 - 1024
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_the_first_rank_says_whether_sums_are_stored_and_how_far_it_is(
+    digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cache may be on its own disk: ranks that looked for themselves would wait for each other."""
+    source = Counting(digits, "a" * 16)
+    monkeypatch.setattr(measure.ranks, "rank_and_size", lambda: (1, 2))
+    monkeypatch.setattr(measure.ranks, "broadcast", lambda value: True)
+    evaluation = Evaluation(["fid"], Stub(), 12, cache=tmp_path, progress=True)
+    assert evaluation._real(source, 16, 0) is None and source.reads == 0
+    with evaluation._bar("images", 12) as advance:
+        advance(12)
+    assert not capsys.readouterr().err
 
 
 def test_real_images_are_read_as_far_as_the_metrics_go(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
