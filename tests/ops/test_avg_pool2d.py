@@ -66,7 +66,7 @@ def test_avg_pool2d_equals_torch_and_sends_nothing_backward(shape: tuple[int, ..
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize(
     ("shape", "k"),
-    [((2, 3, 6, 8), 2), ((1, 1, 7, 5), 2), ((2, 3, 7, 5), 2), ((2, 17, 9, 11), 3), ((3, 5, 35, 67), 2), ((1, 33, 5, 4), 2)],
+    [((2, 3, 6, 8), 2), ((1, 1, 7, 5), 2), ((1, 33, 5, 4), 2), ((2, 17, 9, 11), 3), ((3, 5, 35, 67), 2)],
 )
 def test_avg_pool2d_kernel(shape: tuple[int, ...], k: int, layout: str, dtype: torch.dtype) -> None:
     if (reason := AVG_POOL2D.implementations["cpp"].able(torch.zeros(shape))) is not None:

@@ -216,7 +216,8 @@ def test_a_bias_has_no_gradient_from_a_penalty() -> None:
 def test_a_bias_has_the_sum_of_the_cotangent_alone_and_beside_others(
     op: Callable[..., Tensor], dtype: torch.dtype
 ) -> None:
-    x, w, b = (t.to(dtype).requires_grad_() for t in (random(2, 3, 5, 6), random(3, 3, 3, 3, seed=1), random(3, seed=2)))
+    tensors = random(2, 3, 5, 6), random(3, 3, 3, 3, seed=1), random(3, seed=2)
+    x, w, b = (t.to(dtype).requires_grad_() for t in tensors)
     seed = random(*op(x, w, b).shape, seed=3).to(dtype)
     exact = seed.double().sum((0, 2, 3))
     for wanted in ([b], [b, x], [b, w], [b, x, w]):
