@@ -37,7 +37,8 @@ inline constexpr int64_t kVector = 8;
 inline constexpr int64_t kVector = 4;
 #endif
 
-// Storage is float or BFloat16; arithmetic is float. Written with bit operations alone, so that loops vectorise.
+// Storage is float or BFloat16; arithmetic is float. Written with bit operations alone, so that loops vectorise; and in
+// place by its type: to a memcpy there any variable might belong, and would be read again after each element.
 inline float load(const float* p) { return *p; }
 
 inline float load(const BFloat16* p) {
