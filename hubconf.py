@@ -6,7 +6,7 @@ dependencies = ["torch", "numpy", "safetensors"]
 def trained(path, device="cpu"):
     """What `fastgan.load(path)` gives, with `.sample(n, seed)` and `.interpolate(rows, columns, seed)`.
 
-    path: a run, a checkpoint, an exported file (safetensors, pt2, onnx, torchscript), or a folder with one.
+    path: a run, a checkpoint, an exported .safetensors or .onnx file, or a folder with one.
     """
     import fastgan
 

@@ -102,7 +102,7 @@ def _check(file: Path, trained: TrainedGenerator, meta: dict[str, Any]) -> float
 
     from fastgan.exporting import formats
 
-    opened, stored = formats.read(file)
+    opened, stored = formats.reopen(file)
     if json.loads(json.dumps(meta)) != stored:
         raise Different("the exported file says something else of itself than was written")
     largest = 0.0
@@ -125,7 +125,7 @@ def _same(file: Path, meta: dict[str, Any]) -> bool:
     if file.name.startswith("."):
         return False
     try:
-        stored = formats.read(file)[1]
+        stored = formats.read_meta(file)
     except (ArgumentError, ModuleNotFoundError):
         return False
     return all(stored.get(key) == meta.get(key) for key in ("variant", "images", "networks", "alpha"))
@@ -147,7 +147,7 @@ def target(out: str | None, run: Path, suffix: str) -> Path:
         raise ArgumentError("--out", out, may_be)
     if path.exists() and out is not None:
         try:
-            formats.read(path)
+            formats.read_meta(path)
         except ArgumentError:
             raise ArgumentError("--out", out, "it exists and is no export of fastgan; it may be another name") from None
     config = path.with_name("config.json")

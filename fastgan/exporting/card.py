@@ -21,12 +21,6 @@ _PAPERS = {
     "sagan": "Zhang et al. 2018, https://arxiv.org/abs/1805.08318",
     "pggan": "Karras et al. 2018, https://arxiv.org/abs/1710.10196",
 }
-_USE = {
-    "safetensors": "fastgan.load({file!r})",
-    "torch-export": "torch.export.load({file!r}).module()",
-    "onnx": "onnxruntime.InferenceSession({file!r})",
-    "torchscript": "torch.jit.load({file!r})",
-}
 
 
 def data_name(data: str) -> str:
@@ -135,14 +129,15 @@ def text(meta: dict[str, Any], files: list[str], rows: list[dict[str, Any]]) -> 
     else:
         out.append("Not measured.")
     out += ["", "## Use", "", "| file | opened with |", "| --- | --- |"]
-    formats = {it.suffix: format_ for format_, it in FORMATS.items()}
+    formats = {it.suffix: it for it in FORMATS.values()}
     for file in files:
-        out.append(f"| `{file}` | `{_USE[formats[Path(file).suffix]].format(file=file)}` |")
+        out.append(f"| `{file}` | `{formats[Path(file).suffix].opened_with.format(file=file)}` |")
     labels = ", and `labels`, int64 [N]" if networks["num_classes"] else ""
+    loaded = [file for file in files if formats[Path(file).suffix].loads]
+    if loaded:
+        images = f"images = fastgan.load({loaded[0]!r}).sample(16, seed=0)   # float32 [16, C, R, R] in [-1, 1]"
+        out += ["", "    import fastgan", f"    {images}"]
     out += [
-        "",
-        "    import fastgan",
-        f"    images = fastgan.load({files[0]!r}).sample(16, seed=0)   # float32 [16, C, R, R] in [-1, 1]",
         "",
         f"In other tools the inputs are `latent`, float32 [N, {networks['latent']}]{labels}; the output is `images`,",
         "float32 [N, C, R, R], where -1 is black and 1 white"

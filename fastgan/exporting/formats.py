@@ -5,6 +5,9 @@
     model.onnx          a graph of ONNX operations and its weights, for onnxruntime and others
     model.torchscript   a TorchScript program, for torch.jit.load and libtorch
 
+fastgan itself loads safetensors and ONNX. The other two hold programs, and torch's loaders of them trust the file: they
+compile, import or unpickle what it names. So `fastgan.load` refuses them, whoever wrote them, and names torch's loader.
+
 Inputs are `latent`, float32 [N, latent], and `labels`, int64 [N], where the generator has classes; the output is
 `images`, float32 [N, C, R, R], as the network gives them: -1 is black and 1 white, and pggan's may go beyond. Each file
 carries what is known of the generator as JSON under the key "fastgan".
@@ -15,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -29,10 +31,20 @@ from torch.nn.utils import parametrize
 
 from fastgan import models
 from fastgan.errors import ArgumentError
-from fastgan.exporting import torchscript
 
 Meta = dict[str, Any]
 KEY = "fastgan"
+_META_BYTES = 2**20  # of a description: it has a few hundred
+# What torch.onnx.export makes of our networks, and operations near to that: functions of their inputs alone.
+_ONNX_OPERATIONS = frozenset(
+    """
+    Add AveragePool BatchNormalization Cast Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Div Einsum Elu
+    Equal Erf Exp Expand Flatten Gather Gelu Gemm GlobalAveragePool GroupNormalization Identity InstanceNormalization
+    LayerNormalization LeakyRelu Less Log MatMul Max MaxPool Min Mul Neg Not Pad Pow PRelu Range Reciprocal ReduceMax
+    ReduceMean ReduceSum ReduceSumSquare ReduceL2 Relu Reshape Resize Shape Sigmoid Sin Slice Softmax Softplus Split
+    Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where
+    """.split()
+)
 
 
 @dataclass(frozen=True)
@@ -42,13 +54,19 @@ class Format:
     Args:
         suffix: of its files.
         write: (generator in evaluation mode, meta, batch or None for any) -> the file's content.
-        read: (file's content, device) -> what computes images, meta; it executes nothing that the file brings along but
-            a graph of known operations.
+        open: (file's content, device) -> the module that computes images. Where `loads` is False the library behind it
+            trusts the content: only content that this process has just written may be passed.
+        meta: file's content -> what it says of its generator; nothing but JSON is parsed.
+        loads: whether `read` loads files of this format.
+        opened_with: the expression that opens `{file!r}` in Python.
     """
 
     suffix: str
     write: Callable[[nn.Module, Meta, int | None], bytes]
-    read: Callable[[bytes, str], tuple[nn.Module, Meta]]
+    open: Callable[[bytes, str], nn.Module]
+    meta: Callable[[bytes], Meta]
+    loads: bool
+    opened_with: str
 
 
 class Foreign(nn.Module):
@@ -105,17 +123,35 @@ def _write_safetensors(generator: nn.Module, meta: Meta, batch: int | None) -> b
     return save(tensors, {"format": "pt", KEY: json.dumps(meta)})
 
 
-def _read_safetensors(content: bytes, device: str) -> tuple[nn.Module, Meta]:
+def _safetensors_meta(content: bytes) -> Meta:
     length = int.from_bytes(content[:8], "little")
-    return _built(content, json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY]), device)
+    return json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
 
 
-def _built(content: bytes, meta: Meta, device: str) -> tuple[nn.Module, Meta]:
+def _open_safetensors(content: bytes, device: str) -> nn.Module:
+    return _built(content, _safetensors_meta(content), device)
+
+
+def _built(content: bytes, meta: Meta, device: str) -> nn.Module:
+    """The network that `meta` describes, with the weights in `content`.
+
+    Raises:
+        Unsafe: shapes of the weights are not the network's. They are compared before any memory is taken for it.
+    """
     from safetensors.torch import load
 
+    weights = load(content)
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in models.build(**meta["networks"])[0].state_dict().items()}
+    for name in sorted(expected.keys() | weights.keys()):
+        found, shape = (
+            list(x[name]) if name in x else None for x in ({k: w.shape for k, w in weights.items()}, expected)
+        )
+        if found != shape:
+            raise Unsafe(f"its weight {name[:60]!r} has shape {found}, the network that it describes {shape}")
     generator, _ = models.build(**meta["networks"])
-    generator.load_state_dict(load(content))
-    return generator.to(device).eval().requires_grad_(False), meta
+    generator.load_state_dict(weights)
+    return generator.to(device).eval().requires_grad_(False)
 
 
 # --- torch.export -----------------------------------------------------------------------------------------------------
@@ -136,73 +172,22 @@ def _write_torch_export(generator: nn.Module, meta: Meta, batch: int | None) -> 
     return file.getvalue()
 
 
-_WORD = re.compile(r"[\w.+\-]*")
-_SIZE = re.compile(r"(Symbol\('\w+'(, \w+=True)*\)|Integer\(-?\d+\)|Mul\(|Add\(|, |\))*")
-_TREE = re.compile(r'[\w\[\]{}":, .]*')
-
-
-def _safe_graph(value: Any, key: str = "") -> Any:
-    """A copy of a serialised graph with names alone for strings, so that nothing in it can be evaluated to a call.
-
-    torch.export.load evaluates sizes and guards as expressions and generates code with the names that stand in it.
-    """
-    if isinstance(value, dict):
-        return {k: _safe_graph(v, k) for k, v in value.items() if _safe_graph(k) is not None}
-    if isinstance(value, list):
-        return [_safe_graph(v, key) for v in value]
-    if isinstance(value, str):
-        if key == "target" and not value.startswith("torch.ops.aten.") and value != "_operator.getitem":
-            raise Unsafe(f"it calls {value[:60]}, which is no operation of ATen")
-        if key == "target" and value.split(".")[3:4] in (["from_file"], ["save"]):
-            raise Unsafe(f"it calls {value}, which touches files")
-        kind = {"in_spec": _TREE, "out_spec": _TREE, "expr_str": _SIZE}.get(key, _WORD)
-        if not kind.fullmatch(value):
-            raise Unsafe(f"its graph has the text {value[:60]!r}, where a name is expected")
-    return value
-
-
 class Unsafe(Exception):
     """A file that would have to be trusted to be loaded."""
 
 
-def _read_torch_export(content: bytes, device: str) -> tuple[nn.Module, Meta]:
-    """torch.export.load unpickles what an archive says is pickled, so it gets a copy that has nothing of that kind."""
-    source = zipfile.ZipFile(io.BytesIO(content))
-    checked = io.BytesIO()
-    meta = None
-    with zipfile.ZipFile(checked, "w") as target:
-        for name in source.namelist():
-            member, kind = source.read(name), name.partition("/")[2]
-            if kind == f"extra/{KEY}":
-                meta = json.loads(member)
-                continue
-            if kind.startswith("models/") and kind.endswith(".json"):
-                program = json.loads(member)
-                graph = program["graph_module"]
-                for node in graph["graph"]["nodes"]:
-                    node["metadata"] = {}  # where it came from: text of any kind
-                program["guards_code"] = []  # they would be evaluated; the shapes are checked here
-                member = json.dumps(_safe_graph(program)).encode()
-            elif kind.endswith("_config.json"):
-                config = json.loads(member)
-                for entry in config["config"].values():
-                    if entry["use_pickle"]:
-                        raise Unsafe("it has pickled weights")
-            elif kind.startswith("data/sample_inputs/"):
-                # Tried with weights_only, which if it fails torch tries again without.
-                torch.load(io.BytesIO(member), weights_only=True)
-            elif not re.fullmatch(r"data/(weights|constants)/\w+|archive_\w+|byteorder|version|\.data/\w+", kind):
-                raise Unsafe(f"it has the unknown part {kind[:60]!r}")
-            target.writestr(zipfile.ZipInfo(name), member)
-    if meta is None:
-        raise KeyError(KEY)
-    checked.seek(0)
-    program = torch.export.load(checked)
-    if device != "cpu":
-        from torch.export.passes import move_to_device_pass
+def _open_torch_export(content: bytes, device: str) -> nn.Module:
+    program = torch.export.load(io.BytesIO(content))
+    return Foreign(program.module(check_guards=False), device, _archive_meta(content).get("batch"))
 
-        program = move_to_device_pass(program, device)
-    return Foreign(program.module(check_guards=False), device, meta.get("batch")), meta
+
+def _archive_meta(content: bytes) -> Meta:
+    """What torch.export and TorchScript archives say of themselves, in the member NAME/extra/fastgan."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        (member,) = [it for it in archive.infolist() if it.filename.partition("/")[2] == f"extra/{KEY}"]
+        if member.file_size > _META_BYTES:
+            raise Unsafe(f"its description has {member.file_size} bytes, at most {_META_BYTES} are read")
+        return json.loads(archive.read(member))
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
@@ -235,23 +220,63 @@ def _write_onnx(generator: nn.Module, meta: Meta, batch: int | None) -> bytes:
     return proto.SerializeToString()
 
 
-def _read_onnx(content: bytes, device: str) -> tuple[nn.Module, Meta]:
-    """A graph without code; given as bytes it can name no other file."""
+def _onnx_meta(content: bytes) -> Meta:
+    return json.loads({it.key: it.value for it in _onnx_model(content).metadata_props}[KEY])
+
+
+def _onnx_model(content: bytes) -> Any:
+    import onnx
+
+    return onnx.load_model_from_string(content)  # protobuf alone: files that it names are not opened
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    """A protobuf message and all messages in it, at any depth."""
+    pending = [message]
+    while pending:
+        it = pending.pop()
+        yield it
+        for field, value in it.ListFields():
+            if field.message_type is not None:
+                pending.extend([value] if hasattr(value, "ListFields") else value)
+
+
+def _check_onnx(model: Any) -> None:
+    """Refuse what a graph written by `fastgan export` does not have.
+
+    Raises:
+        Unsafe: tensors in other files, operations of other domains, functions, training, control flow.
+    """
+    for message in _messages(model):
+        kind = message.DESCRIPTOR.name
+        if kind in ("FunctionProto", "TrainingInfoProto", "SparseTensorProto", "StringStringEntryProto"):
+            if kind == "StringStringEntryProto" and message.key == KEY:
+                continue
+            raise Unsafe(f"it has a {kind}, which no file of fastgan export has")
+        if kind == "TensorProto" and message.data_location:
+            raise Unsafe("it names another file, external_data, to read weights from")
+        if kind == "AttributeProto" and (message.HasField("g") or message.graphs):
+            raise Unsafe(f"its attribute {message.name[:60]!r} holds a graph")
+        if kind == "NodeProto" and (message.domain or message.op_type not in _ONNX_OPERATIONS):
+            raise Unsafe(f"it calls {message.domain[:30]}{':' * bool(message.domain)}{message.op_type[:60]}")
+
+
+def _open_onnx(content: bytes, device: str) -> nn.Module:
     import onnxruntime
 
     if device != "cpu":
         raise ArgumentError("--device", device, "it may be cpu for an ONNX file; other formats run on a GPU")
+    _check_onnx(_onnx_model(content))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    meta = json.loads(session.get_modelmeta().custom_metadata_map[KEY])
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: Tensor) -> Tensor:
         given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(["images"], given)[0])
 
-    return Foreign(run, device, meta.get("batch")), meta
+    return Foreign(run, device, _onnx_meta(content).get("batch"))
 
 
 # --- TorchScript ------------------------------------------------------------------------------------------------------
@@ -272,23 +297,23 @@ def _write_torchscript(generator: nn.Module, meta: Meta, batch: int | None) -> b
     return file.getvalue()
 
 
-def _read_torchscript(content: bytes, device: str) -> tuple[nn.Module, Meta]:
-    """torch.jit.load builds only tensors and lists from its pickles, but compiles a program: its calls are checked."""
-    wrong = torchscript.forbidden(content)
-    if wrong is not None:
-        raise Unsafe(wrong)
-    extra = {KEY: ""}
+def _open_torchscript(content: bytes, device: str) -> nn.Module:
     with _silent():
-        script = torch.jit.load(io.BytesIO(content), map_location=device, _extra_files=extra)
-    meta = json.loads(extra[KEY])
-    return Foreign(script, device, meta.get("batch")), meta
+        script = torch.jit.load(io.BytesIO(content), map_location=device)
+    return Foreign(script, device, _archive_meta(content).get("batch"))
 
 
 FORMATS = {
-    "safetensors": Format(".safetensors", _write_safetensors, _read_safetensors),
-    "torch-export": Format(".pt2", _write_torch_export, _read_torch_export),
-    "onnx": Format(".onnx", _write_onnx, _read_onnx),
-    "torchscript": Format(".torchscript", _write_torchscript, _read_torchscript),
+    "safetensors": Format(
+        ".safetensors", _write_safetensors, _open_safetensors, _safetensors_meta, True, "fastgan.load({file!r})"
+    ),
+    "torch-export": Format(
+        ".pt2", _write_torch_export, _open_torch_export, _archive_meta, False, "torch.export.load({file!r}).module()"
+    ),
+    "onnx": Format(".onnx", _write_onnx, _open_onnx, _onnx_meta, True, "onnxruntime.InferenceSession({file!r})"),
+    "torchscript": Format(
+        ".torchscript", _write_torchscript, _open_torchscript, _archive_meta, False, "torch.jit.load({file!r})"
+    ),
 }
 
 
@@ -312,31 +337,74 @@ def _find(path: Path, suffixes: list[str]) -> Path | None:
         return path
     if not path.is_dir() or (path / "checkpoint.json").is_file() or (path / "checkpoints").is_dir():
         return None
-    for suffix in suffixes:
+    loaded = [it.suffix for it in FORMATS.values() if it.loads]
+    for suffix in loaded:
         if (path / f"model{suffix}").is_file():  # of several formats in one folder any does
             return path / f"model{suffix}"
-    found = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.name[0] != ".")
+    files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.name[0] != ".")
+    found = [file for file in files if file.suffix in loaded] or files
     if len(found) > 1:
         raise ArgumentError("RUN", str(path), f"it may be one of its files: {', '.join(file.name for file in found)}")
     return found[0] if found else None
 
 
 def read(file: Path, device: str = "cpu") -> tuple[nn.Module, Meta]:
-    """What computes images (see `Foreign`), and what is said of it; nothing is unpickled.
+    """The module that computes images (see `Foreign`), and what the file says of it. Nothing in the file is executed.
 
     Raises:
-        ArgumentError: the file is damaged, was not written by fastgan, or would have to execute what it brings along.
+        ArgumentError: the file is damaged, was not written by fastgan, holds a program, or holds more than weights and
+            a graph of known operations.
     """
-    name, it = next((name, it) for name, it in FORMATS.items() if it.suffix == file.suffix)
-    try:
+    it = _format_of(file)
+    if not it.loads:
+        loads = ", ".join(other.suffix for other in FORMATS.values() if other.loads)
+        use = it.opened_with.format(file=file.name)
+        why = f"a {it.suffix} file holds a program, which fastgan does not run. It may be a run, or a {loads} file"
+        raise ArgumentError("RUN", str(file), f"{why}; {use} opens this one, if you trust who made it")
+    with _described_errors(file):
         content = file.read_bytes()
         config = file.with_name("config.json")
-        if name == "safetensors" and KEY.encode() not in content[: 8 + int.from_bytes(content[:8], "little")]:
+        if it.suffix == ".safetensors" and KEY.encode() not in content[: 8 + int.from_bytes(content[:8], "little")]:
             if config.is_file():  # written by save_pretrained
-                return _built(content, _meta_of(json.loads(config.read_text())), device)
+                meta = _meta_of(json.loads(config.read_text()))
+                return _built(content, meta, device), meta
             if file.with_name("checkpoint.json").is_file():
                 raise ArgumentError("RUN", str(file), f"it may be the checkpoint it belongs to, {file.parent}")
-        return it.read(content, device)
+        return it.open(content, device), it.meta(content)
+
+
+def read_meta(file: Path) -> Meta:
+    """What an exported file of any format says of its generator; nothing but that description is parsed.
+
+    Raises:
+        ArgumentError: the file is damaged or was not written by fastgan.
+    """
+    with _described_errors(file):
+        return _format_of(file).meta(file.read_bytes())
+
+
+def reopen(file: Path) -> tuple[nn.Module, Meta]:
+    """A file that this process has just written, opened by the library that its users open it with.
+
+    Raises:
+        ArgumentError: that library cannot.
+    """
+    it = _format_of(file)
+    with _described_errors(file):
+        content = file.read_bytes()
+        return it.open(content, "cpu"), it.meta(content)
+
+
+def _format_of(file: Path) -> Format:
+    return next(it for it in FORMATS.values() if it.suffix == file.suffix)
+
+
+@contextlib.contextmanager
+def _described_errors(file: Path) -> Iterator[None]:
+    """Errors of a format's library as one line that names the file."""
+    name = next(name for name, it in FORMATS.items() if it.suffix == file.suffix)
+    try:
+        yield
     except (ArgumentError, ModuleNotFoundError):
         raise
     except Unsafe as error:

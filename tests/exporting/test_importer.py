@@ -107,10 +107,11 @@ def test_images_are_those_of_the_original(
     )
     assert importer.main([str(file), "--out", str(tmp_path / "out"), "--licence", "other"]) == 0
     trained = fastgan.load(tmp_path / "out")
-    z = torch.randn(5, LATENT)
+    z = torch.randn(5, LATENT, generator=torch.Generator().manual_seed(0))
     expected = zoo_forward(state, z, alpha, equalised)
     assert expected.shape[-1] == 4 * 2 ** (len(widths) - 1) and expected.std() > 0.1
-    torch.testing.assert_close(trained.module(z), expected, atol=1e-4, rtol=1e-4)
+    # Images are not bounded: rounding is relative to the largest value, not to each.
+    assert (trained.module(z) - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max())
 
 
 def test_an_import_is_sampled_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
