@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastgan.trained import TrainedGenerator
+    from fastgan.generator import TrainedGenerator
 
 __version__ = "0.1.0"
 
 
 def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
-    """The generator of a run or an exported file: `fastgan.load("RUN").sample(16, seed=0)`; `fastgan.trained.load`."""
-    from fastgan.trained import load
+    """The generator of a run or an exported file, see `fastgan.generator.load`: `fastgan.load("RUN").sample(16)`."""
+    from fastgan.generator import load
 
     return load(path, device)

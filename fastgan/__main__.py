@@ -2,6 +2,6 @@
 
 import sys
 
-from fastgan.commands import main
+from fastgan.cli.main import main
 
 sys.exit(main())

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import fastgan.kernels
 import torch
 import triton
-from fastgan.kernels import tiles
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+import fastgan.kernels
+from fastgan.kernels import tiles
 
 # Shared memory that one program may have, in bytes (CUDA C++ programming guide, table of compute capabilities).
 # "default" is what sm_86, sm_89 and sm_120 have, and is compiled for sm_86.

@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+
 from fastgan.kernels import tiles
 from fastgan.kernels.attention_first import backward_columns_kernel, backward_rows_kernel, forward_kernel
 from fastgan.kernels.attention_second import second_columns_kernel, second_rows_kernel, second_statistics_kernel
 from fastgan.kernels.launch import float32_precision, on, wide
-from torch import Tensor
 
 
 def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float, causal: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from fastgan.kernels.attention_tiles import LOG2_E, head_of, load, place, product, seen, statistic, store
 
 

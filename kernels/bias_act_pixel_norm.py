@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgan.kernels.bias_act import activate, slope_of_sign
 from fastgan.kernels.launch import channels_last, on
-from torch import Tensor
 
 TILE = 8192  # elements
 LARGEST = 4096  # channels that are kept

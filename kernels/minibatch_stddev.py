@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastgan.kernels.launch import channels_last, on
 from torch import Tensor
+
+from fastgan.kernels.launch import channels_last, on
 
 TILE = 4096  # elements
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fastgan.kernels.bias_act_pixel_norm import (
     bias_act_pixel_norm_backward,
     bias_act_pixel_norm_forward,
     bias_act_pixel_norm_second_backward,
 )
-from torch import Tensor
 
 _LINEAR = (0, 1.0, 1.0)
 

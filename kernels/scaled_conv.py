@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgan.kernels import tiles
 from fastgan.kernels.bias_act import activate
 from fastgan.kernels.launch import on, wide
-from torch import Tensor
 
 LINEAR = 0  # of fastgan.ops.bias_act.ACTS
 
@@ -178,7 +179,7 @@ def weight_kernel(
 
 def float32_precision() -> str:
     """How float32 is multiplied: as torch's own setting for convolutions says."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def _padded(channels: int) -> int:

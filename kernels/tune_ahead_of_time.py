@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 
 import torch
-from fastgan.kernels import attention, tiles, tune
-from fastgan.kernels.ahead_of_time import SHARED, TENSOR, Launch, Resources, compiled, launches
-from fastgan.kernels.tiles import Tile
 from torch import Tensor
 
-OPS = tuple(op for name in ("forward", "backward", "second backward") for op in tune.PASSES[name])
+from fastgan.kernels import attention, tiles
+from fastgan.kernels.ahead_of_time import SHARED, TENSOR, Launch, Resources, compiled, launches
+from fastgan.kernels.tile_candidates import PASSES, candidates, write
+from fastgan.kernels.tiles import Tile
+
+OPS = tuple(op for name in ("forward", "backward", "second backward") for op in PASSES[name])
 # Some tiles keep the compiler busy for many minutes; those that fit take it 1 to 10 seconds.
 SECONDS = 60
 
@@ -95,7 +97,7 @@ class Entry:
         """The table's, or where it has none the largest of those there are to try."""
         with contextlib.suppress(KeyError):
             return tiles.find_for(self.architecture, self.op, self.kind, self.size, self.odd)
-        return max(tune.candidates(self.op, self.kind, self.size), key=lambda it: (it.rows * it.cols, it.warps, it[3:]))
+        return max(candidates(self.op, self.kind, self.size), key=lambda it: (it.rows * it.cols, it.warps, it[3:]))
 
 
 def resources(entry: Entry, form: str, tile: Tile) -> Resources:
@@ -138,7 +140,7 @@ def nearest(start: Tile, op: str, kind: str, size: int) -> list[Tile]:
     """
     many = size >= (256 if kind == "half" else 128)  # features of which chunks are worth their loads
     sortable = []
-    for it in {start, *tune.candidates(op, kind, size)}:
+    for it in {start, *candidates(op, kind, size)}:
         same = it[:2] == start[:2]
         fewer = it.rows * it.cols <= start.rows * start.cols and it.stages <= start.stages
         if it != start and fewer and (many or kind == "float32" or it.chunk == start.chunk):
@@ -226,6 +228,6 @@ def run(wanted: list[Entry], check_only: bool) -> int:
                 wrong += 1
                 tqdm.write(f"{entry}: no tile fits, of {found.tried} compiled; {tuple(found.before)} {found.why}")
                 continue
-            tune.write(entry.architecture, {entry.op: {entry.key: found.tile}})
+            write(entry.architecture, {entry.op: {entry.key: found.tile}})
             tqdm.write(f"{entry}: {tuple(found.before)} -> {tuple(found.tile)} ({found.why})")
     return wrong

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +21,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests that are not for a GPU see none, as commands that they start would take it, and ranks share it."""
     if "not gpu" in (config.option.markexpr or ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """Training flushes denormal numbers for its whole process; the next test finds it as it was."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 class _Products(TorchDispatchMode):

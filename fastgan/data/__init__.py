@@ -6,18 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgan.data.pipeline import Batch, Pipeline, fade, open
-    from fastgan.data.preparing.preparation import prepare
-    from fastgan.data.sampler import Sampler, rank_positions
-    from fastgan.data.sources import Source, open_source
+    from fastgan.data.loading.pipeline import Batch, Pipeline, fade, open
+    from fastgan.data.loading.sampler import Sampler, rank_positions
+    from fastgan.data.preparation.prepare import prepare
+    from fastgan.data.source import Source
+    from fastgan.data.sources import open_source
 
 __all__ = ["Batch", "Pipeline", "Sampler", "Source", "fade", "open", "open_source", "prepare", "rank_positions"]
 
 _MODULES = {
-    "pipeline": ("Batch", "Pipeline", "fade", "open"),
-    "preparing.preparation": ("prepare",),
-    "sampler": ("Sampler", "rank_positions"),
-    "sources": ("Source", "open_source"),
+    "loading.pipeline": ("Batch", "Pipeline", "fade", "open"),
+    "preparation.prepare": ("prepare",),
+    "loading.sampler": ("Sampler", "rank_positions"),
+    "source": ("Source",),
+    "sources": ("open_source",),
 }
 
 

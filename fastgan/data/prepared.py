@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from fastgan.data.files import File, write_whole
 from fastgan.data.images import first_line, undecodable
-from fastgan.data.sources import Encoded, Source
+from fastgan.data.source import Encoded, Source
 from fastgan.errors import ArgumentError
+from fastgan.utils.files import File, write_whole
 
 FORMAT = "fastgan-prepared"
 SCHEMA = 1

@@ -11,16 +11,17 @@ import importlib
 import logging
 import os
 import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from fastgan.data.images import Checked, area_average, check, decode, first_line, is_grey, square, undecodable
-from fastgan.data.listing import walk
+from fastgan.data.images import Checked, check, decode, first_line, is_grey, square, undecodable
+from fastgan.data.prepared import PreparedSource, begun, is_prepared, read_manifest
+from fastgan.data.source import Encoded, Source, is_resolution
+from fastgan.data.walk import walk
 from fastgan.errors import ArgumentError
 
 _KINDS = (
@@ -29,87 +30,6 @@ _KINDS = (
 )
 _CIFAR_RECORD = 1 + 3 * 32 * 32
 logger = logging.getLogger(__name__)
-
-
-class Encoded(NamedTuple):
-    """The image files of a source as they are, for decoders other than Pillow.
-
-    read: a whole file, by index; safe from several threads. name: what to call it in an error. side: the centre
-    square of an image is to be brought to side x side, and area-averaged from there; exact: every image is so already.
-    kinds: format, mode and transparency as in `images.Checked`, of all files, with the name of one that is so.
-    """
-
-    read: Callable[[int], bytes]
-    name: Callable[[int], str]
-    side: int
-    kinds: dict[tuple[str, str, bool], str]
-    exact: bool = False
-
-
-class Source(ABC):
-    """A fixed set of images.
-
-    `name`: the kind, as in `--data`; `path`: where it lies, or None. `channels`, `resolution` (the target,
-    px). `labels`: int64 [N] or None; `num_classes`: 0 without labels. `fingerprint`: 16 hex digits that
-    change when the data does, whatever folder it lies in. `skipped`: (file, reason) for files that are no
-    images. Reading is safe from several threads.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        resolution: int,
-        channels: int,
-        labels: np.ndarray | None,
-        num_classes: int,
-        fingerprint: str,
-        path: Path | None = None,
-        skipped: Iterable[tuple[str, str]] = (),
-    ) -> None:
-        self.name = name
-        self.path = path
-        self.channels = channels
-        self.resolution = resolution
-        self.labels = labels
-        self.num_classes = num_classes
-        self.fingerprint = fingerprint
-        self.skipped = list(skipped)
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def _target(self, index: int) -> np.ndarray:
-        """One image at the target resolution: uint8 [C, resolution, resolution]."""
-
-    def read(self, index: int, resolution: int) -> np.ndarray:
-        """One image: uint8 [C, resolution, resolution], area-averaged from the target size.
-
-        Raises: ArgumentError if `resolution` is no power of two from 4 to the target, or the file cannot be
-        decoded; IndexError if `index` is outside [0, N).
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        self.check_resolution(resolution)
-        return area_average(self._target(index), resolution)
-
-    def arrays(self, resolution: int) -> list[np.ndarray] | None:
-        """What lies decoded on the disk: memory-mapped uint8 [n, C, resolution, resolution], in order; None: nothing.
-
-        Raises: ArgumentError naming a file that is not what it should be.
-        """
-        return None
-
-    def encoded(self, resolution: int) -> Encoded | None:
-        """The image files from which images of `resolution` are made; None if there are no such files."""
-        return None
-
-    def check_resolution(self, resolution: int) -> None:
-        """Raises: ArgumentError if images cannot be read at `resolution`."""
-        if not _is_resolution(resolution) or resolution > self.resolution:
-            may_be = f"it may be a power of two from 4 to {self.resolution}"
-            raise ArgumentError("--resolution", resolution, may_be)
 
 
 def open_source(spec: str, resolution: int, channels: int | None = None, seed: int = 0) -> Source:
@@ -124,10 +44,8 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
     or a channel count or resolution the source does not have.
     """
     kind, _, place = spec.partition(":")
-    if not _is_resolution(resolution):
+    if not is_resolution(resolution):
         raise ArgumentError("--resolution", resolution, "it may be a power of two from 4")
-    from fastgan.data.prepared import PreparedSource, begun, is_prepared, read_manifest  # which needs `Source`
-
     if kind == "prepared" or is_prepared(Path(spec).expanduser()):
         path = Path(place if kind == "prepared" else spec).expanduser()
         return PreparedSource(read_manifest(path), resolution, channels)
@@ -413,10 +331,6 @@ def _sample(file: Path) -> int:
     with file.open("rb") as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4096) // 2)
         return zlib.crc32(stream.read(4096))
-
-
-def _is_resolution(resolution: int) -> bool:
-    return resolution >= 4 and resolution & (resolution - 1) == 0
 
 
 def _require_channels(name: str, own: int, asked: int | None) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgan.data.files import write_whole
 from fastgan.evaluation import ranks
 from fastgan.evaluation.classes import ClassScore, ModeCounts
 from fastgan.evaluation.features import Extractor
 from fastgan.evaluation.frechet import Moments
 from fastgan.evaluation.similarity import PairSimilarity
 from fastgan.evaluation.sliced_wasserstein import Patches
+from fastgan.utils.files import write_whole
 
 # Feature vectors that are kept for the metrics of neighbours, and images in the pairs of MS-SSIM.
 KEPT = 10_000

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan import noise
+from fastgan.utils import counter_rng
 
 PATCH = 7
 PATCHES = 128
@@ -106,7 +106,7 @@ class Patches:
         """Patches [N, 128, C, 7, 7] of one level, on the CPU."""
         n, c, r, _ = level.shape
         places = r - PATCH + 1
-        unit = noise.uniform(self.seed, f"{self.stream} patches at {r} px", indices, 2 * PATCHES)
+        unit = counter_rng.uniform(self.seed, f"{self.stream} patches at {r} px", indices, 2 * PATCHES)
         corner = (unit * places).long().clamp(max=places - 1).to(level.device)
         inside = torch.arange(PATCH, device=level.device)
         y = corner[:, :PATCHES, None] + inside

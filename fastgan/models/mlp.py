@@ -2,8 +2,8 @@
 
 The generator has two hidden layers of rectifiers, the discriminator two of maxout units, as many (the authors: 1200
 and 240). The paper's dropout in the discriminator is left out: it would be the one random number of a step that no
-sample owns (see `fastgan.noise`). Images are in [-1, 1] and the output is a tanh, for the authors' [0, 1] and sigmoid.
-Weights start as torch's do.
+sample owns (see `fastgan.utils.counter_rng`). Images are in [-1, 1] and the output is a tanh, for the authors' [0, 1]
+and sigmoid. Weights start as torch's do.
 """
 
 from __future__ import annotations

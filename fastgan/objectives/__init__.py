@@ -1,7 +1,7 @@
 """Losses and regularisers: pure functions, orthogonal to the networks."""
 
 from fastgan.objectives.losses import Loss, hinge, least_squares, minimax, wasserstein
-from fastgan.objectives.regularisers import (
+from fastgan.objectives.regularizers import (
     clip_weights,
     gradient_penalty,
     real_penalty,

@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 from fastgan.ops import attention_chunked
 from fastgan.ops.autograd import autocast, autocasts, without_autocast
 from fastgan.ops.backend import Implementation, Op, forward_mode
-from fastgan.ops.implementations import functions, kernels, no_third_order, number, tracked
+from fastgan.ops.kernel_registry import functions, kernels, no_third_order, number, tracked
 
 
 def scaled_dot_product_attention(

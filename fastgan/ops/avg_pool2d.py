@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from fastgan.ops.backend import LEAN, Op, forward_mode
 from fastgan.ops.bias_act import SMALL
-from fastgan.ops.implementations import dense, kernels, tracked
+from fastgan.ops.kernel_registry import dense, kernels, tracked
 
 AVG_POOL2D = Op("avg_pool2d", {"cpp": kernels("avg_pool2d")["cpp"], "lean": LEAN}, forward_mode=True)
 Op("interpolate_nearest")

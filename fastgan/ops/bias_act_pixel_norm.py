@@ -21,7 +21,7 @@ from fastgan.ops.autograd import asked, node_of
 from fastgan.ops.backend import Op
 from fastgan.ops.bias_act import ACTS, LINEAR, LRELU, PIECEWISE_LINEAR, bias_sum, check, refuse_options
 from fastgan.ops.bias_act import reference as bias_act_reference
-from fastgan.ops.implementations import (
+from fastgan.ops.kernel_registry import (
     accumulate_dtype,
     add,
     dense,

@@ -30,7 +30,7 @@ from fastgan.ops.avg_pool2d import avg_pool2d, halve, interpolate_nearest
 from fastgan.ops.backend import LEAN, Implementation, Judge, Op, forward_mode, transformed
 from fastgan.ops.bias_act import SMALL, bias_act, check
 from fastgan.ops.conv_products import CPP, Geometry, Way, convolution, forward, in_channels_last, way_of
-from fastgan.ops.implementations import number, plain, tracked
+from fastgan.ops.kernel_registry import number, plain, tracked
 
 Ints = int | tuple[int, ...]
 
@@ -275,11 +275,11 @@ def _with_box(w: Tensor, way: str, last: bool = False) -> Tensor:
 def _form(way: str, pixels: int, pairs: int, last: bool = False, bf16: bool = False) -> str:
     """How to go: "fused", one strided convolution; "steps", two; "small", two of PyTorch's own.
 
-    On a CPU, from times on two cores (benchmarks/bench_conv.py), by the pixels of the smaller image times the batch,
-    the pairs of channels, and whether the image is in channels_last. To make the 4x4 kernel costs as much as some
-    hundred of its pixels, and to handle it a tenth of a millisecond; in the smallest convolutions Python's autograd
-    Functions take a good part of the time. PyTorch's double backward sends no zeros either, only its weight gradient is
-    slower. In bfloat16 there is less to save, as the convolution takes half the time and the rest the same.
+    On a CPU, from times on two cores (benchmarks/ops/bench_conv.py), by the pixels of the smaller image times the
+    batch, the pairs of channels, and whether the image is in channels_last. To make the 4x4 kernel costs as much as
+    some hundred of its pixels, and to handle it a tenth of a millisecond; in the smallest convolutions Python's
+    autograd Functions take a good part of the time. PyTorch's double backward sends no zeros either, only its weight
+    gradient is slower. In bfloat16 there is less to save, as the convolution takes half the time and the rest the same.
     """
     work = pixels * pairs
     kernel_pays = pixels >= (256 if pairs <= 2**16 or (last and way == "down") else 400)

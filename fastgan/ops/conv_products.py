@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from fastgan.ops.autograd import asked, node_of
 from fastgan.ops.backend import Implementation, forward_mode
-from fastgan.ops.implementations import dense, kernels, like
+from fastgan.ops.kernel_registry import dense, kernels, like
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 

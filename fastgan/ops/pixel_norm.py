@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from fastgan.ops.autograd import asked, node_of
 from fastgan.ops.backend import Op
-from fastgan.ops.implementations import (
+from fastgan.ops.kernel_registry import (
     accumulate_dtype,
     add,
     check_features,

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from fastgan.ops.autograd import asked, autocast, node_of, without_autocast
 from fastgan.ops.backend import Implementation
 from fastgan.ops.bias_act import LINEAR, PIECEWISE_LINEAR, _BiasActBackward, _Settings, refuse_options
-from fastgan.ops.implementations import functions, kernels, like, tracked
+from fastgan.ops.kernel_registry import functions, kernels, like, tracked
 
 
 def implementation() -> Implementation:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastgan.config import Config, batch_at, working_ranks
+from fastgan.config.stages import Stage
 from fastgan.data import Source
-from fastgan.training.build import engine_settings, plan
-from fastgan.training.engine import own_reduction
-from fastgan.training.growth import Stage
-from fastgan.training.plan import Footprint, footprint
-from fastgan.training.scaling import Cluster, NetworkTime, StageTime, stage_seconds, step_seconds
-from fastgan.training.steptimes import Bench, StepTimes, Timing, free_bytes
+from fastgan.planning.communication import Cluster, NetworkTime, StageTime, stage_seconds, step_seconds
+from fastgan.training.distributed.engine import own_reduction
+from fastgan.training.dry_run import Footprint, footprint
+from fastgan.training.factory import engine_settings, plan
+from fastgan.training.step_measurement import Bench, StepTimes, Timing, free_bytes
 
 # Beyond what a step keeps: workspaces of convolutions, the allocator's gaps, the images.
 _MEMORY_HEADROOM = 1.3

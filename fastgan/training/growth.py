@@ -1,75 +1,9 @@
-"""The schedule of progressive growing, as a function of the images seen (Karras et al. 2018, section 3)."""
+"""Growing a progressive network: the next resolution starts from the weights of the one below (Karras et al. 2018)."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import nn
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A resolution and its images: [start, fade_end) blends it in, [fade_end, end) trains it alone."""
-
-    resolution: int
-    start: int
-    fade_end: int
-    end: int
-
-    def alpha(self, images: int) -> float:
-        """Share of the new resolution once `images` have been seen: 0 at `start`, 1 from `fade_end` on."""
-        if images >= self.fade_end:
-            return 1.0
-        return max(0.0, (images - self.start) / (self.fade_end - self.start))
-
-
-def stages(
-    resolution: int,
-    kimg: float,
-    *,
-    progressive: bool,
-    fade_kimg: float | None = None,
-    stable_kimg: float | None = None,
-    grown_at: float | None = None,
-) -> list[Stage]:
-    """The stages of a run; one stage without a fade when not `progressive`.
-
-    The first resolution, 4, has no fade. By default every resolution gets an equal share of `kimg`, half of it fading;
-    the last one trains to the end. With `grown_at`, all fades and what lies between them have one length, so that the
-    last fade ends after that share of the run. Stages that would begin after `kimg` are left out.
-    """
-    total = round(kimg * 1000)
-    if not progressive:
-        return [Stage(resolution, 0, 0, total)]
-    sizes = [2**i for i in range(2, int(math.log2(resolution)) + 1)]
-    share = 1000 * kimg / len(sizes)
-    if fade_kimg is None and stable_kimg is None:
-        fade = stable = share / 2
-        first = share
-        if grown_at is not None and len(sizes) > 1:
-            fade = stable = first = 1000 * kimg * grown_at / (2 * (len(sizes) - 1))
-    else:
-        fade = share / 2 if fade_kimg is None else 1000 * fade_kimg
-        stable = fade if stable_kimg is None else 1000 * stable_kimg
-        first = stable
-    planned: list[Stage] = []
-    start = 0.0
-    for size in sizes:
-        fade_end = start + (fade if size > 4 else 0.0)
-        end = fade_end + (stable if size > 4 else first)
-        if round(start) < total:
-            planned.append(Stage(size, round(start), round(fade_end), round(end)))
-        start = end
-    last = planned[-1]
-    planned[-1] = Stage(last.resolution, last.start, last.fade_end, total)
-    return planned
-
-
-def stage_at(planned: list[Stage], images: int) -> Stage:
-    """The stage that the next step after `images` belongs to."""
-    return next((stage for stage in planned if images < stage.end), planned[-1])
 
 
 def inherit(grown: nn.Module, small: dict[str, torch.Tensor]) -> None:

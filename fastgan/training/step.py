@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastgan import noise
 from fastgan.objectives import Loss
+from fastgan.utils import counter_rng
 
 
 class Regulariser(Protocol):
@@ -80,7 +80,7 @@ class Step:
             if not generator_first:
                 score_real = self.discriminator(real, labels)
             with torch.no_grad():
-                latent = noise.normal(self.seed, "latent of D's step", positions, self.latent)
+                latent = counter_rng.normal(self.seed, "latent of D's step", positions, self.latent)
                 fake = self.generator(latent, labels)
             fake = fake.to(real.dtype)
             if generator_first:
@@ -93,7 +93,7 @@ class Step:
             loss = loss + self.drift * score_real.square().mean()
         if self.penalty is not None:
             coefficient, regulariser = self.penalty
-            weight = noise.uniform(self.seed, "interpolation", positions, 1)[:, 0]
+            weight = counter_rng.uniform(self.seed, "interpolation", positions, 1)[:, 0]
             with self._autocast(real.device, self.penalty_precision):
                 penalty = regulariser(lambda x: self.discriminator(x, labels), real, fake, weight=weight)
             seen["penalty"] = penalty
@@ -110,10 +110,10 @@ class Step:
     def generator_loss(self, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of the generator; `positions`, int64 [N], are those of the last discriminator step."""
         with self._autocast(positions.device, self.precision):
-            latent = noise.normal(self.seed, "latent of G's step", positions, self.latent)
+            latent = counter_rng.normal(self.seed, "latent of G's step", positions, self.latent)
             labels = None
             if self.num_classes:
-                labels = noise.integers(self.seed, "label of G's step", positions, self.num_classes)
+                labels = counter_rng.integers(self.seed, "label of G's step", positions, self.num_classes)
             scores = self.discriminator(self.generator(latent, labels), labels).float()
         loss = self.loss.generator(scores)
         return loss, {"loss_g": loss.detach()}

@@ -17,10 +17,15 @@ from fastgan import __version__, models
 from fastgan import data as data_room
 from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, batch_at, batches_for_all, working_ranks
+from fastgan.config.stages import Stage, stage_at
+from fastgan.generator import sample_images
 from fastgan.models.pggan import Progressive
-from fastgan.trained import sample_images
-from fastgan.training import saving
-from fastgan.training.build import (
+from fastgan.training.checkpoints import contents
+from fastgan.training.distributed.engine import DeepSpeedEngine, Engine, TorchEngine, own_reduction
+from fastgan.training.distributed.gradient_reducer import spread
+from fastgan.training.distributed.process_group import World
+from fastgan.training.ema import Ema
+from fastgan.training.factory import (
     build_step,
     engine_settings,
     intervals,
@@ -29,20 +34,16 @@ from fastgan.training.build import (
     plan,
     rates,
 )
-from fastgan.training.ema import Ema
-from fastgan.training.engine import DeepSpeedEngine, Engine, TorchEngine, own_reduction
-from fastgan.training.finite import FiniteCheck
-from fastgan.training.growth import Stage, inherit, stage_at
-from fastgan.training.interrupt import Interrupt
-from fastgan.training.log import Log
-from fastgan.training.pace import Pace
-from fastgan.training.ranklog import LOGGER, rank_log
-from fastgan.training.reduce import spread
+from fastgan.training.growth import inherit
+from fastgan.training.observability.metrics_log import Log
+from fastgan.training.observability.nonfinite import FiniteCheck
+from fastgan.training.observability.rank_log import LOGGER, rank_log
+from fastgan.training.observability.stragglers import Pace
+from fastgan.training.resilience.signals import Interrupt
 from fastgan.training.step import Meters, frozen
-from fastgan.training.world import World
 
 if TYPE_CHECKING:
-    from fastgan.training.evaluating import Evaluator
+    from fastgan.training.evaluator import Evaluator
 
 
 class NonFiniteError(RuntimeError):
@@ -350,7 +351,7 @@ class Trainer:
             "discriminator": dict(self.step.discriminator.state_dict()),
             "optimiser_g": self._engines[0].state(),
             "optimiser_d": self._engines[1].state(),
-            "random": saving.random_state(self.world),
+            "random": contents.random_state(self.world),
         }
         meta = {
             "version": __version__,
@@ -361,16 +362,16 @@ class Trainer:
             "ema_steps": int(self.ema.steps.item()),
             "resolution": self.resolution,
             "world_size": self.world.size,
-            **saving.settings(self.config),
+            **contents.settings(self.config),
             "data": self.pipeline.state_dict(),
         }
         ema, keep = dict(self.ema.module.state_dict()), self.config.run.keep
-        self._last_good = saving.write(self.world, self.run_path, keep, meta, ema, training, self._last_good)
+        self._last_good = contents.write(self.world, self.run_path, keep, meta, ema, training, self._last_good)
         return self._last_good
 
     def _restore(self, resume: Checkpoint) -> None:
         meta = resume.meta
-        saving.check(resume, self.config, self._network_values(meta["resolution"]), self.stages)
+        contents.check(resume, self.config, self._network_values(meta["resolution"]), self.stages)
         self.pipeline.load_state_dict(meta["data"])
         self.images, self.steps = meta["images"], meta["steps"]
         training = resume.training()
@@ -478,13 +479,13 @@ class Trainer:
         run = self.config.run
         if run.evaluate_kimg is None:
             return None
-        from fastgan.training.evaluating import Evaluator
+        from fastgan.training.evaluator import Evaluator
 
         return Evaluator(self.source, run.evaluate_n, run.evaluate_features, run.seed, self.world.device)
 
     def _evaluate(self, log: Log, evaluator: Evaluator) -> None:
         """A collective. The time it takes is not counted as training's."""
-        from fastgan.training.evaluating import append
+        from fastgan.training.evaluator import append
 
         began = time.monotonic()
         self._catch_up()

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hosts
 import pytest
 import torch
 from faults import finish, moment, ranks, start
 from hosts import Hosts
 
 import fastgan
-from fastgan import prepare
+from fastgan.cli import prepare
 
 MakeHosts = Callable[..., Hosts]
 
@@ -106,7 +107,7 @@ def clock(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
         pytest.skip("no C compiler for a host's own clock")
     folder = tmp_path_factory.mktemp("clock")
     library = folder / "clock.so"
-    source = Path(__file__).with_name("shifted_clock.c")
+    source = Path(hosts.__file__).with_name("shifted_clock.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
     (folder / "shift").write_text("0")
     return str(library), folder / "shift"

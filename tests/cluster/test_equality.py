@@ -13,7 +13,7 @@ from hosts import Hosts
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgan.training.world import World
+from fastgan.training.distributed.process_group import World
 
 SCRIPT = Path(ranks.__file__)
 Results = dict[str, dict[str, Tensor]]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import hosts
 import pytest
 from hosts import Hosts, _namespaces
 
@@ -85,7 +86,7 @@ def test_nothing_is_left_when_a_test_process_is_killed(possible: None, tmp_path:
         "h = Hosts(1, Path(sys.argv[1]), disk_mb=1); h.run(0, ['sleep', '1000']); print(h._prefix, flush=True); "
         "time.sleep(1000)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(hosts.__file__).parent)}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True,
                                env=environment)  # fmt: skip
     assert process.stdout is not None

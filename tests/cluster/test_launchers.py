@@ -15,7 +15,7 @@ import yaml
 from faults import FLAGS, finish
 from hosts import ROOT, Hosts
 
-from fastgan import train
+from fastgan.cli import train
 
 SCRIPT = str(ROOT / "fastgan" / "train.py")
 

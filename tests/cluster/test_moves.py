@@ -12,7 +12,7 @@ import resumes
 import torch
 from hosts import Hosts
 
-from fastgan.training.world import World
+from fastgan.training.distributed.process_group import World
 
 SCRIPT = Path(resumes.__file__)
 VARIANTS = ("wgan-gp", "pggan")

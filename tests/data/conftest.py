@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fastgan.data import prepared
-from fastgan.data.files import File, write_whole
+from fastgan.data.preparation.shards import ShardWriter, read_index
 from fastgan.data.prepared import Manifest, Shard
-from fastgan.data.preparing.shards import ShardWriter, read_index
+from fastgan.utils.files import File, write_whole
 
 
 def write_array(file: Path, array: np.ndarray) -> File:

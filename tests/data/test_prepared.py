@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from fastgan.data import prepared
-from fastgan.data.files import File
 from fastgan.data.images import area_average
 from fastgan.data.prepared import Level, Manifest, PreparedSource, is_prepared, read_manifest
 from fastgan.errors import ArgumentError
+from fastgan.utils.files import File
 
 Writer = Callable[..., Manifest]
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgan import checkpoint, train
+from fastgan import checkpoint
+from fastgan.cli import train
 from fastgan.data.prepared import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,20 +2,17 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stubs import Stub, draw
 from torch import Tensor
 
 from fastgan.evaluation import collect, ranks
 from fastgan.evaluation.collect import Collected, FeatureRows, discard, read_tensors, stream, write_tensors
-
-sys.path.insert(0, str(Path(__file__).parent))
-from stubs import Stub, draw
 
 
 def empty(*metrics: str) -> Collected:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stubs
 import torch
+from stubs import ALL, Stub, draw
 from torch import Tensor
 
 from fastgan.data import Source, open_source
@@ -23,9 +25,6 @@ from fastgan.evaluation.frechet import Moments, frechet_distance
 from fastgan.evaluation.measure import Evaluation, choose, expected_modes
 from fastgan.evaluation.neighbours import density_coverage, precision_recall
 from fastgan.evaluation.similarity import PairSimilarity
-
-sys.path.insert(0, str(Path(__file__).parent))
-from stubs import ALL, Stub, draw
 
 
 def silent(text: str) -> None:
@@ -414,7 +413,7 @@ def test_two_ranks_find_what_one_process_finds(digits: Source, tmp_path: Path) -
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(Path(__file__).with_name("stubs.py")), str(tmp_path / "found.json")]
+    command = [sys.executable, stubs.__file__, str(tmp_path / "found.json")]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
     ]

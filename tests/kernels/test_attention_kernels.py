@@ -7,9 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from fastgan.kernels import attention, launch, tiles, tune, tune_ahead_of_time
 from torch import Tensor
 from triton_offline import DEVICES, DTYPES, check, check_launches, check_resources, running
+
+from fastgan.kernels import attention, launch, tile_candidates, tiles, tune_ahead_of_time
 
 OPS = ("forward", "backward_rows", "backward_columns", "second_statistics", "second_rows", "second_columns")
 NAMES = ("o", "dq", "dk", "dv", "gq", "gk", "gv", "gdo")
@@ -198,7 +199,7 @@ def test_strides_that_are_no_multiples_of_16_have_tiles_of_their_own(monkeypatch
 SLOW = pytest.mark.slow
 FORMS = [
     pytest.param(size, form, marks=[SLOW] * ((size, form) != (64, "even")))
-    for size in tune.SIZES
+    for size in tile_candidates.SIZES
     for odd in (False, True)
     for form in tune_ahead_of_time.forms(size, odd)
 ]

@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastgan.kernels import bias_act as kernels
 from torch import Tensor
 from triton_offline import DTYPES, check, check_resources, running
+
+from fastgan.kernels import bias_act as kernels
 
 op = importlib.import_module("fastgan.ops.bias_act")  # the name in fastgan.ops is the function
 

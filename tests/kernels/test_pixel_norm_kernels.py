@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastgan.kernels import bias_act_pixel_norm as kernels
-from fastgan.kernels import pixel_norm
 from torch import Tensor
 from triton_offline import DTYPES, check, check_resources, running
+
+from fastgan.kernels import bias_act_pixel_norm as kernels
+from fastgan.kernels import pixel_norm
 
 op = importlib.import_module("fastgan.ops.bias_act_pixel_norm")  # the name in fastgan.ops is the function
 plain_op = importlib.import_module("fastgan.ops.pixel_norm")

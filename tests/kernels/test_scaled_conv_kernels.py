@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from fastgan.kernels import scaled_conv, tiles
 from torch import Tensor
 from triton_offline import DEVICES, DTYPES, check, check_resources, running
 
 from fastgan import ops
+from fastgan.kernels import scaled_conv, tiles
 from fastgan.ops import conv
 from fastgan.ops.backend import Implementation
 from fastgan.ops.bias_act import ACTS

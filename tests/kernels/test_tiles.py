@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastgan.kernels import tiles, tune, tune_ahead_of_time
-from fastgan.kernels.ahead_of_time import Resources
-from fastgan.kernels.tiles import Tile
 from triton_offline import running
 
+from fastgan.kernels import tile_candidates, tiles, tune, tune_ahead_of_time
+from fastgan.kernels.ahead_of_time import Resources
+from fastgan.kernels.tiles import Tile
+
 CPU = torch.device("cpu")
-OPS = [op for ops in tune.PASSES.values() for op in ops]
+OPS = [op for ops in tile_candidates.PASSES.values() for op in ops]
 
 
 def test_every_operation_has_a_tile_for_every_kind_and_size() -> None:
-    for op, kind, size in itertools.product(OPS, tiles.KINDS, tune.SIZES):
+    for op, kind, size in itertools.product(OPS, tiles.KINDS, tile_candidates.SIZES):
         tile = tiles.find(op, kind, size, CPU)
         assert min(tile.rows, tile.cols) >= 16 and tile.warps in (1, 2, 4, 8, 16) and tile.stages >= 1
         assert tile.chunk == 0 or tile.chunk >= 16
@@ -49,7 +50,9 @@ def test_an_architecture_has_its_own_tiles_or_the_default(monkeypatch: pytest.Mo
 def test_what_was_tuned_is_merged_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tiles.table()
     monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
-    tune.write("sm_77", {"attention_forward": {"half/64": Tile(16, 32, 4, 2), "half/64/odd": Tile(16, 16, 4, 2)}})
+    tile_candidates.write(
+        "sm_77", {"attention_forward": {"half/64": Tile(16, 32, 4, 2), "half/64/odd": Tile(16, 16, 4, 2)}}
+    )
     try:
         assert tiles.table()["sm_77"]["attention_forward"]["half/64"] == Tile(16, 32, 4, 2)
         assert tiles.table()["sm_77"]["attention_forward"]["half/64/odd"] == Tile(16, 16, 4, 2)
@@ -150,8 +153,8 @@ def test_a_compiler_that_does_not_end_is_given_up() -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("kind", tiles.KINDS)
 def test_there_are_candidates_to_tune(op: str, kind: str) -> None:
-    for size in tune.SIZES:
-        assert len(list(tune.candidates(op, kind, size))) > 5
+    for size in tile_candidates.SIZES:
+        assert len(list(tile_candidates.candidates(op, kind, size))) > 5
 
 
 def test_new_tensors_are_full_of_nan_where_kernels_are_tested() -> None:

@@ -20,7 +20,7 @@ import torch
 
 import fastgan
 from fastgan.ops import extension
-from fastgan.ops.implementations import kernels
+from fastgan.ops.kernel_registry import kernels
 
 REPOSITORY = Path(fastgan.__file__).parents[1]
 CSRC = REPOSITORY / "csrc"

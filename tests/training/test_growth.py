@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastgan.training.growth import Stage, inherit, stage_at, stages
-from fastgan.variants import VARIANTS
+from fastgan.config.stages import Stage, stage_at, stages
+from fastgan.config.variants import VARIANTS
+from fastgan.training.growth import inherit
 
 
 def boundaries(planned: list[Stage]) -> list[tuple[int, int, int, int]]:

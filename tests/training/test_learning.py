@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fastgan import data
+from fastgan.cli.train import parse
+from fastgan.config.variants import VARIANTS
 from fastgan.evaluation.sliced_wasserstein import sliced_wasserstein
-from fastgan.train import parse
-from fastgan.trained import sample_images
-from fastgan.training import world as processes
+from fastgan.generator import sample_images
+from fastgan.training.distributed import process_group as processes
 from fastgan.training.trainer import Trainer
-from fastgan.variants import VARIANTS
 
 FLAGS = {
     "gan": "--width 64 --kimg 12 --lr-g 1e-3 --lr-d 1e-3",

@@ -13,8 +13,8 @@ import json, resource, sys, time
 import torch
 from pathlib import Path
 from fastgan import data
-from fastgan.train import parse
-from fastgan.training import world as processes
+from fastgan.cli.train import parse
+from fastgan.training.distributed import process_group as processes
 from fastgan.training.trainer import Trainer
 
 from PIL import Image

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fastgan import data
+from fastgan.cli.train import parse
 from fastgan.evaluation.sliced_wasserstein import sliced_wasserstein
+from fastgan.generator import sample_images
 from fastgan.ops import attention_chunked, use_backend
-from fastgan.train import parse
-from fastgan.trained import sample_images
-from fastgan.training import world as processes
+from fastgan.training.distributed import process_group as processes
 from fastgan.training.trainer import Trainer
 
 FLAGS = "--variant sagan --loss wasserstein --regulariser gradient-penalty --resolution 8 --latent 16 --batch 32"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from host_reads import HostReads
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgan import checkpoint, data
+from fastgan.cli.train import parse
 from fastgan.objectives import gradient_penalty, wasserstein
-from fastgan.train import parse
-from fastgan.training import world as processes
+from fastgan.training.distributed import process_group as processes
 from fastgan.training.step import Meters, Step
 from fastgan.training.trainer import NonFiniteError, Trainer
 
@@ -35,30 +34,6 @@ def make(variant: str, run: Path, *flags: str) -> Trainer:
     source = data.open_source("digits", request.config.schedule.resolution)
     run.mkdir(exist_ok=True)
     return Trainer(request.config, variant, world, source, run)
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what would make a device wait: scalars read by any route, and copies to the host."""
-
-    READS = ("tolist", "numpy", "cpu", "item", "__bool__", "__float__", "__int__", "__index__", "nonzero")
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-        for name in self.READS:
-            monkeypatch.setattr(torch.Tensor, name, self._counting(name, getattr(torch.Tensor, name)))
-
-    def _counting(self, name: str, original: Any) -> Any:
-        def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.seen[name] += 1
-            return original(tensor, *args, **kwargs)
-
-        return counted
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            self.seen[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("variant", list(SMALL))

@@ -1,0 +1,23 @@
+"""bias_act beside plain PyTorch: `pytest benchmarks/ops/bench_bias_act.py --benchmark-only`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.ops.feature_maps import measure, parametrize
+from fastgan import ops
+
+
+def plain(x: Tensor, bias: Tensor) -> Tensor:
+    return F.leaky_relu(x + bias[:, None, None], 0.2)
+
+
+@pytest.mark.benchmark(group="bias_act (16, 256, 64, 64)")
+@parametrize
+def test_bias_act(benchmark: Any, mode: str, dtype: torch.dtype, channels_last: bool) -> None:
+    measure(benchmark, ops.bias_act, plain, mode=mode, dtype=dtype, channels_last=channels_last, bias=True)

@@ -1,0 +1,22 @@
+"""pixel_norm beside plain PyTorch: `pytest benchmarks/ops/bench_pixel_norm.py --benchmark-only`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.ops.feature_maps import measure, parametrize
+from fastgan import ops
+
+
+def plain(x: Tensor, eps: float = 1e-8) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps)
+
+
+@pytest.mark.benchmark(group="pixel_norm (16, 256, 64, 64)")
+@parametrize
+def test_pixel_norm(benchmark: Any, mode: str, dtype: torch.dtype, channels_last: bool) -> None:
+    measure(benchmark, ops.pixel_norm, plain, mode=mode, dtype=dtype, channels_last=channels_last)

@@ -1,0 +1,59 @@
+"""What all ranks must have in common before they train together."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from typing import Any
+
+import torch
+
+from fastgan import __version__
+from fastgan.config import Config, Schedule, batch_at, to_dict
+from fastgan.errors import ArgumentError
+from fastgan.training.distributed.process_group import World
+from fastgan.training.resilience.heartbeat import host
+
+
+def same(world: World, values: dict[str, Any]) -> None:
+    """Refuse a rank whose `values` (by the name that an error gives them) are not those of rank 0; a collective.
+
+    Clocks are not compared: nothing in a run is computed from the time, and the run's name is rank 0's.
+
+    Raises:
+        ArgumentError: on rank 0, naming the host and both values; SystemExit: on the others, which have nothing to add.
+    """
+    gathered = world.gather((host(), values))
+    first_host, first = gathered[0]
+    for rank, (name, theirs) in enumerate(gathered):
+        for key, ours in first.items():
+            if theirs[key] != ours:
+                world.done()
+                if not world.main:
+                    raise SystemExit(2)
+                raise ArgumentError(
+                    f"{key} on {name} (rank {rank})", theirs[key], f"it may be {ours!r}, as on {first_host} (rank 0)"
+                )
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What decides what is computed: versions, and every flag but those of the machine alone."""
+    values: dict[str, Any] = {"fastgan's version": __version__, "torch's version": str(torch.__version__)}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        values["deepspeed's version"] = importlib.metadata.version("deepspeed")
+    for section, content in to_dict(config).items():
+        for key, value in content.items():
+            if (section, key) not in (("system", "threads"), ("data", "workers"), ("data", "resident_gb")):
+                values[f"--{key.replace('_', '-')}"] = value
+    return values
+
+
+def accumulation_for(parts: int, world: int, schedule: Schedule, resolutions: list[int]) -> int | None:
+    """Micro-batches that let `world` ranks cut the global batch into `parts`, or as near to that as it divides.
+
+    The batch, and with it the result, then does not depend on how many ranks there are: a rank more takes a share that
+    accumulation took before. None: the batch does not divide over so many ranks at all.
+    """
+    batches = [batch_at(schedule, resolution) for resolution in resolutions]
+    able = [a for a in range(1, min(batches) // world + 1) if all(batch % (a * world) == 0 for batch in batches)]
+    return min(able, key=lambda a: (abs(a * world - parts), -a), default=None)

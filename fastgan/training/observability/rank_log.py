@@ -1,0 +1,98 @@
+"""What each rank has to say, in a file of its own: RUN/logs/rank-0003.log.
+
+It is the logger `LOGGER` of Python's logging, so that any thread may speak; warnings of this process and of its
+libraries go there too, besides where they went before. A rank that was killed has no last line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastgan import __version__
+from fastgan.utils.system import device_name
+
+if TYPE_CHECKING:
+    from fastgan.training.distributed.process_group import World
+
+LOGGER = logging.getLogger("fastgan.rank")
+
+
+class _File(logging.FileHandler):
+    """A disk that is full is said once, and stops nobody."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            print(f"fastgan: {self.baseFilename}: {sys.exc_info()[1]}; its next lines may be missing", file=sys.stderr)
+
+
+def _versions() -> str:
+    versions = [f"fastgan {__version__}", f"torch {torch.__version__}"]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions.append(f"deepspeed {importlib.metadata.version('deepspeed')}")
+    return ", ".join([*versions, f"Python {platform.python_version()}"])
+
+
+@contextlib.contextmanager
+def rank_log(run: Path, world: World) -> Iterator[None]:
+    """Log into the run directory inside: a first line of who this is, and a last one if an exception ends it."""
+    path = run / "logs" / f"rank-{world.rank:04d}.log"
+    handler: logging.Handler
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _File(path, encoding="utf-8")
+    except OSError as error:
+        print(f"fastgan: rank {world.rank} has no log: {error}", file=sys.stderr, flush=True)
+        handler = logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # Libraries' loggers hang on the root; ours stops there, or its lines would reach the terminal of every rank.
+    root, level, propagate = logging.getLogger(), LOGGER.level, LOGGER.propagate
+    handler.addFilter(lambda record: record.name == LOGGER.name or record.levelno >= logging.WARNING)
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+    for logger in (LOGGER, root):
+        logger.addHandler(handler)
+    shown = warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, lineno: int, *rest: Any, **named: Any) -> None:
+        LOGGER.warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
+        shown(message, category, filename, lineno, *rest, **named)
+
+    warnings.showwarning = show
+    LOGGER.info(
+        "rank %d of %d on %s, process %d, %s (%s), engine %s; %s",
+        world.rank,
+        world.size,
+        socket.gethostname(),
+        os.getpid(),
+        world.device,
+        device_name(world.device),
+        world.engine,
+        _versions(),
+    )
+    try:
+        yield
+    except BaseException as error:
+        LOGGER.error("ended by %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        warnings.showwarning = shown
+        for logger in (LOGGER, root):
+            logger.removeHandler(handler)
+        LOGGER.setLevel(level)
+        LOGGER.propagate = propagate
+        handler.close()

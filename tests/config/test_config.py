@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from fastgan import config as configs
+from fastgan.config import Config, Schedule, batch_at, batches_for_all, check, merge, read_yaml, replace, write_yaml
+from fastgan.config.variants import VARIANTS, Preset
+from fastgan.errors import ArgumentError
+
+NAMES = ["gan", "dcgan", "lsgan", "wgan", "wgan-gp", "wgan-div", "sagan", "pggan"]
+PRESETS: tuple[Preset, ...] = ("paper", "digits")
+
+
+def refusal(call: Any, *args: Any) -> str:
+    with pytest.raises(ArgumentError) as error:
+        call(*args)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# --- variants --------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_eight_variants() -> None:
+    assert list(VARIANTS) == NAMES
+    assert all(VARIANTS[name].name == name and VARIANTS[name].reference for name in NAMES)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_passes(name: str, preset: Preset) -> None:
+    check(VARIANTS[name].config(preset))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_digits_is_the_same_method_in_small(name: str) -> None:
+    paper, digits = VARIANTS[name].paper, VARIANTS[name].digits
+    stabilised = {"dcgan", "lsgan"}  # see _R1 in variants.py
+    objective = paper.objective
+    if name in stabilised:
+        weight = digits.objective.penalty_weight
+        objective = dataclasses.replace(objective, regulariser="zero-centered", penalty_weight=weight)
+    assert digits.objective == objective
+    assert digits.networks.model == paper.networks.model
+    assert digits.optimiser.n_critic in (1, paper.optimiser.n_critic)  # see _ONE_CRITIC in variants.py
+    assert digits.schedule.resolution <= 32 < paper.schedule.resolution or name == "gan"
+    assert digits.schedule.kimg < paper.schedule.kimg
+
+
+# What the papers print; the ones that leave a number open are not listed for it.
+PAPER: dict[str, dict[str, Any]] = {
+    "gan": {
+        "networks.model": "mlp",
+        "networks.width": 1200,
+        "objective.loss": "minimax",
+        "optimiser.optimiser": "sgd",
+        "optimiser.n_critic": 1,
+    },
+    "dcgan": {
+        "networks.model": "dcgan",
+        "networks.latent": 100,
+        "networks.max_width": 1024,
+        "objective.loss": "minimax",
+        "objective.regulariser": "none",
+        "optimiser.optimiser": "adam",
+        "optimiser.lr_g": 2e-4,
+        "optimiser.lr_d": 2e-4,
+        "optimiser.beta1": 0.5,
+        "optimiser.beta2": 0.999,
+        "schedule.batch": 128,
+        "schedule.resolution": 64,
+    },
+    "lsgan": {
+        "objective.loss": "least-squares",
+        "objective.label_fake": 0.0,
+        "objective.label_real": 1.0,
+        "objective.label_generator": 1.0,
+        "optimiser.optimiser": "adam",
+        "optimiser.lr_g": 1e-3,
+        "optimiser.lr_d": 1e-3,
+        "optimiser.beta1": 0.5,
+        "schedule.batch": 64,
+    },
+    "wgan": {
+        "objective.loss": "wasserstein",
+        "objective.regulariser": "weight-clipping",
+        "objective.clip": 0.01,
+        "optimiser.optimiser": "rmsprop",
+        "optimiser.lr_g": 5e-5,
+        "optimiser.lr_d": 5e-5,
+        "optimiser.n_critic": 5,
+        "schedule.batch": 64,
+    },
+    "wgan-gp": {
+        "networks.norm_d": "none",
+        "networks.latent": 128,
+        "objective.loss": "wasserstein",
+        "objective.regulariser": "gradient-penalty",
+        "objective.penalty_weight": 10.0,
+        "optimiser.optimiser": "adam",
+        "optimiser.lr_g": 1e-4,
+        "optimiser.lr_d": 1e-4,
+        "optimiser.beta1": 0.0,
+        "optimiser.beta2": 0.9,
+        "optimiser.n_critic": 5,
+        "schedule.batch": 64,
+    },
+    "wgan-div": {
+        "networks.norm_d": "none",
+        "objective.loss": "wasserstein",
+        "objective.regulariser": "wasserstein-divergence",
+        "objective.divergence_k": 2.0,
+        "objective.divergence_p": 6.0,
+        # Of the authors' code.
+        "networks.latent": 128,
+        "optimiser.lr_g": 2e-4,
+        "optimiser.lr_d": 2e-4,
+        "optimiser.beta1": 0.0,
+        "optimiser.beta2": 0.9,
+        "optimiser.n_critic": 4,
+        "schedule.batch": 64,
+    },
+    "sagan": {
+        "networks.model": "sagan",
+        "networks.latent": 128,
+        "objective.loss": "hinge",
+        "objective.regulariser": "none",
+        "optimiser.optimiser": "adam",
+        "optimiser.lr_g": 1e-4,
+        "optimiser.lr_d": 4e-4,
+        "optimiser.beta1": 0.0,
+        "optimiser.beta2": 0.9,
+        "optimiser.n_critic": 1,
+        "schedule.resolution": 128,
+        "schedule.batch": 256,
+    },
+    "pggan": {
+        "networks.model": "pggan",
+        "networks.latent": 512,
+        "networks.fmap_base": 8192,
+        "networks.fmap_max": 512,
+        "objective.loss": "wasserstein",
+        "objective.regulariser": "gradient-penalty",
+        "objective.penalty_weight": 10.0,
+        "objective.drift": 0.001,
+        "optimiser.optimiser": "adam",
+        "optimiser.lr_g": 1e-3,
+        "optimiser.lr_d": 1e-3,
+        "optimiser.beta1": 0.0,
+        "optimiser.beta2": 0.99,
+        "optimiser.n_critic": 1,
+        "optimiser.ema_decay": 0.999,
+        "schedule.resolution": 1024,
+        "schedule.fade_kimg": 600,
+        "schedule.stable_kimg": 600,
+        "schedule.kimg": 12_000,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paper_presets_hold_the_papers_numbers(name: str) -> None:
+    config = VARIANTS[name].config("paper")
+    actual = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in PAPER[name]}
+    assert actual == PAPER[name]
+
+
+def test_recipe_but_changes_only_what_it_says() -> None:
+    recipe = VARIANTS["dcgan"].paper
+    other = recipe.but(schedule={"kimg": 7.0}, networks={"latent": 3})
+    assert (other.schedule.kimg, other.networks.latent) == (7.0, 3)
+    assert other.but(schedule={"kimg": recipe.schedule.kimg}, networks={"latent": 100}) == recipe
+    assert other.optimiser is recipe.optimiser
+
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", get_args(configs.ModelName))
+def test_losses_regularisers_and_models_are_orthogonal(model: str) -> None:
+    losses, regularisers = get_args(configs.LossName), get_args(configs.RegulariserName)
+    assert (len(losses), len(regularisers)) == (5, 5)
+    for loss, regulariser in itertools.product(losses, regularisers):
+        check(replace(Config(), networks={"model": model}, objective={"loss": loss, "regulariser": regulariser}))
+
+
+BAD: list[tuple[str, str, Any]] = [
+    *[("schedule", "resolution", v) for v in (0, 1, 4, 12, 63, 2048, -8)],
+    *[("networks", key, v) for key in ("latent", "width", "max_width", "fmap_base", "fmap_max") for v in (0, -1)],
+    *[("optimiser", "n_critic", v) for v in (0, -1)],
+    *[("schedule", key, v) for key in ("batch", "accumulation") for v in (0, -4)],
+    *[("run", key, 0) for key in ("keep", "samples")],
+    *[("schedule", "kimg", v) for v in (0.0, -1.0, math.nan, math.inf)],
+    *[("optimiser", key, v) for key in ("lr_g", "lr_d") for v in (0.0, -1e-3, math.nan, math.inf)],
+    *[("objective", "clip", v) for v in (0.0, -0.01, math.nan)],
+    *[("run", key, v) for key in ("checkpoint_kimg", "sample_kimg", "log_kimg") for v in (0.0, -1.0, math.nan)],
+    *[("schedule", key, v) for key in ("fade_kimg", "stable_kimg") for v in (-1.0, math.nan, math.inf)],
+    ("schedule", "kimg", 4e-4),  # no image at all
+    ("schedule", "kimg", 1e6),  # names of checkpoints are sorted, and have six digits
+    *[("objective", key, v) for key in ("penalty_weight", "divergence_k", "drift") for v in (-1.0, math.nan, math.inf)],
+    *[("objective", "divergence_p", v) for v in (0.0, -6.0, math.nan, math.inf)],
+    *[("objective", f"label_{of}", v) for of in ("fake", "real", "generator") for v in (math.nan, math.inf)],
+    *[("system", "threads", v) for v in (0, -1)],
+    *[("optimiser", key, v) for key in ("beta1", "beta2", "ema_decay") for v in (-0.1, 1.0, 2.0, math.nan)],
+    *[("optimiser", "lr_decay", v) for v in (-0.1, 1.1, math.nan)],
+    *[("schedule", "grown_at", v) for v in (-0.1, 0.0, 1.1, math.nan)],
+    ("run", "seed", -1),
+    *[("data", "channels", v) for v in (0, 2, 4)],
+    *[("schedule", "batch_at", v) for v in ({12: 4}, {16: 0}, {32: -1}, {2048: 4})],
+    ("networks", "conditional", True),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "value"), BAD)
+def test_bad_values_name_the_flag(section: str, key: str, value: Any) -> None:
+    text = refusal(check, replace(Config(), **{section: {key: value}}))
+    assert text.startswith(f"--{key.replace('_', '-')}: was {value!r}; ")
+
+
+def test_pggan_begins_at_4_pixels() -> None:
+    check(replace(Config(), networks={"model": "pggan"}, schedule={"resolution": 4}))
+    assert "it may be 8, 16" in refusal(check, replace(Config(), schedule={"resolution": 4}))
+
+
+def test_fmap_base_must_leave_one_map() -> None:
+    config = replace(Config(), networks={"model": "pggan", "fmap_base": 31}, schedule={"resolution": 64})
+    assert refusal(check, config) == "--fmap-base: was 31; it may be 32 or more at 64 px"
+    check(replace(config, networks={"fmap_base": 32}))
+
+
+@pytest.mark.parametrize(("resolution", "good", "bad"), [(32, (4, 8, 16), (32, 64, 12, 0)), (8, (4,), (8, 16))])
+def test_attention_sits_inside_the_network(resolution: int, good: tuple[int, ...], bad: tuple[int, ...]) -> None:
+    config = replace(Config(), networks={"model": "sagan"}, schedule={"resolution": resolution})
+    for at in good:
+        check(replace(config, networks={"attention_at": at}))
+    for at in bad:
+        assert refusal(check, replace(config, networks={"attention_at": at})).startswith(f"--attention-at: was {at};")
+
+
+def test_sagan_needs_eight_channels() -> None:
+    config = replace(Config(), networks={"model": "sagan", "width": 7})
+    assert refusal(check, config).startswith("--width: was 7; it may be 8 or more")
+    check(replace(config, networks={"width": 8}))
+    check(replace(config, networks={"width": 8, "conditional": True}))
+
+
+def test_zero_3_is_refused_with_the_reason() -> None:
+    for regulariser in ("gradient-penalty", "wasserstein-divergence", "zero-centered"):
+        config = replace(Config(), objective={"regulariser": regulariser}, system={"zero": 3})
+        text = refusal(check, config)
+        assert text.startswith("--zero: was 3; it may be 0, 1 or 2: ") and f"--regulariser {regulariser}" in text
+        check(replace(config, system={"zero": 2}))
+    assert "whole parameters" in refusal(check, replace(Config(), system={"zero": 3}))
+
+
+@pytest.mark.parametrize("values", [{"zero": 1}, {"deepspeed_config": "ds.json"}])
+def test_torch_engine_takes_no_deepspeed_settings(values: dict[str, Any]) -> None:
+    assert refusal(check, replace(Config(), system={"engine": "torch", **values})).startswith("--engine: was 'torch'; ")
+    check(replace(Config(), system={"engine": "deepspeed", **values}))
+
+
+def test_batch_at() -> None:
+    schedule = Schedule(batch=128, batch_at={32: 64, 64: 32, 256: 8})
+    sizes = {4: 128, 16: 128, 32: 64, 64: 32, 128: 32, 256: 8, 1024: 8}
+    assert {resolution: batch_at(schedule, resolution) for resolution in sizes} == sizes
+    assert batches_for_all(schedule, 16) == "--batch-at 32 64 64 32 256 16"
+    assert batches_for_all(dataclasses.replace(schedule, accumulation=4), 16) == "--batch-at 32 64 64 64 256 64"
+    assert batches_for_all(schedule, 256) == "--batch 256 --batch-at"
+    assert batches_for_all(Schedule(batch=16), 32) == "--batch 32"
+    assert batch_at(Schedule(batch=16), 512) == 16
+    assert batch_at(Schedule(batch=16, batch_at={8: 64}), 512) == 16  # never larger than --batch
+    paper = VARIANTS["pggan"].config("paper").schedule
+    assert [batch_at(paper, 2**i) for i in range(2, 11)] == [128, 128, 128, 64, 32, 16, 8, 4, 4]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_yaml_round_trip(name: str, preset: Preset, tmp_path: Path) -> None:
+    config = replace(
+        VARIANTS[name].config(preset),
+        run={"out": "runs/ä b", "seed": 7},
+        data={"data": "folder:C:\\x: y", "channels": 3},
+        networks={"attention_at": None},
+        schedule={"batch_at": {16: 32}},
+        optimiser={"lr_g": 1e-7},
+    )
+    path = tmp_path / "config.yaml"
+    write_yaml(config, name, preset, path)
+    content = read_yaml(path, "--config")
+    assert (content.pop("variant"), content.pop("preset")) == (name, preset)
+    assert merge(Config(), content, str(path)) == config
+
+
+def test_merge_changes_only_what_a_file_names() -> None:
+    base = VARIANTS["wgan"].config("digits")
+    merged = merge(base, {"optimiser": {"lr_g": 0.25}, "schedule": {"batch_at": {32: 8}}}, "f.yaml")
+    assert merged == replace(base, optimiser={"lr_g": 0.25}, schedule={"batch_at": {32: 8}})
+    assert merge(base, {}, "f.yaml") == base
+    assert base == VARIANTS["wgan"].config("digits")  # the base is not written to
+
+
+def test_numbers_as_yaml_reads_them(tmp_path: Path) -> None:
+    """YAML 1.1 takes 1e-4 for a string, `none` too; both must arrive as meant."""
+    path = tmp_path / "c.yaml"
+    path.write_text("optimiser:\n  lr_g: 1e-4\nnetworks:\n  norm_d: none\nschedule:\n  kimg: 5\n  batch_at: {64: 8}\n")
+    config = merge(Config(), read_yaml(path, "--config"), str(path))
+    assert (config.optimiser.lr_g, config.networks.norm_d, config.schedule.kimg) == (1e-4, "none", 5.0)
+    assert config.schedule.batch_at == {64: 8}
+
+
+def test_unknown_names() -> None:
+    assert refusal(merge, Config(), {"optimizer": {"lr_g": 1.0}}, "f.yaml").startswith("f.yaml: was 'optimizer'; ")
+    text = refusal(merge, Config(), {"optimiser": {"lr_gg": 1.0}}, "f.yaml")
+    assert text == "f.yaml: unknown key in optimiser: was 'lr_gg'; did you mean lr_g?"
+    text = refusal(merge, Config(), {"optimiser": {"zzz": 1.0}}, "f.yaml")
+    assert "'zzz'" in text and "ema_decay" in text
+    assert "was 5" in refusal(merge, Config(), {"optimiser": {5: 1.0}}, "f.yaml")
+    for content in (None, 3, [1]):
+        assert refusal(merge, Config(), {"run": content}, "f.yaml").startswith(f"f.yaml: run: was {content!r}; ")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("optimiser", "lr_g", "fast"),
+        ("optimiser", "optimiser", "lion"),
+        ("networks", "model", "stylegan"),
+        ("networks", "latent", 1.5),
+        ("networks", "conditional", "perhaps"),
+        ("objective", "loss", "wasserstein-gp"),
+        ("objective", "regulariser", None),
+        ("schedule", "batch", None),
+        ("schedule", "kimg", [1, 2]),
+        ("schedule", "batch_at", [[4, 8]]),
+        ("schedule", "batch_at", {"large": 4}),
+        ("system", "zero", 4),
+        ("system", "precision", "fp16"),
+        ("run", "keep", {}),
+    ],
+)
+def test_wrong_types_name_the_key(section: str, key: str, value: Any) -> None:
+    assert refusal(merge, Config(), {section: {key: value}}, "f.yaml").startswith(f"f.yaml: {section}.{key}")
+
+
+def test_a_complete_dict() -> None:
+    values = configs.to_dict(VARIANTS["sagan"].config("paper"))
+    assert configs.from_dict(values, "meta") == VARIANTS["sagan"].config("paper")
+    values["run"]["colour"] = 1
+    assert refusal(configs.from_dict, values, "meta").startswith("meta: run.colour: was 1; ")
+
+
+def test_schema_version(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("schema: 2\nrun: {seed: 1}\n")
+    assert refusal(read_yaml, path, "--config") == f"{path}: schema: was 2; this version reads schema 1"
+    path.write_text("schema: 1\nrun: {seed: 1}\n")
+    assert read_yaml(path, "--config") == {"run": {"seed": 1}}
+    path.write_text("run: {seed: 1}\n")  # a file by hand need not name it
+    assert read_yaml(path, "--config") == {"run": {"seed": 1}}
+
+
+@pytest.mark.parametrize("content", [b"a: [1, 2", b"- 1\n- 2\n", b"", b"word", b"\xff\xfe\x00", b"a: !!python/none x"])
+def test_files_that_are_no_configuration(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    text = refusal(read_yaml, path, "--config")
+    assert text.startswith(f"--config: was {str(path)!r}; it ")
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        assert refusal(read_yaml, path, "--config").startswith(
+            f"--config: was {str(path)!r}; it may be a readable YAML"
+        )
+
+
+def test_every_value_of_a_configuration_is_described() -> None:
+    """`--help` shows the docstring below each field: a field without one would be a flag without a word."""
+    tree = ast.parse(Path(configs.__file__).read_text())
+    classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+    for section in dataclasses.fields(Config):
+        body = classes[type(getattr(Config(), section.name)).__name__]
+        described = {
+            node.target.id
+            for node, after in itertools.pairwise(body)
+            if isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        }
+        assert described == {f.name for f in dataclasses.fields(getattr(Config(), section.name))}
+
+
+def test_flags_are_unique_over_sections() -> None:
+    """Sections are left out of the flags, so that no two may share a name."""
+    names = [f.name for s in dataclasses.fields(Config) for f in dataclasses.fields(getattr(Config(), s.name))]
+    assert len(names) == len(set(names))

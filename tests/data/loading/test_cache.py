@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastgan.data import open_source
+from fastgan.data.loading import cache
+from fastgan.data.loading.cache import Mapped, Resident, upload_all
+from fastgan.data.loading.gather import Rows
+from fastgan.data.loading.image_store import Call
+from fastgan.data.prepared import Manifest
+from fastgan.errors import ArgumentError
+
+
+def shards(*counts: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (count, 3, 4, 4), dtype=np.uint8) for count in counts]
+
+
+@pytest.mark.parametrize("counts", [(7,), (3, 4, 1), (0, 5, 0, 2, 0)])
+def test_mapped_and_resident_gather_by_index(counts: tuple[int, ...]) -> None:
+    """Over shards of any size, empty ones too, in any order, with repeats."""
+    arrays = shards(*counts)
+    whole = np.concatenate(arrays)
+    indices = np.array([5, 0, 6, 6, 3, 2, 1], dtype=np.int64)
+    on_device = torch.from_numpy(indices)
+    device = torch.device("cpu")
+    with ThreadPoolExecutor(1) as pool:
+        mapped = Mapped(arrays, device, pool, lambda call: np.arange(call.size))
+        call = Call(0, 7, 0, 1)
+        for store in (mapped, Resident(torch.from_numpy(whole)), Resident(upload_all(arrays, device))):
+            np.testing.assert_array_equal(store.take(call, indices, on_device), whole[indices])
+        # The next batch was begun ahead, from the order and not from what is asked for then.
+        np.testing.assert_array_equal(mapped.take(Call(7, 7, 0, 1), indices, on_device), whole[:7])
+
+
+def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After enough of them in a row; at the first that waits for the disk the thread has the next ones again."""
+    arrays = shards(30, 34)
+    whole = np.concatenate(arrays)
+    waits = {threading.get_ident(): 0}
+    gathered_by: list[str] = []
+
+    def counted() -> int:
+        gathered_by.append(threading.current_thread().name)
+        return waits.setdefault(threading.get_ident(), 0)
+
+    def check(start: int) -> None:
+        indices = np.arange(start, start + 4) % 64
+        taken = mapped.take(Call(start, 4, 0, 1), indices, torch.from_numpy(indices))
+        np.testing.assert_array_equal(taken, whole[indices])
+
+    monkeypatch.setattr(cache, "_waits_for_disk", counted)
+    monkeypatch.setattr(cache, "_IN_A_ROW", 3)
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        mapped = Mapped(arrays, torch.device("cpu"), pool, lambda call: np.arange(call.start, call.start + 4) % 64)
+        for step in range(3):
+            check(4 * step)
+        assert {name[:5] for name in gathered_by} == {"ahead"}
+        pool.submit(lambda: None).result()  # the fourth batch was begun there, and may still be under way
+        for step in range(3, 40):
+            check(4 * step)
+            assert gathered_by[-2:] == [threading.current_thread().name] * 2
+            assert not mapped._ahead.pending  # nor is a batch that nobody asks for kept in memory
+        rows = mapped._rows
+        monkeypatch.setattr(mapped, "_rows", Waiting(rows, waits))
+        check(160)
+        monkeypatch.setattr(mapped, "_rows", rows)
+        del gathered_by[:]
+        for step in range(41, 44):
+            check(4 * step)
+        assert {name[:5] for name in gathered_by} == {"ahead"}
+        monkeypatch.setattr(cache, "_SMALL", 4 * 3 * 4 * 4 - 1)
+        check(176)
+        assert gathered_by[-1].startswith("ahead")
+        # Where the system does not say what was waited for, the thread goes on with it.
+        monkeypatch.setattr(cache, "_SMALL", 2**20)
+        monkeypatch.setattr(cache, "_waits_for_disk", lambda: None)
+        for step in range(45, 52):
+            check(4 * step)
+        assert mapped._without_disk == 0
+
+
+class Waiting:
+    """Rows, each batch of which needs the disk."""
+
+    def __init__(self, rows: Rows, waits: dict[int, int]) -> None:
+        self._rows, self._waits, self.bytes_of_row = rows, waits, rows.bytes_of_row
+
+    def take(self, indices: np.ndarray) -> torch.Tensor:
+        self._waits[threading.get_ident()] += 1
+        return self._rows.take(indices)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not say")
+def test_a_page_that_is_not_in_memory_counts(tmp_path: Path) -> None:
+    file = tmp_path / "rows.npy"
+    np.save(file, np.ones((64, 3, 64, 64), dtype=np.uint8))
+    array = np.load(file, mmap_mode="r")
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = cache._waits_for_disk()
+    assert before is not None
+    assert array.sum() == array.size
+    first = cache._waits_for_disk()
+    assert array.sum() == array.size
+    assert cache._waits_for_disk() == first
+    if file_system(tmp_path) != "tmpfs":  # whose files are memory
+        assert first is not None and first > before
+
+
+def file_system(path: Path) -> str:
+    """The type of the one that `path` is on."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    on = [mount for mount in mounts if path.resolve().is_relative_to(mount[1])]
+    return max(on, key=lambda mount: len(mount[1]))[2]
+
+
+def test_prepared_shards_are_mapped_not_read(tmp_path: Path, prepared_set: Callable[..., Manifest]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (13, 3, 16, 16), dtype=np.uint8)
+    prepared_set(tmp_path, images, cache_to=16)
+    arrays = open_source(str(tmp_path), 16).arrays(16)
+    assert arrays is not None and all(isinstance(one, np.memmap) for one in arrays)
+    assert [len(one) for one in arrays] == [5, 4, 4]
+    np.testing.assert_array_equal(np.concatenate(arrays), images)
+
+
+def test_prepared_source(tmp_path: Path, prepared_set: Callable[..., Manifest]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (13, 1, 16, 16), dtype=np.uint8)
+    manifest = prepared_set(tmp_path, images, np.arange(13) % 3, cache_to=8, encoding="png")
+    for spec in (str(tmp_path), f"prepared:{tmp_path}"):
+        source = open_source(spec, 16)
+        assert (len(source), source.channels, source.num_classes) == (13, 1, 3)
+        assert source.fingerprint == manifest.fingerprint
+        np.testing.assert_array_equal(source.labels, np.arange(13) % 3)
+        for resolution in (4, 8, 16):
+            read = np.stack([source.read(i, resolution) for i in range(13)])
+            blocks = images.reshape(13, 1, resolution, 16 // resolution, resolution, 16 // resolution)
+            np.testing.assert_allclose(read, blocks.mean(axis=(3, 5)), atol=0.5)
+    assert open_source(str(tmp_path), 8).resolution == 8
+    for words, settings in (("--resolution", {"resolution": 32}), ("--channels", {"resolution": 16, "channels": 3})):
+        with pytest.raises(ArgumentError, match=words):
+            open_source(str(tmp_path), **settings)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_no_set_gets_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=f"folder:{tmp_path}"):
+        open_source(str(tmp_path), 16)
+    with pytest.raises(ArgumentError, match=r"manifest\.json is missing"):
+        open_source(f"prepared:{tmp_path}", 16)
+
+
+def test_a_cache_file_of_another_shape_is_named(tmp_path: Path, prepared_set: Callable[..., Manifest]) -> None:
+    """The size is right, so only its header tells."""
+    prepared_set(tmp_path, np.zeros((7, 3, 8, 8), dtype=np.uint8), cache_to=8)
+    file = tmp_path / "cache" / "0008" / "00000.npy"
+    np.save(file, np.zeros((5, 3, 64), dtype=np.uint8))
+    with pytest.raises(ArgumentError, match=r"cache/0008/00000\.npy holds uint8 \[5, 3, 64\]"):
+        open_source(str(tmp_path), 8).arrays(8)
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "png", "webp"])
+def test_damaged_bytes_in_a_tar_are_named(tmp_path: Path, prepared_set: Callable[..., Manifest], encoding: str) -> None:
+    manifest = prepared_set(tmp_path, np.zeros((7, 3, 8, 8), dtype=np.uint8), cache_to=4, encoding=encoding)
+    file = tmp_path / manifest.tar_file(8, 1)
+    file.write_bytes(bytes(file.stat().st_size))
+    source = open_source(str(tmp_path), 8)
+    source.read(0, 8)
+    with pytest.raises(ArgumentError, match=r"encoded/0008/00001\.tar, member 000000005"):
+        source.read(5, 8)

@@ -1,0 +1,95 @@
+"""Generators on torch.hub and the Hugging Face hub, from local folders: nothing here needs a network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import CASES, build, make_run
+
+import fastgan
+from fastgan import models
+from fastgan.cli import export
+
+ROOT = Path(fastgan.__file__).parents[1]
+hub = pytest.importorskip("huggingface_hub", reason="extra export: pip install 'fastgan[export]'")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_save_pretrained_and_from_pretrained(case: str, tmp_path: Path) -> None:
+    generator, networks = build(case)
+    assert isinstance(generator, hub.PyTorchModelHubMixin)
+    generator.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == networks["model"]
+    cls: Any = models.MODELS[networks["model"]].Generator
+    again = cls.from_pretrained(tmp_path)
+    classes = networks["num_classes"]
+    inputs = (torch.randn(3, networks["latent"]), torch.arange(3) % classes if classes else None)
+    loaded = fastgan.load(tmp_path)
+    with torch.no_grad():  # where autograd watches, small convolutions take another kernel
+        assert torch.equal(again(*inputs), generator(*inputs)) and not again.training
+        assert torch.equal(loaded.module(*inputs), generator(*inputs))
+    assert loaded.sample(2).shape == (2, networks["channels"], networks["resolution"], networks["resolution"])
+
+
+def test_from_pretrained_reads_an_export_and_misses_no_weight(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run = make_run(tmp_path / "run", "pggan-fading")
+    assert export.main([str(run)]) == 0
+    again = models.pggan.Generator.from_pretrained(run / "export")
+    latent = torch.randn(2, 6)
+    with torch.no_grad():
+        assert torch.equal(again(latent), fastgan.load(run).module(latent))
+    file = run / "export" / "model.safetensors"
+    weights = load_file(file)
+    del weights["conv.bias"]
+    save_file(weights, file)
+    with pytest.raises(RuntimeError, match=r"conv\.bias"):
+        models.pggan.Generator.from_pretrained(run / "export")
+
+
+def test_push_to_hub_sends_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, Any] = {}
+
+    def upload(_: Any, *, folder_path: Path, **options: Any) -> str:
+        sent.update(options, files={p.name for p in Path(folder_path).iterdir()})
+        return "done"
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda *_, **__: type("Url", (), {"repo_id": "me/digits"})())
+    monkeypatch.setattr(hub.HfApi, "upload_folder", upload)
+    generator, _ = build("mlp")
+    generator.push_to_hub("me/digits")  # type: ignore[operator]
+    assert sent["repo_id"] == "me/digits" and {"config.json", "model.safetensors"} <= sent["files"]
+
+
+def test_models_work_without_huggingface_hub() -> None:
+    code = """
+import sys
+sys.modules["huggingface_hub"] = None
+from fastgan import models
+import torch
+generator, _ = models.build("mlp", resolution=8, channels=1, latent=4, width=8)
+assert generator(torch.zeros(1, 4)).shape == (1, 1, 8, 8)
+try:
+    generator.save_pretrained("x")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "fastgan[export]" in done.stdout
+
+
+def test_torch_hub(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "sagan-classes")
+    expected = fastgan.load(run)
+    trained = torch.hub.load(str(ROOT), "trained", source="local", path=str(run))
+    assert torch.equal(trained.sample(3, seed=1), expected.sample(3, seed=1))
+    generator = torch.hub.load(str(ROOT), "generator", source="local", path=str(run))
+    inputs = torch.randn(2, 6), torch.tensor([0, 2])
+    assert torch.equal(generator(*inputs), expected.module(*inputs))

@@ -1,0 +1,197 @@
+"""pytorch_GAN_zoo's progressive GANs: a checkpoint of its layout, and its forward written down independently."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastgan
+from fastgan.cli import export, import_
+from fastgan.errors import ArgumentError
+
+WIDTHS, LATENT, CHANNELS = [12, 12, 10, 6], 9, 3
+
+
+def zoo_state(widths: list[int], seed: int, inner: str = "module.") -> dict[str, Tensor]:
+    """Weights under the names of that repository's generator."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = {"formatLayer": (16 * widths[0], LATENT), "groupScale0.0": (widths[0], widths[0], 3, 3)}
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
+        shapes[f"scaleLayers.{i}.0"] = (after, before, 3, 3)
+        shapes[f"scaleLayers.{i}.1"] = (after, after, 3, 3)
+    for i, width in enumerate(widths):
+        shapes[f"toRGBLayers.{i}"] = (CHANNELS, width, 1, 1)
+    state = {}
+    for name, shape in shapes.items():
+        state[f"{name}.{inner}weight"] = torch.randn(shape, generator=random)
+        state[f"{name}.{inner}bias"] = torch.randn(shape[0], generator=random)
+    return state
+
+
+def zoo_forward(state: dict[str, Tensor], z: Tensor, alpha: float, equalised: bool = True) -> Tensor:
+    """Its generator by hand: `alpha` is the share of the lower resolution."""
+
+    def apply(name: str, x: Tensor) -> Tensor:
+        w, b = (state[f"{name}.module.{part}"] for part in ("weight", "bias"))
+        y = F.linear(x, w, b) if w.ndim == 2 else F.conv2d(x, w, b, padding=w.shape[-1] // 2)
+        return y * math.sqrt(2.0 / (w.numel() / w.shape[0])) if equalised else y
+
+    def norm(x: Tensor) -> Tensor:
+        return x / (x.pow(2).mean(1, keepdim=True) + 1e-8).sqrt()
+
+    def step(name: str, x: Tensor) -> Tensor:
+        return norm(F.leaky_relu(apply(name, x), 0.2))
+
+    def double(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    x = norm(F.leaky_relu(apply("formatLayer", norm(z)), 0.2).reshape(len(z), -1, 4, 4))
+    x = below = step("groupScale0.0", x)
+    levels = sum(name.startswith("toRGB") for name in state) // 2
+    for i in range(levels - 1):
+        below, x = x, step(f"scaleLayers.{i}.1", step(f"scaleLayers.{i}.0", double(x)))
+    image = apply(f"toRGBLayers.{levels - 1}", x)
+    if alpha > 0 and levels > 1:
+        image = alpha * double(apply(f"toRGBLayers.{levels - 2}", below)) + (1 - alpha) * image
+    return image
+
+
+def save(path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool = False, **parts: Any) -> Path:
+    """A checkpoint as that repository saves it: its settings are an object of its class, which is not there later."""
+    settings = {
+        "leakyReluLeak": 0.2,
+        "perChannelNormalization": True,
+        "equalizedlR": True,
+        "lossCriterion": "WGANGP",
+        "alpha": 0.0,
+        "depthOtherScales": WIDTHS[1:],
+        "attribKeysOrder": None,
+        **parts.pop("settings", {}),
+    }
+    with monkeypatch.context() as there:
+        for name in ("models", "models.utils", "models.utils.config"):
+            there.setitem(sys.modules, name, types.ModuleType(name))
+        cls = type("BaseConfig", (), {"__module__": "models.utils.config"})
+        sys.modules["models.utils.config"].BaseConfig = cls  # type: ignore[attr-defined]
+        config = cls()
+        config.__dict__.update(settings)
+        stored = {"config": config, "netG": zoo_state(WIDTHS, 1), "netD": {"x": torch.zeros(1)}, **parts}
+        stored = {key: value for key, value in stored.items() if value is not None}
+        torch.save(stored, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("equalised", [True, False])
+@pytest.mark.parametrize("widths", [WIDTHS, WIDTHS[:2], WIDTHS[:1]], ids=["32px", "8px", "4px"])
+def test_images_are_those_of_the_original(
+    alpha: float, equalised: bool, widths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = zoo_state(widths, 2)
+    file = save(
+        tmp_path / "x.pth",
+        monkeypatch,
+        avgG=state,
+        settings={"alpha": alpha, "equalizedlR": equalised},
+        legacy=equalised,
+    )
+    assert import_.main([str(file), "--out", str(tmp_path / "out"), "--licence", "other"]) == 0
+    trained = fastgan.load(tmp_path / "out")
+    z = torch.randn(5, LATENT, generator=torch.Generator().manual_seed(0))
+    expected = zoo_forward(state, z, alpha, equalised)
+    assert expected.shape[-1] == 4 * 2 ** (len(widths) - 1) and expected.std() > 0.1
+    # Images are not bounded: rounding is relative to the largest value, not to each.
+    assert (trained.module(z) - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max())
+
+
+def test_an_import_is_sampled_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime", reason="extra export: pip install 'fastgan[export]'")
+    file = save(tmp_path / "celeba.pth", monkeypatch, avgG=zoo_state(WIDTHS, 2))
+    out = tmp_path / "celeba.safetensors"
+    assert import_.main([str(file), "--out", str(out)]) == 0
+    assert "imported from celeba.pth" in (tmp_path / "README.md").read_text()
+    assert export.main([str(out), "--format", "onnx", "--out", str(tmp_path)]) == 0
+    found = [fastgan.load(path).sample(3, seed=1) for path in (out, tmp_path / "model.onnx")]
+    torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("inner", ["", "module."])
+def test_names_of_older_files_and_no_average(
+    inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = zoo_state(WIDTHS, 4)
+    renamed = {f"module.{name.replace('module.', inner)}": value for name, value in state.items()}
+    file = save(tmp_path / "x.pth", monkeypatch, netG=renamed)
+    assert import_.main([str(file), "--out", str(tmp_path / "out")]) == 0
+    assert "no average" in capsys.readouterr().err
+    z = torch.randn(2, LATENT)
+    found = fastgan.load(tmp_path / "out").module(z)
+    torch.testing.assert_close(found, zoo_forward(state, z, 0.0), atol=1e-4, rtol=1e-4)
+
+
+def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = zoo_state(WIDTHS, 1)
+    del cut["scaleLayers.0.0.module.bias"]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"settings": {"attribKeysOrder": {"hair": 1}}}, "attribKeysOrder"),
+        ({"settings": {"leakyReluLeak": 0.1}}, "leakyReluLeak"),
+        ({"settings": {"perChannelNormalization": False}}, "perChannelNormalization"),
+        ({"settings": {"lossCriterion": "DCGAN"}}, "lossCriterion"),
+        ({"avgG": cut}, "scaleLayers.0.0.bias"),
+        ({"avgG": {**zoo_state(WIDTHS, 1), "mapping.weight": torch.ones(1)}}, "mapping.weight"),
+        ({"netG": None}, "avgG or netG"),
+        ({"avgG": torch.ones(1)}, "avgG or netG"),
+    ]
+    for number, (parts, word) in enumerate(cases):
+        file = save(tmp_path / f"{number}.pth", monkeypatch, **parts)
+        assert import_.main([str(file), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and word in error, error
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    for file, word in ((tmp_path / "text.pth", "FILE"), (tmp_path / "missing.pth", "missing.pth")):
+        assert import_.main([str(file), "--out", str(tmp_path / "out")]) == 2
+        assert word in capsys.readouterr().err
+    assert import_.main([str(tmp_path / "0.pth"), "--out", str(tmp_path / "x.onnx")]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_the_users_own_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    file = save(tmp_path / "x.pth", monkeypatch)
+    assert import_.main([str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "config.json is not fastgan's" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = tmp_path / "executed"
+    file = save(tmp_path / "x.pth", monkeypatch, tmp=Bomb(trace))
+    with pytest.raises(ArgumentError, match="FILE"):
+        import_.load(file)
+    plain = tmp_path / "y.pth"
+    plain.write_bytes(pickle.dumps(Bomb(trace)))
+    with pytest.raises(ArgumentError, match="FILE"):
+        import_.load(plain)
+    assert not trace.exists()

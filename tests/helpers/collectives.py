@@ -1,0 +1,156 @@
+"""One rank of the tests of communication: counts collectives of training steps, then runs with a rank that is slow.
+
+    python collectives.py CASES.json OUT
+
+Each case is {"name", "variant", "flags", "steps"}. What rank r counts in the steps after the first goes to
+OUT/counts-r.json by case: "sent" {collective: bytes of tensors}, "wire" bytes that left by eth0, "reads" of the host,
+"channels_last" whether weights, their averages and optimiser states are. "order" is that of a further step's events:
+when each network is used, when its gradients have been sent, when they have arrived and its weights move.
+A case with "slow" is run to its end in OUT/NAME, the last rank sleeping that many seconds in each step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from host_reads import HostReads
+
+from fastgan import data
+from fastgan.cli.train import parse
+from fastgan.training.distributed import process_group as processes
+from fastgan.training.step import Step
+from fastgan.training.trainer import Trainer
+
+_TENSORS = (
+    "all_reduce", "reduce", "isend", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor"
+)  # fmt: skip
+
+
+class Sent:
+    """Bytes of the tensors that this process hands to collectives."""
+
+    def __init__(self) -> None:
+        self.bytes: Counter[str] = Counter()
+        self.active = False
+        for name in _TENSORS:
+            setattr(dist, name, self._counting(name, getattr(dist, name)))
+
+    def _counting(self, name: str, original: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if self.active:
+                first = args[0] if args else next(iter(kwargs.values()))
+                parts = first if isinstance(first, list) else [first]
+                self.bytes[name] += sum(t.numel() * t.element_size() for t in parts)
+            return original(*args, **kwargs)
+
+        return counted
+
+
+def wire() -> int:
+    """Bytes that have left by this host's eth0, with all headers; 0 where there is none."""
+    lines = [line.split(":") for line in Path("/proc/net/dev").read_text().splitlines() if ":" in line]
+    return next((int(counts.split()[8]) for name, counts in lines if name.strip() == "eth0"), 0)
+
+
+def make(case: dict[str, Any], world: processes.World, out: Path) -> Trainer:
+    request = parse(["--variant", case["variant"], *case["flags"]])
+    source = data.open_source("digits", request.config.schedule.resolution)
+    return Trainer(request.config, request.variant, world, source, out / case["name"])
+
+
+def channels_last(trainer: Trainer) -> bool:
+    assert trainer._engines is not None
+    held = [p.detach() for module in trainer._modules() for p in module.parameters()]
+    for engine in trainer._engines:
+        held += [value for state in engine._base().state.values() for value in state.values()]  # type: ignore[attr-defined]
+    return all(t.is_contiguous(memory_format=torch.channels_last) for t in held if t.dim() == 4)
+
+
+def count(case: dict[str, Any], world: processes.World, out: Path, sent: Sent) -> dict[str, Any]:
+    trainer = make(case, world, out)
+    trainer.train_step()
+    trainer.settle()
+    sent.bytes.clear()
+    with pytest.MonkeyPatch.context() as patch, HostReads(patch) as reads:
+        dist.barrier()
+        before = wire()
+        sent.active = True
+        for _ in range(case["steps"]):
+            trainer.train_step()
+        sent.active = False
+        dist.barrier()
+        left = wire() - before
+    assert trainer._engines is not None
+    buckets = [len(e._reducer._buckets) for e in trainer._engines if getattr(e, "_reducer", None)]
+    trained = {
+        name: sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        for name, module in (("g", trainer.step.generator), ("d", trainer.step.discriminator))
+    }
+    counts = {"sent": dict(sent.bytes), "reads": dict(reads.seen), "trained": trained, "buckets": buckets, "wire": left}
+    counts["channels_last"] = channels_last(trainer)
+    if all(getattr(e, "_reducer", None) for e in trainer._engines):
+        counts["order"] = order_of_events(trainer)
+    trainer._close_engines()
+    return counts
+
+
+def order_of_events(trainer: Trainer) -> list[str]:
+    """Of one step, under ZeRO 0."""
+    assert trainer._engines is not None
+    events: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, engine in zip("gd", trainer._engines, strict=True):
+            reducer, optimiser = engine._reducer, engine._base()  # type: ignore[attr-defined]
+
+            def noting(what: str, original: Any) -> Any:
+                def noted(*args: Any) -> Any:
+                    events.append(what)
+                    return original(*args)
+
+                return noted
+
+            patch.setattr(reducer, "flush", noting(f"sends {name}", reducer.flush))
+            patch.setattr(optimiser, "step", noting(f"moves {name}", optimiser.step))
+            engine.module.register_forward_pre_hook(noting(f"uses {name}", lambda *_: None))
+        trainer.train_step()
+    return events
+
+
+def run_slowly(case: dict[str, Any], world: processes.World, out: Path) -> None:
+    original = Step.discriminator_loss
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(case["slow"] if world.rank == world.size - 1 else 0.0)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "discriminator_loss", slow)
+        make(case, world, out).run()
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
+    torch.set_num_threads(1)
+    sent = Sent()
+    world = processes.start("auto", "cpu")
+    counts = {}
+    for case in cases:
+        if "slow" in case:
+            run_slowly(case, world, out)
+        else:
+            counts[case["name"]] = count(case, world, out, sent)
+    (out / f"counts-{world.rank}.json").write_text(json.dumps(counts))
+    world.done()
+    processes.stop()
+
+
+if __name__ == "__main__":
+    main()

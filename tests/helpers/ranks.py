@@ -1,0 +1,159 @@
+"""One rank of the multi-process tests: trains a list of cases and writes each one's weights.
+
+    python ranks.py CASES.json OUT
+
+started by a launcher's variables (or without them, as one process). Each case is {"name", "variant", "flags", "steps"};
+the weights and optimiser state after its steps go to OUT/NAME.safetensors, written by the first rank. A case with
+"stop" is run by the loop in OUT/NAME until the last rank, once so many images were seen, gets SIGTERM; then each rank R
+writes its weights and averages to OUT/NAME-R.safetensors.
+
+`launch`, `case` and `assert_same_weights` are what the tests share that compare many ranks with one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastgan import data
+from fastgan.cli.train import parse
+from fastgan.training.distributed import process_group as processes
+from fastgan.training.trainer import Trainer
+
+STEPS = {"wgan-gp": 10, "dcgan": 10, "pggan": 16}
+FLAGS = {
+    # The paper's optimiser: rounding that differs in the last bit grows with the learning rate and the steps. The rates
+    # fall over all of the ten steps.
+    "wgan-gp": "--width 8 --max-width 16 --latent 8 --batch 8 --resolution 16 --n-critic 2 --lr-g 1e-4 --lr-d 1e-4 "
+    "--beta2 0.9 --kimg 0.16 --lr-decay 1",
+    "dcgan": "--width 8 --max-width 16 --latent 8 --batch 8 --resolution 16 --lr-g 1e-4 --lr-d 1e-4 "
+    "--regulariser zero-centered --penalty-weight 1",
+    # Grows from 4 to 8 px after 10 of its 16 steps. The bias of a Wasserstein critic's output has no gradient but the
+    # drift's; at the preset's 0.001 that is the rounding error of a sum of +-1, which Adam then normalises, so the
+    # comparison is made where the gradient is one.
+    "pggan": "--fmap-base 32 --fmap-max 8 --latent 8 --batch 16 --resolution 8 --kimg 0.32 --drift 1 "
+    "--fade-kimg 0.08 --stable-kimg 0.16 --lr-g 1e-3 --lr-d 1e-3",
+}
+
+
+def case(name: str, variant: str, zero: int, accumulation: int) -> dict[str, Any]:
+    # One layout for all: convolutions round differently in another, and Adam with beta1 = 0 amplifies that.
+    flags = [*FLAGS[variant].split(), "--memory-format", "contiguous", "--zero", str(zero)]
+    return {
+        "name": name,
+        "variant": variant,
+        "flags": [*flags, "--accumulation", str(accumulation)],
+        "steps": STEPS[variant],
+    }
+
+
+def one_process(variant: str, world: int, accumulation: int) -> int:
+    """Micro-batches with which one process does what `world` ranks do.
+
+    Batch norm (wgan-gp's generator, both networks of dcgan) is per rank, so one process takes the ranks' shares as
+    micro-batches. pggan has none, and its minibatch-stddev groups of four fall within the ranks' strided slices: it
+    takes the batch of 16 whole, unless a slice is smaller than a group.
+    """
+    whole = variant == "pggan" and world * accumulation <= 4
+    return accumulation if whole else accumulation * world
+
+
+def assert_same_weights(one: dict[str, Tensor], many: dict[str, Tensor]) -> None:
+    """Each tensor differs by less than 1e-5 of its norm."""
+    assert one.keys() == many.keys()
+    compared = 0
+    for name, expected in one.items():
+        if "running_" in name or "num_batches" in name:
+            continue  # batch-norm statistics are a rank's own
+        difference = (expected - many[name]).norm() / expected.norm().clamp_min(1e-30)
+        assert difference < 1e-5, f"{name}: {difference:.1e}"
+        compared += 1
+    assert compared > 20
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(script: Path, cases: list[dict], out: Path, world: int) -> None:
+    """Run `script CASES.json OUT` in `world` processes."""
+    file = out / f"cases{world}.json"
+    file.write_text(json.dumps(cases))
+    # Tests that are scripts themselves find the helpers.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    if world > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
+    processes = []
+    for rank in range(world):
+        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
+        processes.append(
+            subprocess.Popen([sys.executable, str(script), str(file), str(out)], env=own, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True)
+        )  # fmt: skip
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, file)
+
+
+def stop(case: dict[str, Any], trainer: Trainer, out: Path) -> None:
+    world, step = trainer.world, trainer.train_step
+
+    def signalled() -> None:
+        step()
+        if world.rank == world.size - 1 and trainer.images >= case["stop"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.train_step = signalled  # type: ignore[method-assign]
+    assert trainer.run() == signal.SIGTERM
+    tensors = {f"{i}.{k}": v for i, m in enumerate(trainer._modules()) for k, v in m.state_dict().items()}
+    _write({**tensors, "ema.steps": trainer.ema.steps}, out / f"{case['name']}-{world.rank}.safetensors")
+
+
+def train(case: dict[str, Any], world: processes.World, out: Path) -> None:
+    request = parse(["--variant", case["variant"], *case["flags"]])
+    source = data.open_source("digits", request.config.schedule.resolution)
+    trainer = Trainer(request.config, request.variant, world, source, out / case["name"])
+    if "stop" in case:
+        stop(case, trainer, out)
+        return
+    for _ in range(case["steps"]):
+        trainer.train_step()
+    trainer.settle()
+    assert trainer._engines is not None
+    tensors = {f"g.{k}": v for k, v in trainer.step.generator.state_dict().items()}
+    tensors |= {f"d.{k}": v for k, v in trainer.step.discriminator.state_dict().items()}
+    tensors |= {f"og.{k}": v for k, v in trainer._engines[0].state().items()}
+    tensors |= {f"od.{k}": v for k, v in trainer._engines[1].state().items()}
+    if world.main:
+        _write(tensors, out / f"{case['name']}.safetensors")
+    trainer._close_engines()
+    trainer.pipeline.close()
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
+    torch.set_num_threads(1)
+    world = processes.start("auto", "cpu")
+    for case in cases:
+        train(case, world, out)
+    world.done()
+    processes.stop()
+
+
+if __name__ == "__main__":
+    main()

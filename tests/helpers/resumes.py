@@ -1,0 +1,79 @@
+"""One rank of the tests that move a run to another number of ranks: goes on with checkpoints, and writes new ones.
+
+    python resumes.py CASES.json OUT
+
+as ranks.py. Each case is {"from": run or null, "to": run, "variant", "flags", "steps"}: the run `from` is gone on with,
+as `fastgan train --resume` would, for so many steps, and its checkpoint is written into the run `to`; paths are in OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import ranks
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastgan import checkpoint, data
+from fastgan.cli.train import _cut, parse
+from fastgan.training.distributed import process_group as processes
+from fastgan.training.trainer import Trainer
+
+
+def case(before: str | None, to: str, variant: str, zero: int, steps: int) -> dict[str, Any]:
+    flags = ranks.case(to, variant, zero, 1)["flags"]
+    flags = flags[: flags.index("--accumulation")]  # which is what keeps the cut of the batches
+    return {"from": before, "to": to, "variant": variant, "flags": flags, "steps": steps}
+
+
+def go_on(case: dict[str, Any], world: processes.World, out: Path) -> None:
+    request = parse(["--variant", case["variant"], *case["flags"]])
+    stored = None
+    if case["from"] is not None:
+        stored = checkpoint.read(out / case["from"], "--resume")
+        request = _cut(request, stored, world)
+    source = data.open_source("digits", request.config.schedule.resolution)
+    trainer = Trainer(request.config, request.variant, world, source, out / case["to"], stored)
+    for _ in range(case["steps"]):
+        trainer.train_step()
+    trainer.save()
+    trainer._close_engines()
+    trainer.pipeline.close()
+
+
+def stored(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a run's checkpoint holds but for torch's own random state, which is each rank's: tensors, and values."""
+    found = checkpoint.read(run, "--resume")
+    tensors = {f"ema:{name}": tensor for name, tensor in found.generator().items()}
+    everything = load_file(found.path / "training.safetensors")
+    tensors |= {name: tensor for name, tensor in everything.items() if not name.startswith("random:")}
+    values = {key: found.meta[key] for key in ("images", "steps", "ema_steps", "resolution", "data", "seed")}
+    return tensors, values
+
+
+def assert_moved(before: Path, after: Path) -> None:
+    """Weights, moving average, optimisers' state and position in the data are the same, bit for bit."""
+    (one, where), (other, there) = stored(before), stored(after)
+    assert where == there
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    assert {name.split(":")[0] for name in one} == {"ema", "generator", "discriminator", "optimiser_g", "optimiser_d"}
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
+    torch.set_num_threads(1)
+    world = processes.start("auto", "cpu")
+    for one in cases:
+        go_on(one, world, out)
+    world.done()
+    processes.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Which room may import which, and that no module takes part in an import cycle."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fastgan
+
+PACKAGE = Path(fastgan.__file__).parent
+KERNELS = PACKAGE.parent / "kernels"
+
+# Room -> rooms it may import, besides itself. A room is a folder or a file of fastgan/; those of `SPLIT` are divided.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "utils": {"errors"},
+    "kernels": set(),
+    "ops": {"kernels"},
+    "nn": {"ops"},
+    "objectives": {"ops"},
+    "models": {"ops", "nn"},
+    "config": {"errors", "utils"},
+    "checkpoint": {"errors", "utils"},
+    "planning": {"config", "errors", "utils"},
+    "data": {"data.loading", "data.preparation", "errors", "utils"},
+    "data.loading": {"data", "errors", "ops", "utils"},
+    "data.preparation": {"data", "errors", "utils"},
+    "evaluation": {"data", "errors", "utils"},
+    "export": {"errors", "models", "utils"},
+    "generator": {"checkpoint", "errors", "export", "models", "utils"},
+    "training.observability": {"", "data", "errors", "utils"},
+    "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
+    "training.distributed": {"training.resilience", "", "config", "errors", "planning", "utils"},
+    "training.checkpoints": {"training.distributed", "checkpoint", "config", "errors", "utils"},
+    "training": {
+        *("training.checkpoints", "training.distributed", "training.observability", "training.resilience"),
+        *("", "checkpoint", "config", "data", "errors", "evaluation", "generator", "models", "objectives"),
+        *("planning", "utils"),
+    },
+    # Commands put everything together, and nothing imports them but the files that start them.
+    "cli": {
+        *("", "checkpoint", "config", "data", "data.loading", "data.preparation", "errors", "evaluation", "export"),
+        *("generator", "models", "ops", "planning", "training", "training.checkpoints", "training.distributed"),
+        *("training.observability", "training.resilience", "utils"),
+    },
+    "__main__": {"cli"},
+    "train": {"cli"},
+    "evaluate": {"cli"},
+    "": {"generator"},  # fastgan/__init__.py: the version, and `fastgan.load`
+}
+SPLIT = ("data", "training")
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of the package and of kernels/."""
+    found = {}
+    for folder, prefix in ((PACKAGE, ("fastgan",)), (KERNELS, ("fastgan", "kernels"))):
+        for file in sorted(folder.rglob("*.py")):
+            parts = (*prefix, *file.relative_to(folder).with_suffix("").parts)
+            if parts != ("fastgan", "kernels", "__init__") or folder == KERNELS:
+                found[".".join(parts).removesuffix(".__init__")] = file
+    return found
+
+
+MODULES = modules()
+
+
+def room_of(name: str) -> str:
+    """fastgan.training.resilience.signals -> training.resilience; fastgan.ops.conv -> ops; fastgan -> ""."""
+    parts = name.split(".")[1:]
+    divided = len(parts) > 1 and parts[0] in SPLIT and f"fastgan.{parts[0]}.{parts[1]}" in MODULES
+    is_folder = divided and MODULES[f"fastgan.{parts[0]}.{parts[1]}"].name == "__init__.py"
+    return ".".join(parts[:2]) if is_folder else ".".join(parts[:1])
+
+
+def imports(file: Path, name: str) -> Iterator[str]:
+    """What `file` imports, wherever in the file; not what it imports for type checkers alone."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+                package = package[: len(package) - node.level + 1]
+                base = ".".join([*package, base] if base else package)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imported_modules(file: Path, name: str) -> set[str]:
+    """Modules of the package that `file` imports."""
+    found = set()
+    for target in imports(file, name):
+        while target and target not in MODULES:
+            target = target.rpartition(".")[0]
+        if target and target != name:
+            found.add(target)
+    return found
+
+
+GRAPH = {name: imported_modules(file, name) for name, file in MODULES.items()}
+
+
+def test_every_room_is_known() -> None:
+    unknown = {room_of(name) for name in MODULES} - ARROWS.keys()
+    assert not unknown, f"say in ARROWS what {unknown} may import"
+    empty = ARROWS.keys() - {room_of(name) for name in MODULES}
+    assert not empty, f"ARROWS has rooms that are not there: {empty}"
+
+
+@pytest.mark.parametrize("room", sorted(ARROWS))
+def test_a_room_imports_only_rooms_below_it(room: str) -> None:
+    for name in (name for name in MODULES if room_of(name) == room):
+        wrong = {room_of(target) for target in GRAPH[name]} - ARROWS[room] - {room}
+        assert not wrong, (
+            f"{name} imports {wrong}; {room or 'fastgan'} may import {ARROWS[room] or 'nothing'} of fastgan"
+        )
+
+
+def test_arrows_make_no_circle() -> None:
+    """But a folder's own files and its sub-rooms: what they share lies beside them."""
+    levels: set[str] = set()
+    left = {room: {b for b in below if not b.startswith(f"{room}.")} for room, below in ARROWS.items() if room}
+    while left:
+        free = {room for room, below in left.items() if below - {""} <= levels}
+        assert free, f"these rooms import each other in a circle: {sorted(left)}"
+        levels |= free
+        left = {room: below for room, below in left.items() if room not in free}
+
+
+def test_no_module_is_in_an_import_cycle() -> None:
+    left = dict(GRAPH)
+    while True:
+        free = {name for name, targets in left.items() if not targets & left.keys()}
+        if not free:
+            break
+        left = {name: targets for name, targets in left.items() if name not in free}
+    # What is left is in a cycle, or imports one: only the first have an importer among them, over and over.
+    while True:
+        imported = set().union(*left.values()) if left else set()
+        kept = {name: targets for name, targets in left.items() if name in imported}
+        if len(kept) == len(left):
+            break
+        left = kept
+    assert not left, f"modules that import each other: {sorted(left)}"
+
+
+def test_the_scan_sees_every_form_of_import(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    for text, found in {
+        "import fastgan.nn.layers": {"fastgan.nn.layers"},
+        "from fastgan import models as m, data": {"fastgan.models", "fastgan.data"},
+        "from fastgan.training.ema import Ema": {"fastgan.training.ema"},
+        "from fastgan import __version__": {"fastgan"},
+        "def f():\n    from ..nn import layers": {"fastgan.nn.layers"},
+        "from . import penalty": {"fastgan.ops.penalty"},
+        "from fastgan.kernels.tiles import Tile": {"fastgan.kernels.tiles"},
+        "if TYPE_CHECKING:\n    from fastgan.training.ema import Ema": set(),
+        "import torch, os.path": set(),
+    }.items():
+        file.write_text(text)
+        assert imported_modules(file, "fastgan.ops.x") == found, text
+    assert "fastgan.training.trainer" in GRAPH["fastgan.cli.train"]  # imported inside a function
+    assert room_of("fastgan.training.resilience.signals") == "training.resilience"
+    assert room_of("fastgan.training.trainer") == "training" and room_of("fastgan.ops.conv") == "ops"
+
+
+def test_importing_ops_needs_torch_alone() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastgan.ops
+print(*sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    new = done.stdout.split()
+    assert "fastgan.ops.penalty" in new
+    roots = {name.split(".")[0] for name in new} - set(sys.stdlib_module_names)
+    assert roots <= {"fastgan", "torch"}, roots
+    assert {name.split(".")[1] for name in new if name.startswith("fastgan.")} <= {"ops", "kernels"}

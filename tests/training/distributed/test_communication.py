@@ -1,0 +1,216 @@
+"""What ranks send each other in a step, whom they wait for, and what each of them logs."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import collectives
+import pytest
+import ranks
+import torch
+from torch import nn
+
+from fastgan.training.distributed import gradient_reducer
+from fastgan.training.observability.stragglers import Report
+
+SCRIPT = Path(collectives.__file__)
+SMALL = "--width 8 --max-width 16 --latent 8 --batch 8 --resolution 16 --n-critic 2".split()
+CASES = [(zero, accumulation) for zero in (0, 1, 2) for accumulation in (1, 2)]
+STEPS = 3
+
+
+def _case(zero: int, accumulation: int) -> dict[str, Any]:
+    flags = [*SMALL, "--zero", str(zero), "--accumulation", str(accumulation)]
+    return {"name": f"{zero}-{accumulation}", "variant": "wgan-gp", "flags": flags, "steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("collectives")
+    slow = {"name": "slow", "variant": "pggan", "slow": 0.3, "steps": 0}
+    slow["flags"] = [*ranks.FLAGS["pggan"].split(), *"--kimg 0.16 --stable-kimg 0.08 --log-kimg 0.032".split()]
+    ranks.launch(SCRIPT, [*(_case(*case) for case in CASES), slow], folder, 2)
+    return folder
+
+
+@pytest.mark.parametrize(("zero", "accumulation"), CASES)
+def test_what_a_step_sends(out: Path, zero: int, accumulation: int) -> None:
+    counts = [json.loads((out / f"counts-{rank}.json").read_text())[f"{zero}-{accumulation}"] for rank in (0, 1)]
+    trained, sent = counts[0]["trained"], counts[0]["sent"]
+    # Two steps of D and one of G; D's gradients take no part in G's step, nor do EMA and metrics in any.
+    nbytes = STEPS * (2 * trained["d"] + trained["g"])
+    if zero == 0:
+        assert sent == {"all_reduce": nbytes}
+        return
+    # ZeRO 2 keeps no gradient between micro-batches, and so reduces each. Partitions are padded to whole 16 bytes.
+    reductions = accumulation if zero == 2 else 1
+    small = sent.pop("all_reduce", 0)
+    assert small <= 3 * STEPS * 64  # an overflow flag or a norm
+    # Each of two ranks sends the other's half of the gradients.
+    assert sum(part["sent"]["isend"] for part in counts) == pytest.approx(reductions * nbytes, rel=0.02)
+    assert sum(part["sent"]["all_gather_into_tensor"] for part in counts) / 2 == pytest.approx(nbytes, rel=0.02)
+    assert set(sent) == {"isend", "all_gather_into_tensor"}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reduction_to_one_rank(monkeypatch: pytest.MonkeyPatch, size: int, dtype: torch.dtype) -> None:
+    """Over real connections, between threads that each take themselves for a rank; all but the last send all once."""
+    store, own = torch.distributed.HashStore(), threading.local()
+    ranks = [5 * rank for rank in range(size)]  # those of a group are not 0, 1, ...
+    sent: Counter[int] = Counter()
+
+    def isend(tensor: torch.Tensor, dst: int, group: Any) -> Any:
+        sent[own.rank] += tensor.numel()
+        return group.send([tensor], ranks.index(dst), 0)
+
+    monkeypatch.setattr(gradient_reducer, "_PIECE", 1000)
+    monkeypatch.setattr(gradient_reducer.dist, "get_process_group_ranks", lambda group: ranks)
+    monkeypatch.setattr(gradient_reducer.dist, "get_rank", lambda: own.rank)
+    monkeypatch.setattr(
+        gradient_reducer.dist, "irecv", lambda tensor, src, group: group.recv([tensor], ranks.index(src), 0)
+    )
+    monkeypatch.setattr(gradient_reducer.dist, "isend", isend)
+
+    def run(index: int) -> list[torch.Tensor]:
+        own.rank = ranks[index]
+        group = torch.distributed.ProcessGroupGloo(store, index, size, timedelta(seconds=30))
+        found = []
+        for dst in ranks:
+            for numel in (1, 999, 1000, 4321):
+                tensor = (index + 1) * torch.arange(numel).remainder(16).to(dtype)  # sums that no dtype rounds
+                gradient_reducer.reduce_to(tensor, dst, group)
+                found.append(tensor if own.rank == dst else torch.empty(0))
+        return found
+
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(run, range(size)))
+    wanted = [sum(range(size + 1)) * torch.arange(numel).remainder(16) for numel in (1, 999, 1000, 4321)]
+    for index, found in enumerate(results):
+        assert [len(t) for t in found] == [len(w) if i == index else 0 for i in range(size) for w in wanted]
+        for tensor, expected in zip(found[4 * index : 4 * index + 4], wanted, strict=True):
+            assert tensor.dtype == dtype and torch.equal(tensor.to(torch.int64), expected)
+    assert set(sent.values()) == {(size - 1) * sum(len(w) for w in wanted)}
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_layout_of_weights(out: Path, zero: int) -> None:
+    """Contiguous under ZeRO 1 and 2, which flatten them."""
+    for rank in (0, 1):
+        assert json.loads((out / f"counts-{rank}.json").read_text())[f"{zero}-1"]["channels_last"] is (zero == 0)
+
+
+def test_gradients_are_waited_for_when_weights_are_used(out: Path) -> None:
+    """Each network's reduction has the first run of the other one to get through in. wgan-gp, n_critic 2."""
+    scored = ["uses d"] * 3  # real, fake and interpolated images
+    for rank in (0, 1):
+        order = json.loads((out / f"counts-{rank}.json").read_text())["0-1"]["order"]
+        assert order == [
+            *("uses d", "moves g", "uses g", "uses d", "uses d", "sends d"),
+            *("uses g", "moves d", *scored, "sends d"),
+            *("uses g", "moves d", "uses d", "sends g"),
+        ]
+
+
+def test_steps_of_two_ranks_read_nothing(out: Path) -> None:
+    for rank in (0, 1):
+        assert json.loads((out / f"counts-{rank}.json").read_text())["0-1"]["reads"] == {}
+
+
+def test_a_straggler_is_named(out: Path) -> None:
+    rows = [json.loads(line) for line in (out / "slow" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) >= 3
+    for row in rows:
+        assert row["slowest_rank"] == 1 and row["slowest_step_seconds"] > 0.3
+        # The other rank's own time is without its waiting for the slow one.
+        assert row["step_seconds"] < 0.5 * row["slowest_step_seconds"]
+        assert [(s["rank"], bool(s["host"])) for s in row["stragglers"]] == [(1, True)]
+    logs = [(out / "slow" / "logs" / f"rank-000{rank}.log").read_text() for rank in (0, 1)]
+    for rank, text in enumerate(logs):
+        lines = text.splitlines()
+        assert re.search(
+            rf"INFO rank {rank} of 2 on \S+, process \d+, cpu .*torch {re.escape(torch.__version__)}", lines[0]
+        )
+        assert any("INFO 8 px from 0.08 kimg" in line for line in lines)
+        assert re.search(r"WARNING straggler: rank 1 on \S+ takes \d+ ms .* [\d.]+ times the median", text)
+        assert lines[-1].endswith("INFO done at 0.16 kimg")
+    assert logs[0].count("straggler") == 1 and logs[1].count("straggler") == len(rows)
+
+
+def test_report_of_ranks() -> None:
+    even = Report([1.0, 1.9, 1.2, 1.1], ["a", "a", "b", "b"])
+    assert (even.slowest, even.median, even.stragglers) == (1, 1.1, [])
+    assert "stragglers" not in even.row()
+    one = Report([1.0, 1.0, 2.5, 1.0], ["a", "a", "b", "b"])
+    assert one.stragglers == [2]
+    assert one.row()["stragglers"] == [{"rank": 2, "host": "b", "step_seconds": 2.5}]
+    assert "rank 2 on b takes 2500 ms" in one.say(2) and "2.5 times" in one.say(2)
+    assert Report([1.0, 2.1], ["a", "b"]).stragglers == [1]
+
+
+class _Work:
+    def wait(self) -> None: ...
+
+
+def test_buckets_are_sent_as_soon_as_they_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step shows the order; from then on the last layer's gradients leave before the first layer's exist."""
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)), nn.Linear(4, 4, bias=False))
+    module[1].weight = nn.Parameter(torch.randn(4, 4).t())
+    module[4].weight.requires_grad_(False)
+    idle = nn.Parameter(torch.ones(3))
+    module.register_parameter("idle", idle)
+    sent: list[tuple[int, int]] = []
+    done: list[int] = []
+    monkeypatch.setattr(gradient_reducer.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(gradient_reducer.dist, "broadcast", lambda tensor, src, group: None)
+
+    def all_reduce(tensor: torch.Tensor, group: None, async_op: bool) -> _Work:
+        sent.append((tensor.numel(), len(done)))
+        tensor.mul_(2)  # another rank with the same gradients
+        return _Work()
+
+    monkeypatch.setattr(gradient_reducer.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(gradient_reducer, "pack", lambda sizes: [[2 * i, 2 * i + 1] for i in range(2)] + [[4]])
+    reducer = gradient_reducer.Reducer(module, gradient_reducer.Stopwatch(torch.device("cpu")))
+    for p in module.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _: done.append(1))
+    x = torch.randn(2, 4)
+
+    def gradients(expecting: bool) -> list[torch.Tensor]:
+        sent.clear()
+        done.clear()
+        for p in module.parameters():
+            p.grad = None
+        if expecting:
+            reducer.expect()
+        module(x).square().sum().backward()
+        if expecting:
+            reducer.flush()
+            reducer.finish()
+        return [p.grad.clone() for p in module[:4].parameters() if p.grad is not None]
+
+    plain = gradients(expecting=False)
+    assert sent == []
+    for step in range(3):
+        for a, b in zip(plain, gradients(expecting=True), strict=True):
+            torch.testing.assert_close(a, b)
+        assert idle.grad is not None and not idle.grad.any()
+        # Two layers, two layers, what no gradient reaches; before the first step has shown it, all at the end.
+        if step == 0:
+            assert [numel for numel, _ in sent] == [16 + 3, 32, 16] and {n for _, n in sent} == {4}
+        else:
+            assert all(p.grad is not None and p.grad.stride() == p.stride() for p in module[:4].parameters())
+            assert [numel for numel, _ in sent] == [32, 32, 3]
+            assert sent[0][1] < 2 and sent[1][1] < 4 and sent[2][1] == 4
+    reducer.close()
+    gradients(expecting=False)
+    assert sent == []
