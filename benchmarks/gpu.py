@@ -189,7 +189,7 @@ def main(arguments: list[str]) -> int:
     file = RESULTS / (re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()).strip("-") + ".json")
     names = [name for name in PIECES if (asked.only or "") in name]
     if not names:
-        print(f"--only: was {asked.only!r}; it may be part of one of: {', '.join(PIECES)}", file=sys.stderr)
+        print(f"--only must be part of one of: {', '.join(PIECES)}, got {asked.only!r}", file=sys.stderr)
         return 1
     result = so_far(file, where)
     pieces = result["pieces"]

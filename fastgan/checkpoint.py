@@ -2,7 +2,7 @@
 
     RUN/checkpoints/kimg-000123.456/
         generator.safetensors   moving average of the generator's weights: what samples are drawn from
-        training.safetensors    both networks, both optimisers' state, random state of every rank
+        training.safetensors    both networks, both optimizers' state, random state of every rank
         checkpoint.json         schema, variant, networks, images seen, size and hash of the files above
 
 The folder is written under another name, flushed to disk and renamed, which is atomic: a crash at any moment leaves the
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgan.errors import ArgumentError
+from fastgan.utils.old_names import RENAMED, current_names
 
 SCHEMA = 1
 _GENERATOR, _TRAINING, _META = "generator.safetensors", "training.safetensors", "checkpoint.json"
@@ -43,11 +44,11 @@ class Checkpoint:
         return load_file(self.path / _GENERATOR)
 
     def training(self) -> dict[str, dict[str, Tensor]]:
-        """Everything else by group: "generator", "discriminator", "optimiser_g", "optimiser_d", "random"."""
+        """Everything else by group: "generator", "discriminator", "optimizer_g", "optimizer_d", "random"."""
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in load_file(self.path / _TRAINING).items():
             group, name = key.split(":", 1)
-            groups.setdefault(group, {})[name] = value
+            groups.setdefault(RENAMED.get(group, group), {})[name] = value
         return groups
 
 
@@ -164,7 +165,7 @@ def read(path: Path, flag: str) -> Checkpoint:
     if not (path / _META).is_file():
         found = existing(path)
         if not found:
-            raise ArgumentError(flag, str(path), "it may be a run with a checkpoint, or a folder in its checkpoints/")
+            raise ArgumentError(flag, str(path), "must be a run with a checkpoint, or a folder in its checkpoints/")
         try:
             return read(found[-1], flag)
         except (ArgumentError, FileNotFoundError):
@@ -193,7 +194,7 @@ def read(path: Path, flag: str) -> Checkpoint:
             )
         if _hash(file) != expected["sha256"]:
             raise ArgumentError(flag, str(path), f"{name} has changed since it was written; {_older(path)}")
-    return Checkpoint(path, meta)
+    return Checkpoint(path, current_names(meta))
 
 
 def _older(path: Path) -> str:

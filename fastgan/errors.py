@@ -1,22 +1,40 @@
-"""The one exception that stands for something a user typed or pointed at."""
+"""The one exception for something that a user typed or pointed at."""
 
 from __future__ import annotations
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 300
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxtuple = 3, 8, 12, 12
+
 
 class ArgumentError(ValueError):
-    """An argument that cannot be used: one line naming it, what it was, and what it may be.
+    """An argument that cannot be used, described in one line.
 
-    Commands print the message and exit with code 2; library callers catch it as a `ValueError`.
+    Commands print the line and exit with code 2; library callers catch it as a `ValueError`.
+
+    Args:
+        argument: as the user knows it: a flag, a key of a file, a parameter.
+        got: its value; a long one is shortened in the message.
+        problem: what the argument must be, as in "must be at least 1" or "must be cpu; torch sees no GPU here", or
+            any other reason why the value cannot be used, as in "it already holds a run".
     """
 
-    def __init__(self, argument: str, was: object, may_be: str) -> None:
-        super().__init__(f"{argument}: was {was!r}; {may_be}")
-        self.argument, self.was, self.may_be = argument, was, may_be
+    def __init__(self, argument: str, got: object, problem: str) -> None:
+        shown = _SHORT.repr(got)
+        if problem.startswith("must "):
+            requirement, semicolon, why = problem.partition("; ")
+            line = f"{argument} {requirement}, got {shown}{semicolon}{why}"
+        else:
+            line = f"{argument} {shown}: {problem}"
+        super().__init__(line)
+        self.argument, self.got, self.problem = argument, got, problem
 
     def renamed(self, argument: str) -> ArgumentError:
         """The same, for an argument that a caller knows by another name."""
-        return ArgumentError(argument, self.was, self.may_be)
+        return ArgumentError(argument, self.got, self.problem)
 
     def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, object, str]]:
         """As it comes from a worker process."""
-        return ArgumentError, (self.argument, self.was, self.may_be)
+        return ArgumentError, (self.argument, self.got, self.problem)

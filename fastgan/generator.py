@@ -42,7 +42,7 @@ class TrainedGenerator:
 
     @property
     def truncates(self) -> bool:
-        """Whether the length of a latent matters to the images: pggan normalises it away."""
+        """Whether the length of a latent matters to the images: pggan normalizes it away."""
         return self.meta["networks"]["model"] != "pggan"
 
     def sample(self, n: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
@@ -55,7 +55,7 @@ class TrainedGenerator:
             ValueError: `n` is below 1 or `seed` below 0, or this generator does not see how long a latent is.
         """
         if n < 1:
-            raise ValueError(f"n: was {n}; it may be 1 or more")
+            raise ValueError(f"n must be at least 1, got {n}")
         self._check(seed, truncation)
         return sample_images(self.module, n, seed, self.meta["networks"], truncation)
 
@@ -69,7 +69,7 @@ class TrainedGenerator:
         """
         for name, value in (("rows", rows), ("columns", columns)):
             if value < 1:
-                raise ValueError(f"{name}: was {value}; it may be 1 or more")
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self._check(seed, truncation)
         device = device_of(self.module)
         ends = counter_rng.normal(seed, "sample", torch.arange(2 * rows, device=device), self.latent)
@@ -82,11 +82,11 @@ class TrainedGenerator:
 
     def _check(self, seed: int, truncation: float) -> None:
         if seed < 0:
-            raise ValueError(f"seed: was {seed}; it may be 0 or more")
+            raise ValueError(f"seed must be at least 0, got {seed}")
         if not 0 < truncation <= 1:
-            raise ValueError(f"truncation: was {truncation}; it may be above 0 and up to 1")
+            raise ValueError(f"truncation must be above 0 and up to 1, got {truncation}")
         if truncation < 1 and not self.truncates:
-            raise ValueError(f"truncation: was {truncation}; pggan normalises its latents, for it it may be 1")
+            raise ValueError(f"truncation: was {truncation}; pggan normalizes its latents, for it it may be 1")
 
 
 def great_circle(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
@@ -131,11 +131,11 @@ def _check_device(device: str) -> None:
     try:
         asked = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ArgumentError("device", device, "it may be cpu, cuda or cuda:N") from None
+        raise ArgumentError("device", device, "must be cpu, cuda or cuda:N") from None
     if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         here = f"cuda:0 to cuda:{gpus - 1}, or cpu" if gpus else "cpu: torch sees no GPU here"
-        raise ArgumentError("device", device, f"it may be {here}")
+        raise ArgumentError("device", device, f"must be {here}")
 
 
 def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:

@@ -1,7 +1,7 @@
 """pixel_norm(act(x + bias) * gain) and its derivatives, one pass each; in full in `fastgan.ops.bias_act_pixel_norm`.
 
 A program takes the whole feature vectors of a few pixels, so that every input is read once. Vectors that it cannot
-keep are read twice: of more than 4096 channels, or, in contiguous memory, whose tiles need neighbouring pixels, of more
+keep are read twice: of more than 4096 channels, or, in contiguous memory, whose tiles need neighboring pixels, of more
 than 512 to 2048, by dtype and pass. Sums over all but the channels are sums of the programs' sums, in a fixed order.
 """
 
@@ -170,7 +170,7 @@ def _launch(kernel: Any, like: Tensor, want_bias: bool = False, **arguments: Any
         samples, per_sample, steps = 1, n * pixels, (channels, 1)
     else:
         samples, per_sample, steps = n, pixels, (1, pixels)
-    # So many neighbours make full sectors of one channel.
+    # So many neighbors make full sectors of one channel.
     least = min(_SECTOR // like.element_size(), triton.next_power_of_2(per_sample)) if steps[0] == 1 else 1
     block = min(triton.next_power_of_2(channels), LARGEST)
     # Registers keep twice a tile of one or two tensors, and of the three of a second backward a tile.

@@ -114,7 +114,7 @@ def up_kernel(
     ACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """w: [16, C, K], contiguous. Rows are pixels of one parity, columns channels of the large images."""
-    # The four parities of the same pixels are neighbours: they read the same, and write between each other.
+    # The four parities of the same pixels are neighbors: they read the same, and write between each other.
     parity = tl.program_id(0) % 4
     below = parity // 2
     right = parity % 2
@@ -158,7 +158,7 @@ def weight_kernel(
     across = tl.cdiv(C, COLS)
     below = tl.cdiv(K, ROWS)
     program = tl.program_id(0)
-    tap = program % 16  # neighbours read the same pixels
+    tap = program % 16  # neighbors read the same pixels
     c = program // 16 % across * COLS + tl.arange(0, COLS)
     k = program // 16 // across % below * ROWS + tl.arange(0, ROWS)
     which = program // 16 // across // below

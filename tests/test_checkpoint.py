@@ -33,7 +33,7 @@ def tensors(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, dict[str, Tenso
     }
     training = {
         "generator": {"a.weight": weight + 1, "odd: name": weight[0]},
-        "optimiser_d": {"a.weight/exp_avg": weight * 2, "a.weight/step": torch.tensor(3.0)},
+        "optimizer_d": {"a.weight/exp_avg": weight * 2, "a.weight/step": torch.tensor(3.0)},
         "random": {"rank0": torch.arange(16, dtype=torch.uint8)},
     }
     return ema, training
@@ -76,7 +76,7 @@ def test_round_trip(tmp_path: Path) -> None:
     stored = checkpoint.read(tmp_path, "RUN")
     assert stored.path == path
     assert is_good(tmp_path, 0) and is_good(path, 0)
-    assert set(stored.training()) == {"generator", "optimiser_d", "random"}
+    assert set(stored.training()) == {"generator", "optimizer_d", "random"}
     meta = dict(stored.meta)
     files = meta.pop("files")
     assert meta == {

@@ -401,7 +401,7 @@ def main(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     unknown = [part for part in asked.parts if part not in PARTS]
     if unknown:
-        parser.error(f"PART: was {unknown[0]!r}; it may be {', '.join(PARTS)}")
+        parser.error(f"PART must be {', '.join(PARTS)}, got {unknown[0]!r}")
     torch.set_flush_denormal(True)
     began = time.monotonic()
     print(machine())

@@ -22,7 +22,7 @@ COUNT, PER_SHARD = 1_000_000, 1024
 
 @pytest.fixture(scope="module")
 def million(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1024 px in colour, labelled: 977 shards of 9 resolutions, 11,729 files."""
+    """1024 px in color, labeled: 977 shards of 9 resolutions, 11,729 files."""
     folder = tmp_path_factory.mktemp("million")
     resolutions = tuple(2**i for i in range(2, 11))
     cached = tuple(r for r in resolutions if r <= 128)

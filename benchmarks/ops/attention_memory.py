@@ -16,7 +16,7 @@ from bench_attention import Attend, math_form, ours, run
 from benchmarks import side_by_side
 
 SIZES = (1024, 2048, 4096, 8192, 16384)
-COLOURS = ("#1f77b4", "#2ca02c", "#d62728")
+COLORS = ("#1f77b4", "#2ca02c", "#d62728")
 FILE = Path(__file__).resolve().parents[2] / "docs" / "attention_memory.svg"
 
 
@@ -46,11 +46,11 @@ def draw(found: dict[str, dict[int, float]]) -> str:
     for n in SIZES:
         parts.append(f'<text x="{x(n):.1f}" y="{height - bottom + 18}" text-anchor="middle">{n}</text>')
     parts.append(f'<text x="{(left + width - 90) / 2}" y="{height - 6}" text-anchor="middle">N = M</text>')
-    for colour, (name, sizes) in zip(COLOURS, found.items(), strict=False):
+    for color, (name, sizes) in zip(COLORS, found.items(), strict=False):
         points = " ".join(f"{x(n):.1f},{y(mb):.1f}" for n, mb in sizes.items())
         last, mb = list(sizes.items())[-1]
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{x(last) + 6:.1f}" y="{y(mb) + 4:.1f}" fill="{colour}">{name}</text>')
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<text x="{x(last) + 6:.1f}" y="{y(mb) + 4:.1f}" fill="{color}">{name}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -157,7 +157,9 @@ def test_attention(benchmark: Any, mode: str, dtype: torch.dtype, case: Case) ->
     tensors = tuple(random(*s).requires_grad_() for s in ((case.n, case.d), (case.m, case.d), (case.m, case.dv)))
     do = random(case.n, case.dv).requires_grad_()
     us = tuple(torch.randn(x.shape, generator=generator).to(DEVICE, dtype) for x in tensors)
-    able = [name for name, it in OP.implementations.items() if name != "torch" and it.able(*tensors) is None]
+    able = [
+        name for name, it in OP.implementations.items() if name != "torch" and it.unsupported_reason(*tensors) is None
+    ]
     chosen = OP.choose(None, *tensors)
     sides = {name: ours(name) for name in (chosen, *able)}
     if "triton" in able:

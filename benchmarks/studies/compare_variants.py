@@ -48,13 +48,14 @@ from fastgan.config import Config, merge, read_yaml, replace
 from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
-from fastgan.evaluation.measure import Evaluation, cache_folder
+from fastgan.evaluation.measure import Evaluation
 from fastgan.models.pggan import Progressive
 from fastgan.training.evaluator import drawer
 from fastgan.training.factory import build_step, plan
 from fastgan.training.observability.metrics_log import save_grid
 from fastgan.training.step_measurement import Bench
 from fastgan.utils import counter_rng
+from fastgan.utils.system import cache_folder
 
 RESOLUTION = 32
 POINTS = 10
@@ -105,7 +106,7 @@ def speed(arm: str, kimg: float, seconds: float) -> dict[str, Any]:
     for stage in plan(config):
         for fading in [True] * (stage.fade_end > stage.start) + [False]:
             timing = bench.time(stage.resolution, config.schedule.batch, fading)
-            taken = timing.d.seconds + timing.g.seconds / config.optimiser.n_critic
+            taken = timing.d.seconds + timing.g.seconds / config.optimizer.n_critic
             found[step_key(stage.resolution, fading)] = config.schedule.batch / taken
     return {"images_per_second": found, "threads": torch.get_num_threads()}
 
@@ -132,7 +133,7 @@ def compute(variant: str, seed: int, kimg: float, runs: Path, figures: Path, fla
 
     def evaluate(path: Path, metrics: list[str], n: int) -> dict[str, float]:
         trained = fastgan.load(path)
-        evaluation = Evaluation(metrics, extractor, n, seed, cache_folder())
+        evaluation = Evaluation(metrics, extractor, n, seed, cache_folder("evaluation"))
         draw = drawer(trained.module, trained.meta["networks"], source, seed)
         found = evaluation(draw, source, trained.meta["networks"]["resolution"], print)
         assert found is not None
@@ -201,8 +202,8 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
         figure = Figure(figsize=(8.5, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for arm in ARMS:
-            # The two with R1 are dashed, in the colours of those without.
-            colour = colormaps["tab10"](list(VARIANTS).index(ARMS[arm][0]))
+            # The two with R1 are dashed, in the colors of those without.
+            color = colormaps["tab10"](list(VARIANTS).index(ARMS[arm][0]))
             dashes = "-" if arm in VARIANTS else "--"
             for number, cell in enumerate(cells.of("digits", arm, kimg)):
                 points = [(point["kimg"], point[key]) for point in cell["curve"] if key in point]
@@ -210,11 +211,11 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
                     continue
                 # A gradient may vanish to zero, which no logarithm shows.
                 x, y = zip(*[(at, max(value, 1e-12)) for at, value in points], strict=True)
-                axes.plot(x, y, dashes, color=colour, label=None if number else arm, linewidth=1.3)
+                axes.plot(x, y, dashes, color=color, label=None if number else arm, linewidth=1.3)
                 saturating = [(point["kimg"], point.get("gradient_saturating")) for point in cell["curve"]]
                 if key == "gradient" and all(value for _, value in saturating):
                     label_of = None if number else f"{arm}, saturating"
-                    axes.plot(*zip(*saturating, strict=True), ":", color=colour, label=label_of, linewidth=1.3)
+                    axes.plot(*zip(*saturating, strict=True), ":", color=color, label=label_of, linewidth=1.3)
         axes.set(xlabel="kimg", ylabel=label, yscale="log")
         if axes.lines:
             figure.legend(loc="outside right upper", fontsize=8)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.studies.mode_coverage [grid] [ring] [stacked] [--variants wgan-gp pggan] [--seeds 3]
 
-grid, ring: small perceptrons, the same for all, with the loss, regulariser, optimiser and rates of each variant's
-digits preset (spectral normalisation stands for a regulariser in sagan); 2,500 samples. A mode is hit if a sample lies
+grid, ring: small perceptrons, the same for all, with the loss, regularizer, optimizer and rates of each variant's
+digits preset (spectral normalization stands for a regularizer in sagan); 2,500 samples. A mode is hit if a sample lies
 within 3 standard deviations of it.
 stacked: the variants' own networks at 16 px, with generators of one size, on images of three digits in three channels;
 26,000 samples. A mode counts when a sample's three channels are all classified with a confidence of 0.9 or more; KL is
@@ -49,7 +49,7 @@ from fastgan.evaluation.measure import Evaluation
 from fastgan.training.distributed.engine import TorchEngine
 from fastgan.training.ema import Ema
 from fastgan.training.evaluator import drawer
-from fastgan.training.factory import build_step, optimiser_factory
+from fastgan.training.factory import build_step, optimizer_factory
 from fastgan.training.step import frozen
 from fastgan.utils import counter_rng
 
@@ -60,15 +60,15 @@ STACKED_SAMPLES = 26_000
 # What three digits in one image need that one digit does not. The smaller batch gives twice the steps for an image
 # budget, and pggan's low resolutions, where no digit can be read, are over early.
 STACKED: dict[str, Changes] = {arm: {"schedule": {"batch": 32}} for arm in ARMS}
-STACKED["wgan-div"]["optimiser"] = {"lr_g": 2e-3, "lr_d": 2e-3}
-STACKED["pggan"]["optimiser"] = {"lr_g": 4e-3, "lr_d": 4e-3}
+STACKED["wgan-div"]["optimizer"] = {"lr_g": 2e-3, "lr_d": 2e-3}
+STACKED["pggan"]["optimizer"] = {"lr_g": 4e-3, "lr_d": 4e-3}
 STACKED["pggan"]["schedule"] |= {"fade_kimg": 5.0, "stable_kimg": 5.0}
 _BATCH = 256
 _LATENT = 8
 _WIDTH = 128
 
 
-def centres(task: str) -> tuple[Tensor, float]:
+def centers(task: str) -> tuple[Tensor, float]:
     """Means of the Gaussians [modes, 2] and their standard deviation (Metz et al. 2017; Srivastava et al. 2017)."""
     if task == "grid":
         side = torch.arange(-4.0, 5.0, 2.0)
@@ -79,7 +79,7 @@ def centres(task: str) -> tuple[Tensor, float]:
 
 def real_points(task: str, seed: int, positions: Tensor) -> Tensor:
     """Samples of the mixture, float32 [N, 2], of (seed, position) alone."""
-    means, deviation = centres(task)
+    means, deviation = centers(task)
     return means[counter_rng.integers(seed, task, positions, len(means))] + deviation * counter_rng.normal(
         seed, task, positions, 2
     )
@@ -87,7 +87,7 @@ def real_points(task: str, seed: int, positions: Tensor) -> Tensor:
 
 def coverage(task: str, points: Tensor) -> dict[str, float]:
     """Share of modes with a point within 3 standard deviations, and share of points that are within that of a mode."""
-    means, deviation = centres(task)
+    means, deviation = centers(task)
     distance, mode = torch.cdist(points.double(), means.double()).min(dim=1)
     near = distance <= 3 * deviation
     return {"modes": len(mode[near].unique()) / len(means), "near": near.double().mean().item()}
@@ -96,13 +96,13 @@ def coverage(task: str, points: Tensor) -> dict[str, float]:
 class Perceptron(nn.Module):
     """Three hidden layers of 128 leaky rectifiers; with one output it is a critic and gives scores [N]."""
 
-    def __init__(self, inputs: int, outputs: int, normalised: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, normalized: bool) -> None:
         super().__init__()
         sizes = [inputs, _WIDTH, _WIDTH, _WIDTH, outputs]
         layers: list[nn.Module] = []
         for i, o in itertools.pairwise(sizes):
             linear = nn.Linear(i, o)
-            layers += [spectral_norm(linear) if normalised else linear, nn.LeakyReLU(0.2)]
+            layers += [spectral_norm(linear) if normalized else linear, nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers[:-1])
         self.latent = inputs
 
@@ -120,12 +120,12 @@ def points_cell(task: str, variant: str, seed: int, kimg: float) -> dict[str, An
         generator, critic = Perceptron(_LATENT, 2, False), Perceptron(2, 1, variant == "sagan")
     step = build_step(config, generator, critic, 0)
     step.seed = seed
-    ema = Ema(generator, config.optimiser.ema_decay, config.optimiser.ema_warmup)
-    engine_g = TorchEngine(generator, optimiser_factory(config, discriminator=False), 1)
-    engine_d = TorchEngine(critic, optimiser_factory(config, discriminator=True), 1)
+    ema = Ema(generator, config.optimizer.ema_decay, config.optimizer.ema_warmup)
+    engine_g = TorchEngine(generator, optimizer_factory(config, discriminator=False), 1)
+    engine_d = TorchEngine(critic, optimizer_factory(config, discriminator=True), 1)
     began, position = time.monotonic(), 0
     while position < 1000 * kimg:
-        for _ in range(config.optimiser.n_critic):
+        for _ in range(config.optimizer.n_critic):
             positions = torch.arange(position, position + _BATCH)
             loss, _ = step.discriminator_loss(real_points(task, seed, positions), positions)
             engine_d.backward(loss)
@@ -193,7 +193,7 @@ def main(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     tasks = asked.tasks or list(TASKS)
     if unknown := [task for task in tasks if task not in TASKS]:
-        parser.error(f"TASK: was {unknown[0]!r}; it may be {', '.join(TASKS)}")
+        parser.error(f"TASK must be {', '.join(TASKS)}, got {unknown[0]!r}")
     kimg = {task: asked.kimg or KIMG[task] for task in TASKS}
     cells, flags = start(asked)
     order = [(seed, task, variant) for seed in range(asked.seeds) for task in tasks for variant in asked.variants]

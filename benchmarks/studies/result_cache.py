@@ -39,10 +39,10 @@ NETWORKS: dict[int, dict[str, dict[str, Any]]] = {
 # have neither, and these are the rates that suit them best then.
 _AS_PUBLISHED: Changes = {
     "networks": {"norm_d": "batch"},
-    "objective": {"regulariser": "none"},
-    "optimiser": {"lr_g": 5e-4, "lr_d": 5e-5, "beta1": 0.5, "beta2": 0.999, "lr_decay": 0.0},
+    "objective": {"regularizer": "none"},
+    "optimizer": {"lr_g": 5e-4, "lr_d": 5e-5, "beta1": 0.5, "beta2": 0.999, "lr_decay": 0.0},
 }
-_CONSTANT: Changes = {"optimiser": {"lr_decay": 0.0}}
+_CONSTANT: Changes = {"optimizer": {"lr_decay": 0.0}}
 # What is compared: a variant's digits preset with some settings changed; all at rates that do not fall.
 ARMS: dict[str, tuple[str, Changes]] = {
     "gan": ("gan", {}),

@@ -2,7 +2,7 @@
 
     pytest benchmarks/training/bench_sagan_step.py --benchmark-only
 
-A step is what `fastgan train --variant sagan --regulariser gradient-penalty` does for the discriminator: fake images,
+A step is what `fastgan train --variant sagan --regularizer gradient-penalty` does for the discriminator: fake images,
 hinge loss, penalty, all weight gradients. `ours` is that; in `math` the attention of both networks is torch's with its
 math backend, the only one that has a second derivative; `plain` has plain PyTorch for every other op as well.
 """

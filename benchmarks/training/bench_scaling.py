@@ -86,7 +86,7 @@ def worker(folder: Path, per_rank: int, resolution: int) -> None:
             trainer.train_step()
             began.append(time.perf_counter())
             steps += 1
-        own = trainer.pace.report().seconds if world.size > 1 else []
+        own = trainer.stragglers.report().seconds if world.size > 1 else []
         busy = (time.process_time() - processor) / steps
         return {"seconds": [b - a for a, b in itertools.pairwise(began)], "own": own, "processor": busy}
 
@@ -191,7 +191,7 @@ def scale_ranks(folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"own": statistics.median(own)}
     for kind in kinds:
         step = statistics.median(taken[kind])
-        # Each pair of neighbours in time is a measurement of its own.
+        # Each pair of neighbors in time is a measurement of its own.
         pairs = sorted(a / b for a, b in zip(taken["one rank"], taken[kind], strict=True))
         processor = statistics.median(busy[kind])
         found[kind] = {"step": step, "processor": processor, "of_linear": statistics.median(pairs), "pairs": pairs}
@@ -302,14 +302,14 @@ def draw_curve(speedup: float, path: Path) -> list[dict[str, Any]]:
 
     points = list(curves(speedup))
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    colours = pyplot.get_cmap("viridis")
+    colors = pyplot.get_cmap("viridis")
     sizes = sorted({px for _, px, *_ in points})
     for axis, (name, title) in zip(
         axes, (("paper", "the paper's batches"), ("four", "4 images per rank")), strict=True
     ):
         for i, px in enumerate(sizes):
             line = [(nodes, rate) for which, at, nodes, rate, _ in points if (which, at) == (name, px)]
-            axis.plot(*zip(*line, strict=True), color=colours(i / len(sizes)), label=f"{px} px", marker=".")
+            axis.plot(*zip(*line, strict=True), color=colors(i / len(sizes)), label=f"{px} px", marker=".")
         axis.set(xscale="log", yscale="log", xlabel="hosts of 8 ranks", title=title)
         axis.minorticks_off()
         axis.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])

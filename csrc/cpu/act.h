@@ -1,4 +1,4 @@
-// Activations times a gain, with slope and curvature; in plain arithmetic and without branches, so that loops vectorise.
+// Activations times a gain, with slope and curvature; in plain arithmetic and without branches, so that loops vectorize.
 #pragma once
 
 #include <cmath>

@@ -9,7 +9,7 @@
 
 namespace fastgan {
 
-// L pixels a sample; the C features of a pixel are neighbours where `last`, else L apart.
+// L pixels a sample; the C features of a pixel are neighbors where `last`, else L apart.
 struct Features {
   int64_t n, c, l;
   bool last;
@@ -48,7 +48,7 @@ inline Features features(const Tensor& x) {
   return f;
 }
 
-// Where a vector of features lies: at one pixel a contiguous x has it in neighbours too, and short planes make long rows.
+// Where a vector of features lies: at one pixel a contiguous x has it in neighbors too, and short planes make long rows.
 inline Features as_rows(Features f) {
   f.last = f.last || f.l == 1;
   return f;
@@ -76,7 +76,7 @@ Tensor fresh(Tensor made) {
   return made;
 }
 
-// Uninitialised, shape, dtype and memory format of x.
+// Uninitialized, shape, dtype and memory format of x.
 template <class T>
 Tensor fresh_like(const Tensor& x) {
   return fresh<T>(torch::stable::empty_like(x));
@@ -155,7 +155,7 @@ struct Parts {
   int64_t end(int64_t part) const { return std::min(count, (part + 1) * size); }
 };
 
-// Of the pixels of an x that has the features of a pixel in neighbours.
+// Of the pixels of an x that has the features of a pixel in neighbors.
 inline Parts row_parts(const Features& f) { return Parts(f.pixels(), std::max<int64_t>(1, 1024 / f.c), 1024); }
 
 }  // namespace fastgan

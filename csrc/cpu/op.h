@@ -37,7 +37,7 @@ inline constexpr int64_t kVector = 8;
 inline constexpr int64_t kVector = 4;
 #endif
 
-// Storage is float or BFloat16; arithmetic is float. Written with bit operations alone, so that loops vectorise; and in
+// Storage is float or BFloat16; arithmetic is float. Written with bit operations alone, so that loops vectorize; and in
 // place by its type: to a memcpy there any variable might belong, and would be read again after each element.
 inline float load(const float* p) { return *p; }
 
@@ -118,7 +118,7 @@ void parallel(int64_t count, int64_t work, const F& f) {
   }
 }
 
-// As `parallel`, with memory of its own for each thread: f(begin, end, scratch), `floats` uninitialised ones at scratch.
+// As `parallel`, with memory of its own for each thread: f(begin, end, scratch), `floats` uninitialized ones at scratch.
 // It is allocated before the threads start, so that what cannot be had raises where it can be caught.
 template <class F>
 void parallel_with_scratch(const Tensor& like, int64_t count, int64_t work, int64_t floats, const F& f) {

@@ -1,6 +1,6 @@
 // minibatch_stddev, forward and both backwards; the formulas stand in fastgan/ops/minibatch_stddev.py.
 //
-// A thread takes W neighbouring places of one chunk and goes over the samples of the group there. Means and variances are
+// A thread takes W neighboring places of one chunk and goes over the samples of the group there. Means and variances are
 // Welford's, which lose nothing where samples are nearly equal. Each block adds up its places' share of a map; a second
 // kernel adds up the blocks in order and writes the map.
 #include "op.h"

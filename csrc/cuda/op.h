@@ -80,7 +80,7 @@ __device__ __forceinline__ Fp16 from_float<Fp16>(float x) {
 }
 #endif
 
-// W neighbours, read and written in one access: 16 bytes, or one element where alignment or sizes allow no more.
+// W neighbors, read and written in one access: 16 bytes, or one element where alignment or sizes allow no more.
 template <class T, int W>
 struct alignas(sizeof(T) * W) Vec {
   T v[W];
@@ -167,7 +167,7 @@ __device__ __forceinline__ float block_sum(float x) {
   return sum;
 }
 
-// L pixels a sample; the C features of a pixel are neighbours where `last`, else L apart.
+// L pixels a sample; the C features of a pixel are neighbors where `last`, else L apart.
 struct Features {
   int64_t n, c, l;
   bool last;
@@ -198,7 +198,7 @@ inline void check_device(const Tensor& x, const char* name) {
 }
 
 // Layout of x, which is dense, contiguous or channels_last; a contiguous one where it is both. At one pixel a sample
-// the features are neighbours in either.
+// the features are neighbors in either.
 inline Features features(const Tensor& x) {
   check_device(x, "x");
   const auto sizes = x.sizes();

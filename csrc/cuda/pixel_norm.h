@@ -93,7 +93,7 @@ __device__ __forceinline__ void floats_of(const Vec<T, W> (&in)[In], int w, floa
   for (int i = 0; i < In; ++i) out[i] = to_float(in[i].v[w]);
 }
 
-// Contiguous. A block takes TX neighbouring vectors of W pixels at a time; its threads ty = 0 .. TY share out their
+// Contiguous. A block takes TX neighboring vectors of W pixels at a time; its threads ty = 0 .. TY share out their
 // features, ty, ty + TY, ...: the first R of them stay in registers. partial: [blocks, C] for the sum of the last
 // output, or nullptr; a thread writes the features of its own alone.
 template <class T, int W, int TX, int R, class F>

@@ -77,28 +77,28 @@ def main(argv: list[str]) -> int:
 def table(manifest: Manifest) -> str:
     """A prepared set, in lines."""
     from fastgan.data.prepared import SKIPPED
-    from fastgan.utils.files import size_in_words
+    from fastgan.utils.text import readable_size
 
     settings = ", ".join(f"{name} {value}" for name, value in sorted(manifest.settings.items()) if value is not None)
     classes = manifest.classes("DST")
     names = "" if classes is None else f": {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}"
     sizes = [file.bytes for file in manifest.files.values()]
     facts = {
-        "images": f"{manifest.count:,}, {'grey' if manifest.channels == 1 else 'colour'}",
+        "images": f"{manifest.count:,}, {'gray' if manifest.channels == 1 else 'color'}",
         "classes": f"{manifest.num_classes:,}{names}" if manifest.num_classes else "no labels",
         "skipped": f"{manifest.skipped:,}" + (f", listed in {manifest.path / SKIPPED}" if manifest.skipped else ""),
         "source": f"{manifest.source.get('kind')} {manifest.source.get('name')}",
         "settings": settings,
         "made by": f"fastgan {manifest.version}",
         "fingerprint": manifest.fingerprint,
-        "on disk": f"{size_in_words(sum(sizes))} in {len(sizes):,} files, {len(manifest.shards):,} shards",
+        "on disk": f"{readable_size(sum(sizes))} in {len(sizes):,} files, {len(manifest.shards):,} shards",
     }
     lines = [str(manifest.path), *(f"  {name:12} {value}" for name, value in facts.items()), ""]
     lines.append(f"  {'px':>5}  {'stored as':10} {'on disk':>10} {'per image':>12}")
     for r in manifest.resolutions:
         kept = "arrays" if r in manifest.cached else manifest.encoding
         held = sum(manifest.files[name].bytes for name in manifest.files_of(r))
-        lines.append(f"  {r:>5}  {kept:10} {size_in_words(held):>10} {size_in_words(held / manifest.count):>12}")
+        lines.append(f"  {r:>5}  {kept:10} {readable_size(held):>10} {readable_size(held / manifest.count):>12}")
     return "\n".join(lines)
 
 
@@ -107,10 +107,10 @@ def _verify(manifest: Manifest, workers: int) -> int:
 
     from fastgan.data.preparation.originals import printable
     from fastgan.data.preparation.verification import verify
-    from fastgan.utils.files import size_in_words
+    from fastgan.utils.text import readable_size
 
     if workers < 0:
-        raise ArgumentError("--workers", workers, "it may be 0 (one per core) or more")
+        raise ArgumentError("--workers", workers, "must be at least 0 (one per core)")
     found = 0
     for fault in verify(manifest, workers=workers, progress=True):
         found += 1
@@ -119,7 +119,7 @@ def _verify(manifest: Manifest, workers: int) -> int:
         files = "1 file is" if found == 1 else f"{found:,} files are"
         print(f"fastgan: {files} wrong; copy the set anew, or delete it and prepare it anew", file=sys.stderr)
         return 1
-    size = size_in_words(sum(file.bytes for file in manifest.files.values()))
+    size = readable_size(sum(file.bytes for file in manifest.files.values()))
     print(f"{manifest.path}: all {len(manifest.files):,} files, {size}, are as they were written")
     return 0
 
@@ -132,9 +132,9 @@ def _show(manifest: Manifest, asked: Show) -> int:
     from fastgan.data.prepared import Level
 
     if asked.n < 1:
-        raise ArgumentError("--n", asked.n, "it may be 1 or more")
+        raise ArgumentError("--n", asked.n, "must be at least 1")
     if not 0 <= asked.start < manifest.count:
-        raise ArgumentError("--start", asked.start, f"it may be 0 to {manifest.count - 1}")
+        raise ArgumentError("--start", asked.start, f"must be 0 to {manifest.count - 1}")
     resolution = asked.resolution
     if resolution is None:
         resolution = max(r for r in manifest.resolutions if r <= 128)

@@ -54,7 +54,7 @@ def _run_of(path: str) -> Path:
     for run in (Path(path), Path(path).resolve().parent.parent):
         if os.path.isfile(run / "config.yaml"):  # False too where nobody may look
             return run
-    raise ArgumentError("RUN", path, "it may be a run directory, or a checkpoint in one")
+    raise ArgumentError("RUN", path, "must be a run directory, or a checkpoint in one")
 
 
 def _source(asked: Evaluate, config: Config, networks: dict[str, Any]) -> Source:
@@ -97,7 +97,7 @@ def _table(line: dict[str, Any]) -> str:
         name = "inception score" if inception else f"class score{of}"
         row(name, f"{m['class_score']:.4g}", f"± {m['class_score_std']:.2g} over tenths; higher is better")
     if "precision" in m:
-        note = f"{used['neighbours']:,} images of each"
+        note = f"{used['neighbors']:,} images of each"
         row(f"precision{of}", f"{m['precision']:.4f}", f"k = 3, {note}")
         row(f"recall{of}", f"{m['recall']:.4f}", f"k = 3, {note}")
         row(f"density{of}", f"{m['density']:.4f}", f"k = 5, {note}; 1 is the real images'")
@@ -122,16 +122,16 @@ def _check(asked: Evaluate) -> list[str] | None:
     from fastgan.evaluation.measure import METRICS
 
     if asked.n < 1:
-        raise ArgumentError("--n", asked.n, "it may be 1 or more")
+        raise ArgumentError("--n", asked.n, "must be at least 1")
     if not 0 <= asked.seed < 2**32:
-        raise ArgumentError("--seed", asked.seed, f"it may be 0 to {2**32 - 1}, as torch-fidelity's may")
+        raise ArgumentError("--seed", asked.seed, f"must be 0 to {2**32 - 1}, as torch-fidelity's may")
     check_device(asked.device, "auto", "cpu", "cuda")
     if asked.metrics is None:
         return None
     names = [name.strip() for name in asked.metrics.split(",") if name.strip()]
     for name in names or [asked.metrics]:
         if name not in METRICS:
-            raise ArgumentError("--metrics", name, f"it may be {', '.join(METRICS)}, separated by commas")
+            raise ArgumentError("--metrics", name, f"must be {', '.join(METRICS)}, separated by commas")
     return names
 
 
@@ -158,10 +158,11 @@ def main(argv: list[str]) -> int:
     config = _settings(run, "RUN")
     from fastgan.evaluation.collect import discard
     from fastgan.evaluation.features import canonical, open_extractor
-    from fastgan.evaluation.measure import Evaluation, cache_folder, choose, default_extractor, needs_features
+    from fastgan.evaluation.measure import Evaluation, choose, default_extractor, needs_features
     from fastgan.generator import load
     from fastgan.training import evaluator
     from fastgan.training.distributed import process_group as processes
+    from fastgan.utils.system import cache_folder
 
     if asked.features is not None:
         canonical(asked.features)
@@ -169,7 +170,7 @@ def main(argv: list[str]) -> int:
     try:
         trained = load(asked.run, str(world.device))
         if "files" not in trained.meta:  # an exported file, which does not say of which run
-            raise ArgumentError("RUN", asked.run, "it may be a run directory, or a checkpoint in one")
+            raise ArgumentError("RUN", asked.run, "must be a run directory, or a checkpoint in one")
         networks = trained.meta["networks"]
         source = _source(asked, config, networks)
         extractor = None
@@ -195,7 +196,9 @@ def main(argv: list[str]) -> int:
             warnings.append(text)
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
-        evaluation = Evaluation(metrics, extractor, asked.n, asked.seed, cache_folder(), partial, progress=True)
+        evaluation = Evaluation(
+            metrics, extractor, asked.n, asked.seed, cache_folder("evaluation"), partial, progress=True
+        )
         draw = evaluator.drawer(trained.module, networks, source, asked.seed)
         found = evaluation(draw, source, networks["resolution"], warn)
         if found is not None:
@@ -205,7 +208,7 @@ def main(argv: list[str]) -> int:
                 path = evaluator.append(run, line)
             except OSError as error:
                 print(json.dumps(line), flush=True)
-                may_be = f"it may be a run that can be written, for its record ({error.strerror}); the line is above"
+                may_be = f"must be a run that can be written, for its record ({error.strerror}); the line is above"
                 raise ArgumentError("RUN", str(run), may_be) from None
             print(f"added to {path}")
         discard(partial)

@@ -89,7 +89,7 @@ def page(trained: TrainedGenerator) -> Any:
                 seed = gradio.Slider(0, MOST_SEEDS, 0, step=1, label="seed")
                 other = gradio.Slider(0, MOST_SEEDS, 1, step=1, label="second seed")
                 share = gradio.Slider(0.0, 1.0, 0.0, step=0.01, label="interpolation towards the second seed")
-                why = None if trained.truncates else "pggan normalises its latents: their length changes nothing"
+                why = None if trained.truncates else "pggan normalizes its latents: their length changes nothing"
                 truncation = gradio.Slider(
                     0.05, 1.0, 1.0, step=0.05, label="truncation", info=why, interactive=trained.truncates
                 )
@@ -112,7 +112,7 @@ def _free_port(asked: int | None) -> int:
             except OSError:
                 continue
             return port
-    raise ArgumentError("--port", asked, "it may be a free one; this one is taken")
+    raise ArgumentError("--port", asked, "must be a free one; this one is taken")
 
 
 def launch(trained: TrainedGenerator, port: int, browser: bool = False) -> Any:
@@ -139,7 +139,7 @@ def launch(trained: TrainedGenerator, port: int, browser: bool = False) -> Any:
 def main(argv: list[str]) -> int:
     asked = tyro.cli(Explore, args=argv, prog="fastgan explore")
     if asked.port is not None and not 1 <= asked.port <= 65535:
-        raise ArgumentError("--port", asked.port, "it may be 1 to 65535")
+        raise ArgumentError("--port", asked.port, "must be 1 to 65535")
     check_device(asked.device)
     from fastgan.generator import load
 

@@ -37,8 +37,8 @@ class Export:
     """File or folder to write; None: RUN/export/model.safetensors, .pt2, .onnx or .torchscript."""
     batch: int | None = None
     """The one number of images that the file makes in a call; None: any."""
-    licence: str | None = None
-    """Licence of the weights, for the model card, as the Hugging Face hub calls it: apache-2.0, cc-by-nc-4.0 ..."""
+    license: str | None = None
+    """License of the weights, for the model card, as the Hugging Face hub calls it: apache-2.0, cc-by-nc-4.0 ..."""
 
 
 class Different(RuntimeError):
@@ -52,15 +52,15 @@ def _source(path: Path) -> tuple[TrainedGenerator, Path]:
 
     file = formats.find(path)
     if file is not None and file.suffix != ".safetensors":
-        raise ArgumentError("RUN", str(path), "it may be a run, a checkpoint or a .safetensors export")
+        raise ArgumentError("RUN", str(path), "must be a run, a checkpoint or a .safetensors export")
     folder = path if path.is_dir() else path.parent
     run = next((p for p in (folder, folder.parent, folder.parent.parent) if (p / "config.yaml").is_file()), folder)
     return load(path), run
 
 
-def describe(trained: TrainedGenerator, run: Path, batch: int | None, licence: str | None) -> dict[str, Any]:
+def describe(trained: TrainedGenerator, run: Path, batch: int | None, license: str | None) -> dict[str, Any]:
     """What an exported file says of itself."""
-    keys: tuple[str, ...] = ("variant", "images", "data", "licence", "weights")
+    keys: tuple[str, ...] = ("variant", "images", "data", "license", "weights")
     known = {key: trained.meta[key] for key in keys if key in trained.meta}
     if not isinstance(known.get("data"), str):  # of a checkpoint it is where its pipeline stood
         known.pop("data", None)
@@ -75,16 +75,16 @@ def describe(trained: TrainedGenerator, run: Path, batch: int | None, licence: s
 
         stored = read_yaml(run / "config.yaml", "RUN")
         # As `merge` says it; what else may be wrong with the run's settings is nothing to its weights.
-        sections = {name: stored.get(name, {}) for name in ("data", "optimiser")}
+        sections = {name: stored.get(name, {}) for name in ("data", "optimizer")}
         for name, section in sections.items():
             if not isinstance(section, dict):
                 where = f"{run / 'config.yaml'}: {name}"
-                raise ArgumentError(where, section, "it may be a mapping of keys to values")
+                raise ArgumentError(where, section, "must be a mapping of keys to values")
         meta["data"] = data_name(str(sections["data"].get("data", "")))
-        if sections["optimiser"].get("ema_decay") == 0:
+        if sections["optimizer"].get("ema_decay") == 0:
             meta["weights"] = "the last ones: the run kept no average (ema_decay 0)"
-    if licence is not None:
-        meta["licence"] = licence
+    if license is not None:
+        meta["license"] = license
     return meta
 
 
@@ -139,7 +139,7 @@ def target(out: str | None, run: Path, suffix: str) -> Path:
     if path.is_dir() or path.suffix == "" or str(out).endswith(("/", os.sep)):
         path = path / f"model{suffix}"
     if path.suffix != suffix:
-        may_be = f"it may be a folder (with / at its end if a new one has a dot), or a file that ends in {suffix}"
+        may_be = f"must be a folder (with / at its end if a new one has a dot), or a file that ends in {suffix}"
         raise ArgumentError("--out", out, may_be)
     if path.exists() and out is not None:
         try:
@@ -203,9 +203,9 @@ def write(trained: TrainedGenerator, meta: dict[str, Any], format: str, path: Pa
 def main(argv: list[str]) -> int:
     asked = tyro.cli(Export, args=argv, prog="fastgan export")
     if asked.batch is not None and asked.batch < 1:
-        raise ArgumentError("--batch", asked.batch, "it may be 1 or more")
-    if asked.licence is not None and not asked.licence.isprintable():
-        raise ArgumentError("--licence", asked.licence, "it may be a name in one line")
+        raise ArgumentError("--batch", asked.batch, "must be at least 1")
+    if asked.license is not None and not asked.license.isprintable():
+        raise ArgumentError("--license", asked.license, "must be a name in one line")
     from fastgan.export import formats
 
     path = Path(asked.run)
@@ -214,8 +214,8 @@ def main(argv: list[str]) -> int:
         raise ArgumentError("--batch", asked.batch, "it may be left out: weights fit every batch")
     path_out = target(asked.out, run, formats.FORMATS[asked.format].suffix)
     if path_out.exists() and path_out.samefile(path):
-        raise ArgumentError("--out", str(path_out), "it may be another file than the one that is read")
-    meta = describe(trained, run, asked.batch, asked.licence)
+        raise ArgumentError("--out", str(path_out), "must be another file than the one that is read")
+    meta = describe(trained, run, asked.batch, asked.license)
     return finish(trained, meta, asked.format, path_out, run)
 
 
@@ -233,6 +233,6 @@ def finish(trained: TrainedGenerator, meta: dict[str, Any], format: str, path: P
         return 1
     size = path.stat().st_size / 1e6
     print(f"{trained}, {format}, {size:.1f} MB, differs by {difference:.1g} at most: {path}")
-    if not meta.get("licence"):
-        print("the model card states no licence; --licence NAME adds one")
+    if not meta.get("license"):
+        print("the model card states no license; --license NAME adds one")
     return 0

@@ -43,8 +43,8 @@ class Import:
     """Checkpoint, as torch.hub downloads it (celebaHQ, DTD, celebaCropped ... .pth)."""
     out: str
     """Folder or .safetensors file to write, as fastgan export does."""
-    licence: str | None = None
-    """Licence of the weights, for the model card, as the Hugging Face hub calls it."""
+    license: str | None = None
+    """License of the weights, for the model card, as the Hugging Face hub calls it."""
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -59,13 +59,13 @@ def _read(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(Settings, "models.utils.config.BaseConfig")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ArgumentError("FILE", str(path), f"it may be a file that can be read ({error.strerror})") from None
+        raise ArgumentError("FILE", str(path), f"must be a file that can be read ({error.strerror})") from None
     except Exception as error:  # what torch raises for a file of another kind is not documented
         words = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         reason = words.strip()[:150] or "no file that torch.save wrote"
-        raise ArgumentError("FILE", str(path), f"it may be a checkpoint of pytorch_GAN_zoo: {reason}") from None
+        raise ArgumentError("FILE", str(path), f"must be a checkpoint of pytorch_GAN_zoo; {reason}") from None
     if not isinstance(found, dict) or not isinstance(found.get("avgG", found.get("netG")), dict):
-        raise ArgumentError("FILE", str(path), "it may be a checkpoint of pytorch_GAN_zoo, with avgG or netG in it")
+        raise ArgumentError("FILE", str(path), "must be a checkpoint of pytorch_GAN_zoo, with avgG or netG in it")
     return found
 
 
@@ -82,16 +82,16 @@ def convert(stored: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[st
     """
     settings = dict(getattr(stored.get("config"), "__dict__", {}))
     refused = {
-        "attribKeysOrder": (bool(settings.get("attribKeysOrder")), "it may be one without class attributes (AC-GAN)"),
-        "leakyReluLeak": (settings.get("leakyReluLeak", 0.2) != 0.2, "it may be 0.2"),
-        "perChannelNormalization": (not settings.get("perChannelNormalization", True), "it may be True"),
-        "lossCriterion": (settings.get("lossCriterion", "WGANGP") != "WGANGP", "it may be WGANGP: others end in tanh"),
+        "attribKeysOrder": (bool(settings.get("attribKeysOrder")), "must be one without class attributes (AC-GAN)"),
+        "leakyReluLeak": (settings.get("leakyReluLeak", 0.2) != 0.2, "must be 0.2"),
+        "perChannelNormalization": (not settings.get("perChannelNormalization", True), "must be True"),
+        "lossCriterion": (settings.get("lossCriterion", "WGANGP") != "WGANGP", "must be WGANGP; others end in tanh"),
     }
     for name, (wrong, may_be) in refused.items():
         if wrong:
             raise ArgumentError(f"{where}: {name}", settings[name], may_be)
     source = _layers(stored["avgG"] if "avgG" in stored else stored["netG"])
-    equalised = bool(settings.get("equalizedlR", True))
+    equalized = bool(settings.get("equalizedlR", True))
     try:
         levels = sum(name.startswith("toRGBLayers.") and name.endswith(".weight") for name in source)
         channels, latent = source["toRGBLayers.0.weight"].shape[0], source["formatLayer.weight"].shape[1]
@@ -103,7 +103,7 @@ def convert(stored: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[st
             """Theirs computes c (W x + b), ours gain / sqrt(fan in) W x + b."""
             weight, bias = source.pop(f"{theirs}.weight").float(), source.pop(f"{theirs}.bias").float()
             fan_in = weight[0].numel()
-            c = math.sqrt(2.0 / fan_in) if equalised else 1.0
+            c = math.sqrt(2.0 / fan_in) if equalized else 1.0
             state[f"{ours}.weight"] = weight * (c * math.sqrt(fan_in) / gain)
             state[f"{ours}.bias"] = bias * c
 
@@ -115,9 +115,9 @@ def convert(stored: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[st
                 layer(f"scaleLayers.{i - 1}.1", f"blocks.{size}.conv2")
             layer(f"toRGBLayers.{i}", f"to_rgb.{size}", 1.0)
     except (KeyError, AttributeError, IndexError) as error:
-        raise ArgumentError("FILE", where, f"it may be a progressive generator; it has no {error}") from None
+        raise ArgumentError("FILE", where, f"must be a progressive generator; it has no {error}") from None
     if source:
-        raise ArgumentError("FILE", where, f"it may be a progressive generator; what is {next(iter(source))}?")
+        raise ArgumentError("FILE", where, f"must be a progressive generator; what is {next(iter(source))}?")
     import torch
 
     old_share = float(settings.get("alpha", 0.0)) if levels > 1 else 0.0
@@ -152,7 +152,7 @@ def load(path: Path) -> TrainedGenerator:
         generator.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ArgumentError("FILE", str(path), f"it may be a progressive generator ({reason[:150]})") from None
+        raise ArgumentError("FILE", str(path), f"must be a progressive generator ({reason[:150]})") from None
     meta = {"variant": "pggan", "networks": networks, "data": f"not recorded; imported from {path.name}"}
     if "avgG" not in stored:
         meta["weights"] = "the last ones: the checkpoint has no average"
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> int:
     path = Path(asked.file)
     target = export.target(asked.out, path.parent, ".safetensors")
     trained = load(path)
-    meta = export.describe(trained, target.parent, None, asked.licence)
+    meta = export.describe(trained, target.parent, None, asked.license)
     if "weights" in meta:
         print("no average of the weights in this checkpoint: the last ones are taken", file=sys.stderr)
     return export.finish(trained, meta, "safetensors", target, target.parent)

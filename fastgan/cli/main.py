@@ -14,6 +14,7 @@ from pathlib import Path
 from fastgan import __version__
 from fastgan.errors import ArgumentError
 from fastgan.training.resilience.slurm import adopt
+from fastgan.utils.old_names import current_flags
 
 COMMANDS = {
     "train": "train one of eight GAN variants",
@@ -61,7 +62,7 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         with contextlib.suppress(AttributeError):  # a caller's own
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no text
         try:
-            status = main(argv)
+            status = main(current_flags(argv))
             sys.stdout.flush()
             return status
         except ArgumentError as error:
@@ -91,18 +92,18 @@ def check_device(device: str, *may_be: str) -> None:
     """Raises ArgumentError unless `device` is one of `may_be` (cpu or cuda) and this machine has it."""
     may_be = may_be or ("cpu", "cuda")
     if device not in may_be:
-        raise ArgumentError("--device", device, f"it may be {', '.join(may_be[:-1])} or {may_be[-1]}")
+        raise ArgumentError("--device", device, f"must be {', '.join(may_be[:-1])} or {may_be[-1]}")
     if device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
-            raise ArgumentError("--device", device, "it may be cpu: torch sees no GPU here")
+            raise ArgumentError("--device", device, "must be cpu; torch sees no GPU here")
 
 
 def check_picture(out: Path) -> None:
     """Raises ArgumentError unless `out` is named as a PNG."""
     if out.suffix.lower() != ".png":
-        raise ArgumentError("--out", str(out), "it may be a file that ends in .png")
+        raise ArgumentError("--out", str(out), "must be a file that ends in .png")
 
 
 @contextlib.contextmanager
@@ -111,7 +112,7 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArgumentError("--out", str(out), f"it may be a file that can be written ({error.strerror})") from None
+        raise ArgumentError("--out", str(out), f"must be a file that can be written ({error.strerror})") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,5 +128,5 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("--help", "-h"):
         print(usage)
         return 0
-    print(f"fastgan: command: was {argv[0]!r}; it may be {', '.join(COMMANDS)}", file=sys.stderr)
+    print(f"fastgan: command must be {', '.join(COMMANDS)}, got {argv[0]!r}", file=sys.stderr)
     return 2

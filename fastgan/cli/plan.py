@@ -11,6 +11,7 @@ from fastgan.cli.main import command
 from fastgan.cli.train import Asked, Request, parse
 from fastgan.config import Config, batches_for_all
 from fastgan.errors import ArgumentError
+from fastgan.utils.text import readable_duration
 
 if TYPE_CHECKING:
     from fastgan.planning.communication import Cluster
@@ -64,15 +65,15 @@ class Plan(Asked):
 def _check(machines: Machines, times: Times) -> None:
     for flag, count in (("--nodes", machines.nodes), ("--gpus-per-node", machines.gpus_per_node)):
         if count < 1:
-            raise ArgumentError(flag, count, "it may be 1 or more")
+            raise ArgumentError(flag, count, "must be at least 1")
     for flag, value in (("--bandwidth", machines.bandwidth), ("--bandwidth-inside", machines.bandwidth_inside)):
         if not (math.isfinite(value) and value > 0):
-            raise ArgumentError(flag, value, "it may be above 0, in GB/s")
+            raise ArgumentError(flag, value, "must be above 0, in GB/s")
     for flag, value in (("--latency", machines.latency), ("--latency-inside", machines.latency_inside)):
         if not (math.isfinite(value) and value >= 0):
-            raise ArgumentError(flag, value, "it may be 0 or more, in microseconds")
+            raise ArgumentError(flag, value, "must be at least 0, in microseconds")
     if not (math.isfinite(times.measure_seconds) and times.measure_seconds > 0):
-        raise ArgumentError("--measure-seconds", times.measure_seconds, "it may be above 0")
+        raise ArgumentError("--measure-seconds", times.measure_seconds, "must be above 0")
     if times.step_times and times.write_step_times:
         raise ArgumentError("--write-step-times", times.write_step_times, "it may be left out with --step-times")
 
@@ -115,13 +116,6 @@ def _measure(planner: Planner, request: Request, times: Times) -> StepTimes:
     return measured
 
 
-def _length(seconds: float) -> str:
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
 def table(rows: list[Row]) -> list[str]:
     """The stages and their sum. sending: all seconds of all-reduces; waiting: those that computing does not hide."""
     lines = [
@@ -131,9 +125,9 @@ def table(rows: list[Row]) -> list[str]:
     for row in rows:
         share, time = row.share, row.time
         lines.append(
-            f"{share.stage.resolution:5d} {row.images / 1000:7g} {share.batch:6d} {share.working:6d} {share.micro:9d} "
+            f"{share.stage.resolution:5d} {row.images / 1000:7g} {share.batch:6d} {share.active:6d} {share.micro:9d} "
             f"{1000 * time.step:7.1f} ms {time.communication / time.seconds:8.1%} {time.exposed / time.seconds:8.1%} "
-            f"{row.images / time.seconds:9.1f} {_length(time.seconds):>9} {row.of.bytes / 2**30:8.2f} GiB"
+            f"{row.images / time.seconds:9.1f} {readable_duration(time.seconds):>9} {row.of.bytes / 2**30:8.2f} GiB"
             + (" *" if row.note else "")
         )
     seconds = sum(row.time.seconds for row in rows)
@@ -142,7 +136,7 @@ def table(rows: list[Row]) -> list[str]:
         f"{'all':>5} {images / 1000:7g} {'':6} {'':6} {'':9} {'':10} "
         f"{sum(row.time.communication for row in rows) / seconds:8.1%} "
         f"{sum(row.time.exposed for row in rows) / seconds:8.1%} "
-        f"{images / seconds:9.1f} {_length(seconds):>9} {max(row.of.bytes for row in rows) / 2**30:8.2f} GiB"
+        f"{images / seconds:9.1f} {readable_duration(seconds):>9} {max(row.of.bytes for row in rows) / 2**30:8.2f} GiB"
     )
     return lines
 
@@ -153,10 +147,10 @@ def remarks(rows: list[Row], ranks: int, config: Config) -> list[str]:
     for note in dict.fromkeys(row.note for row in rows if row.note):
         at = ", ".join(str(row.share.stage.resolution) for row in rows if row.note == note)
         lines.append(f"* {at} px: {note}")
-    idle = [row.share for row in rows if row.share.working < ranks]
+    idle = [row.share for row in rows if row.share.active < ranks]
     if idle:
         at = ", ".join(str(share.stage.resolution) for share in idle)
-        working = ", ".join(str(share.working) for share in idle)
+        working = ", ".join(str(share.active) for share in idle)
         lines.append(
             f"{at} px: the batch keeps {working} of {ranks} ranks at work; the others have no part in it; all have one "
             f"with {batches_for_all(config.schedule, ranks)}"

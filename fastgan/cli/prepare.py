@@ -34,7 +34,7 @@ class Prepare:
     resolution: int | None = None
     """The target, px, a power of two; None: the largest up to 1024 that 95% of the images have."""
     channels: int | None = None
-    """1 (grey) or 3 (colour); None: 1 if all images are grey."""
+    """1 (gray) or 3 (color); None: 1 if all images are gray."""
     cache_to: int = 128
     """Resolutions up to this are stored as decoded arrays, those above as image files; 0: none."""
     quality: int = 95
@@ -42,7 +42,7 @@ class Prepare:
     lossless: Literal["png", "webp"] | None = None
     """Store PNG (also for a bare --lossless) or lossless WebP instead of JPEG."""
     fit: bool = False
-    """The whole image, centred on black, instead of its centre square."""
+    """The whole image, centered on black, instead of its center square."""
     min_size: int | None = None
     """Skip images whose shorter side (with --fit: longer) has fewer pixels; None: the target; published sets: 1."""
     per_shard: int = 1024
@@ -88,7 +88,7 @@ def _lossless(argv: list[str]) -> list[str]:
         following = argv[at + 1] if at + 1 < len(argv) else ""
         if argument == "--lossless" and following not in ("png", "webp", "None"):
             if following.lower() in _KINDS and not Path(following).exists():
-                raise ArgumentError("--lossless", following, "it may be png or webp")
+                raise ArgumentError("--lossless", following, "must be png or webp")
             out.append("png")
     return out
 
@@ -96,10 +96,10 @@ def _lossless(argv: list[str]) -> list[str]:
 def summary(made: Manifest) -> str:
     """What was made, in a line or two."""
     from fastgan.data.prepared import SKIPPED
-    from fastgan.utils.files import size_in_words
+    from fastgan.utils.text import readable_size
 
-    size = size_in_words(sum(file.bytes for file in made.files.values()))
-    what = f"{made.count:,} images of {made.resolution} px, {'grey' if made.channels == 1 else 'colour'}"
+    size = readable_size(sum(file.bytes for file in made.files.values()))
+    what = f"{made.count:,} images of {made.resolution} px, {'gray' if made.channels == 1 else 'color'}"
     if made.num_classes:
         what += f", {made.num_classes:,} classes"
     lines = [f"{made.path}: {what}, {size}"]

@@ -29,7 +29,7 @@ class Sample:
     interpolate: bool = False
     """Each row walks between two latents; rows are filled, so that there may be a few images more."""
     truncation: float = 1.0
-    """Factor of the latents, up to 1: smaller makes images that vary less (not for pggan, which normalises them)."""
+    """Factor of the latents, up to 1: smaller makes images that vary less (not for pggan, which normalizes them)."""
     out: str | None = None
     """File to write; None: RUN/sample-seed0.png and the like, beside an exported file."""
     device: str = "cpu"
@@ -45,12 +45,12 @@ def _fitting(n: int, each: int) -> Iterator[None]:
     except (ValueError, OSError, AttributeError):
         most = n
     if n > most:
-        raise ArgumentError("--n", n, f"it may be {most} or fewer: all are held in this machine's memory at once")
+        raise ArgumentError("--n", n, f"must be {most} or fewer: all are held in this machine's memory at once")
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error):  # torch's CPU allocator has no class of its own
-            raise ArgumentError("--n", n, "it may be less: there is too little memory for all at once") from None
+            raise ArgumentError("--n", n, "must be less; there is too little memory for all at once") from None
         raise
 
 
@@ -58,11 +58,11 @@ def _fitting(n: int, each: int) -> Iterator[None]:
 def main(argv: list[str]) -> int:
     asked = tyro.cli(Sample, args=argv, prog="fastgan sample")
     if asked.n < 1:
-        raise ArgumentError("--n", asked.n, "it may be 1 or more")
+        raise ArgumentError("--n", asked.n, "must be at least 1")
     if asked.seed < 0:
-        raise ArgumentError("--seed", asked.seed, "it may be 0 or more")
+        raise ArgumentError("--seed", asked.seed, "must be at least 0")
     if not 0 < asked.truncation <= 1:
-        raise ArgumentError("--truncation", asked.truncation, "it may be above 0 and up to 1")
+        raise ArgumentError("--truncation", asked.truncation, "must be above 0 and up to 1")
     check_device(asked.device)
     from fastgan.generator import load
     from fastgan.training.observability.metrics_log import save_grid
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     trained = load(asked.run, asked.device)
     kind = "interpolation" if asked.interpolate else "sample"
     if asked.truncation < 1 and not trained.truncates:
-        raise ArgumentError("--truncation", asked.truncation, "it may be 1 here: pggan normalises its latents")
+        raise ArgumentError("--truncation", asked.truncation, "must be 1 here; pggan normalizes its latents")
     run = Path(asked.run) if Path(asked.run).is_dir() else Path(asked.run).parent
     folder = next((p for p in (run, run.parent.parent) if (p / "config.yaml").is_file()), run)
     out = Path(asked.out) if asked.out else folder / f"{kind}-seed{asked.seed}.png"

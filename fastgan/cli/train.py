@@ -28,12 +28,12 @@ from fastgan.training.resilience.heartbeat import FAULT
 if TYPE_CHECKING:
     from fastgan.checkpoint import Checkpoint
     from fastgan.data import Source
-    from fastgan.training.distributed.process_group import World
+    from fastgan.training.distributed.process_group import ProcessGroup
 
 
 DEFAULT_VARIANT = "pggan"
 
-_NAMES = {"variant": f"it may be {', '.join(VARIANTS)}", "preset": "it may be paper or digits"}
+_NAMES = {"variant": f"must be {', '.join(VARIANTS)}", "preset": "must be paper or digits"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
     for flag in ("out", "resume"):
         path = getattr(first, flag) or ""
         if path.encode(errors="replace").decode() != path:  # TensorBoard and config.yaml take no other
-            raise ArgumentError(f"--{flag}", path, "it may be a path in UTF-8")
+            raise ArgumentError(f"--{flag}", path, "must be a path in UTF-8")
     layers: list[tuple[dict[str, Any], str]] = []
     if first.config:
         layers.append((read_yaml(Path(first.config), "--config"), first.config))
@@ -193,7 +193,7 @@ def _one_growth(config: Config, given: Collection[str]) -> Config:
     return replace(config, schedule={"fade_kimg": None, "stable_kimg": None}) if share else config
 
 
-def _run_directory(request: Request, world: World, held: ExitStack, patience: float) -> Path:
+def _run_directory(request: Request, world: ProcessGroup, held: ExitStack, patience: float) -> Path:
     """Where the run is written: refused before anything is, if it holds another run or cannot be written.
 
     A run that is gone on with is this process's from then on, until `held` is closed.
@@ -223,7 +223,7 @@ def _run_directory(request: Request, world: World, held: ExitStack, patience: fl
     return run
 
 
-def _create(run: Path, request: Request, world: World, held: ExitStack) -> Path:
+def _create(run: Path, request: Request, world: ProcessGroup, held: ExitStack) -> Path:
     """Make the run directory on the first rank, and let every rank know which it is and whether that worked."""
     failure = None
     if world.main:
@@ -243,7 +243,7 @@ def _create(run: Path, request: Request, world: World, held: ExitStack) -> Path:
     return run
 
 
-def _open_source(config: Config, world: World) -> Source:
+def _open_source(config: Config, world: ProcessGroup) -> Source:
     """The images, which may be a copy of each host's own, if they are the same."""
     from fastgan import data
     from fastgan.data.preparation.verification import spot_check
@@ -280,7 +280,7 @@ def prepare_torch(config: Config) -> None:
 
     if config.system.threads is not None:
         torch.set_num_threads(config.system.threads)
-    # Squares of vanishing gradients in the optimisers are denormal, and a CPU computes with those 50 times slower. The
+    # Squares of vanishing gradients in the optimizers are denormal, and a CPU computes with those 50 times slower. The
     # setting is one of the thread and inherited by the threads it starts, so it must come before any tensor work.
     torch.set_flush_denormal(True)
     torch.backends.cuda.matmul.allow_tf32 = config.system.tf32
@@ -331,7 +331,7 @@ def main(argv: list[str]) -> int:
             code = _train(request, world, began, held, patience)
             world.done()
             return code
-        except run_directory.Held as error:
+        except run_directory.RunLocked as error:
             if not hosts:
                 raise
             if world.main:
@@ -382,7 +382,7 @@ def _stored(request: Request, run: Path) -> Checkpoint | None:
     return stored
 
 
-def _cut(request: Request, stored: Checkpoint, world: World) -> Request:
+def _cut(request: Request, stored: Checkpoint, world: ProcessGroup) -> Request:
     """`request` with the accumulation that keeps the cut of the batches on other ranks than the checkpoint's."""
     from fastgan.training.distributed.rank_consistency import accumulation_for
     from fastgan.training.factory import plan
@@ -404,7 +404,7 @@ def _cut(request: Request, stored: Checkpoint, world: World) -> Request:
     return dataclasses.replace(request, config=replace(request.config, schedule={"accumulation": found}))
 
 
-def _train(request: Request, world: World, began: float, held: ExitStack, patience: float) -> int:
+def _train(request: Request, world: ProcessGroup, began: float, held: ExitStack, patience: float) -> int:
     """What each rank does once it has found the others; `held` and `patience` as in `_run_directory`."""
     from fastgan.training.distributed.rank_consistency import same, settings
     from fastgan.training.factory import check_stages, ends_early
@@ -421,12 +421,12 @@ def _train(request: Request, world: World, began: float, held: ExitStack, patien
     config = request.config
     check_stages(config, world.size)
     source = _open_source(config, world)
-    if world.lives is not None and stored is not None:
-        world.lives.run, world.lives.last_good = run, stored.path
+    if world.heartbeat is not None and stored is not None:
+        world.heartbeat.run, world.heartbeat.last_good = run, stored.path
     trainer = Trainer(config, request.variant, world, source, run, stored)
     trainer.run_path = run = _create(run, request, world, held)
-    if world.lives is not None:
-        world.lives.run = run
+    if world.heartbeat is not None:
+        world.heartbeat.run = run
     if world.main:
         print(f"{trainer.pipeline.describe()}", flush=True)
         print(

@@ -19,18 +19,19 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fastgan.errors import ArgumentError
+from fastgan.utils.old_names import current_names
 
 SCHEMA = 1
 
 ModelName = Literal["mlp", "dcgan", "sagan", "pggan"]
 LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge"]
-RegulariserName = Literal["none", "weight-clipping", "gradient-penalty", "wasserstein-divergence", "zero-centered"]
+RegularizerName = Literal["none", "weight-clipping", "gradient-penalty", "wasserstein-divergence", "zero-centered"]
 Norm = Literal["batch", "none"]
 
 
 def _pairs(words: list[str]) -> dict[int, int]:
     if len(words) % 2:
-        raise ValueError("it may be pairs of a resolution and a batch")
+        raise ValueError("must be pairs of a resolution and a batch")
     return {int(key): int(value) for key, value in zip(words[::2], words[1::2], strict=True)}
 
 
@@ -65,9 +66,9 @@ class Networks(_Strict):
     fmap_max: int = 512
     """Most feature maps at any resolution (pggan)."""
     norm_g: Norm = "batch"
-    """Normalisation in the generator (dcgan)."""
+    """Normalization in the generator (dcgan)."""
     norm_d: Norm = "batch"
-    """Normalisation in the discriminator (dcgan); none is what a gradient penalty asks for."""
+    """Normalization in the discriminator (dcgan); none is what a gradient penalty asks for."""
     attention_at: int | None = None
     """Width of the feature map, in pixels, that gets self-attention (sagan); None: 32, or half a smaller image."""
     conditional: bool = False
@@ -78,11 +79,11 @@ class Networks(_Strict):
 
 @dataclass(frozen=True)
 class Objective(_Strict):
-    """Loss and regulariser."""
+    """Loss and regularizer."""
 
     loss: LossName = "minimax"
     """Adversarial loss."""
-    regulariser: RegulariserName = "none"
+    regularizer: RegularizerName = "none"
     """What constrains the discriminator besides its loss."""
     label_fake: float = 0.0
     """Least squares: a, the discriminator's target for fake images."""
@@ -103,10 +104,10 @@ class Objective(_Strict):
 
 
 @dataclass(frozen=True)
-class Optimiser(_Strict):
-    """Optimiser."""
+class Optimizer(_Strict):
+    """Optimizer."""
 
-    optimiser: Literal["adam", "rmsprop", "sgd"] = "adam"
+    optimizer: Literal["adam", "rmsprop", "sgd"] = "adam"
     """Of both networks."""
     lr_g: float = 2e-4
     """Learning rate of the generator."""
@@ -205,7 +206,7 @@ class System(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision, by autocast; parameters and optimiser state are always float32."""
+    """Compute precision, by autocast; parameters and optimizer state are always float32."""
     penalty_precision: Literal["auto", "fp32"] = "auto"
     """fp32: no autocast in the critic's passes of a penalty; its gradient and norm are float32 either way."""
     tf32: bool = False
@@ -228,7 +229,7 @@ class Config(_Strict):
 
     networks: Networks = Networks()
     objective: Objective = Objective()
-    optimiser: Optimiser = Optimiser()
+    optimizer: Optimizer = Optimizer()
     schedule: Schedule = field(default_factory=Schedule)
     data: Data = Data()
     run: Run = Run()
@@ -261,11 +262,11 @@ def merge(base: Config, values: dict[str, Any], where: str) -> Config:
         if section not in merged:
             raise ArgumentError(where, section, f"a section may be {', '.join(merged)}")
         if not isinstance(content, dict):
-            raise ArgumentError(f"{where}: {section}", content, "it may be a mapping of keys to values")
+            raise ArgumentError(f"{where}: {section}", content, "must be a mapping of keys to values")
         for key in content:
             if key not in merged[section]:
                 near = difflib.get_close_matches(str(key), merged[section], n=1)
-                hint = f"did you mean {near[0]}?" if near else f"it may be {', '.join(merged[section])}"
+                hint = f"did you mean {near[0]}?" if near else f"must be {', '.join(merged[section])}"
                 raise ArgumentError(f"{where}: unknown key in {section}", key, hint)
         merged[section].update(content)
     return from_dict(merged, where)
@@ -290,15 +291,15 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ArgumentError(flag, str(path), f"it may be a readable YAML file ({error.strerror})") from None
+        raise ArgumentError(flag, str(path), f"must be a readable YAML file ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ArgumentError(flag, str(path), f"it is no YAML file ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
-        raise ArgumentError(flag, str(path), "it may be a YAML mapping of sections")
+        raise ArgumentError(flag, str(path), "must be a YAML mapping of sections")
     schema = content.pop("schema", SCHEMA)
     if schema != SCHEMA:
         raise ArgumentError(f"{path}: schema", schema, f"this version reads schema {SCHEMA}")
-    return content
+    return current_names(content)
 
 
 def write_yaml(config: Config, variant: str, preset: str, path: Path) -> None:
@@ -329,7 +330,7 @@ def batches_for_all(schedule: Schedule, world: int) -> str:
     return " ".join(["--batch-at", *pairs])
 
 
-def working_ranks(batch: int, world: int, accumulation: int) -> int | None:
+def active_ranks(batch: int, world: int, accumulation: int) -> int | None:
     """How many of `world` ranks share a batch, in `accumulation` micro-batches each; None: it cannot be shared.
 
     All of them where it divides. A batch of fewer images than there are micro-batches goes to as many ranks as it
@@ -345,10 +346,10 @@ def working_ranks(batch: int, world: int, accumulation: int) -> int | None:
 _SECOND_ORDER = ("gradient-penalty", "wasserstein-divergence", "zero-centered")
 
 
-def zero3_fault(regulariser: str) -> str:
+def zero3_fault(regularizer: str) -> str:
     """Why ZeRO 3 is refused."""
-    if regulariser in _SECOND_ORDER:
-        return f"ZeRO 3 cannot run the second derivative of --regulariser {regulariser}"
+    if regularizer in _SECOND_ORDER:
+        return f"ZeRO 3 cannot run the second derivative of --regularizer {regularizer}"
     return "the moving average and the checkpoints need whole parameters, which ZeRO 3 takes apart"
 
 
@@ -361,14 +362,14 @@ def check(config: Config) -> None:
     n, o, s, r, m = config.networks, config.objective, config.schedule, config.run, config.system
     smallest = 4 if n.model == "pggan" else 8
     powers = [2**i for i in range(2, 11) if 2**i >= smallest]
-    _require(s.resolution in powers, "--resolution", s.resolution, f"it may be {', '.join(map(str, powers))}")
+    _require(s.resolution in powers, "--resolution", s.resolution, f"must be {', '.join(map(str, powers))}")
     positive = {
         "latent": n.latent,
         "width": n.width,
         "max-width": n.max_width,
         "fmap-base": n.fmap_base,
         "fmap-max": n.fmap_max,
-        "n-critic": config.optimiser.n_critic,
+        "n-critic": config.optimizer.n_critic,
         "batch": s.batch,
         "accumulation": s.accumulation,
         "evaluate-n": r.evaluate_n,
@@ -376,11 +377,11 @@ def check(config: Config) -> None:
         "samples": r.samples,
     }
     for flag, value in positive.items():
-        _require(value >= 1, f"--{flag}", value, "it may be 1 or more")
+        _require(value >= 1, f"--{flag}", value, "must be at least 1")
     above_zero = {
         "kimg": s.kimg,
-        "lr-g": config.optimiser.lr_g,
-        "lr-d": config.optimiser.lr_d,
+        "lr-g": config.optimizer.lr_g,
+        "lr-d": config.optimizer.lr_d,
         "clip": o.clip,
         "divergence-p": o.divergence_p,
         "checkpoint-kimg": r.checkpoint_kimg,
@@ -389,8 +390,8 @@ def check(config: Config) -> None:
         "evaluate-kimg": r.evaluate_kimg,
     }
     for flag, amount in above_zero.items():
-        _require(amount is None or (math.isfinite(amount) and amount > 0), f"--{flag}", amount, "it may be above 0")
-    _require(1 <= round(1000 * s.kimg) < 10**9, "--kimg", s.kimg, "it may be at least 0.001 and below 1,000,000")
+        _require(amount is None or (math.isfinite(amount) and amount > 0), f"--{flag}", amount, "must be above 0")
+    _require(1 <= round(1000 * s.kimg) < 10**9, "--kimg", s.kimg, "must be at least 0.001 and below 1,000,000")
     not_negative = {
         "fade-kimg": s.fade_kimg,
         "stable-kimg": s.stable_kimg,
@@ -400,31 +401,31 @@ def check(config: Config) -> None:
         "resident-gb": config.data.resident_gb,
     }
     for flag, amount in not_negative.items():
-        _require(amount is None or (math.isfinite(amount) and amount >= 0), f"--{flag}", amount, "it may be 0 or more")
+        _require(amount is None or (math.isfinite(amount) and amount >= 0), f"--{flag}", amount, "must be at least 0")
     for flag, label in {
         "label-fake": o.label_fake,
         "label-real": o.label_real,
         "label-generator": o.label_generator,
     }.items():
-        _require(math.isfinite(label), f"--{flag}", label, "it may be a finite number")
-    _require(math.isfinite(m.timeout) and m.timeout >= 5, "--timeout", m.timeout, "it may be 5 seconds or more")
-    _require(m.threads is None or m.threads >= 1, "--threads", m.threads, "it may be 1 or more")
+        _require(math.isfinite(label), f"--{flag}", label, "must be a finite number")
+    _require(math.isfinite(m.timeout) and m.timeout >= 5, "--timeout", m.timeout, "must be at least 5 seconds")
+    _require(m.threads is None or m.threads >= 1, "--threads", m.threads, "must be at least 1")
     for flag, rate in {
-        "beta1": config.optimiser.beta1,
-        "beta2": config.optimiser.beta2,
-        "ema-decay": config.optimiser.ema_decay,
+        "beta1": config.optimizer.beta1,
+        "beta2": config.optimizer.beta2,
+        "ema-decay": config.optimizer.ema_decay,
     }.items():
-        _require(0 <= rate < 1, f"--{flag}", rate, "it may be at least 0 and below 1")
-    _require(0 <= config.optimiser.lr_decay <= 1, "--lr-decay", config.optimiser.lr_decay, "it may be 0 to 1")
-    _require(s.grown_at is None or 0 < s.grown_at <= 1, "--grown-at", s.grown_at, "it may be above 0, to 1")
+        _require(0 <= rate < 1, f"--{flag}", rate, "must be at least 0 and below 1")
+    _require(0 <= config.optimizer.lr_decay <= 1, "--lr-decay", config.optimizer.lr_decay, "must be 0 to 1")
+    _require(s.grown_at is None or 0 < s.grown_at <= 1, "--grown-at", s.grown_at, "must be above 0, to 1")
     # Torch's generators take 64 bits, 12 of which tell the networks of one resolution from another's.
-    _require(0 <= r.seed < 2**51, "--seed", r.seed, "it may be 0 or more, below 2**51")
-    _require(config.data.channels in (None, 1, 3), "--channels", config.data.channels, "it may be 1 or 3")
+    _require(0 <= r.seed < 2**51, "--seed", r.seed, "must be at least 0, below 2**51")
+    _require(config.data.channels in (None, 1, 3), "--channels", config.data.channels, "must be 1 or 3")
     _require(
         all(k in powers and v >= 1 for k, v in s.batch_at.items()),
         "--batch-at",
         s.batch_at,
-        "it may be pairs of a resolution and a batch of 1 or more",
+        "must be pairs of a resolution and a batch of at least 1",
     )
     if n.model == "sagan":
         at = [4, *[p for p in powers if p < s.resolution]]
@@ -432,29 +433,29 @@ def check(config: Config) -> None:
             n.attention_at in (None, *at),
             "--attention-at",
             n.attention_at,
-            f"it may be {', '.join(map(str, at))} at {s.resolution} px",
+            f"must be {', '.join(map(str, at))} at {s.resolution} px",
         )
         smallest_width = min(n.width, n.max_width)
-        _require(smallest_width >= 8, "--width", smallest_width, "it may be 8 or more in sagan")
+        _require(smallest_width >= 8, "--width", smallest_width, "must be at least 8 in sagan")
     _require(not n.conditional or n.model == "sagan", "--conditional", True, "only --model sagan takes labels")
     if n.model == "pggan":
         _require(
             2 * n.fmap_base // s.resolution >= 1,
             "--fmap-base",
             n.fmap_base,
-            f"it may be {s.resolution // 2} or more at {s.resolution} px",
+            f"must be at least {s.resolution // 2} at {s.resolution} px",
         )
     _require(
-        not (m.sync_bn and n.model == "dcgan" and n.norm_d == "batch" and o.regulariser in _SECOND_ORDER),
+        not (m.sync_bn and n.model == "dcgan" and n.norm_d == "batch" and o.regularizer in _SECOND_ORDER),
         "--sync-bn",
         True,
-        f"--regulariser {o.regulariser} takes a second derivative, which torch's synchronised batch norm has not; "
-        "it may be with --norm-d none",
+        f"--regularizer {o.regularizer} takes a second derivative, which torch's synchronized batch norm has not; "
+        "must be with --norm-d none",
     )
-    _require(m.zero != 3, "--zero", 3, f"it may be 0, 1 or 2: {zero3_fault(o.regulariser)}")
+    _require(m.zero != 3, "--zero", 3, f"must be 0, 1 or 2; {zero3_fault(o.regularizer)}")
     _require(
         m.engine != "torch" or (m.zero == 0 and m.deepspeed_config is None),
         "--engine",
         "torch",
-        "it may be deepspeed with --zero or --deepspeed-config",
+        "must be deepspeed with --zero or --deepspeed-config",
     )

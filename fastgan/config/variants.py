@@ -1,4 +1,4 @@
-"""The eight variants as typed data: each is networks, objective, optimiser and schedule, in two presets.
+"""The eight variants as typed data: each is networks, objective, optimizer and schedule, in two presets.
 
 `paper` is the recipe as published, at its widths and schedule; `digits` is small and tuned for scikit-learn's digits
 on a CPU, and is what runs when no data is named. A new variant is a new entry.
@@ -9,7 +9,7 @@ ranks can share them, rates and momentum stay, and D's loss is not halved. lsgan
 of dcgan: lsgan's authors had deeper ones, wgan-gp's and wgan-div's residual ones, the latter with layer norm in the
 critic. wgan: always 5 critic steps, where the authors' code takes 100 now and then. wgan-div: k is the paper's, not the
 10 of the authors' code. sagan: classes are asked for by `--conditional`. pggan: schedule and batches of the authors'
-preset for one GPU, with the paper's one rate for all resolutions (1.5e-3 at 1024 px there); the optimisers start fresh
+preset for one GPU, with the paper's one rate for all resolutions (1.5e-3 at 1024 px there); the optimizers start fresh
 at a growth, not once more when its fade ends.
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fastgan.config import Config, Data, Networks, Objective, Optimiser, Schedule
+from fastgan.config import Config, Data, Networks, Objective, Optimizer, Schedule
 
 Preset = Literal["paper", "digits"]
 
@@ -29,7 +29,7 @@ class Recipe:
 
     networks: Networks
     objective: Objective
-    optimiser: Optimiser
+    optimizer: Optimizer
     schedule: Schedule
 
     def but(self, **sections: dict[str, Any]) -> Recipe:
@@ -49,7 +49,7 @@ class Variant:
         return Config(
             networks=recipe.networks,
             objective=recipe.objective,
-            optimiser=recipe.optimiser,
+            optimizer=recipe.optimizer,
             schedule=recipe.schedule,
             data=Data(),
         )
@@ -59,40 +59,40 @@ _GAN = Recipe(
     # The authors' MNIST generator; their discriminator has 240 maxout units in each layer, here it is 1200.
     Networks(model="mlp", latent=100, width=1200),
     Objective(loss="minimax"),
-    Optimiser(optimiser="sgd", lr_g=0.1, lr_d=0.1, beta1=0.5),
+    Optimizer(optimizer="sgd", lr_g=0.1, lr_d=0.1, beta1=0.5),
     Schedule(resolution=32, kimg=10_000, batch=128),
 )
 _DCGAN = Recipe(
     Networks(model="dcgan", latent=100, width=128, max_width=1024),
     Objective(loss="minimax"),
-    Optimiser(lr_g=2e-4, lr_d=2e-4, beta1=0.5),
+    Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.5),
     Schedule(resolution=64, kimg=5_000, batch=128),
 )
-_LSGAN = _DCGAN.but(objective={"loss": "least-squares"}, optimiser={"lr_g": 1e-3, "lr_d": 1e-3}, schedule={"batch": 64})
+_LSGAN = _DCGAN.but(objective={"loss": "least-squares"}, optimizer={"lr_g": 1e-3, "lr_d": 1e-3}, schedule={"batch": 64})
 _WGAN = _DCGAN.but(
-    objective={"loss": "wasserstein", "regulariser": "weight-clipping", "clip": 0.01},
-    optimiser={"optimiser": "rmsprop", "lr_g": 5e-5, "lr_d": 5e-5, "beta2": 0.99, "n_critic": 5},
+    objective={"loss": "wasserstein", "regularizer": "weight-clipping", "clip": 0.01},
+    optimizer={"optimizer": "rmsprop", "lr_g": 5e-5, "lr_d": 5e-5, "beta2": 0.99, "n_critic": 5},
     schedule={"batch": 64, "kimg": 25_000},
 )
 _WGAN_GP = _WGAN.but(
     networks={"norm_d": "none", "latent": 128},
-    objective={"regulariser": "gradient-penalty", "penalty_weight": 10.0},
-    optimiser={"optimiser": "adam", "lr_g": 1e-4, "lr_d": 1e-4, "beta1": 0.0, "beta2": 0.9},
+    objective={"regularizer": "gradient-penalty", "penalty_weight": 10.0},
+    optimizer={"optimizer": "adam", "lr_g": 1e-4, "lr_d": 1e-4, "beta1": 0.0, "beta2": 0.9},
 )
 _WGAN_DIV = _WGAN_GP.but(
-    objective={"regulariser": "wasserstein-divergence", "divergence_k": 2.0, "divergence_p": 6.0},
-    optimiser={"lr_g": 2e-4, "lr_d": 2e-4, "n_critic": 4},  # of the authors' code
+    objective={"regularizer": "wasserstein-divergence", "divergence_k": 2.0, "divergence_p": 6.0},
+    optimizer={"lr_g": 2e-4, "lr_d": 2e-4, "n_critic": 4},  # of the authors' code
 )
 _SAGAN = Recipe(
     Networks(model="sagan", latent=128, width=64, max_width=1024),
     Objective(loss="hinge"),
-    Optimiser(lr_g=1e-4, lr_d=4e-4, beta1=0.0, beta2=0.9),
+    Optimizer(lr_g=1e-4, lr_d=4e-4, beta1=0.0, beta2=0.9),
     Schedule(resolution=128, kimg=256_000, batch=256),
 )
 _PGGAN = Recipe(
     Networks(model="pggan", latent=512, fmap_base=8192, fmap_max=512),
-    Objective(loss="wasserstein", regulariser="gradient-penalty", penalty_weight=10.0, drift=0.001),
-    Optimiser(lr_g=1e-3, lr_d=1e-3, beta1=0.0, beta2=0.99),
+    Objective(loss="wasserstein", regularizer="gradient-penalty", penalty_weight=10.0, drift=0.001),
+    Optimizer(lr_g=1e-3, lr_d=1e-3, beta1=0.0, beta2=0.99),
     Schedule(
         resolution=1024,
         kimg=12_000,
@@ -107,12 +107,12 @@ _PGGAN = Recipe(
 _SMALL: dict[str, Any] = {"latent": 64, "width": 32, "max_width": 64}
 _QUICK: dict[str, Any] = {"ema_decay": 0.999, "ema_warmup": True}
 # One critic step, not five, for each generator step: at this size a generator that moves five times as often reaches
-# better digits in the same minutes (about 79% recognised against 69%), and a longer beta2 steadies its larger steps.
+# better digits in the same minutes (about 79% recognized against 69%), and a longer beta2 steadies its larger steps.
 _ONE_CRITIC: dict[str, Any] = {"lr_g": 1e-3, "lr_d": 1e-3, "beta2": 0.99, "n_critic": 1, **_QUICK}
 # At one rate for both, the discriminator of so small a data set wins early, and slowing it down keeps the game level at
-# 70% recognised. Holding its gradient on the real images near 0 (R1) keeps it level at any rate: both learn fast, as
+# 70% recognized. Holding its gradient on the real images near 0 (R1) keeps it level at any rate: both learn fast, as
 # the critics with a penalty do and like them without batch norm, and reach about 80%.
-_R1: dict[str, Any] = {"regulariser": "zero-centered"}
+_R1: dict[str, Any] = {"regularizer": "zero-centered"}
 _R1_FAST: dict[str, Any] = {"beta1": 0.0, "beta2": 0.99, **_QUICK}
 
 VARIANTS: dict[str, Variant] = {
@@ -123,7 +123,7 @@ VARIANTS: dict[str, Variant] = {
             _GAN,
             _GAN.but(
                 networks={"latent": 64, "width": 256},
-                optimiser={"optimiser": "adam", "lr_g": 2e-4, "lr_d": 2e-4, "beta1": 0.5, **_QUICK},
+                optimizer={"optimizer": "adam", "lr_g": 2e-4, "lr_d": 2e-4, "beta1": 0.5, **_QUICK},
                 schedule={"resolution": 16, "kimg": 400, "batch": 64},
             ),
             "Goodfellow et al. 2014, Generative adversarial nets",
@@ -134,7 +134,7 @@ VARIANTS: dict[str, Variant] = {
             _DCGAN.but(
                 networks={**_SMALL, "norm_d": "none"},
                 objective={**_R1, "penalty_weight": 0.3},
-                optimiser={**_R1_FAST, "lr_g": 4e-3, "lr_d": 4e-3},
+                optimizer={**_R1_FAST, "lr_g": 4e-3, "lr_d": 4e-3},
                 schedule={"resolution": 16, "kimg": 600, "batch": 64},
             ),
             "Radford et al. 2015, Unsupervised representation learning with deep convolutional GANs",
@@ -145,10 +145,10 @@ VARIANTS: dict[str, Variant] = {
             _LSGAN.but(
                 networks={**_SMALL, "norm_d": "none"},
                 # Labels 0 and 1 ask for smaller scores than dcgan's logits, and it takes more weight to hold them: at
-                # weight 1 and dcgan's rates 72% are recognised.
+                # weight 1 and dcgan's rates 72% are recognized.
                 objective={**_R1, "penalty_weight": 4.0},
                 # Falling rates are worth two points: 83.9% against 81.8%, one run of each on one thread.
-                optimiser={**_R1_FAST, "lr_g": 2e-3, "lr_d": 2e-3, "lr_decay": 1.0},
+                optimizer={**_R1_FAST, "lr_g": 2e-3, "lr_d": 2e-3, "lr_decay": 1.0},
                 schedule={"resolution": 16, "kimg": 600, "batch": 64},
             ),
             "Mao et al. 2017, Least squares generative adversarial networks",
@@ -158,7 +158,7 @@ VARIANTS: dict[str, Variant] = {
             _WGAN,
             _WGAN.but(
                 networks=_SMALL,
-                optimiser={"lr_g": 5e-4, "lr_d": 5e-4, **_QUICK},
+                optimizer={"lr_g": 5e-4, "lr_d": 5e-4, **_QUICK},
                 schedule={"resolution": 16, "kimg": 400, "batch": 64},
             ),
             "Arjovsky et al. 2017, Wasserstein GAN",
@@ -168,7 +168,7 @@ VARIANTS: dict[str, Variant] = {
             _WGAN_GP,
             _WGAN_GP.but(
                 networks=_SMALL,
-                optimiser={**_ONE_CRITIC, "lr_g": 2e-3, "lr_d": 2e-3},
+                optimizer={**_ONE_CRITIC, "lr_g": 2e-3, "lr_d": 2e-3},
                 schedule={"resolution": 16, "kimg": 540, "batch": 64},
             ),
             "Gulrajani et al. 2017, Improved training of Wasserstein GANs",
@@ -178,7 +178,7 @@ VARIANTS: dict[str, Variant] = {
             _WGAN_DIV,
             _WGAN_DIV.but(
                 networks=_SMALL,
-                optimiser=_ONE_CRITIC,
+                optimizer=_ONE_CRITIC,
                 schedule={"resolution": 16, "kimg": 500, "batch": 64},
             ),
             "Wu et al. 2018, Wasserstein divergence for GANs",
@@ -188,7 +188,7 @@ VARIANTS: dict[str, Variant] = {
             _SAGAN,
             _SAGAN.but(
                 networks={"latent": 64, "width": 16, "max_width": 64},
-                optimiser={"lr_g": 5e-4, "lr_d": 1e-3, **_QUICK},
+                optimizer={"lr_g": 5e-4, "lr_d": 1e-3, **_QUICK},
                 schedule={"resolution": 16, "kimg": 130, "batch": 64},
             ),
             "Zhang et al. 2018, Self-attention generative adversarial networks",
@@ -201,7 +201,7 @@ VARIANTS: dict[str, Variant] = {
                 # The paper's rates and its equal shares for each resolution are for runs a hundred times as long: with
                 # rates of 2e-3, equal shares and batches of 32, 150 kimg end at a Frechet distance of 31.5; 100 kimg
                 # of these end at 16.2 (docs/variants.md).
-                optimiser={"lr_g": 4e-3, "lr_d": 4e-3, **_QUICK},
+                optimizer={"lr_g": 4e-3, "lr_d": 4e-3, **_QUICK},
                 schedule={
                     "resolution": 32,
                     "kimg": 80,

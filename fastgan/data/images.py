@@ -26,7 +26,7 @@ class Checked(NamedTuple):
     """What opening an image file told.
 
     reason: why it is none, or "". mode and kind: Pillow's, as in "RGB" and "JPEG". size: width and height, px.
-    transparent: whether a colour is, besides what the mode says.
+    transparent: whether a color is, besides what the mode says.
     """
 
     reason: str
@@ -69,10 +69,10 @@ def _ends_whole(stream: BinaryIO) -> bool:
 def decode(
     stream: BinaryIO, side: int, channels: int, *, shrink: Resampling | None = None, fit: bool = False
 ) -> np.ndarray:
-    """One image file as uint8 [channels, side, side], channels 1 or 3: upright, its centre square, resized.
+    """One image file as uint8 [channels, side, side], channels 1 or 3: upright, its center square, resized.
 
-    shrink: Pillow's filter for larger images, None for Lanczos. fit: the whole image, centred on black, instead
-    of its centre square.
+    shrink: Pillow's filter for larger images, None for Lanczos. fit: the whole image, centered on black, instead
+    of its center square.
     """
     from PIL import Image, ImageOps
 
@@ -92,7 +92,7 @@ def decode(
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-    """Any Pillow mode to L or RGB. 16-bit grey is scaled, transparency laid over white."""
+    """Any Pillow mode to L or RGB. 16-bit gray is scaled, transparency laid over white."""
     from PIL import Image
 
     if image.mode[0] in "IF":
@@ -111,7 +111,7 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def square(image: Image.Image, side: int, shrink: Resampling | None = None, fit: bool = False) -> Image.Image:
-    """The centre square, resized; Pillow's filters widen when shrinking, so nothing aliases; see `decode`."""
+    """The center square, resized; Pillow's filters widen when shrinking, so nothing aliases; see `decode`."""
     from PIL import Image
     from PIL.Image import Resampling
 
@@ -131,7 +131,7 @@ def square(image: Image.Image, side: int, shrink: Resampling | None = None, fit:
     return image.resize((side, side), smooth, box=(left, top, left + extent, top + extent))
 
 
-def is_grey(mode: str) -> bool:
+def is_gray(mode: str) -> bool:
     return mode in ("1", "L", "LA", "F") or mode.startswith("I")
 
 

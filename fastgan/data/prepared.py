@@ -21,7 +21,7 @@ import numpy as np
 from fastgan.data.images import first_line, undecodable
 from fastgan.data.source import Encoded, Source
 from fastgan.errors import ArgumentError
-from fastgan.utils.files import File, write_whole
+from fastgan.utils.files import File, write_atomic
 
 FORMAT = "fastgan-prepared"
 SCHEMA = 1
@@ -194,7 +194,7 @@ class Level:
         if not self.cached:
             from PIL import Image
 
-            # WebP has no grey: a grey image comes back as three equal planes.
+            # WebP has no gray: a gray image comes back as three equal planes.
             mode = "L" if self.manifest.channels == 1 else "RGB"
             try:
                 with Image.open(io.BytesIO(self.encoded(index))) as image:
@@ -282,7 +282,7 @@ class PreparedSource(Source):
             self._levels[side] = Level(self.manifest, side)
         level = self._levels[side]
         encoding = self.manifest.encoding.upper()
-        mode = "L" if self.channels == 1 and encoding != "WEBP" else "RGB"  # WebP has no grey
+        mode = "L" if self.channels == 1 and encoding != "WEBP" else "RGB"  # WebP has no gray
         kinds = {(encoding, mode, False): level.name(0)}
         return Encoded(level.encoded, level.name, side, kinds, exact=True)
 
@@ -332,7 +332,7 @@ def read_manifest(path: str | Path, flag: str = "--data") -> Manifest:
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
-        may_be = begun(path) or f"it may be a prepared set; {file} is missing"
+        may_be = begun(path) or f"must be a prepared set; {file} is missing"
         raise ArgumentError(flag, str(path), may_be) from None
     except OSError as error:
         raise ArgumentError(flag, str(path), f"{file} cannot be read ({error.strerror})") from None
@@ -359,7 +359,7 @@ def write_manifest(manifest: Manifest) -> None:
     content |= {"format": FORMAT, "schema": SCHEMA}
     content["shards"] = [asdict(shard) for shard in manifest.shards]
     content["files"] = {name: asdict(one) for name, one in manifest.files.items()}
-    write_whole(manifest.path / MANIFEST, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+    write_atomic(manifest.path / MANIFEST, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
 
 
 def fingerprint(files: dict[str, File], settings: dict[str, Any]) -> str:
@@ -420,5 +420,5 @@ def _load(file: Path, mmap: bool = True, flag: str = "--data") -> np.ndarray:
         reason = "it is a .npz"
     except Exception as error:  # a damaged header goes through Python's own tokenizer, whose errors are many
         reason = first_line(error)
-    may_be = f"it may be a whole .npy file ({reason}); `fastgan data verify` lists all that are not"
+    may_be = f"must be a whole .npy file ({reason}); `fastgan data verify` lists all that are not"
     raise ArgumentError(flag, str(file), may_be)

@@ -16,7 +16,7 @@ from fastgan.errors import ArgumentError
 class Encoded(NamedTuple):
     """The image files of a source as they are, for decoders other than Pillow.
 
-    read: a whole file, by index; safe from several threads. name: what to call it in an error. side: the centre
+    read: a whole file, by index; safe from several threads. name: what to call it in an error. side: the center
     square of an image is to be brought to side x side, and area-averaged from there; exact: every image is so already.
     kinds: format, mode and transparency as in `images.Checked`, of all files, with the name of one that is so.
     """
@@ -90,7 +90,7 @@ class Source(ABC):
     def check_resolution(self, resolution: int) -> None:
         """Raises: ArgumentError if images cannot be read at `resolution`."""
         if not is_resolution(resolution) or resolution > self.resolution:
-            may_be = f"it may be a power of two from 4 to {self.resolution}"
+            may_be = f"must be a power of two from 4 to {self.resolution}"
             raise ArgumentError("--resolution", resolution, may_be)
 
 

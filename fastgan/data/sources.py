@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from fastgan.data.images import Checked, check, decode, first_line, is_grey, square, undecodable
+from fastgan.data.images import Checked, check, decode, first_line, is_gray, square, undecodable
 from fastgan.data.prepared import PreparedSource, begun, is_prepared, read_manifest
 from fastgan.data.source import Encoded, Source, is_resolution
 from fastgan.data.walk import walk
 from fastgan.errors import ArgumentError
 
 _KINDS = (
-    "it may be digits, stacked-digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic or a prepared "
+    "must be digits, stacked-digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic or a prepared "
     "set's folder"
 )
 _CIFAR_RECORD = 1 + 3 * 32 * 32
@@ -36,7 +36,7 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
     """Open what `--data` says, checked as far as that is cheap.
 
     spec: digits | stacked-digits | folder:PATH | cifar10:ROOT | mnist:ROOT | celeba:ROOT | synthetic | the folder of a
-    prepared set, recognised by its manifest, or prepared:PATH. resolution: the target, a power of two from 4. channels:
+    prepared set, recognized by its manifest, or prepared:PATH. resolution: the target, a power of two from 4. channels:
     None for the source's own; a folder converts to 1 or 3, synthetic images have any number. seed: of the synthetic
     images and the stacks.
 
@@ -45,7 +45,7 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
     """
     kind, _, place = spec.partition(":")
     if not is_resolution(resolution):
-        raise ArgumentError("--resolution", resolution, "it may be a power of two from 4")
+        raise ArgumentError("--resolution", resolution, "must be a power of two from 4")
     if kind == "prepared" or is_prepared(Path(spec).expanduser()):
         path = Path(place if kind == "prepared" else spec).expanduser()
         return PreparedSource(read_manifest(path), resolution, channels)
@@ -309,7 +309,7 @@ def _folder(spec: str, path: Path, resolution: int, channels: int | None) -> Sou
         count = f"{len(small):,} of {len(whole):,} images are smaller than {resolution} px"
         logger.warning("%s: %s and are enlarged; the smallest is %d x %d", spec, count, width, height)
     if channels is None:
-        channels = 1 if all(is_grey(one.mode) for one in whole.values()) else 3
+        channels = 1 if all(is_gray(one.mode) for one in whole.values()) else 3
     names = list(whole)
     labels, num_classes = None, 0
     if all("/" in name for name in names):

@@ -29,7 +29,7 @@ def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
             return
         seen.add(real)
         try:
-            # "a/" for a folder: its files come between those of its neighbours as their whole names do.
+            # "a/" for a folder: its files come between those of its neighbors as their whole names do.
             with os.scandir(path / inside) as entries:
                 keys = ((one.name + "/" * is_folder(one),) for one in entries if everything or one.name[0] != ".")
                 names = sorted_rows(keys)

@@ -19,9 +19,9 @@ from fastgan.evaluation.features import Extractor
 from fastgan.evaluation.frechet import Moments
 from fastgan.evaluation.similarity import PairSimilarity
 from fastgan.evaluation.sliced_wasserstein import Patches
-from fastgan.utils.files import write_whole
+from fastgan.utils.files import write_atomic
 
-# Feature vectors that are kept for the metrics of neighbours, and images in the pairs of MS-SSIM.
+# Feature vectors that are kept for the metrics of neighbors, and images in the pairs of MS-SSIM.
 KEPT = 10_000
 PAIRED = 20_000
 _SAVE_SECONDS = 10.0
@@ -154,7 +154,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """
     from safetensors.torch import save
 
-    write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:

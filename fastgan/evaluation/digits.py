@@ -58,13 +58,13 @@ def classifier() -> tuple[nn.Module, float]:
         images, labels = _real()
         order = torch.randperm(len(images))
         held_out, train = order[: len(order) // 5], order[len(order) // 5 :]
-        optimiser = torch.optim.Adam(network.parameters(), lr=2e-3)
+        optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
         for _ in range(15):
             for batch in train[torch.randperm(len(train))].split(64):
                 loss = F.cross_entropy(network(images[batch]), labels[batch])
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
         network.eval()
         with torch.no_grad():
             accuracy = (network(images[held_out]).argmax(1) == labels[held_out]).float().mean().item()

@@ -93,7 +93,7 @@ class DigitsExtractor(Extractor):
 
 
 class FidelityExtractor(Extractor):
-    """A network of torch-fidelity's; grey images are given to it three times over."""
+    """A network of torch-fidelity's; gray images are given to it three times over."""
 
     def __init__(self, name: str, network: nn.Module, dimension: int, side: int, fingerprint: str) -> None:
         self.name = name
@@ -121,7 +121,7 @@ def canonical(name: str) -> str:
     """
     name = ALIASES.get(name, name)
     if name not in EXTRACTORS:
-        raise ArgumentError("--features", name, f"it may be {', '.join([*EXTRACTORS, *ALIASES])}")
+        raise ArgumentError("--features", name, f"must be {', '.join([*EXTRACTORS, *ALIASES])}")
     return name
 
 
@@ -149,7 +149,7 @@ def open_extractor(
         if weights is not None:
             raise
         # torch takes a download that was cut short for whole.
-        reason = f"{path} cannot be used: {error.may_be}; delete it, and it is fetched again"
+        reason = f"{path} cannot be used: {error.problem}; delete it, and it is fetched again"
         raise ArgumentError("--features", name, reason) from None
     extractor.to(device)
     return extractor
@@ -216,14 +216,14 @@ def _read(path: Path, name: str) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        may_be = f"it may be a readable file with the weights of {name} ({error.strerror or error})"
+        may_be = f"must be a readable file with the weights of {name} ({error.strerror or error})"
         raise ArgumentError("--feature-weights", str(path), may_be) from None
     except Exception as error:  # zip, pickle and safetensors errors of many kinds; nothing was executed
         reason = f"it is no weights file that can be read without running code ({_first(error)})"
         raise ArgumentError("--feature-weights", str(path), reason) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ArgumentError(
-            "--feature-weights", str(path), f"it may hold the weights of {name} by name, and nothing else"
+            "--feature-weights", str(path), f"must hold the weights of {name} by name, and nothing else"
         )
     return state
 

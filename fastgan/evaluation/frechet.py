@@ -78,7 +78,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         ValueError: the sizes differ, or one has seen fewer than two vectors.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"b: had {len(b.mean)} features; it may have {len(a.mean)}, as a")
+        raise ValueError(f"b must have {len(a.mean)}, as a, got {len(b.mean)} features")
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root @ b.covariance @ root

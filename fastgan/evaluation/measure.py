@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from fastgan.data import Source
 from fastgan.errors import ArgumentError
-from fastgan.evaluation import neighbours, ranks
+from fastgan.evaluation import neighbors, ranks
 from fastgan.evaluation.collect import KEPT, PAIRED, Collected, discard, read_tensors, stream, write_tensors
 from fastgan.evaluation.features import INCEPTION, Extractor
 from fastgan.evaluation.frechet import frechet_distance
@@ -65,15 +64,10 @@ def choose(asked: Sequence[str] | None, extractor: Extractor | None, source: Sou
         return [name for name in METRICS if name not in cannot]
     for name in asked:
         if name not in METRICS:
-            raise ArgumentError("--metrics", name, f"it may be {', '.join(METRICS)}, separated by commas")
+            raise ArgumentError("--metrics", name, f"must be {', '.join(METRICS)}, separated by commas")
         if name in cannot:
             raise ArgumentError("--metrics", name, f"it may be left out: {cannot[name]}")
     return [name for name in METRICS if name in asked]
-
-
-def cache_folder() -> Path:
-    """Where the statistics of real images are kept, for all runs of a user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan" / "evaluation"
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class Evaluation:
         least = {"fid": 2, "kid": 2, "prdc": 6, "msssim": 2, "swd": 1, "is": 1, "modes": 1}
         for name in self.metrics:
             if self.n < least[name]:
-                raise ArgumentError("--n", self.n, f"it may be {least[name]} or more for {name}")
+                raise ArgumentError("--n", self.n, f"must be at least {least[name]} for {name}")
             if len(source) < least[name]:
                 may_be = f"it has {len(source):,} images, and {name} needs {least[name]} or more"
                 raise ArgumentError("--data", source.name, may_be)
@@ -265,20 +259,20 @@ class Evaluation:
             fake_rows, real_rows = generated.rows.rows(), real.rows.rows()
             # Precision, recall and the rest depend on how densely each set lies: both are of one size.
             same = min(len(fake_rows), len(real_rows))
-            used["neighbours"] = same
+            used["neighbors"] = same
             if "kid" in self.metrics:
                 for rows, name in ((real_rows, "real"), (fake_rows, "generated")):
-                    if len(rows) == min(neighbours.SUBSET, len(fake_rows), len(real_rows)):
+                    if len(rows) == min(neighbors.SUBSET, len(fake_rows), len(real_rows)):
                         warn(
                             f"kid: every subset holds all {len(rows):,} {name} images: the deviation over subsets does "
-                            f"not say how they vary; more than {neighbours.SUBSET:,} of each make it do so"
+                            f"not say how they vary; more than {neighbors.SUBSET:,} of each make it do so"
                         )
-                mean, deviation = neighbours.kernel_distance(fake_rows, real_rows, seed=self.seed)
+                mean, deviation = neighbors.kernel_distance(fake_rows, real_rows, seed=self.seed)
                 found |= {"kernel_distance": mean, "kernel_distance_std": deviation}
             if "prdc" in self.metrics:
                 names = ("precision", "recall", "density", "coverage")
                 pair = (fake_rows[:same], real_rows[:same])
-                values = (*neighbours.precision_recall(*pair), *neighbours.density_coverage(*pair))
+                values = (*neighbors.precision_recall(*pair), *neighbors.density_coverage(*pair))
                 found |= dict(zip(names, values, strict=True))
         if generated.score is not None:
             classes, part = generated.score.probability.shape[1], self.n // generated.score.PARTS

@@ -24,7 +24,7 @@ def _sorted_projections(vectors: Tensor, directions: Tensor) -> Tensor:
     """[N, D], [D, P] -> [P, N], each row ascending."""
     rows = (directions.T @ vectors.T).contiguous()
     if rows.device.type == "cpu":
-        rows.numpy().sort(axis=1)  # vectorised, 2.6 times as fast as torch's sort here
+        rows.numpy().sort(axis=1)  # vectorized, 2.6 times as fast as torch's sort here
         return rows
     return rows.sort(dim=1).values
 
@@ -40,7 +40,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = PROJECTIONS, see
         ValueError: the shapes differ.
     """
     if a.shape != b.shape:
-        raise ValueError(f"b: had shape {tuple(b.shape)}; it may be {tuple(a.shape)}, as a")
+        raise ValueError(f"b must be {tuple(a.shape)}, as a, got shape {tuple(b.shape)}")
     a, b = a.detach().flatten(1).float(), b.detach().flatten(1).float()
     generator = torch.Generator(device="cpu").manual_seed(seed)
     directions = torch.randn(a.shape[1], projections, generator=generator).to(a.device)
@@ -145,7 +145,7 @@ def bytes_of_patches(resolution: int, channels: int) -> int:
     return levels * PATCHES * channels * PATCH**2 * 4
 
 
-def _normalised(patches: Tensor) -> Tensor:
+def _normalized(patches: Tensor) -> Tensor:
     """Patches [..., C, 7, 7] with mean 0 and deviation 1 in each channel over the whole set, as vectors."""
     patches = patches.flatten(0, 1)
     deviation, mean = torch.std_mean(patches, dim=(0, 2, 3), keepdim=True, correction=0)
@@ -155,12 +155,12 @@ def _normalised(patches: Tensor) -> Tensor:
 def patch_distances(a: list[Tensor], b: list[Tensor], seed: int = 0) -> dict[int, float]:
     """Sliced Wasserstein distance of each level of two `Patches.levels()` of equally many images: {level: distance}.
 
-    The mean over 4 sets of 128 directions; a set of patches is normalised in each channel by its own mean and
+    The mean over 4 sets of 128 directions; a set of patches is normalized in each channel by its own mean and
     deviation. Keys count levels from the finest, 0.
     """
     found = {}
     for i, (mine, other) in enumerate(zip(a, b, strict=True)):
-        one, two = _normalised(mine), _normalised(other)
+        one, two = _normalized(mine), _normalized(other)
         repeats = [sliced_wasserstein(one, two, PROJECTIONS, seed * REPEATS + r) for r in range(REPEATS)]
         found[i] = sum(repeats) / REPEATS
     return found

@@ -31,6 +31,7 @@ from torch.nn.utils import parametrize
 
 from fastgan import models
 from fastgan.errors import ArgumentError
+from fastgan.utils.old_names import current_names
 
 Meta = dict[str, Any]
 KEY = "fastgan"
@@ -104,7 +105,7 @@ def inputs_of(meta: Meta, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
 
 def plain(generator: nn.Module, meta: Meta) -> nn.Module:
     """A copy for inference alone: spectral norm is divided into the weights once, not in every call."""
-    # Built anew: parametrised modules share their class with a deep copy, and removing would break the original.
+    # Built anew: parametrized modules share their class with a deep copy, and removing would break the original.
     copy, _ = models.build(**meta["networks"])
     copy.load_state_dict(generator.state_dict())
     for module in list(copy.modules()):
@@ -125,7 +126,7 @@ def _write_safetensors(generator: nn.Module, meta: Meta, batch: int | None) -> b
 
 def _safetensors_meta(content: bytes) -> Meta:
     length = int.from_bytes(content[:8], "little")
-    return json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
+    return current_names(json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY]))
 
 
 def _open_safetensors(content: bytes, device: str) -> nn.Module:
@@ -187,7 +188,7 @@ def _archive_meta(content: bytes) -> Meta:
         (member,) = [it for it in archive.infolist() if it.filename.partition("/")[2] == f"extra/{KEY}"]
         if member.file_size > _META_BYTES:
             raise Unsafe(f"its description has {member.file_size} bytes, at most {_META_BYTES} are read")
-        return json.loads(archive.read(member))
+        return current_names(json.loads(archive.read(member)))
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def _write_onnx(generator: nn.Module, meta: Meta, batch: int | None) -> bytes:
 
 
 def _onnx_meta(content: bytes) -> Meta:
-    return json.loads({it.key: it.value for it in _onnx_model(content).metadata_props}[KEY])
+    return current_names(json.loads({it.key: it.value for it in _onnx_model(content).metadata_props}[KEY]))
 
 
 def _onnx_model(content: bytes) -> Any:
@@ -265,7 +266,7 @@ def _open_onnx(content: bytes, device: str) -> nn.Module:
     import onnxruntime
 
     if device != "cpu":
-        raise ArgumentError("--device", device, "it may be cpu for an ONNX file; other formats run on a GPU")
+        raise ArgumentError("--device", device, "must be cpu for an ONNX file; other formats run on a GPU")
     _check_onnx(_onnx_model(content))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -327,13 +328,13 @@ def find(path: Path) -> Path | None:
     try:
         return _find(path, suffixes)
     except PermissionError as error:
-        raise ArgumentError("RUN", str(path), f"it may be one that can be read ({error.strerror})") from None
+        raise ArgumentError("RUN", str(path), f"must be one that can be read ({error.strerror})") from None
 
 
 def _find(path: Path, suffixes: list[str]) -> Path | None:
     if path.is_file():
         if path.suffix not in suffixes:
-            raise ArgumentError("RUN", str(path), f"it may be a run, or a file that ends in {', '.join(suffixes)}")
+            raise ArgumentError("RUN", str(path), f"must be a run, or a file that ends in {', '.join(suffixes)}")
         return path
     if not path.is_dir() or (path / "checkpoint.json").is_file() or (path / "checkpoints").is_dir():
         return None
@@ -344,7 +345,7 @@ def _find(path: Path, suffixes: list[str]) -> Path | None:
     files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.name[0] != ".")
     found = [file for file in files if file.suffix in loaded] or files
     if len(found) > 1:
-        raise ArgumentError("RUN", str(path), f"it may be one of its files: {', '.join(file.name for file in found)}")
+        raise ArgumentError("RUN", str(path), f"must be one of its files; {', '.join(file.name for file in found)}")
     return found[0] if found else None
 
 
@@ -369,7 +370,7 @@ def read(file: Path, device: str = "cpu") -> tuple[nn.Module, Meta]:
                 meta = _meta_of(json.loads(config.read_text()))
                 return _built(content, meta, device), meta
             if file.with_name("checkpoint.json").is_file():
-                raise ArgumentError("RUN", str(file), f"it may be the checkpoint it belongs to, {file.parent}")
+                raise ArgumentError("RUN", str(file), f"must be the checkpoint it belongs to, {file.parent}")
         return it.open(content, device), it.meta(content)
 
 
@@ -411,7 +412,7 @@ def _described_errors(file: Path) -> Iterator[None]:
         raise ArgumentError("RUN", str(file), f"it is not loaded, since it may not be trusted: {error}") from None
     except Exception as error:  # each format's library has exceptions of its own for what is no file of it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArgumentError("RUN", str(file), f"it may be a {name} file from fastgan export ({reason[:150]})") from None
+        raise ArgumentError("RUN", str(file), f"must be a {name} file from fastgan export ({reason[:150]})") from None
 
 
 def is_config(file: Path) -> bool:

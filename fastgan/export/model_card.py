@@ -63,7 +63,7 @@ def _front(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     task = "unconditional-image-generation"
     values: dict[str, Any] = {
         "library_name": "fastgan",
-        "license": meta.get("licence") or "unknown",
+        "license": meta.get("license") or "unknown",
         "pipeline_tag": task,
         "tags": sorted({"gan", "image-generation", name, networks["model"]}),
     }
@@ -92,7 +92,7 @@ def _facts(meta: dict[str, Any]) -> list[tuple[str, str]]:
     networks, images = meta["networks"], meta.get("images")
     name = meta.get("variant") or networks["model"]
     side = networks["resolution"]
-    size = f"{side} x {side} pixels, " + ("grey" if networks["channels"] == 1 else "colour")
+    size = f"{side} x {side} pixels, " + ("gray" if networks["channels"] == 1 else "color")
     alpha = meta.get("alpha", 1.0)
     if alpha < 1:
         size += f", in the middle of a growth: {alpha:.0%} of the newest level"
@@ -105,7 +105,7 @@ def _facts(meta: dict[str, Any]) -> list[tuple[str, str]]:
         ("Trained for", f"{images / 1000:g} kimg (thousands of real images shown)" if images else "not recorded"),
         ("Weights", meta.get("weights", "moving average of the generator's")),
         ("Batch", str(meta.get("batch") or "any")),
-        ("Licence of the weights", meta.get("licence") or "not stated; the training data may restrict their use"),
+        ("License of the weights", meta.get("license") or "not stated; the training data may restrict their use"),
         ("Written by", f"fastgan {meta.get('version', '')}".strip()),
     ]
     return facts

@@ -19,7 +19,7 @@ def _build(cls: type[nn.Module], values: dict[str, Any]) -> nn.Module:
 
 
 def build(model: str, *, norm_g: str = "batch", norm_d: str = "batch", **values: Any) -> tuple[nn.Module, nn.Module]:
-    """Generator and discriminator of the named model, on the CPU, initialised from torch's global generator.
+    """Generator and discriminator of the named model, on the CPU, initialized from torch's global generator.
 
     Args:
         model: mlp, dcgan, sagan or pggan.

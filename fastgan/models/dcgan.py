@@ -26,7 +26,7 @@ def _norm(channels: int, norm: str) -> list[nn.Module]:
     return [nn.BatchNorm2d(channels)] if norm == "batch" else []
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """N(0, 0.02) weights and N(1, 0.02) batch-norm gains, as in section 4."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -52,7 +52,7 @@ class Generator(nn.Module, Pretrained):
             layers += [nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1, bias=bias), *_norm(after, norm)]
         layers += [nn.ReLU(), nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1)]
         self.layers = nn.Sequential(*layers)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, latent: Tensor, labels: Tensor | None = None) -> Tensor:
         return torch.tanh(self.layers(latent[:, :, None, None]))
@@ -73,7 +73,7 @@ class Discriminator(nn.Module):
             ]
         layers.append(Conv2d(widths[-1], 1, 4))
         self.layers = nn.Sequential(*layers)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.layers(images).flatten()

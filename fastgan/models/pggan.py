@@ -56,8 +56,8 @@ class _GeneratorBlock(nn.Module):
         super().__init__()
         self.fused_scale = fused_scale
         up = "up" if fused_scale else "none"
-        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, resample=up, act="lrelu", normalise=True)
-        self.conv2 = EqualizedConv2d(out_channels, out_channels, 3, act="lrelu", normalise=True)
+        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, resample=up, act="lrelu", normalize=True)
+        self.conv2 = EqualizedConv2d(out_channels, out_channels, 3, act="lrelu", normalize=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(self.conv1(x if self.fused_scale else ops.interpolate_nearest(x)))
@@ -86,7 +86,7 @@ class Generator(Progressive, Pretrained):
 
         # The authors divide this layer's gain by 4 so that its scale is that of a convolution.
         self.input = EqualizedLinear(latent, fmaps(4) * 16, gain=math.sqrt(2.0) / 4.0)
-        self.conv = EqualizedConv2d(fmaps(4), fmaps(4), 3, act="lrelu", normalise=True)
+        self.conv = EqualizedConv2d(fmaps(4), fmaps(4), 3, act="lrelu", normalize=True)
         self.blocks = nn.ModuleDict()
         self.to_rgb = nn.ModuleDict()
         for size in _resolutions(resolution):

@@ -25,16 +25,16 @@ class SelfAttention2d(nn.Module):
     Args:
         channels: C, at least 8.
         pool: pool keys and values.
-        normalised: spectral norm on the four 1x1 projections.
+        normalized: spectral norm on the four 1x1 projections.
 
     Shapes: [N, C, H, W] -> [N, C, H, W].
     """
 
-    def __init__(self, channels: int, pool: bool = True, normalised: bool = True) -> None:
+    def __init__(self, channels: int, pool: bool = True, normalized: bool = True) -> None:
         super().__init__()
         if channels < 8:
-            raise ValueError(f"channels: was {channels}; it may be 8 or more")
-        wrap: Callable[[nn.Module], nn.Module] = spectral_norm if normalised else _identity
+            raise ValueError(f"channels must be at least 8, got {channels}")
+        wrap: Callable[[nn.Module], nn.Module] = spectral_norm if normalized else _identity
         self.query = wrap(nn.Conv2d(channels, channels // 8, 1, bias=False))
         self.key = wrap(nn.Conv2d(channels, channels // 8, 1, bias=False))
         self.value = wrap(nn.Conv2d(channels, channels // 2, 1, bias=False))

@@ -39,7 +39,7 @@ class Activation(nn.Module):
 
 
 class EqualizedLinear(nn.Module):
-    """Linear layer with equalised learning rate: weights drawn from N(0, 1), scaled at run time by gain / sqrt(fan in).
+    """Linear layer with equalized learning rate: weights drawn from N(0, 1), scaled at run time by gain / sqrt(fan in).
 
     Karras et al. 2018, section 4.1. Adam's step does not depend on the gradient's scale, so layers of every size then
     learn at the same speed. [..., in_features] -> [..., out_features], through the activation `act` (see
@@ -64,7 +64,7 @@ class EqualizedLinear(nn.Module):
 
 
 class EqualizedConv2d(nn.Module):
-    """Convolution of stride 1 and same size with equalised learning rate (see `EqualizedLinear`).
+    """Convolution of stride 1 and same size with equalized learning rate (see `EqualizedLinear`).
 
     [N, in_channels, H, W] -> [N, out_channels, H, W], or without N.
 
@@ -73,7 +73,7 @@ class EqualizedConv2d(nn.Module):
         resample: "up" doubles the size before the convolution, "down" halves it by averaging after it, both inside
             one strided convolution (`ops.upsample_conv2d`, `ops.conv2d_downsample`); they need `kernel_size` 3.
         act: the activation that follows, in one pass with the bias (`ops.bias_act`).
-        normalise: pixel norm after the activation, in the same pass (`ops.bias_act_pixel_norm`).
+        normalize: pixel norm after the activation, in the same pass (`ops.bias_act_pixel_norm`).
     """
 
     def __init__(
@@ -84,28 +84,28 @@ class EqualizedConv2d(nn.Module):
         gain: float = math.sqrt(2.0),
         resample: str = "none",
         act: str = "linear",
-        normalise: bool = False,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         if resample not in ("none", "up", "down"):
-            raise ValueError(f"resample: was {resample!r}; it may be none, up or down")
+            raise ValueError(f"resample must be none, up or down, got {resample!r}")
         if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size: was {kernel_size}; it may be odd, as the size is to stay the same")
+            raise ValueError(f"kernel_size must be odd, as the size is to stay the same, got {kernel_size}")
         if resample != "none" and kernel_size != 3:
-            raise ValueError(f"kernel_size: was {kernel_size}; it may be 3 with resample")
+            raise ValueError(f"kernel_size must be 3 with resample, got {kernel_size}")
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.scale = gain / math.sqrt(in_channels * kernel_size**2)
         self.padding = kernel_size // 2
         self.resample = resample
         self.act = act
-        self.normalise = normalise
+        self.normalize = normalize
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 3:
             return self.forward(x[None])[0]
         weight = self.weight * self.scale
-        plain = self.act == "linear" and not self.normalise
+        plain = self.act == "linear" and not self.normalize
         bias = self.bias if plain else None
         if self.resample == "up":
             x = ops.upsample_conv2d(x, weight, bias)
@@ -115,7 +115,7 @@ class EqualizedConv2d(nn.Module):
             x = ops.conv2d(x, weight, bias, padding=self.padding)
         if plain:
             return x
-        return (ops.bias_act_pixel_norm if self.normalise else ops.bias_act)(x, self.bias, self.act)
+        return (ops.bias_act_pixel_norm if self.normalize else ops.bias_act)(x, self.bias, self.act)
 
 
 class PixelNorm(nn.Module):

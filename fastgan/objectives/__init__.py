@@ -1,4 +1,4 @@
-"""Losses and regularisers: pure functions, orthogonal to the networks."""
+"""Losses and regularizers: pure functions, orthogonal to the networks."""
 
 from fastgan.objectives.losses import Loss, hinge, least_squares, minimax, wasserstein
 from fastgan.objectives.regularizers import (

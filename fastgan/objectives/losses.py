@@ -21,7 +21,7 @@ class Loss(NamedTuple):
 def minimax(saturating: bool = False) -> Loss:
     """-log D(x) - log(1 - D(G(z))) with D the sigmoid of the score (Goodfellow et al. 2014, eq. 1).
 
-    The generator maximises log D(G(z)) (section 3's remedy for vanishing gradients), or with `saturating` minimises
+    The generator maximizes log D(G(z)) (section 3's remedy for vanishing gradients), or with `saturating` minimizes
     log(1 - D(G(z))), the game as first stated.
     """
 
@@ -47,7 +47,7 @@ def least_squares(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
 
 
 def wasserstein() -> Loss:
-    """Difference of mean scores (Arjovsky et al. 2017, eq. 2); what keeps the critic Lipschitz is a regulariser."""
+    """Difference of mean scores (Arjovsky et al. 2017, eq. 2); what keeps the critic Lipschitz is a regularizer."""
 
     def discriminator(real: Tensor, fake: Tensor) -> Tensor:
         return fake.mean() - real.mean()

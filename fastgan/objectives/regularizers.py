@@ -20,17 +20,17 @@ def real_penalty(critic: Critic, real: Tensor, fake: Tensor, *, weight: Tensor) 
     return zero_centered_penalty(critic, real)
 
 
-def clip_weights(optimiser: torch.optim.Optimizer, limit: float) -> None:
-    """Clamp every weight `optimiser` holds to [-limit, limit] after each of its steps (Arjovsky et al. 2017, alg. 1).
+def clip_weights(optimizer: torch.optim.Optimizer, limit: float) -> None:
+    """Clamp every weight `optimizer` holds to [-limit, limit] after each of its steps (Arjovsky et al. 2017, alg. 1).
 
-    It hangs on the optimiser and not on the network because under ZeRO the optimiser owns the master copy: weights
+    It hangs on the optimizer and not on the network because under ZeRO the optimizer owns the master copy: weights
     clamped in the network alone would be overwritten by the next step.
     """
 
-    def clamp(optimiser: torch.optim.Optimizer, *_: object) -> None:
+    def clamp(optimizer: torch.optim.Optimizer, *_: object) -> None:
         with torch.no_grad():
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 torch._foreach_clamp_min_(group["params"], -limit)
                 torch._foreach_clamp_max_(group["params"], limit)
 
-    optimiser.register_step_post_hook(clamp)
+    optimizer.register_step_post_hook(clamp)

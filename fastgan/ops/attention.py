@@ -110,25 +110,25 @@ def _check(
     """The leading dimensions of the result."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not x.is_floating_point():
-            raise TypeError(f"{name}: was {x.dtype}; it may be float16, bfloat16, float32 or float64")
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.dtype != query.dtype:
-            raise TypeError(f"{name}: was {x.dtype}; it may be {query.dtype}, as query")
+            raise TypeError(f"{name} must be {query.dtype}, as query, got {x.dtype}")
         if x.device != query.device:
-            raise ValueError(f"{name}: was on {x.device}; it may be on {query.device}, as query")
+            raise ValueError(f"{name} must be on {query.device}, as query, got {x.device}")
         if x.ndim < 2 + enable_gqa:
-            raise ValueError(f"{name}: had {x.ndim} dimensions; it may be [..., {'H, ' * enable_gqa}length, features]")
+            raise ValueError(f"{name} must be [..., {'H, ' * enable_gqa}length, features], got {x.ndim} dimensions")
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key: had feature size {key.shape[-1]}; it may be {query.shape[-1]}, as in query")
+        raise ValueError(f"key must be {query.shape[-1]}, as in query, got feature size {key.shape[-1]}")
     if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"value: had length {value.shape[-2]}; it may be {key.shape[-2]}, as in key")
+        raise ValueError(f"value must be {key.shape[-2]}, as in key, got length {value.shape[-2]}")
     if not 0 <= number("dropout_p", dropout_p) <= 1:
-        raise ValueError(f"dropout_p: was {dropout_p}; it may be 0 to 1")
+        raise ValueError(f"dropout_p must be 0 to 1, got {dropout_p}")
     before = {"query": query.shape[:-2], "key": key.shape[:-2], "value": value.shape[:-2]}
     if enable_gqa:
         for name in ("key", "value"):
             heads = before[name][-1]
             if heads < 1 or query.shape[-3] % heads:
-                raise ValueError(f"{name}: had {heads} heads; it may have a divisor of query's {query.shape[-3]}")
+                raise ValueError(f"{name} must have a divisor of query's {query.shape[-3]}, got {heads} heads")
             before[name] = torch.Size((*before[name][:-1], query.shape[-3]))
     leading: tuple[int, ...] = before["query"]
     for name in ("key", "value"):
@@ -136,21 +136,21 @@ def _check(
             try:
                 leading = torch.broadcast_shapes(leading, before[name])
             except RuntimeError:
-                fit = f"it may have some that broadcast with {tuple(leading)}"
+                fit = f"must have some that broadcast with {tuple(leading)}"
                 raise ValueError(f"{name}: had leading dimensions {tuple(before[name])}; {fit}") from None
     if mask is not None:
         if is_causal:
             raise ValueError("is_causal: was True; with attn_mask it may be False")
         if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            raise TypeError(f"attn_mask: was {mask.dtype}; it may be bool, float32 or {query.dtype}")
+            raise TypeError(f"attn_mask must be bool, float32 or {query.dtype}, got {mask.dtype}")
         if mask.device != query.device:
-            raise ValueError(f"attn_mask: was on {mask.device}; it may be on {query.device}, as query")
+            raise ValueError(f"attn_mask must be on {query.device}, as query, got {mask.device}")
         logits = (*leading, query.shape[-2], key.shape[-2])
         fits = len(mask.shape) <= len(logits) and all(
             size in (1, full) for size, full in zip(reversed(mask.shape), reversed(logits), strict=False)
         )
         if not fits:
-            raise ValueError(f"attn_mask: had shape {tuple(mask.shape)}; it may be one that broadcasts to {logits}")
+            raise ValueError(f"attn_mask must be one that broadcasts to {logits}, got shape {tuple(mask.shape)}")
     return leading
 
 
@@ -340,9 +340,9 @@ def _compiled() -> dict[str, Implementation]:
         largest = max((x.shape[-1] for x in inputs), default=0)
         if largest > 256:
             return f"it takes 256 features, not {largest}"
-        return triton.able(*inputs, **options) or (_not_on(inputs[0].device.index) if inputs else None)
+        return triton.unsupported_reason(*inputs, **options) or (_not_on(inputs[0].device.index) if inputs else None)
 
-    return {**found, "triton": replace(triton, able=able)}
+    return {**found, "triton": replace(triton, unsupported_reason=able)}
 
 
 OP = Op(
@@ -350,8 +350,8 @@ OP = Op(
     {
         **_compiled(),
         "chunked": Implementation(
-            able=lambda *inputs, **options: _no_mask(**options),
-            worth=_chunked_worth,
+            unsupported_reason=lambda *inputs, **options: _no_mask(**options),
+            not_preferred_reason=_chunked_worth,
             note="plain PyTorch by blocks of rows, in O(N) memory",
         ),
     },

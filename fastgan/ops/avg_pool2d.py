@@ -37,11 +37,11 @@ def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -
         ValueError: `x` is not 4-dimensional or smaller than a square, or `kernel_size` is no integer from 1 on.
     """
     if not isinstance(kernel_size, int) or kernel_size < 1:
-        raise ValueError(f"kernel_size: was {kernel_size}; it may be an integer, 1 or more")
+        raise ValueError(f"kernel_size must be an integer of at least 1, got {kernel_size}")
     if not x.is_floating_point():
-        raise TypeError(f"x: was {x.dtype}; it may be a floating dtype")
+        raise TypeError(f"x must be a floating dtype, got {x.dtype}")
     if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
-        raise ValueError(f"x: had shape {tuple(x.shape)}; it may be [N, C, H, W], H and W at least {kernel_size}")
+        raise ValueError(f"x must be [N, C, H, W], H and W at least {kernel_size}, got shape {tuple(x.shape)}")
     if kernel_size == 2 and AVG_POOL2D.free(backend) and halves(x):
         return halve(x)
     name = AVG_POOL2D.choose(backend, x)

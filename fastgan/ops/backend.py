@@ -37,17 +37,17 @@ class Implementation:
     """One way to run an op.
 
     Args:
-        able: why it cannot run these inputs on this machine; None when it can.
-        worth: why it is not the default for them though it can run them (a crossover that was measured).
+        unsupported_reason: why it cannot run these inputs on this machine; None when it can.
+        not_preferred_reason: why it is not the default for them though it can run them (a crossover that was measured).
         note: what it is, for people.
-        does: what exactly it would do with these inputs, where that depends on them; for people.
-        device: the only type of device it runs on, if there is one; `able` is not asked about others by default.
+        describe_call: what exactly it would do with these inputs, where that depends on them; for people.
+        device: the only type of device it runs on, if there is one; by default it is not considered for others.
     """
 
-    able: Judge = _always
-    worth: Judge = _always
+    unsupported_reason: Judge = _always
+    not_preferred_reason: Judge = _always
     note: str = ""
-    does: Judge = _always
+    describe_call: Judge = _always
     device: str | None = None
 
 
@@ -89,13 +89,18 @@ class Op:
         if wish is None:
             device = inputs[0].device.type if inputs and inputs[0] is not None else None
             for name, it in self._on.get(device) or self._find(device):
-                if it.able(*inputs, **options) is None and it.worth(*inputs, **options) is None:
+                if (
+                    it.unsupported_reason(*inputs, **options) is None
+                    and it.not_preferred_reason(*inputs, **options) is None
+                ):
                     return name
         if wish not in self.implementations:
-            raise ValueError(f"backend: was {wish!r}; for {self.name} it may be {', '.join(self.implementations)}")
-        reason = self.implementations[wish].able(*inputs, **options)
+            raise ValueError(f"backend must be {', '.join(self.implementations)} for {self.name}, got {wish!r}")
+        reason = self.implementations[wish].unsupported_reason(*inputs, **options)
         if reason is not None:
-            able = [name for name, it in self.implementations.items() if it.able(*inputs, **options) is None]
+            able = [
+                name for name, it in self.implementations.items() if it.unsupported_reason(*inputs, **options) is None
+            ]
             raise ValueError(f"backend: was {wish!r}, but {reason}; here it may be {', '.join(able)}")
         return wish
 
@@ -125,14 +130,15 @@ class Op:
         found = {}
         for name in (chosen, *self.implementations):
             it = self.implementations[name]
-            reason = it.able(*inputs)
+            reason = it.unsupported_reason(*inputs)
             if name == chosen:
-                does = it.does(*inputs)
+                does = it.describe_call(*inputs)
                 found[name] = f"{it.note}: {does}" if does else it.note
             elif reason is not None:
                 found[name] = f"{it.note}; cannot run: {reason}"
             elif name not in found:
-                found[name] = f"{it.note}; can run, not the default: {it.worth(*inputs) or f'{chosen} comes first'}"
+                why = it.not_preferred_reason(*inputs) or f"{chosen} comes first"
+                found[name] = f"{it.note}; can run, not the default: {why}"
         return found
 
     def _known(self, name: str | None) -> str | None:
@@ -169,7 +175,7 @@ def backends(op: str, *inputs: Tensor | None) -> dict[str, str]:
         ValueError: `op` is no op of this package.
     """
     if op not in OPS:
-        raise ValueError(f"op: was {op!r}; it may be one of {', '.join(OPS)}")
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     return OPS[op].explain(*inputs)
 
 
@@ -186,10 +192,10 @@ def use_backend(backend: str | None = None, /, **ops: str) -> Iterator[None]:
     """
     for name in (backend, *ops.values()):
         if name is not None and name not in NAMES:
-            raise ValueError(f"backend: was {name!r}; it may be one of {', '.join(NAMES)}")
+            raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
     for name in ops:
         if name not in OPS:
-            raise ValueError(f"op: was {name!r}; it may be one of {', '.join(OPS)}")
+            raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
     # A name for every op replaces whatever was asked further out.
     token = _asked.set({"*": backend, **ops} if backend else {**_asked.get(), **ops})
     try:

@@ -66,8 +66,8 @@ OP = Op(
     "bias_act",
     {
         **_KERNELS,
-        "cpp": replace(_KERNELS["cpp"], worth=_worth),
-        "lean": replace(LEAN, able=_lean_able),
+        "cpp": replace(_KERNELS["cpp"], not_preferred_reason=_worth),
+        "lean": replace(LEAN, unsupported_reason=_lean_able),
     },
     forward_mode=True,
 )
@@ -124,16 +124,16 @@ def check(x: Tensor, bias: Tensor | None, act: str) -> int:
     """Index of `act`; raises for arguments that do not fit."""
     check_features(x)
     if act not in ACTS:
-        raise ValueError(f"act: was {act!r}; it may be {', '.join(ACTS)}")
+        raise ValueError(f"act must be {', '.join(ACTS)}, got {act!r}")
     if bias is not None:
         if not isinstance(bias, Tensor):
-            raise TypeError(f"bias: was {type(bias).__name__}; it may be a tensor or None")
+            raise TypeError(f"bias must be a tensor or None, got {type(bias).__name__}")
         if bias.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"bias: had dtype {bias.dtype}; it may be {x.dtype}, as x, or torch.float32")
+            raise TypeError(f"bias must be {x.dtype}, as x, or torch.float32, got dtype {bias.dtype}")
         if bias.shape != x.shape[1:2]:
-            raise ValueError(f"bias: had shape {tuple(bias.shape)}; it may be [{x.shape[1]}], as x has channels")
+            raise ValueError(f"bias must be [{x.shape[1]}], as x has channels, got shape {tuple(bias.shape)}")
         if bias.device != x.device:
-            raise ValueError(f"bias: was on {bias.device}; it may be on {x.device}, as x")
+            raise ValueError(f"bias must be on {x.device}, as x, got {bias.device}")
     return ACTS.index(act)
 
 

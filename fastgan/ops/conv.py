@@ -6,7 +6,7 @@ derivatives are the other two, each computed by PyTorch's native kernel and only
 own double backward takes the weight's gradient as a convolution with batch and channels exchanged, which is slower, and
 averaging's sends zeros back through every layer before it (see docs/penalties.md).
 
-Nearest-neighbour upsampling by 2 and 2x2 averaging are convolutions with a 2x2 box. Followed (or preceded) by a 3x3
+Nearest-neighbor upsampling by 2 and 2x2 averaging are convolutions with a 2x2 box. Followed (or preceded) by a 3x3
 convolution they make one 4x4 kernel: the sum of the 3x3 kernel at four offsets. One strided convolution then does the
 work of both, with 4 multiply-adds instead of 9 for each output of the upsampling form, and 16 instead of 36 for the
 downsampling form. Progressive GANs were published with this form in the authors' code (Karras et al. 2018, appendix A).
@@ -50,7 +50,7 @@ def _pair(name: str, value: Any) -> tuple[int, ...]:
     except TypeError:
         values = ()
     if len(values) not in (1, 2):
-        raise ValueError(f"{name}: was {value!r}; it may be an integer or a pair of them")
+        raise ValueError(f"{name} must be an integer or a pair of them, got {value!r}")
     return values * 2 if len(values) == 1 else values
 
 
@@ -60,20 +60,20 @@ def _check(x: Tensor, w: Tensor, bias: Tensor | None, groups: int, transposed: b
         if tensor is None:
             continue
         if tensor.dtype != x.dtype and not autocasts(x):
-            raise TypeError(f"{name}: was {tensor.dtype}; it may be {x.dtype}, as input")
+            raise TypeError(f"{name} must be {x.dtype}, as input, got {tensor.dtype}")
         if tensor.device != x.device:
-            raise ValueError(f"{name}: was on {tensor.device}; it may be on {x.device}, as input")
+            raise ValueError(f"{name} must be on {x.device}, as input, got {tensor.device}")
     if x.ndim not in (3, 4):
-        raise ValueError(f"input: had {x.ndim} dimensions; it may be [N, C, H, W] or [C, H, W]")
+        raise ValueError(f"input must be [N, C, H, W] or [C, H, W], got {x.ndim} dimensions")
     if groups < 1 or x.shape[-3] % groups:
-        raise ValueError(f"groups: was {groups}; it may be a divisor of the {x.shape[-3]} channels of input")
+        raise ValueError(f"groups must be a divisor of the {x.shape[-3]} channels of input, got {groups}")
     channels = x.shape[-3] if transposed else x.shape[-3] // groups
     if w.ndim != 4 or w.shape[0 if transposed else 1] != channels or w.shape[0] % groups:
         form = f"[{channels}, O/groups, kH, kW]" if transposed else f"[O, {channels}, kH, kW] with groups dividing O"
-        raise ValueError(f"weight: had shape {tuple(w.shape)}; it may be {form}")
+        raise ValueError(f"weight must be {form}, got shape {tuple(w.shape)}")
     outputs = w.shape[1] * groups if transposed else w.shape[0]
     if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias: had shape {tuple(bias.shape)}; it may be [{outputs}]")
+        raise ValueError(f"bias must be [{outputs}], got shape {tuple(bias.shape)}")
 
 
 def _check_geometry(geometry: Geometry, x: Tensor, w: Tensor) -> None:
@@ -83,15 +83,15 @@ def _check_geometry(geometry: Geometry, x: Tensor, w: Tensor) -> None:
     stride, padding, dilation, transposed, output_padding, _ = geometry
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if values[0] < least or values[1] < least:
-            raise ValueError(f"{name}: was {values}; it may be {least} or more")
+            raise ValueError(f"{name} must be at least {least}, got {values}")
     for i in range(2):
         if transposed:
             if not 0 <= output_padding[i] < max(stride[i], dilation[i]):
                 limit = f"below stride {stride} or dilation {dilation}"
-                raise ValueError(f"output_padding: was {output_padding}; it may be 0 or more, {limit}")
+                raise ValueError(f"output_padding must be at least 0, {limit}, got {output_padding}")
         elif dilation[i] * (w.shape[2 + i] - 1) >= x.shape[i - 2] + 2 * padding[i]:
             raise ValueError(
-                f"weight: had shape {tuple(w.shape)}; it may have a kernel that fits into the padded image, "
+                f"weight must have a kernel that fits into the padded image, , got shape {tuple(w.shape)}"
                 f"{tuple(s + 2 * p for s, p in zip(x.shape[-2:], padding, strict=True))}"
             )
 
@@ -129,7 +129,7 @@ def conv2d(
     _check(input, weight, bias, groups, transposed=False)
     if isinstance(padding, str):
         if padding not in ("valid", "same"):
-            raise ValueError(f"padding: was {padding!r}; it may be numbers, 'valid' or 'same'")
+            raise ValueError(f"padding must be numbers, 'valid' or 'same', got {padding!r}")
         if padding == "same" and _pair("stride", stride) != (1, 1):
             raise ValueError(f"padding: was 'same' with stride {stride}; it may be with stride 1 only")
     strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
@@ -378,7 +378,7 @@ def _reference(way: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _op(name: str, way: str) -> Op:
-    lean = Implementation(note="convolutions with lean derivatives", does=_says(way))
+    lean = Implementation(note="convolutions with lean derivatives", describe_call=_says(way))
     return Op(name, {"triton": scaled_conv.implementation(), "lean": lean})
 
 
@@ -387,10 +387,10 @@ UPSAMPLE_CONV2D, CONV2D_DOWNSAMPLE = _op("upsample_conv2d", "up"), _op("conv2d_d
 
 def _check_scaled(x: Tensor, w: Tensor) -> None:
     if x.ndim != 4:
-        raise ValueError(f"x: had {x.ndim} dimensions; it may be [N, I, H, W]")
+        raise ValueError(f"x must be [N, I, H, W], got {x.ndim} dimensions")
     sizes = w.shape
     if len(sizes) != 4 or sizes[2] != 3 or sizes[3] != 3 or sizes[1] != x.shape[1]:
-        raise ValueError(f"w: had shape {tuple(w.shape)}; it may be [O, {x.shape[1]}, 3, 3]")
+        raise ValueError(f"w must be [O, {x.shape[1]}, 3, 3], got shape {tuple(w.shape)}")
 
 
 def _scaled(

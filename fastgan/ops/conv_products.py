@@ -54,7 +54,7 @@ def _able(*inputs: Tensor | None, geometry: Geometry | None = None, **_: object)
         for size, padding, kernel in zip(x.shape[2:], geometry.padding, w.shape[2:], strict=True):
             if not 0 <= padding < kernel <= size + 2 * padding:
                 return "it takes paddings below the kernel's size and no kernel larger than the image"
-    return _CPP.able(*inputs) or _register_fakes()
+    return _CPP.unsupported_reason(*inputs) or _register_fakes()
 
 
 def _worth(*inputs: Tensor | None, **_: object) -> str | None:
@@ -82,7 +82,12 @@ def in_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-CPP = Implementation(able=_able, worth=_worth, note="C++ kernels; PyTorch's for the weight's gradient", device="cpu")
+CPP = Implementation(
+    unsupported_reason=_able,
+    not_preferred_reason=_worth,
+    note="C++ kernels; PyTorch's for the weight's gradient",
+    device="cpu",
+)
 
 
 def way_of(name: str, asked_for: bool, x: Tensor, geometry: Geometry) -> Way:

@@ -42,7 +42,7 @@ INSTRUCTIONS: dict[str, list[str]] = {
 }
 CUDA_ARCHITECTURES = (80, 90, 100)
 
-# -fno-trapping-math and -fno-math-errno change no result; without them few conditionals and roots vectorise.
+# -fno-trapping-math and -fno-math-errno change no result; without them few conditionals and roots vectorize.
 _COMMON = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 _CPU = ["-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]
 _TIMEOUT = 900.0  # seconds for one compiler call: a hang must not hold every process that waits for the lock
@@ -293,7 +293,7 @@ _lock = threading.RLock()
 def _wish() -> str:
     wish = os.environ.get("FASTGAN_BUILD", "").strip().lower()
     if wish not in ("", "0", "1", "force"):
-        raise ValueError(f"FASTGAN_BUILD: was {wish!r}; it may be 0, 1 or force")
+        raise ValueError(f"FASTGAN_BUILD must be 0, 1 or force, got {wish!r}")
     return wish
 
 

@@ -180,7 +180,7 @@ def number(name: str, value: Any) -> float:
     if value.__class__ is float or value.__class__ is int:
         return value
     if isinstance(value, (Tensor, str, bytes, complex)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: was {'a tensor' if isinstance(value, Tensor) else repr(value)}; it may be a number")
+        raise TypeError(f"{name} must be a number, got {'a tensor' if isinstance(value, Tensor) else repr(value)}")
     return value
 
 
@@ -197,8 +197,8 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def check_features(x: Tensor) -> None:
     """Raise TypeError or ValueError unless x is a floating [N, C, ...]."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x: was {type(x).__name__}; it may be a tensor")
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not x.dtype.is_floating_point:
-        raise TypeError(f"x: had dtype {x.dtype}; it may be a floating-point one")
+        raise TypeError(f"x must be a floating-point one, got dtype {x.dtype}")
     if x.ndim < 2:
-        raise ValueError(f"x: had {x.ndim} dimensions; it may be [N, C, ...]")
+        raise ValueError(f"x must be [N, C, ...], got {x.ndim} dimensions")

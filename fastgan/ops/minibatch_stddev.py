@@ -67,14 +67,14 @@ def minibatch_stddev(
     check_features(x)
     for argument, value in (("group_size", group_size), ("num_features", num_features)):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{argument}: was {value!r}; it may be an integer")
+            raise TypeError(f"{argument} must be an integer, got {value!r}")
     if x.ndim != 4:
-        raise ValueError(f"x: had {x.ndim} dimensions; it may be [N, C, H, W]")
+        raise ValueError(f"x must be [N, C, H, W], got {x.ndim} dimensions")
     n, c = x.shape[:2]
     if group_size < 1:
-        raise ValueError(f"group_size: was {group_size}; it may be 1 or more")
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
     if num_features < 1 or c % num_features:
-        raise ValueError(f"num_features: was {num_features}; it may be a divisor of the {c} channels of x")
+        raise ValueError(f"num_features must be a divisor of the {c} channels of x, got {num_features}")
     check_eps(eps)
     group = next(g for g in range(min(group_size, max(n, 1)), 0, -1) if n % g == 0)
     name = OP.choose(backend, x, eps=eps)

@@ -40,7 +40,7 @@ def _flat(gradient: Tensor) -> Tensor:
 def _penalty(critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor], method: str) -> Tensor:
     """`of_gradient` of d(sum of scores)/dx, which it gets as [N, features], float32 at least."""
     if method not in METHODS:
-        raise ValueError(f"method: was {method!r}; it may be {' or '.join(METHODS)}")
+        raise ValueError(f"method must be {' or '.join(METHODS)}, got {method!r}")
     if not torch.is_grad_enabled():
         raise RuntimeError(
             "a penalty is made of derivatives: it may be taken where gradients are on, not under no_grad"
@@ -68,11 +68,11 @@ def _sum_of_scores(scores: Any, x: Tensor) -> Tensor:
     """One score for each sample, or several that are added up, as a critic of patches gives."""
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         was = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"critic: gave {was}; it may give a floating tensor, [N] or [N, 1]")
+        raise TypeError(f"critic must give a floating tensor, [N] or [N, 1], got {was}")
     if scores.ndim == 0 or scores.shape[0] != x.shape[0]:
         # A mean over the batch would divide each sample's gradient by N.
         raise ValueError(
-            f"critic: gave scores of shape {tuple(scores.shape)}; it may give [{x.shape[0]}] or [{x.shape[0]}, 1], "
+            f"critic must give [{x.shape[0]}] or [{x.shape[0]}, 1], , got scores of shape {tuple(scores.shape)}"
             "one for each sample"
         )
     return scores.float().sum()
@@ -128,23 +128,23 @@ def _norm(gradient: Tensor) -> Tensor:
 
 def _interpolates(real: Tensor, fake: Tensor, weight: Tensor | None, generator: torch.Generator | None) -> Tensor:
     if real.shape != fake.shape:
-        raise ValueError(f"fake: had shape {tuple(fake.shape)}; it may be {tuple(real.shape)}, as real")
+        raise ValueError(f"fake must be {tuple(real.shape)}, as real, got shape {tuple(fake.shape)}")
     if not real.is_floating_point():
-        raise TypeError(f"real: was {real.dtype}; it may be a floating dtype")
+        raise TypeError(f"real must be a floating dtype, got {real.dtype}")
     if real.ndim < 2:
-        raise ValueError(f"real: had shape {tuple(real.shape)}; it may be [N, ...], of two dimensions or more")
+        raise ValueError(f"real must be [N, ...], of two dimensions or more, got shape {tuple(real.shape)}")
     if real.dtype != fake.dtype:
-        raise TypeError(f"fake: was {fake.dtype}; it may be {real.dtype}, as real")
+        raise TypeError(f"fake must be {real.dtype}, as real, got {fake.dtype}")
     if real.device != fake.device:
-        raise ValueError(f"fake: was on {fake.device}; it may be on {real.device}, as real")
+        raise ValueError(f"fake must be on {real.device}, as real, got {fake.device}")
     if weight is None:
         weight = torch.rand(real.shape[0], device=real.device, dtype=real.dtype, generator=generator)
     elif not isinstance(weight, Tensor):
-        raise TypeError(f"weight: was {type(weight).__name__}; it may be a tensor [{real.shape[0]}]")
+        raise TypeError(f"weight must be a tensor [{real.shape[0]}], got {type(weight).__name__}")
     elif weight.device != real.device:
-        raise ValueError(f"weight: was on {weight.device}; it may be on {real.device}, as real")
+        raise ValueError(f"weight must be on {real.device}, as real, got {weight.device}")
     elif weight.numel() != real.shape[0]:
-        raise ValueError(f"weight: had {weight.numel()} elements; it may have {real.shape[0]}, one for each sample")
+        raise ValueError(f"weight must have {real.shape[0]}, one for each sample, got {weight.numel()} elements")
     return torch.lerp(real, fake, weight.to(real.dtype).reshape(-1, *[1] * (real.ndim - 1)))
 
 
@@ -199,7 +199,7 @@ def wasserstein_divergence(
     """k times the mean over samples of |grad critic(x)|^p (Wu et al. 2018, "Wasserstein divergence for GANs", eq. 6).
 
     x is sampled on the straight lines between paired real and fake samples, uniformly, as in the paper's experiments;
-    arguments, reduction and behaviour at gradient 0 are those of `gradient_penalty`.
+    arguments, reduction and behavior at gradient 0 are those of `gradient_penalty`.
     """
 
     def of_gradient(gradient: Tensor) -> Tensor:
@@ -216,5 +216,5 @@ def zero_centered_penalty(critic: Critic, x: Tensor, *, method: str = "reverse")
     The paper multiplies by gamma / 2. Differentiable where the gradient is 0. `method` as in `gradient_penalty`.
     """
     if not x.is_floating_point():
-        raise TypeError(f"x: was {x.dtype}; it may be a floating dtype")
+        raise TypeError(f"x must be a floating dtype, got {x.dtype}")
     return _penalty(critic, x, lambda gradient: gradient.square().sum(dim=1).mean(), method)

@@ -1,4 +1,4 @@
-"""Pixelwise feature vector normalisation (Karras et al. 2018, "Progressive growing of GANs", section 4.2).
+"""Pixelwise feature vector normalization (Karras et al. 2018, "Progressive growing of GANs", section 4.2).
 
 With r = (mean over channels of x^2 + eps)^(-1/2) and y = r x, means over channels written <.>, the derivatives are
 
@@ -67,7 +67,7 @@ def pixel_norm(x: Tensor, eps: float = 1e-8, *, backend: str | None = None) -> T
 
 def check_eps(eps: float) -> None:
     if not number("eps", eps) >= 0:
-        raise ValueError(f"eps: was {eps}; it may be 0 or more")
+        raise ValueError(f"eps must be at least 0, got {eps}")
 
 
 def reference(x: Tensor, eps: float) -> Tensor:

@@ -28,12 +28,12 @@ def implementation() -> Implementation:
     def able(*inputs: Tensor | None, act: int = LINEAR, **options: Any) -> str | None:
         if act not in PIECEWISE_LINEAR:
             return "it takes the acts linear, relu and lrelu"
-        return refuse_options(**options) or found.able(*inputs)
+        return refuse_options(**options) or found.unsupported_reason(*inputs)
 
     def worth(*inputs: Tensor | None, **options: object) -> str:
         return "no GPU has measured it beside cuDNN yet; `make gpu` does"
 
-    return replace(found, able=able, worth=worth)
+    return replace(found, unsupported_reason=able, not_preferred_reason=worth)
 
 
 def _products() -> Any:

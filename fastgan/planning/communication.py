@@ -93,7 +93,7 @@ def reduction_seconds(gradients: Sequence[tuple[int, float]], cluster: Cluster) 
 class NetworkTime:
     """One step of one network on a rank's micro-batch.
 
-    seconds: forward, backward and optimiser, alone. gradients: as for `reduction_seconds`. lead: seconds of it before
+    seconds: forward, backward and optimizer, alone. gradients: as for `reduction_seconds`. lead: seconds of it before
     the other network is used, whose gradients may still be on their way then.
     """
 
@@ -119,7 +119,7 @@ class Step:
 def step_seconds(
     d: NetworkTime, g: NetworkTime, cluster: Cluster, *, n_critic: int, accumulation: int, deferred: bool = True
 ) -> Step:
-    """Gradients are reduced once for each optimiser step, with the last micro-batch.
+    """Gradients are reduced once for each optimizer step, with the last micro-batch.
 
     deferred: whether they are waited for when the weights are next used, and not when the backward ends. Between two
     steps of D that is after the generator has made images, which takes it about as long as in its own step.

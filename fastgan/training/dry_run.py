@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastgan import models
-from fastgan.config import Config, batch_at, replace, working_ranks
+from fastgan.config import Config, active_ranks, batch_at, replace
 from fastgan.config.stages import Stage
 from fastgan.data import Source
 from fastgan.models.pggan import Progressive
@@ -67,7 +67,7 @@ class Footprint:
     """What one rank holds and computes in a step of a stage.
 
     Attributes:
-        bytes: parameters, gradients, optimiser state, moving average, and the peak of what a step keeps, in float32.
+        bytes: parameters, gradients, optimizer state, moving average, and the peak of what a step keeps, in float32.
         g, d: parameters of the generator and the discriminator; trained_g, trained_d: those that have gradients.
         flops_g, flops_d: floating-point operations of products and convolutions in one step of each, in all orders.
     """
@@ -113,7 +113,7 @@ def footprint(config: Config, source: Source, stage: Stage, micro: int, world: i
     (bytes_d, flops_d), (bytes_g, flops_g) = _step_counts(step, micro, source.channels, stage.resolution)
     g, d = _parameters(generator), _parameters(discriminator)
     shards = world if config.system.zero else 1
-    held = (2 * (g + d) + g + _STATE_COPIES[config.optimiser.optimiser] * (g + d) / shards) * 4
+    held = (2 * (g + d) + g + _STATE_COPIES[config.optimizer.optimizer] * (g + d) / shards) * 4
     trained_g, trained_d = (
         sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (generator, discriminator)
     )
@@ -123,7 +123,7 @@ def footprint(config: Config, source: Source, stage: Stage, micro: int, world: i
 def describe(variant: str, preset: str, config: Config, world: int) -> str:
     """The plan of a run as text: networks, objective, stages with batch and memory for each rank.
 
-    Memory is counted by running a step on tensors without storage: parameters, gradients, optimiser state, the moving
+    Memory is counted by running a step on tensors without storage: parameters, gradients, optimizer state, the moving
     average, and the peak of what a step keeps, all in float32; workspaces of convolution libraries come on top.
 
     Raises:
@@ -133,13 +133,13 @@ def describe(variant: str, preset: str, config: Config, world: int) -> str:
 
     check_stages(config, world)
     source = open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
-    o, objective, s = config.optimiser, config.objective, config.schedule
+    o, objective, s = config.optimizer, config.objective, config.schedule
     decay = f", falling to 0 over the last {o.lr_decay * s.kimg:g} kimg" if o.lr_decay else ""
     lines = [
         f"{variant}, {preset} preset: {s.kimg:g} kimg of {source.name} ({len(source):,} images) to {s.resolution} px",
-        f"objective: {objective.loss}, regulariser {objective.regulariser}"
+        f"objective: {objective.loss}, regularizer {objective.regularizer}"
         + (f", drift {objective.drift:g}" if objective.drift else ""),
-        f"optimiser: {o.optimiser}, lr {o.lr_g:g} (G) {o.lr_d:g} (D){decay}, {o.n_critic} D steps for each G step, "
+        f"optimizer: {o.optimizer}, lr {o.lr_g:g} (G) {o.lr_d:g} (D){decay}, {o.n_critic} D steps for each G step, "
         f"EMA {o.ema_decay:g}",
         f"machine: {world} rank{'s' if world > 1 else ''}, ZeRO {config.system.zero}, {config.system.precision}",
         "",
@@ -148,7 +148,7 @@ def describe(variant: str, preset: str, config: Config, world: int) -> str:
     ]
     for stage in plan(config):
         batch = batch_at(s, stage.resolution)
-        working = working_ranks(batch, world, s.accumulation) or world
+        working = active_ranks(batch, world, s.accumulation) or world
         micro = batch // (working * s.accumulation)
         of = footprint(config, source, stage, micro, world, fading=stage.fade_end > stage.start)
         lines.append(

@@ -16,10 +16,11 @@ from fastgan import __version__
 from fastgan.data import Source
 from fastgan.errors import ArgumentError
 from fastgan.evaluation.features import open_extractor
-from fastgan.evaluation.measure import Evaluation, cache_folder, choose, default_extractor
+from fastgan.evaluation.measure import Evaluation, choose, default_extractor
 from fastgan.generator import device_of, generate
 from fastgan.utils import counter_rng
-from fastgan.utils.files import write_whole
+from fastgan.utils.files import write_atomic
+from fastgan.utils.system import cache_folder
 
 RECORD = "evaluation.jsonl"
 
@@ -84,7 +85,7 @@ def append(run: Path, line: dict[str, Any]) -> Path:
     before = path.read_bytes() if path.is_file() else b""  # not as text: a line may be damaged
     if before and not before.endswith(b"\n"):
         before += b"\n"
-    write_whole(path, before + json.dumps(line).encode() + b"\n")
+    write_atomic(path, before + json.dumps(line).encode() + b"\n")
     return path
 
 
@@ -115,7 +116,7 @@ class Evaluator:
     def _evaluation(self, resolution: int) -> Evaluation:
         # Patches of real images are not cached, and cutting and sorting them takes longer than all the rest.
         metrics = [name for name in choose(None, self.extractor, self.source, resolution) if name != "swd"]
-        return Evaluation(metrics, self.extractor, self.n, self.seed, cache=cache_folder())
+        return Evaluation(metrics, self.extractor, self.n, self.seed, cache=cache_folder("evaluation"))
 
     def __call__(self, generator: nn.Module, meta: dict[str, Any]) -> dict[str, Any] | None:
         """A collective: a line of the run's record on the first rank, None on others.

@@ -1,4 +1,4 @@
-"""What a configuration asks for: stages, the step and its losses, optimisers."""
+"""What a configuration asks for: stages, the step and its losses, optimizers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from fastgan import objectives
-from fastgan.config import Config, Networks, batch_at, working_ranks
+from fastgan.config import Config, Networks, active_ranks, batch_at
 from fastgan.config.stages import Stage, stages
 from fastgan.errors import ArgumentError
-from fastgan.training.distributed.engine import OptimiserFactory, deepspeed_config
-from fastgan.training.step import Regulariser, Step
+from fastgan.training.distributed.engine import OptimizerFactory, deepspeed_config
+from fastgan.training.step import Regularizer, Step
 
 
 def network_values(networks: Networks, *, resolution: int, channels: int, num_classes: int) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def engine_settings(config: Config, resolution: int, world_size: int, *, overlap
     """
     s, system = config.schedule, config.system
     batch = batch_at(s, resolution)
-    working = working_ranks(batch, world_size, s.accumulation)
+    working = active_ranks(batch, world_size, s.accumulation)
     assert working is not None
     return deepspeed_config(
         system.deepspeed_config,
@@ -75,7 +75,7 @@ def check_stages(config: Config, world_size: int) -> None:
     parts = world_size * s.accumulation
     for stage in plan(config):
         batch = batch_at(s, stage.resolution)
-        working = working_ranks(batch, world_size, s.accumulation)
+        working = active_ranks(batch, world_size, s.accumulation)
         if working is None:
             raise ArgumentError(
                 "--batch",
@@ -100,13 +100,13 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
         "wasserstein": objectives.wasserstein(),
         "hinge": objectives.hinge(),
     }[o.loss]
-    penalty: tuple[float, Regulariser] | None = None
-    if o.regulariser == "gradient-penalty":
+    penalty: tuple[float, Regularizer] | None = None
+    if o.regularizer == "gradient-penalty":
         penalty = (o.penalty_weight, objectives.gradient_penalty)
-    elif o.regulariser == "wasserstein-divergence":
+    elif o.regularizer == "wasserstein-divergence":
         divergence = functools.partial(objectives.wasserstein_divergence, k=o.divergence_k, p=o.divergence_p)
         penalty = (1.0, divergence)
-    elif o.regulariser == "zero-centered":
+    elif o.regularizer == "zero-centered":
         penalty = (o.penalty_weight, objectives.real_penalty)
     precision = config.system.precision
     return Step(
@@ -124,28 +124,28 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
 
 def rates(config: Config, images: int) -> tuple[float, float]:
     """Learning rates of the generator and the discriminator for the step after `images`."""
-    o, total = config.optimiser, 1000 * config.schedule.kimg
+    o, total = config.optimizer, 1000 * config.schedule.kimg
     left = max(0.0, total - images) / total
     factor = min(1.0, left / o.lr_decay) if o.lr_decay else 1.0
     return o.lr_g * factor, o.lr_d * factor
 
 
-def optimiser_factory(config: Config, *, discriminator: bool) -> OptimiserFactory:
-    """Makes the optimiser of one network from its parameters; fused forms, which read nothing back to the host."""
-    o = config.optimiser
+def optimizer_factory(config: Config, *, discriminator: bool) -> OptimizerFactory:
+    """Makes the optimizer of one network from its parameters; fused forms, which read nothing back to the host."""
+    o = config.optimizer
     lr = o.lr_d if discriminator else o.lr_g
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        optimiser: torch.optim.Optimizer
-        if o.optimiser == "adam":
-            optimiser = torch.optim.Adam(parameters, lr=lr, betas=(o.beta1, o.beta2), eps=1e-8, fused=True)
-        elif o.optimiser == "rmsprop":
-            optimiser = torch.optim.RMSprop(parameters, lr=lr, alpha=o.beta2)
+        optimizer: torch.optim.Optimizer
+        if o.optimizer == "adam":
+            optimizer = torch.optim.Adam(parameters, lr=lr, betas=(o.beta1, o.beta2), eps=1e-8, fused=True)
+        elif o.optimizer == "rmsprop":
+            optimizer = torch.optim.RMSprop(parameters, lr=lr, alpha=o.beta2)
         else:
-            optimiser = torch.optim.SGD(parameters, lr=lr, momentum=o.beta1, fused=True)
-        if discriminator and config.objective.regulariser == "weight-clipping":
-            objectives.clip_weights(optimiser, config.objective.clip)
-        return optimiser
+            optimizer = torch.optim.SGD(parameters, lr=lr, momentum=o.beta1, fused=True)
+        if discriminator and config.objective.regularizer == "weight-clipping":
+            objectives.clip_weights(optimizer, config.objective.clip)
+        return optimizer
 
     return make
 

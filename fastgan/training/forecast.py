@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastgan.config import Config, batch_at, working_ranks
+from fastgan.config import Config, active_ranks, batch_at
 from fastgan.config.stages import Stage
 from fastgan.data import Source
 from fastgan.planning.communication import Cluster, NetworkTime, StageTime, stage_seconds, step_seconds
-from fastgan.training.distributed.engine import own_reduction
+from fastgan.training.distributed.engine import uses_own_reducer
 from fastgan.training.dry_run import Footprint, footprint
 from fastgan.training.factory import engine_settings, plan
 from fastgan.training.step_measurement import Bench, StepTimes, Timing, free_bytes
@@ -30,7 +30,7 @@ class Share:
 
     stage: Stage
     batch: int
-    working: int
+    active: int
     micro: int
 
     def parts(self) -> list[tuple[bool, int]]:
@@ -46,7 +46,7 @@ def shares(config: Config, world: int) -> list[Share]:
     found = []
     for stage in plan(config):
         batch = batch_at(s, stage.resolution)
-        working = working_ranks(batch, world, s.accumulation) or world
+        working = active_ranks(batch, world, s.accumulation) or world
         found.append(Share(stage, batch, working, batch // (working * s.accumulation)))
     return found
 
@@ -128,11 +128,11 @@ class Planner:
         return rows
 
     def _own_reduction(self, share: Share) -> bool:
-        return own_reduction(engine_settings(self.config, share.stage.resolution, self.cluster.size))
+        return uses_own_reducer(engine_settings(self.config, share.stage.resolution, self.cluster.size))
 
     def reducing(self, share: Share) -> Cluster:
         """The ranks that average gradients: those at work, where the trainer gives them a group of their own."""
-        return self.cluster.first(share.working) if self._own_reduction(share) else self.cluster
+        return self.cluster.first(share.active) if self._own_reduction(share) else self.cluster
 
     def time(self, times: StepTimes, share: Share) -> tuple[StageTime, str]:
         """A stage's time, and how it came about if not by measuring.
@@ -149,12 +149,12 @@ class Planner:
                 timing.d,
                 timing.g,
                 self.reducing(share),
-                n_critic=self.config.optimiser.n_critic,
+                n_critic=self.config.optimizer.n_critic,
                 accumulation=self.config.schedule.accumulation,
                 deferred=self._own_reduction(share),
             )
             parts.append((float(images), step))
-        return stage_seconds(parts, share.batch, self.config.optimiser.n_critic), "; ".join(notes)
+        return stage_seconds(parts, share.batch, self.config.optimizer.n_critic), "; ".join(notes)
 
     def _timing(self, times: StepTimes, share: Share, fading: bool) -> tuple[Timing, str]:
         """Measured, or from other micro-batches of the stage, or from the stages nearest to it."""

@@ -13,16 +13,16 @@ from pathlib import Path
 from fastgan import checkpoint
 from fastgan.config.variants import VARIANTS
 from fastgan.errors import ArgumentError
-from fastgan.utils.files import lock
+from fastgan.utils.files import try_lock
 
 LOCK = ".lock"
 
 
-class Held(ArgumentError):
+class RunLocked(ArgumentError):
     """Another process trains in the run."""
 
-    def __reduce__(self) -> tuple[type[Held], tuple[str, object, str]]:
-        return Held, (self.argument, self.was, self.may_be)
+    def __reduce__(self) -> tuple[type[RunLocked], tuple[str, object, str]]:
+        return RunLocked, (self.argument, self.got, self.problem)
 
 
 def default(variant: str) -> Path:
@@ -52,7 +52,7 @@ def of(resume: str) -> Path:
     for run in (path, path.parent.parent):
         if (run / "config.yaml").is_file():
             return run
-    raise ArgumentError("--resume", resume, "it may be a run directory, a checkpoint in one, or auto")
+    raise ArgumentError("--resume", resume, "must be a run directory, a checkpoint in one, or auto")
 
 
 def check_free(run: Path) -> None:
@@ -61,7 +61,7 @@ def check_free(run: Path) -> None:
         quoted = shlex.quote(str(run))
         raise ArgumentError("--out", str(run), f"it already has a run; go on with --resume {quoted}, or name another")
     if run.exists() and not run.is_dir():
-        raise ArgumentError("--out", str(run), "it may be a folder")
+        raise ArgumentError("--out", str(run), "must be a folder")
     for name in ("checkpoints", "metrics.jsonl", "evaluation.jsonl", "samples"):
         left = run / name
         if left.is_file() or (left.is_dir() and any(left.iterdir())):
@@ -75,7 +75,7 @@ def writable(run: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArgumentError("--out", str(run), f"it may be a folder that can be written ({error.strerror})") from None
+        raise ArgumentError("--out", str(run), f"must be a folder that can be written ({error.strerror})") from None
 
 
 def make(run: Path, named: bool) -> Path:
@@ -110,15 +110,15 @@ def locked(run: Path, flag: str, patience: float = 0.0) -> Iterator[None]:
         patience: seconds to wait for the one that holds it.
 
     Raises:
-        Held: another process holds it. ArgumentError: the file cannot be written.
+        RunLocked: another process holds it. ArgumentError: the file cannot be written.
     """
     with writable(run):
         stream = (run / LOCK).open("a")
     with stream:
         deadline, told = time.monotonic() + patience, False
-        while not lock(stream.fileno()):
+        while not try_lock(stream.fileno()):
             if time.monotonic() >= deadline:
-                raise Held(flag, str(run), "another process trains there; it may be given once that has ended")
+                raise RunLocked(flag, str(run), "another process trains there; it may be given once that has ended")
             if not told:
                 print(f"another process trains in {run}; waiting {patience:g} s for its end", flush=True)
                 told = True

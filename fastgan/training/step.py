@@ -17,7 +17,7 @@ from fastgan.objectives import Loss
 from fastgan.utils import counter_rng
 
 
-class Regulariser(Protocol):
+class Regularizer(Protocol):
     """Penalty on a critic between real and fake images; `weight` [N] says where between."""
 
     def __call__(self, critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, weight: Tensor) -> Tensor: ...
@@ -29,7 +29,7 @@ class Step:
     Args:
         generator, discriminator: the networks as the engines hold them.
         loss: the adversarial loss.
-        penalty: the regulariser that is part of the discriminator's loss, with its coefficient, or None.
+        penalty: the regularizer that is part of the discriminator's loss, with its coefficient, or None.
         drift: coefficient of the mean squared score of real images.
         num_classes: above 0, the networks take labels.
         seed: of latents, interpolation weights and labels.
@@ -42,7 +42,7 @@ class Step:
         discriminator: nn.Module,
         *,
         loss: Loss,
-        penalty: tuple[float, Regulariser] | None = None,
+        penalty: tuple[float, Regularizer] | None = None,
         drift: float = 0.0,
         num_classes: int = 0,
         seed: int = 0,
@@ -92,10 +92,10 @@ class Step:
         if self.drift:
             loss = loss + self.drift * score_real.square().mean()
         if self.penalty is not None:
-            coefficient, regulariser = self.penalty
+            coefficient, regularizer = self.penalty
             weight = counter_rng.uniform(self.seed, "interpolation", positions, 1)[:, 0]
             with self._autocast(real.device, self.penalty_precision):
-                penalty = regulariser(lambda x: self.discriminator(x, labels), real, fake, weight=weight)
+                penalty = regularizer(lambda x: self.discriminator(x, labels), real, fake, weight=weight)
             seen["penalty"] = penalty
             loss = loss + coefficient * penalty
         seen["loss_d"] = loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -22,8 +23,9 @@ from fastgan.errors import ArgumentError
 from fastgan.models.pggan import Progressive
 from fastgan.planning.communication import NetworkTime, pack
 from fastgan.training.distributed.engine import Engine
-from fastgan.training.distributed.process_group import World
+from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.trainer import Trainer
+from fastgan.utils.old_names import current_names
 from fastgan.utils.timers import Marks
 
 SCHEMA = 1
@@ -91,8 +93,8 @@ def recipe(config: Config, channels: int) -> dict[str, Any]:
     return {
         **to_dict(config)["networks"],
         "loss": config.objective.loss,
-        "regulariser": config.objective.regulariser,
-        "optimiser": config.optimiser.optimiser,
+        "regularizer": config.objective.regularizer,
+        "optimizer": config.optimizer.optimizer,
         "channels": channels,
         "precision": system.precision,
         "penalty_precision": system.penalty_precision,
@@ -114,13 +116,14 @@ def read(path: str, wanted: dict[str, Any]) -> StepTimes:
     flag = "--step-times"
     try:
         times = _ADAPTER.validate_json(Path(path).read_bytes())
+        times = dataclasses.replace(times, recipe=current_names(times.recipe))
     except OSError as error:
-        raise ArgumentError(flag, path, f"it may be a file of --write-step-times ({error.strerror})") from None
+        raise ArgumentError(flag, path, f"must be a file of --write-step-times ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise ArgumentError(
-            flag, path, f"it may be a file of --write-step-times ({where}: {first['msg'].lower()})"
+            flag, path, f"must be a file of --write-step-times ({where}: {first['msg'].lower()})"
         ) from None
     if times.schema != SCHEMA:
         raise ArgumentError(flag, path, f"it has schema {times.schema}; this version reads {SCHEMA}")
@@ -148,7 +151,7 @@ def write(times: StepTimes, path: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise ArgumentError(
-            "--write-step-times", path, f"it may be a file that can be written ({error.strerror})"
+            "--write-step-times", path, f"must be a file that can be written ({error.strerror})"
         ) from None
 
 
@@ -156,7 +159,7 @@ def writable(path: str) -> None:
     """Refuse, before anything is measured, a file that could not be written after it."""
     target = Path(path)
     if target.is_dir() or not target.absolute().parent.is_dir() or not os.access(target.absolute().parent, os.W_OK):
-        raise ArgumentError("--write-step-times", path, "it may be a file in a folder that is there and can be written")
+        raise ArgumentError("--write-step-times", path, "must be a file in a folder that is there and can be written")
 
 
 def free_bytes(device: torch.device) -> float:
@@ -214,8 +217,8 @@ class _Watched:
     def step(self) -> None:
         self._engine.step()
 
-    def settle(self) -> None:
-        self._engine.settle()
+    def wait(self) -> None:
+        self._engine.wait()
 
     def set_rate(self, rate: float) -> None:
         self._engine.set_rate(rate)
@@ -255,7 +258,7 @@ class Bench:
             schedule={"accumulation": 1},
             run={"evaluate_kimg": None},
         )
-        self._world = World(0, 1, device, "torch", "measuring")
+        self._world = ProcessGroup(0, 1, device, "torch", "measuring")
         self._config, self._variant, self._seconds = config, variant, seconds
         self._source = open_source("synthetic", config.schedule.resolution, channels)
 

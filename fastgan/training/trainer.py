@@ -16,30 +16,30 @@ from torch import Tensor, nn
 from fastgan import __version__, models
 from fastgan import data as data_room
 from fastgan.checkpoint import Checkpoint
-from fastgan.config import Config, batch_at, batches_for_all, working_ranks
+from fastgan.config import Config, active_ranks, batch_at, batches_for_all
 from fastgan.config.stages import Stage, stage_at
 from fastgan.generator import sample_images
 from fastgan.models.pggan import Progressive
 from fastgan.training.checkpoints import contents
-from fastgan.training.distributed.engine import DeepSpeedEngine, Engine, TorchEngine, own_reduction
+from fastgan.training.distributed.engine import DeepSpeedEngine, Engine, TorchEngine, uses_own_reducer
 from fastgan.training.distributed.gradient_reducer import spread
-from fastgan.training.distributed.process_group import World
+from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.ema import Ema
 from fastgan.training.factory import (
     build_step,
     engine_settings,
     intervals,
     network_values,
-    optimiser_factory,
+    optimizer_factory,
     plan,
     rates,
 )
 from fastgan.training.growth import inherit
 from fastgan.training.observability.metrics_log import Log
-from fastgan.training.observability.nonfinite import FiniteCheck
+from fastgan.training.observability.nonfinite import NonFiniteDetector
 from fastgan.training.observability.rank_log import LOGGER, rank_log
-from fastgan.training.observability.stragglers import Pace
-from fastgan.training.resilience.signals import Interrupt
+from fastgan.training.observability.stragglers import StragglerDetector
+from fastgan.training.resilience.signals import SignalHandler
 from fastgan.training.step import Meters, frozen
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Trainer:
         self,
         config: Config,
         variant: str,
-        world: World,
+        world: ProcessGroup,
         source: data_room.Source,
         run: Path,
         resume: Checkpoint | None = None,
@@ -90,7 +90,7 @@ class Trainer:
             resident_bytes=None if config.data.resident_gb is None else round(config.data.resident_gb * 1e9),
         )
         self._waited = 0.0
-        self.pace = Pace(world)
+        self.stragglers = StragglerDetector(world)
         self._logged_at = (time.monotonic(), 0)
         self._last_good: Path | None = None
         self._engines: tuple[Engine, Engine] | None = None
@@ -131,27 +131,27 @@ class Trainer:
         among themselves; and `idle`, whether this rank then waits for them, with weights that are out of date.
         """
         s, system = self.config.schedule, self.config.system
-        self.working = working_ranks(batch_at(s, resolution), self.world.size, s.accumulation) or self.world.size
-        self.apart = self.working < self.world.size and own_reduction(
+        self.active = active_ranks(batch_at(s, resolution), self.world.size, s.accumulation) or self.world.size
+        self.has_subgroup = self.active < self.world.size and uses_own_reducer(
             engine_settings(self.config, resolution, self.world.size)
         )
-        self.idle = self.apart and self.world.rank >= self.working
-        if self.apart and self.working not in self._groups:
+        self.is_spectator = self.has_subgroup and self.world.rank >= self.active
+        if self.has_subgroup and self.active not in self._groups:
             limit = datetime.timedelta(seconds=system.timeout)
-            self._groups[self.working] = dist.new_group(list(range(self.working)), timeout=limit)
+            self._groups[self.active] = dist.new_group(list(range(self.active)), timeout=limit)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Weights and their average are those after the last step, which may leave this to be done until they are used;
         a collective, before anything but a step uses them."""
         if self._engines is not None:
-            with self.pace.rest():
+            with self.stragglers.rest():
                 for engine in self._engines:
-                    engine.settle()
+                    engine.wait()
 
     def _catch_up(self) -> None:
         """Weights of ranks that wait are those of the first again; a collective, before they are used or saved."""
-        self.settle()
-        if self.apart:
+        self.wait()
+        if self.has_subgroup:
             spread([tensor for module in self._modules() for tensor in module.state_dict().values()])
             spread([self.ema.steps])
 
@@ -180,7 +180,7 @@ class Trainer:
                 else:
                     module.load_state_dict(state[name])
         generator, discriminator = generator.to(self.world.device), discriminator.to(self.world.device)
-        ema = Ema(generator, self.config.optimiser.ema_decay, self.config.optimiser.ema_warmup)
+        ema = Ema(generator, self.config.optimizer.ema_decay, self.config.optimizer.ema_warmup)
         if state is not None:
             if grown:
                 inherit(ema.module, state["ema"])
@@ -188,11 +188,11 @@ class Trainer:
                 ema.module.load_state_dict(state["ema"])
         ema.steps.fill_(ema_steps)
         self.ema = ema
-        self.finite = FiniteCheck(self.world.device)
-        self.finite.watch("discriminator", discriminator)
-        self.finite.watch("generator", generator)
+        self.nonfinite = NonFiniteDetector(self.world.device)
+        self.nonfinite.watch("discriminator", discriminator)
+        self.nonfinite.watch("generator", generator)
         for name in ("discriminator", "generator"):  # on ranks too that compute none
-            self.finite.loss(f"loss of the {name}", torch.zeros((), device=self.world.device))
+            self.nonfinite.loss(f"loss of the {name}", torch.zeros((), device=self.world.device))
         self._share_out(resolution)
         self._engines = (self._engine(generator, False, resolution), self._engine(discriminator, True, resolution))
         generator, discriminator = self._engines[0].module, self._engines[1].module
@@ -203,7 +203,7 @@ class Trainer:
         self.pipeline.set_resolution(resolution)
 
     def _engine(self, module: nn.Module, discriminator: bool, resolution: int) -> Engine:
-        make = optimiser_factory(self.config, discriminator=discriminator)
+        make = optimizer_factory(self.config, discriminator=discriminator)
         moved = None if discriminator else lambda: self.ema.update(self.step.generator)
         if self.world.engine == "torch":
             return TorchEngine(module, make, self.config.schedule.accumulation, self.memory_format, moved)
@@ -212,10 +212,10 @@ class Trainer:
             module,
             make,
             engine_settings(self.config, resolution, self.world.size, overlap=overlap),
-            self.pace.waiting,
+            self.stragglers.waiting,
             self.config.system.timeout,
             self.memory_format,
-            self._groups[self.working] if self.apart else None,
+            self._groups[self.active] if self.has_subgroup else None,
             moved,
         )
 
@@ -229,14 +229,14 @@ class Trainer:
             self._engines = None
 
     def _grow(self, resolution: int) -> None:
-        """Networks of the next resolution with the weights of this one; the optimisers start fresh (Karras 2018)."""
+        """Networks of the next resolution with the weights of this one; the optimizers start fresh (Karras 2018)."""
         self._catch_up()
         names = ("generator", "discriminator", "ema")
         state = {
             name: {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
             for name, module in zip(names, self._modules(), strict=True)
         }
-        self._read_finite()
+        self.raise_if_nonfinite()
         self._close_engines()
         self._enter(resolution, state, int(self.ema.steps.item()), grown=True)
 
@@ -256,9 +256,9 @@ class Trainer:
         another's.
         """
         accumulation = self.config.schedule.accumulation
-        parts = self.working * accumulation
+        parts = self.active * accumulation
         for a in range(accumulation):
-            slice_ = a * self.working + self.world.rank % self.working
+            slice_ = a * self.active + self.world.rank % self.active
             began = time.monotonic()
             micro = self.pipeline.batch(self.images, batch, rank=slice_, world=parts)
             self._waited += time.monotonic() - began
@@ -267,13 +267,13 @@ class Trainer:
     def _backward(self, engine: Engine, name: str, loss: Tensor, seen: dict[str, Tensor]) -> None:
         """One micro-batch's part of a step. Engines that take the mean over all ranks get a loss that makes it one over
         those that have a share: what the others compute counts nothing, but meets them in the collectives."""
-        if self.working < self.world.size and not self.apart:
-            loss = loss * (self.world.size / self.working if self.world.rank < self.working else 0.0)
+        if self.active < self.world.size and not self.has_subgroup:
+            loss = loss * (self.world.size / self.active if self.world.rank < self.active else 0.0)
         engine.backward(loss)
-        self.finite.loss(f"loss of the {name}", loss)
-        self.finite.close_step()
+        self.nonfinite.loss(f"loss of the {name}", loss)
+        self.nonfinite.close_step()
         engine.step()
-        if self.world.rank < self.working:
+        if self.world.rank < self.active:
             self.meters.add(seen)
 
     def _discriminator_step(self, batch: int, after_generator: bool = True) -> list[Tensor]:
@@ -307,21 +307,21 @@ class Trainer:
         while self.resolution < stage.resolution:
             self._grow(self.resolution * 2)
         self._set_alpha(stage)  # on ranks that wait too: they draw images for an evaluation
-        if self.idle:
-            self.images += self.config.optimiser.n_critic * batch_at(self.config.schedule, self.resolution)
+        if self.is_spectator:
+            self.images += self.config.optimizer.n_critic * batch_at(self.config.schedule, self.resolution)
             self.steps += 1
             return
-        with self.pace.step():
+        with self.stragglers.step():
             self._step()
 
     def _step(self) -> None:
         assert self._engines is not None
         rate_g, rate_d = rates(self.config, self.images)
         self._engines[1].set_rate(rate_d)
-        self.finite.begin_step(self.steps)
+        self.nonfinite.begin_step(self.steps)
         batch = batch_at(self.config.schedule, self.resolution)
         positions: list[Tensor] = []
-        for i in range(self.config.optimiser.n_critic):
+        for i in range(self.config.optimizer.n_critic):
             positions = self._discriminator_step(batch, after_generator=i == 0)
         self._engines[0].set_rate(rate_g)
         self._generator_step(positions)
@@ -329,9 +329,9 @@ class Trainer:
 
     # --- state ------------------------------------------------------------------------------------------------------
 
-    def _read_finite(self) -> None:
+    def raise_if_nonfinite(self) -> None:
         """Raises NonFiniteError on every rank if anything was not finite on any."""
-        bad = self.finite.first_bad(self.world.minimum(self.finite.pending().clone()))
+        bad = self.nonfinite.first_bad(self.world.minimum(self.nonfinite.pending().clone()))
         if bad is not None:
             good = f"the last good checkpoint is {self._last_good}" if self._last_good else "there is no checkpoint yet"
             raise NonFiniteError(f"step {bad[0]}: {bad[1]} was not finite; {good}")
@@ -343,14 +343,14 @@ class Trainer:
             NonFiniteError: something was not finite, so that nothing after the bad step is ever saved.
             ArgumentError: it could not be written.
         """
-        self._read_finite()
+        self.raise_if_nonfinite()
         self._catch_up()
         assert self._engines is not None
         training = {
             "generator": dict(self.step.generator.state_dict()),
             "discriminator": dict(self.step.discriminator.state_dict()),
-            "optimiser_g": self._engines[0].state(),
-            "optimiser_d": self._engines[1].state(),
+            "optimizer_g": self._engines[0].state(),
+            "optimizer_d": self._engines[1].state(),
             "random": contents.random_state(self.world),
         }
         meta = {
@@ -377,8 +377,8 @@ class Trainer:
         training = resume.training()
         self._enter(meta["resolution"], {**training, "ema": resume.generator()}, meta["ema_steps"])
         assert self._engines is not None
-        self._engines[0].load_state(training.get("optimiser_g", {}))
-        self._engines[1].load_state(training.get("optimiser_d", {}))
+        self._engines[0].load_state(training.get("optimizer_g", {}))
+        self._engines[1].load_state(training.get("optimizer_d", {}))
         if meta["world_size"] == self.world.size:
             torch.set_rng_state(training["random"][f"rank{self.world.rank}"])
         self._last_good = resume.path
@@ -404,7 +404,7 @@ class Trainer:
         self._logged_at = (time.monotonic(), self.images)
         self._tell_shares(log)
         try:
-            with Interrupt(self.world, self.config.system.timeout) as interrupt:
+            with SignalHandler(self.world, self.config.system.timeout) as interrupt:
                 while self.images < self.total:
                     before, resolution = self.images, self.resolution
                     self.train_step()
@@ -436,15 +436,15 @@ class Trainer:
             self._close_engines()
 
     def _tell_shares(self, log: Log) -> None:
-        if self.working < self.world.size:
+        if self.active < self.world.size:
             batch = batch_at(self.config.schedule, self.resolution)
             log.line(
-                f"{self.resolution} px: the batch of {batch} keeps {self.working} of {self.world.size} ranks at work; "
+                f"{self.resolution} px: the batch of {batch} keeps {self.active} of {self.world.size} ranks at work; "
                 f"all with {batches_for_all(self.config.schedule, self.world.size)}"
             )
 
     def _log(self, log: Log) -> None:
-        self._read_finite()
+        self.raise_if_nonfinite()
         names = self.step.metrics
         sums, counts = self.world.sum(self.meters.totals(names, self.world.device)).tolist()
         values = [total / count for total, count in zip(sums, counts, strict=True)]
@@ -453,7 +453,7 @@ class Trainer:
         self._logged_at = (now, self.images)
         waited, self._waited = self._waited, 0.0
         stage = stage_at(self.stages, self.images)
-        pace = self.pace.row(self.working if self.apart else self.world.size, log.line)
+        pace = self.stragglers.row(self.active if self.has_subgroup else self.world.size, log.line)
         log.metrics(
             {
                 "images": self.images,
@@ -469,7 +469,7 @@ class Trainer:
         )
 
     def _sample(self, log: Log) -> None:
-        self.settle()
+        self.wait()
         if self.world.main:
             images = sample_images(self.ema.module, self.config.run.samples, self.config.run.seed, self.networks)
             path = self.run_path / "samples" / f"kimg-{self.images / 1000:010.3f}.png"

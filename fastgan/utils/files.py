@@ -21,7 +21,7 @@ class File:
     sha256: str
 
 
-class Output:
+class AtomicFile:
     """A file under a hidden name until it is finished.
 
     Raises: OSError with the file's own name, whatever failed.
@@ -68,9 +68,9 @@ class Output:
             raise OSError(error.errno, error.strerror, str(self._file)) from error
 
 
-def write_whole(file: Path, content: bytes) -> File:
+def write_atomic(file: Path, content: bytes) -> File:
     """A small file at once."""
-    out = Output(file)
+    out = AtomicFile(file)
     try:
         out.write(content)
         return out.finish()
@@ -85,16 +85,7 @@ def array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def size_in_words(count: float) -> str:
-    """Bytes for people: 12.3 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 999.5:  # 999.7 would round to 1e+03
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
-def lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
     """Whether this process holds the lock now; it is let go when the file is closed, also by a kill."""
     try:
         import fcntl

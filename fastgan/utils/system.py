@@ -1,15 +1,30 @@
-"""What the system says of itself."""
+"""What the machine says of itself: processors, memory, folders for caches."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+
+def cpu_count() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_folder(name: str) -> Path:
+    """The user's folder for fastgan's cache of `name`; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan" / name
 
 
 def device_name(device: torch.device) -> str:
-    """What a reader calls the device: the GPU's name, or the processor's with its threads."""
+    """Name of a GPU, or of the processor with the number of threads that torch uses."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

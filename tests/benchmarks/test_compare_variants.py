@@ -118,6 +118,6 @@ def test_flags_say_what_is_compared(compare: ModuleType, arm: str) -> None:
         "50",
     ]
     asked, config = parse(flags, Train, "fastgan train").config, compare.configured(arm, 50.0)
-    for section in ("networks", "objective", "optimiser", "schedule"):
+    for section in ("networks", "objective", "optimizer", "schedule"):
         assert getattr(asked, section) == getattr(config, section)
-    assert (config.objective.regulariser == "none") == (arm == "dcgan")
+    assert (config.objective.regularizer == "none") == (arm == "dcgan")

@@ -29,7 +29,7 @@ def modes() -> ModuleType:
 
 @pytest.mark.parametrize(("task", "number", "deviation"), [("grid", 25, 0.05), ("ring", 8, 0.02)])
 def test_real_points_hit_every_mode(modes: ModuleType, task: str, number: int, deviation: float) -> None:
-    means, given = modes.centres(task)
+    means, given = modes.centers(task)
     assert tuple(means.shape) == (number, 2) and given == deviation
     closest = torch.cdist(means, means).fill_diagonal_(9).min()
     assert closest > 20 * deviation  # no point is of two modes
@@ -44,7 +44,7 @@ def test_real_points_hit_every_mode(modes: ModuleType, task: str, number: int, d
 
 
 def test_collapsed_and_stray_points(modes: ModuleType) -> None:
-    means, deviation = modes.centres("grid")
+    means, deviation = modes.centers("grid")
     points = torch.cat([means[:5].repeat(10, 1), means[:5] + 1.0])
     assert modes.coverage("grid", points) == pytest.approx({"modes": 0.2, "near": 50 / 55})
     assert modes.coverage("grid", means + torch.tensor([2.99 * deviation, 0]))["modes"] == 1
@@ -120,4 +120,4 @@ def test_stacked_digits_are_trained_gone_on_with_and_counted(modes: ModuleType, 
 def test_an_unknown_task(modes: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         modes.main(["circle"])
-    assert "TASK: was 'circle'; it may be grid, ring, stacked" in capsys.readouterr().err
+    assert "TASK must be grid, ring, stacked, got 'circle'" in capsys.readouterr().err

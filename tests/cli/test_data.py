@@ -50,11 +50,11 @@ def said(capsys: pytest.CaptureFixture[str]) -> Out:
 
 def test_prepare_says_what_it_made(prepared: Path, said: Out) -> None:
     assert main(["prepare", "digits", str(prepared), *"--resolution 16 --cache-to 8 --per-shard 500".split()]) == 2
-    assert f"fastgan: --lossless: was None; {prepared} was prepared with 'png'" in said()[1]
+    assert f"fastgan: --lossless None: {prepared} was prepared with 'png'" in said()[1]
     again = "--lossless png --resolution 16 --cache-to 8 --per-shard 500"
     assert main(["prepare", "digits", str(prepared), *again.split()]) == 0
     out, err = said()
-    assert out.startswith(f"{prepared}: 1,797 images of 16 px, grey, 10 classes, ")
+    assert out.startswith(f"{prepared}: 1,797 images of 16 px, gray, 10 classes, ")
     assert "is prepared already" in err
 
 
@@ -62,9 +62,9 @@ def test_lossless_takes_two_kinds_or_none(tmp_path: Path, said: Out, monkeypatch
     monkeypatch.chdir(tmp_path)
     for kind in ("jpg", "PNG", "tiff"):
         assert main(["prepare", "--lossless", kind, "digits", "set"]) == 2
-        assert said()[1] == f"fastgan: --lossless: was '{kind}'; it may be png or webp\n"
+        assert said()[1] == f"fastgan: --lossless must be png or webp, got '{kind}'\n"
         assert main(["prepare", "digits", "set", "--lossless", kind]) == 2
-        assert said()[1] == f"fastgan: --lossless: was '{kind}'; it may be png or webp\n"
+        assert said()[1] == f"fastgan: --lossless must be png or webp, got '{kind}'\n"
     assert not list(tmp_path.iterdir())
     assert prepare._lossless(["--lossless", "digits", "set"]) == ["--lossless", "png", "digits", "set"]
     (tmp_path / "jpg").mkdir()  # what is there is SRC
@@ -76,7 +76,7 @@ def test_info(prepared: Path, said: Out) -> None:
     lines = said()[0].splitlines()
     assert lines[0] == str(prepared)
     facts = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:] if line}
-    assert facts["images"] == "1,797, grey"
+    assert facts["images"] == "1,797, gray"
     assert facts["classes"] == "10"
     assert facts["skipped"] == "0"
     assert facts["fingerprint"] == read_manifest(prepared).fingerprint
@@ -130,7 +130,7 @@ def test_show_names_an_image_that_is_damaged(copy: Path, said: Out) -> None:
     tar = copy / "encoded" / "0016" / "00000.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
     assert main(["data", "show", str(copy), "--resolution", "16", "--out", str(copy / "x.png")]) == 2
-    named = f"DST: was '{tar}, member 000000000.png'; the image cannot be decoded (no image format Pillow knows); "
+    named = f"DST '{tar}, member 000000000.png': the image cannot be decoded (no image format Pillow knows); "
     assert named in said()[1]
     assert not (copy / "x.png").exists()
 
@@ -148,7 +148,7 @@ def test_a_damaged_array_is_named(copy: Path, said: Out, what: str) -> None:
     assert file.stat().st_size == len(content)
     assert main(["data", "show", str(copy), "--resolution", "8", "--out", str(copy / "x.png")]) == 2
     error = said()[1]
-    assert f"DST: was '{file}'; it may be a whole .npy file (" in error and len(error.splitlines()) == 1
+    assert f"DST must be a whole .npy file (, got '{file}'" in error and len(error.splitlines()) == 1
     with pytest.raises(ArgumentError, match=r"--data: .*00000\.npy'; it may be a whole \.npy file"):
         fastgan.data.open_source(str(copy), 8).arrays(8)
 
@@ -170,7 +170,7 @@ def test_a_damaged_list_is_named(tmp_path: Path, said: Out, name: str) -> None:
             file.write_bytes(damage)
         if name == "classes.json":
             assert main(["data", "info", str(copy)]) == 2
-            assert f"DST: was '{copy}'; {name} is " in said()[1]
+            assert f"DST '{copy}': {name} is " in said()[1]
         assert main(["prepare", str(copy), str(copy.parent / "again"), "--workers", "1"]) == 2
         error = said()[1]
         assert "SRC: was '" in error and name in error and len(error.splitlines()) == 1
@@ -218,12 +218,12 @@ def test_show(prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.Mon
     ("flags", "words"),
     [
         ("--n 0", "--n: was 0"),
-        ("--start 1797", "--start: was 1797; it may be 0 to 1796"),
+        ("--start 1797", "--start must be 0 to 1796, got 1797"),
         ("--resolution 32", "--resolution: was 32"),
         ("--resolution 0", "--resolution: was 0"),
         ("--out x.jpg", "--out: was 'x.jpg'"),
         ("--out nowhere/x.png", "--out: was 'nowhere/x.png'"),
-        ("--out folder.png", "--out: was 'folder.png'; it may be a file that can be written (Is a directory)"),
+        ("--out folder.png", "--out must be a file that can be written (Is a directory), got 'folder.png'"),
     ],
 )
 def test_show_refuses(

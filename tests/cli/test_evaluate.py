@@ -72,7 +72,7 @@ def test_a_run_is_evaluated_and_the_record_grows(run: Path, cache: Path, capsys:
     (line,) = lines(run)
     names = "frechet_distance precision recall density coverage class_score class_score_std modes confident kl modes_of"
     assert sorted(line["metrics"]) == sorted(names.split())
-    assert line["images"] == {"generated": 64, "real": 1797, "neighbours": 64}
+    assert line["images"] == {"generated": 64, "real": 1797, "neighbors": 64}
     assert (line["features"], line["data"], line["resolution"], line["kimg"]) == ("digits", "digits", 16, 0.064)
     assert line["resize"] == "bilinear, antialiased, to 16 px" and "singular" in line["warnings"][0]
     assert line["fingerprint"] == open_source("digits", 16).fingerprint and line["version"]
@@ -97,7 +97,7 @@ def test_numbers_are_printed_where_the_record_cannot_be_written(
     said = capsys.readouterr()
     table, line = said.out.strip().splitlines()[-2:]
     assert "MS-SSIM of pairs" in table and json.loads(line)["images"]["generated"] == 16
-    assert said.err.strip().splitlines()[-1].startswith(f"fastgan: RUN: was '{run}'; it may be a run that can be")
+    assert said.err.strip().splitlines()[-1].startswith(f"fastgan: RUN must be a run that can be, got '{run}'")
     monkeypatch.setattr("fastgan.training.evaluator.unwritable", lambda run: "Read-only file system")
     assert main.main(asked) == 2
     said = capsys.readouterr()
@@ -115,8 +115,8 @@ def test_metrics_of_pixels_need_no_features(
 
     monkeypatch.setattr("fastgan.evaluation.features.open_extractor", offline)
     asked = ["evaluate", str(run), "--data", "synthetic", "--n", "16", "--metrics"]
-    grey = open_source("synthetic", 16, 1)
-    monkeypatch.setattr("fastgan.data.open_source", lambda *_: grey)
+    gray = open_source("synthetic", 16, 1)
+    monkeypatch.setattr("fastgan.data.open_source", lambda *_: gray)
     assert main.main([*asked, "swd,msssim"]) == 0
     assert "features: none" in capsys.readouterr().out
     (line,) = lines(run)
@@ -133,7 +133,7 @@ def test_the_table_by_features() -> None:
         "swd": 0.02, "swd_level0": 0.03, "swd_level1": 0.01, "ms_ssim": 0.25, "ms_ssim_real": 0.125,
         "modes": 9, "modes_of": 10, "confident": 0.625, "kl": 0.0625,
     }  # fmt: skip
-    line = {"metrics": numbers, "images": {"neighbours": 1000, "swd": 1200}, "resolution": 32}
+    line = {"metrics": numbers, "images": {"neighbors": 1000, "swd": 1200}, "resolution": 32}
     rows = [" ".join(row.split()) for row in evaluate._table({**line, "features": "inception-v3-compat"}).splitlines()]
     assert rows[:3] == [
         "FID 12.35 lower is better",
@@ -190,19 +190,19 @@ def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         capsys, [name, "--metrics", "fid,lpips"], "--metrics: was 'lpips'", "fid, kid, is, prdc, swd, msssim, modes"
     )
     refused(capsys, [name, "--metrics", ","], "--metrics: was ','")
-    refused(capsys, [name, "--n", "0"], "--n: was 0; it may be 1 or more")
-    refused(capsys, [name, "--n", "1", "--metrics", "fid"], "--n: was 1; it may be 2 or more for fid")
+    refused(capsys, [name, "--n", "0"], "--n must be at least 1, got 0")
+    refused(capsys, [name, "--n", "1", "--metrics", "fid"], "--n must be at least 2 for fid, got 1")
     refused(capsys, [name, "--seed", "-1"], "--seed: was -1")
-    refused(capsys, [name, "--seed", str(2**32)], "--seed: was 4294967296; it may be 0 to 4294967295")
+    refused(capsys, [name, "--seed", str(2**32)], "--seed must be 0 to 4294967295, got 4294967296")
     refused(capsys, [name, "--device", "tpu"], "--device: was 'tpu'")
     refused(capsys, [name, "--features", "resnet"], "--features: was 'resnet'", "inception-v3-compat")
     refused(capsys, [name, "--feature-weights", "x.pth"], "--feature-weights: was 'x.pth'; it may be left out")
     refused(capsys, [name, "--data", "stacked-digits"], "--data: was 'stacked-digits'", "images have 1 channel")
-    refused(capsys, [name, "--data", "imagenet"], "--data: was 'imagenet'; it may be digits")
+    refused(capsys, [name, "--data", "imagenet"], "--data must be digits, got 'imagenet'")
     refused(capsys, [name, "--data", "synthetic", "--features", "digits", "--metrics", "modes"], "modes are known")
     refused(capsys, [str(tmp_path / "nothing")], "RUN: was", "it may be a run directory")
     if not torch.cuda.is_available():
-        refused(capsys, [name, "--device", "cuda"], "--device: was 'cuda'; it may be cpu")
+        refused(capsys, [name, "--device", "cuda"], "--device must be cpu, got 'cuda'")
 
 
 def test_data_smaller_than_the_runs_images(
@@ -211,7 +211,7 @@ def test_data_smaller_than_the_runs_images(
     """As a prepared set of 8 px is: what it stores cannot be enlarged."""
     small = open_source("digits", 8)
     monkeypatch.setattr("fastgan.data.open_source", lambda *_: small)
-    refused(capsys, [str(run), "--data", "small"], "--data: was 'small'; the run's images have 16 px", "4 to 8")
+    refused(capsys, [str(run), "--data", "small"], "--data 'small': the run's images have 16 px", "4 to 8")
 
 
 def test_data_of_the_runs_seed_and_of_as_many_classes(
@@ -231,7 +231,7 @@ def test_data_of_the_runs_seed_and_of_as_many_classes(
     settings = evaluate._settings(run, "RUN")
     assert evaluate._source(evaluate.Evaluate(str(run)), settings, networks) is source
     assert asked == [("digits", 16, 1, 5)]
-    with pytest.raises(ArgumentError, match="--data: was 'digits'; the run has 4 classes, not 10"):
+    with pytest.raises(ArgumentError, match="--data 'digits': the run has 4 classes, not 10"):
         evaluate._source(evaluate.Evaluate(str(run)), settings, {**networks, "num_classes": 4})
     source.num_classes, source.labels = 0, None  # labels then go round
     assert evaluate._source(evaluate.Evaluate(str(run)), settings, networks) is source
@@ -373,10 +373,10 @@ def test_features_that_cannot_be_had_stop_a_run_before_its_first_step(
 ) -> None:
     asked = ["--variant", "dcgan", *TINY, "--kimg", "0.064", "--every", "0.01", "--out", str(tmp_path / "run")]
     assert train.main([*asked, "--evaluate-features", "resnet"]) == 2
-    assert "--evaluate-features: was 'resnet'; " in capsys.readouterr().err
+    assert "--evaluate-features 'resnet': " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert train.main([*asked, "--evaluate-n", "0"]) == 2
-    assert "--evaluate-n: was 0; it may be 1 or more" in capsys.readouterr().err
+    assert "--evaluate-n must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_too_few_images_to_evaluate_stop_a_run_before_its_first_step(
@@ -384,12 +384,12 @@ def test_too_few_images_to_evaluate_stop_a_run_before_its_first_step(
 ) -> None:
     base = ["--variant", "dcgan", *TINY, "--kimg", "0.064", "--every", "0.01"]
     assert train.main([*base, "--out", str(tmp_path / "run"), "--evaluate-n", "5"]) == 2
-    assert "--evaluate-n: was 5; it may be 6 or more for prdc" in capsys.readouterr().err
+    assert "--evaluate-n must be at least 6 for prdc, got 5" in capsys.readouterr().err
     assert not list(tmp_path.glob("run/samples/*")) and not list(tmp_path.glob("run/checkpoints/*"))
     (tmp_path / "few").mkdir()
     for i in range(4):
         Image.new("L", (16, 16), 30 * i).save(tmp_path / "few" / f"{i}.png")
     asked = [*base, "--data", f"folder:{tmp_path / 'few'}", "--evaluate-features", "digits"]
     assert train.main([*asked, "--out", str(tmp_path / "other")]) == 2
-    assert "--data: was 'folder'; it has 4 images, and prdc needs 6 or more" in capsys.readouterr().err
+    assert "--data 'folder': it has 4 images, and prdc needs 6 or more" in capsys.readouterr().err
     assert not list(tmp_path.glob("other/samples/*")) and not list(tmp_path.glob("other/checkpoints/*"))

@@ -43,7 +43,7 @@ def test_the_page_over_http(page: Any, run: Path) -> None:
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     client = Client(page.local_url, verbose=False, analytics_enabled=False)
     first = ask(2, 5, 6, 0, 1, -1)
-    # 2 x 2 images of 8 px, enlarged 32 times; the first channel, since two make no colour.
+    # 2 x 2 images of 8 px, enlarged 32 times; the first channel, since two make no color.
     expected = ((fastgan.load(run).sample(4, seed=5)[:, 0] + 1) * 127.5).round().numpy()
     assert np.array_equal(first[::32, ::32], np.block([[expected[0], expected[1]], [expected[2], expected[3]]]))
     for changed in ((2, 5, 6, 1, 1, -1), (2, 6, 5, 0, 1, -1), (2, 5, 6, 0.5, 1, -1), (2, 5, 6, 0, 0.1, -1)):
@@ -73,7 +73,7 @@ def test_the_page_is_local_and_the_port_is_checked(page: Any, run: Path, capsys:
 def test_truncation_is_off_where_it_would_do_nothing(tmp_path: Path) -> None:
     trained = fastgan.load(make_run(tmp_path / "run", "pggan-4"))
     sliders = {block.label: block for block in explore.page(trained).blocks.values() if getattr(block, "label", None)}
-    assert sliders["truncation"].interactive is False and "normalises" in sliders["truncation"].info
+    assert sliders["truncation"].interactive is False and "normalizes" in sliders["truncation"].info
     assert sliders["class (-1: all)"].visible is False
 
 

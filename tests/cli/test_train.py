@@ -69,7 +69,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str],
         (["--resolution", "48"], ("--resolution", "48", "64")),
         (["--variant", "dcgan", "--resolution", "4"], ("--resolution", "4", "8")),
         (["--resolution", "2048"], ("--resolution", "2048", "1024")),
-        (["--batch", "0"], ("--batch", "0", "1 or more")),
+        (["--batch", "0"], ("--batch", "0", "at least 1")),
         (["--kimg", "-3"], ("--kimg", "-3")),
         (["--data", "nothing"], ("--data", "nothing", "folder:PATH")),
         (["--data", "folder:missing"], ("--data", "missing")),
@@ -79,14 +79,14 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str],
         (["--engine", "torch", "--zero", "1"], ("--engine", "deepspeed")),
         (["--sync-bn"], ("--sync-bn", "GPU")),
         (
-            ["--variant", "dcgan", "--norm-d", "batch", "--regulariser", "zero-centered", "--sync-bn"],
+            ["--variant", "dcgan", "--norm-d", "batch", "--regularizer", "zero-centered", "--sync-bn"],
             ("--sync-bn", "second derivative", "--norm-d none"),
         ),
         (["--config", "missing.yaml"], ("--config", "missing.yaml")),
         (["--resume", "missing"], ("--resume", "missing")),
         (["--out", "/dev/null/run", *TINY], ("--out", "/dev/null/run")),
         (["--conditional"], ("--conditional", "sagan")),
-        (["--seed", "-1"], ("--seed", "-1", "0 or more")),
+        (["--seed", "-1"], ("--seed", "-1", "at least 0")),
         (["--seed", str(2**51)], ("--seed", str(2**51), "below 2**51")),
         (["--seed", str(2**64)], ("--seed", str(2**64), "below 2**51")),
         (["--variant", "sagan", "--attention-at", "12"], ("--attention-at", "12")),
@@ -138,7 +138,7 @@ def test_cuda_without_a_gpu_is_refused(
 def test_batch_that_does_not_divide_over_ranks() -> None:
     config = VARIANTS["dcgan"].config("digits")
     check_stages(config, 2)
-    with pytest.raises(ArgumentError, match=r"--batch: was 64; .* multiple of 3 \(3 ranks"):
+    with pytest.raises(ArgumentError, match=r"--batch 64: .* multiple of 3 \(3 ranks"):
         check_stages(config, 3)
 
 
@@ -163,11 +163,11 @@ def test_files_that_are_no_images_are_named_and_counted(
 
 def test_unknown_key_and_schema_in_a_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("optimiser: {lr_q: 1}")
+    file.write_text("optimizer: {lr_q: 1}")
     refused(capsys, tmp_path, ["--config", str(file)], "lr_q", "lr_")
     file.write_text("schema: 99")
     refused(capsys, tmp_path, ["--config", str(file)], "schema", "99")
-    file.write_text("optimiser: {lr_g: fast}")
+    file.write_text("optimizer: {lr_g: fast}")
     refused(capsys, tmp_path, ["--config", str(file)], "lr_g", "fast")
 
 
@@ -193,11 +193,11 @@ def test_another_preset_than_the_runs(capsys: pytest.CaptureFixture[str], run: P
 
 def test_precedence_preset_file_flags(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("variant: lsgan\noptimiser: {lr_g: 0.5, lr_d: 0.25}\nschedule: {batch: 16}")
+    file.write_text("variant: lsgan\noptimizer: {lr_g: 0.5, lr_d: 0.25}\nschedule: {batch: 16}")
     request = train.parse(["--config", str(file), "--lr-d", "0.125"])
     assert (request.variant, request.preset) == ("lsgan", "digits")
-    o = request.config.optimiser
-    assert (o.lr_g, o.lr_d, o.beta2) == (0.5, 0.125, VARIANTS["lsgan"].digits.optimiser.beta2)
+    o = request.config.optimizer
+    assert (o.lr_g, o.lr_d, o.beta2) == (0.5, 0.125, VARIANTS["lsgan"].digits.optimizer.beta2)
     assert request.config.schedule.batch == 16
     assert train.parse(["--data", "synthetic"]).preset == "paper"
     assert train.parse(["--data", "synthetic", "--preset", "digits"]).preset == "digits"
@@ -338,7 +338,7 @@ def test_truncated_checkpoint(capsys: pytest.CaptureFixture[str], run: Path, tmp
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_another_optimiser_than_the_checkpoints(
+def test_another_optimizer_than_the_checkpoints(
     capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
 ) -> None:
     copy = tmp_path / "copy"
@@ -347,10 +347,10 @@ def test_another_optimiser_than_the_checkpoints(
     if older:  # a checkpoint that does not say it: its run does
         stored = checkpoint.read(copy, "RUN")
         monkeypatch.setattr(checkpoint, "read", lambda *_: stored)
-        assert stored.meta.pop("optimiser") == "adam"
+        assert stored.meta.pop("optimizer") == "adam"
     for name in ("sgd", "rmsprop"):
-        words = (f"--optimiser: was '{name}'", "has the state of adam")
-        refused(capsys, copy, ["--resume", str(copy), "--optimiser", name, "--kimg", "0.128"], *words)
+        words = (f"--optimizer: was '{name}'", "has the state of adam")
+        refused(capsys, copy, ["--resume", str(copy), "--optimizer", name, "--kimg", "0.128"], *words)
     assert (copy / "config.yaml").read_bytes() == before
 
 
@@ -454,7 +454,7 @@ def test_more_samples_than_memory_holds(
     monkeypatch.setattr("fastgan.generator.generate", full)
     assert sample.main([str(run), "--n", "5"]) == 2
     said = capsys.readouterr().err
-    assert said == "fastgan: --n: was 5; it may be less: there is too little memory for all at once\n"
+    assert said == "fastgan: --n must be less: there is too little memory for all at once, got 5\n"
 
 
 def test_a_run_that_ends_below_its_resolution_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_another_seed_is_refused(two: Hosts, differing: Callable[[Path, Path], N
         (tmp_path / f"{name}.yaml").write_text(f"run:\n  seed: {seed}\n")
     differing(tmp_path / "config.yaml", tmp_path / "other.yaml")
     line = refused(two, tmp_path / "run", "--config", str(tmp_path / "config.yaml"))
-    assert "--seed on h2 (rank 1): was 4; it may be 3, as on h1 (rank 0)" in line
+    assert "--seed on h2 (rank 1) must be 3, as on h1 (rank 0), got 4" in line
 
 
 @pytest.mark.parametrize("other", ["other", "changed"])

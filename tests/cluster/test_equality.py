@@ -13,7 +13,7 @@ from hosts import Hosts
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgan.training.distributed.process_group import World
+from fastgan.training.distributed.process_group import ProcessGroup
 
 SCRIPT = Path(ranks.__file__)
 Results = dict[str, dict[str, Tensor]]
@@ -32,7 +32,7 @@ def _trained(hosts: Hosts, out: Path, cases: list[dict]) -> Results:
 
 def _alone(out: Path, cases: list[dict]) -> Results:
     """What the cases end with in this process."""
-    world = World(0, 1, torch.device("cpu"), "torch", "alone")
+    world = ProcessGroup(0, 1, torch.device("cpu"), "torch", "alone")
     for case in cases:
         ranks.train(case, world, out)
     return {case["name"]: load_file(out / f"{case['name']}.safetensors") for case in cases}

@@ -142,7 +142,7 @@ def test_a_full_disk_stops_the_run_with_its_last_checkpoint(
     output = job.communicate(timeout=60)[0]
     assert job.returncode == 2 and "Traceback" not in output and "start 2" not in output, output
     # If it was a checkpoint that found no room, each rank says so; of another file the others hear from the first.
-    said = [line for line in output.splitlines() if "fastgan: " in line and f"--out: was '{run}'; " in line]
+    said = [line for line in output.splitlines() if "fastgan: " in line and f"--out '{run}': " in line]
     assert {line[:3] for line in said} == {"h1:", "h2:"}, output
     for line in said:
         assert "could not be written" in line and "No space left" in line and "kimg-" in line, output

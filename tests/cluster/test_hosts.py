@@ -52,7 +52,7 @@ def test_links_go_down_and_are_limited_and_slowed(two: Hosts) -> None:
     two.link(1, up=False)
     answer = said(two, 0, "ssh -o ConnectTimeout=1 h2 hostname 2>&1").lower()
     two.link(1, up=True)
-    assert "timed out" in answer or "no route to host" in answer  # the latter where the neighbour was forgotten first
+    assert "timed out" in answer or "no route to host" in answer  # the latter where the neighbor was forgotten first
     received, sent = two.traffic(1)
     plain = seconds(two, 500)
     assert 500e3 < two.traffic(1)[1] - sent < 600e3

@@ -12,7 +12,7 @@ import resumes
 import torch
 from hosts import Hosts
 
-from fastgan.training.distributed.process_group import World
+from fastgan.training.distributed.process_group import ProcessGroup
 
 SCRIPT = Path(resumes.__file__)
 VARIANTS = ("wgan-gp", "pggan")
@@ -31,7 +31,7 @@ def test_a_run_moves_from_two_hosts_to_one_and_four_and_back(make_hosts: Callabl
         ]
         if count == 1:
             for case in made:
-                resumes.go_on(case, World(0, 1, torch.device("cpu"), "torch", "alone"), tmp_path)
+                resumes.go_on(case, ProcessGroup(0, 1, torch.device("cpu"), "torch", "alone"), tmp_path)
             return
         file = tmp_path / "cases.json"
         file.write_text(json.dumps(made))

@@ -12,7 +12,7 @@ from hosts import Hosts
 
 SCRIPT = Path(collectives.__file__)
 STEPS = 10
-# 1.9 million parameters: 7 MB for each of two optimiser steps.
+# 1.9 million parameters: 7 MB for each of two optimizer steps.
 FLAGS = "--width 64 --max-width 256 --latent 64 --batch 8 --resolution 16 --n-critic 1".split()
 
 

@@ -11,13 +11,13 @@ import pytest
 from fastgan.data import prepared
 from fastgan.data.preparation.shards import ShardWriter, read_index
 from fastgan.data.prepared import Manifest, Shard
-from fastgan.utils.files import File, write_whole
+from fastgan.utils.files import File, write_atomic
 
 
 def write_array(file: Path, array: np.ndarray) -> File:
     stream = io.BytesIO()
     np.save(stream, array)
-    return write_whole(file, stream.getvalue())
+    return write_atomic(file, stream.getvalue())
 
 
 def write_set(
@@ -61,8 +61,8 @@ def write_set(
     if labels is not None:
         files[prepared.LABELS] = write_array(folder / prepared.LABELS, labels.astype(np.int64))
     names = "".join(json.dumps(f"image {i}") + "\n" for i in range(len(images)))
-    files[prepared.NAMES] = write_whole(folder / prepared.NAMES, names.encode())
-    files[prepared.SKIPPED] = write_whole(folder / prepared.SKIPPED, b"")
+    files[prepared.NAMES] = write_atomic(folder / prepared.NAMES, names.encode())
+    files[prepared.SKIPPED] = write_atomic(folder / prepared.SKIPPED, b"")
     manifest = Manifest(
         path=folder,
         version="0",

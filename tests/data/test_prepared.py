@@ -247,7 +247,7 @@ def test_the_encoded_resolution_to_decode(tmp_path: Path, prepared_set: Writer) 
         assert all(list(one.kinds) == [("PNG", "L", False)] for one in found if one)
     prepared_set(tmp_path / "webp", smooth(6, 1, 32), encoding="webp")
     found = [PreparedSource(read_manifest(tmp_path / "webp"), 32).encoded(32)]
-    assert found[0] is not None and list(found[0].kinds) == [("WEBP", "RGB", False)]  # WebP has no grey
+    assert found[0] is not None and list(found[0].kinds) == [("WEBP", "RGB", False)]  # WebP has no gray
 
 
 def test_an_image_that_is_read_is_the_callers_own(tmp_path: Path, prepared_set: Writer) -> None:

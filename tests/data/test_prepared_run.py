@@ -81,7 +81,7 @@ def test_a_set_limits_the_presets_resolution(folder: Path) -> None:
         (["--pipeline", "cache", "--resident-gb", "0"], ["--pipeline: was 'cache'", "--cache-to 16"]),
         (["--pipeline", "fast"], ["--pipeline"]),
         (["--resolution", "32"], ["--resolution", "prepared up to 16 px"]),
-        (["--resident-gb", "-1"], ["--resident-gb", "0 or more"]),
+        (["--resident-gb", "-1"], ["--resident-gb", "at least 0"]),
         (["--workers", "-1"], ["--workers", "0"]),
     ],
 )

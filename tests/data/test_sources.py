@@ -101,7 +101,7 @@ def test_resolution_must_be_a_power_of_two() -> None:
 
 
 def test_channel_mismatch(tmp_path: Path) -> None:
-    assert refusal("digits", channels=3) == "--channels: was 3; digits has 1 channel; it may be 1"
+    assert refusal("digits", channels=3) == "--channels must be 1, got 3; digits has 1 channel"
     assert "cifar10 has 3 channels" in refusal(f"cifar10:{tmp_path}", channels=1)
     assert "mnist has 1 channel" in refusal(f"mnist:{tmp_path}", channels=3)
     assert "celeba has 3 channels" in refusal(f"celeba:{tmp_path}", channels=1)
@@ -114,7 +114,7 @@ def test_folder_of_all_sorts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     save(tmp_path / "b.JPG", noise(30, 40, 3))
     save(tmp_path / "a.gif", noise(24, 24))
     save(tmp_path / "c" / "rgba.webp", noise(20, 20, 4))
-    save(tmp_path / "c" / "grey16.png", noise(20, 20).astype(np.uint16) * 257)
+    save(tmp_path / "c" / "gray16.png", noise(20, 20).astype(np.uint16) * 257)
     Image.fromarray(noise(20, 20, 3)).convert("CMYK").save(tmp_path / "cmyk.jpg")
     Image.fromarray(noise(20, 20, 3)).convert("P").save(tmp_path / "palette.png")
     (tmp_path / "notes.txt").write_text("no image")
@@ -220,38 +220,38 @@ def test_unusable_folders(tmp_path: Path) -> None:
 def test_folder_channels(tmp_path: Path) -> None:
     save(tmp_path / "a.png", noise(16, 16))
     save(tmp_path / "b.png", noise(16, 16).astype(np.uint16) * 257)
-    grey = open_source(f"folder:{tmp_path}", 16)
-    assert grey.channels == 1
-    colour = open_source(f"folder:{tmp_path}", 16, channels=3).read(0, 16)
-    np.testing.assert_array_equal(colour, np.repeat(grey.read(0, 16), 3, axis=0))
+    gray = open_source(f"folder:{tmp_path}", 16)
+    assert gray.channels == 1
+    color = open_source(f"folder:{tmp_path}", 16, channels=3).read(0, 16)
+    np.testing.assert_array_equal(color, np.repeat(gray.read(0, 16), 3, axis=0))
     save(tmp_path / "c.png", noise(16, 16, 3))
     assert open_source(f"folder:{tmp_path}", 16).channels == 3
     assert open_source(f"folder:{tmp_path}", 16, channels=1).read(2, 16).shape == (1, 16, 16)
 
 
 def test_conversions_keep_the_values(tmp_path: Path) -> None:
-    grey = noise(16, 16)
-    grey[0, 0] = 255
+    gray = noise(16, 16)
+    gray[0, 0] = 255
     for order in ("<u2", ">u2"):
-        save(tmp_path / f"{order[1:]}{ord(order[0])}.tif", grey.astype(order) * 257)
-    save(tmp_path / "v8.png", grey)
-    save(tmp_path / "v16.png", grey.astype(np.uint16) * 257)
-    save(tmp_path / "v32.tif", grey.astype(np.int32) * 257)
-    save(tmp_path / "vf.tif", grey.astype(np.float32))
-    save(tmp_path / "vf1.tif", grey.astype(np.float32) / 255)
-    save(tmp_path / "vf1 infinite.tif", np.where(grey == 255, np.inf, grey / 255).astype(np.float32))
+        save(tmp_path / f"{order[1:]}{ord(order[0])}.tif", gray.astype(order) * 257)
+    save(tmp_path / "v8.png", gray)
+    save(tmp_path / "v16.png", gray.astype(np.uint16) * 257)
+    save(tmp_path / "v32.tif", gray.astype(np.int32) * 257)
+    save(tmp_path / "vf.tif", gray.astype(np.float32))
+    save(tmp_path / "vf1.tif", gray.astype(np.float32) / 255)
+    save(tmp_path / "vf1 infinite.tif", np.where(gray == 255, np.inf, gray / 255).astype(np.float32))
     source = open_source(f"folder:{tmp_path}", 16)
     assert len(source) == 8
     for index in range(8):
-        np.testing.assert_array_equal(source.read(index, 16)[0], grey)
+        np.testing.assert_array_equal(source.read(index, 16)[0], gray)
 
 
 def test_transparent_becomes_white(tmp_path: Path) -> None:
     pixels = np.zeros((16, 16, 4), np.uint8)
     pixels[8:, :, 3] = 255
     save(tmp_path / "a.png", pixels)
-    grey = Image.fromarray(pixels).convert("LA")
-    grey.save(tmp_path / "b.png")
+    gray = Image.fromarray(pixels).convert("LA")
+    gray.save(tmp_path / "b.png")
     palette = Image.fromarray(np.repeat(np.array([[0], [1]], np.uint8), 8, axis=0).repeat(16, axis=1))
     palette.putpalette([9, 9, 9, 0, 0, 0])
     palette.save(tmp_path / "c.png", transparency=0)
@@ -263,7 +263,7 @@ def test_transparent_becomes_white(tmp_path: Path) -> None:
         assert (image[:, :8] == 255).all() and (image[:, 8:] == 0).all()
 
 
-def test_centre_square(tmp_path: Path) -> None:
+def test_center_square(tmp_path: Path) -> None:
     wide = np.zeros((16, 48), np.uint8)
     wide[:, 16:32] = noise(16, 16)
     save(tmp_path / "a.png", wide)
@@ -273,7 +273,7 @@ def test_centre_square(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.read(1, 16)[0], wide[:, 16:32].T)
 
 
-def test_centre_square_of_a_larger_image(tmp_path: Path) -> None:
+def test_center_square_of_a_larger_image(tmp_path: Path) -> None:
     """Apart from the edges, where the filter may use what lies beyond the square."""
     wide = noise(64, 192)
     save(tmp_path / "a.png", wide)
@@ -292,7 +292,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
 
 
 def test_shrinking_does_not_alias(tmp_path: Path) -> None:
-    """Stripes one pixel wide become an even grey; taking every n-th pixel would give black or white."""
+    """Stripes one pixel wide become an even gray; taking every n-th pixel would give black or white."""
     stripes = np.tile(np.array([[0, 255]], np.uint8), (256, 128))
     save(tmp_path / "a.png", stripes)
     save(tmp_path / "b.jpg", stripes, quality=95)
@@ -434,7 +434,7 @@ def test_stacked_digits_follow_the_seed() -> None:
     assert one.fingerprint == same.fingerprint != other.fingerprint
     assert np.array_equal(one.read(5, 8), same.read(5, 8))
     assert one.labels is not None and other.labels is not None and (one.labels != other.labels).mean() > 0.99
-    with pytest.raises(ArgumentError, match="--channels: was 1; stacked-digits has 3 channels; it may be 3"):
+    with pytest.raises(ArgumentError, match="--channels must be 3, got 1; stacked-digits has 3 channels"):
         open_source("stacked-digits", 16, channels=1)
 
 

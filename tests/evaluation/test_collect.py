@@ -75,7 +75,7 @@ def test_rows_are_those_of_the_first_images_in_their_order() -> None:
     assert one.rows().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_either_metric_of_neighbours_keeps_rows() -> None:
+def test_either_metric_of_neighbors_keeps_rows() -> None:
     assert empty("kid").rows is not None and empty("prdc").rows is not None and empty("fid").rows is None
 
 

@@ -67,18 +67,18 @@ def _empty() -> io.BytesIO:
 
 
 def test_digits_are_described_channel_by_channel() -> None:
-    grey, colour = open_extractor("digits", 1), open_extractor("digits", 3)
+    gray, color = open_extractor("digits", 1), open_extractor("digits", 3)
     images = pictures(4, 3, 16)
-    whole = colour(images)
-    assert (colour.dimension, colour.scores, grey.scores) == (3072, False, True)
+    whole = color(images)
+    assert (color.dimension, color.scores, gray.scores) == (3072, False, True)
     assert tuple(whole.features.shape) == (4, 3072)
     assert whole.logits is not None and tuple(whole.logits.shape) == (4, 3, 10)
     for channel in range(3):
-        one = grey(images[:, channel : channel + 1])
+        one = gray(images[:, channel : channel + 1])
         assert one.logits is not None
         assert torch.allclose(one.features, whole.features[:, 1024 * channel : 1024 * (channel + 1)], atol=1e-5)
         assert torch.allclose(one.logits[:, 0], whole.logits[:, channel], atol=1e-4)
-    assert not grey.is_inception and len(grey.fingerprint) == 16
+    assert not gray.is_inception and len(gray.fingerprint) == 16
 
 
 def test_digit_features_are_the_last_layers_input() -> None:
@@ -101,12 +101,12 @@ def test_inception_from_a_file_of_its_layout(inception: Path, tmp_path: Path) ->
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(inception))
     for ours, expected in zip((found.features, found.logits[:, 0]), theirs(images), strict=True):
         assert torch.allclose(ours, expected, rtol=1e-5)
-    # The same weights as safetensors, and a grey image as three equal channels.
+    # The same weights as safetensors, and a gray image as three equal channels.
     save_file(torch.load(inception, weights_only=True), tmp_path / "w.safetensors")
     again = open_extractor("inception-v3-compat", 1, weights=str(tmp_path / "w.safetensors"))
     assert again.fingerprint == extractor.fingerprint
-    grey = images[:, :1]
-    assert torch.equal(again(grey).features, extractor(grey.repeat(1, 3, 1, 1)).features)
+    gray = images[:, :1]
+    assert torch.equal(again(gray).features, extractor(gray.repeat(1, 3, 1, 1)).features)
 
 
 def test_weights_of_another_network_or_no_weights(inception: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_weights_of_another_network_or_no_weights(inception: Path, tmp_path: Pat
         "missing.pth": r"it may be a readable file with the weights of inception-v3-compat \(No such file",
     }
     for name, said in cases.items():
-        with pytest.raises(ArgumentError, match=f"--feature-weights: was '.*{name}'; {said}"):
+        with pytest.raises(ArgumentError, match=f"--feature-weights '.*{name}': {said}"):
             open_extractor("inception", 3, weights=str(tmp_path / name))
 
 
@@ -156,7 +156,7 @@ def test_weights_that_cannot_be_had(name: str, file: str, tmp_path: Path, monkey
     with pytest.raises(ArgumentError) as told:
         open_extractor(name, 3)
     text = str(told.value)
-    assert text.startswith(f"--features: was '{features.canonical(name)}'; its weights could not be fetched")
+    assert text.startswith(f"--features '{features.canonical(name)}': its weights could not be fetched")
     assert "no route to host" in text and f"{tmp_path}/checkpoints/{file}" in text and "--feature-weights" in text
     assert "download https://" in text
 
@@ -186,7 +186,7 @@ def test_published_weights_that_are_damaged_are_no_flag_of_the_users(
         with pytest.raises(ArgumentError) as told:
             open_extractor("inception", 3)
         text = str(told.value)
-        assert text.startswith(f"--features: was 'inception-v3-compat'; {file} cannot be used: it is no weights file")
+        assert text.startswith(f"--features 'inception-v3-compat': {file} cannot be used: it is no weights file")
         assert text.endswith("; delete it, and it is fetched again") and "\n" not in text
     torch.save({"fc.bias": torch.zeros(3)}, file)
     with pytest.raises(ArgumentError, match=f"--features: .*; {file} cannot be used: it does not hold the weights"):
@@ -202,7 +202,7 @@ def test_a_connection_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", half)
-    with pytest.raises(ArgumentError, match=r"--features: was 'vgg16'; its weights could not be fetched \(Incomplete"):
+    with pytest.raises(ArgumentError, match=r"--features 'vgg16': its weights could not be fetched \(Incomplete"):
         open_extractor("vgg16", 3)
     assert waits == [20.0] and socket.getdefaulttimeout() is None
 
@@ -220,7 +220,7 @@ def test_weights_in_the_home_folder(inception: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_names() -> None:
-    with pytest.raises(ArgumentError, match="--features: was 'resnet'; it may be digits, inception-v3-compat"):
+    with pytest.raises(ArgumentError, match="--features must be digits, inception-v3-compat, got 'resnet'"):
         open_extractor("resnet", 3)
     with pytest.raises(ArgumentError, match="--feature-weights: was 'x'; it may be left out"):
         open_extractor("digits", 1, weights="x")

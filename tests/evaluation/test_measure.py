@@ -19,11 +19,11 @@ from torch import Tensor
 
 from fastgan.data import Source, open_source
 from fastgan.errors import ArgumentError
-from fastgan.evaluation import collect, measure, neighbours
+from fastgan.evaluation import collect, measure, neighbors
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.frechet import Moments, frechet_distance
 from fastgan.evaluation.measure import Evaluation, choose, expected_modes
-from fastgan.evaluation.neighbours import density_coverage, precision_recall
+from fastgan.evaluation.neighbors import density_coverage, precision_recall
 from fastgan.evaluation.similarity import PairSimilarity
 
 
@@ -47,7 +47,7 @@ def evaluate(source: Source, **changes: Any) -> dict[str, Any]:
 
 def test_the_whole_against_each_part(digits: Source) -> None:
     found = evaluate(digits)
-    assert found["images"] == {"generated": 300, "real": 1797, "neighbours": 300, "swd": 300, "ms_ssim_pairs": 150}
+    assert found["images"] == {"generated": 300, "real": 1797, "neighbors": 300, "swd": 300, "ms_ssim_pairs": 150}
     extractor = Stub()
     fake = extractor(draw(torch.arange(300))).features
     order = np.random.default_rng(0).permutation(1797)
@@ -108,7 +108,7 @@ def test_few_images_for_subsets_and_tenths_are_warned_of(digits: Source, monkeyp
     assert told[1].startswith("is: 20 generated images, 2 in a tenth, for 3 classes: the score is biased downwards")
     told.clear()
     Evaluation(["is"], Stub(), 30)(draw, digits, 16, told.append)
-    monkeypatch.setattr(measure.neighbours, "SUBSET", 10)
+    monkeypatch.setattr(measure.neighbors, "SUBSET", 10)
     Evaluation(["kid"], Stub(), 11)(draw, digits, 16, told.append)
     assert not told
 
@@ -296,7 +296,7 @@ def test_where_the_sums_of_real_images_are_kept(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", None):  # empty is as not set, by the XDG specification
         monkeypatch.delenv("XDG_CACHE_HOME") if value is None else monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert measure.cache_folder() == tmp_path / ".cache" / "fastgan" / "evaluation"
+        assert measure.cache_folder("evaluation") == tmp_path / ".cache" / "fastgan" / "evaluation"
 
 
 def test_a_full_disk_costs_the_cache_alone(
@@ -332,7 +332,7 @@ def test_the_seed_is_of_every_choice_and_levels_are_averaged(digits: Source, mon
             super().__init__(seed, stream, limit)
 
     monkeypatch.setattr(measure, "patch_distances", distances)
-    monkeypatch.setattr(measure.neighbours, "kernel_distance", kernel)
+    monkeypatch.setattr(measure.neighbors, "kernel_distance", kernel)
     monkeypatch.setattr(collect, "Patches", Seen)
     monkeypatch.setattr(measure, "_SWD_IMAGES", 9)
     found = evaluate(digits, metrics=["kid", "swd"], n=12, seed=7)
@@ -351,7 +351,7 @@ def test_numbers_of_images_are_the_documented_ones() -> None:
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     said = [row.split("|")[2:] for row in text.splitlines() if re.match(r"\| `(kid|prdc|swd|msssim)` ", row)]
     kid, prdc, swd, msssim = (" ".join(cells) for cells in said)
-    assert f"subsets of {neighbours.SUBSET:,} " in kid and f"{collect.KEPT:,} of each" in kid
+    assert f"subsets of {neighbors.SUBSET:,} " in kid and f"{collect.KEPT:,} of each" in kid
     assert f"{collect.KEPT:,} of each" in prdc and f"{collect.PAIRED:,} of each" in msssim
     assert f"{measure._SWD_IMAGES:,} of each" in swd and "over 2 GB" in swd and measure._SWD_BYTES == 2 * 2**30
 
@@ -389,10 +389,10 @@ def test_choice_of_metrics(digits: Source) -> None:
         ("modes", 16, "it needs --features digits and --data digits or stacked-digits"),
         ("lpips", 16, "it may be fid, kid, is, prdc, swd, msssim, modes, separated by commas"),
     ):
-        with pytest.raises(ArgumentError, match=f"--metrics: was '{name}'; .*{said}"):
+        with pytest.raises(ArgumentError, match=f"--metrics '{name}': .*{said}"):
             choose([name], stub, faces, resolution)
     for name, least in (("prdc", 6), ("fid", 2), ("kid", 2), ("msssim", 2)):
-        with pytest.raises(ArgumentError, match=f"--n: was {least - 1}; it may be {least} or more for {name}"):
+        with pytest.raises(ArgumentError, match=f"--n must be at least {least} for {name}, got {least - 1}"):
             Evaluation([name], stub, least - 1)(draw, digits, 16, silent)
 
 

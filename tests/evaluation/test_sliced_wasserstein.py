@@ -66,7 +66,7 @@ def test_images_are_flattened_and_any_dtype_is_taken() -> None:
 
 
 def test_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"b: had shape \(3, 2\); it may be \(4, 2\), as a"):
+    with pytest.raises(ValueError, match=r"b must be \(4, 2\), as a, got shape \(3, 2\)"):
         sliced_wasserstein(torch.zeros(4, 2), torch.zeros(3, 2))
 
 
@@ -141,7 +141,7 @@ def test_patches_are_cut_elsewhere_for_each_seed_set_level_and_image() -> None:
         assert abs(torch.corrcoef(torch.stack([one[0], other]))[0, 1]) < 0.4
 
 
-def test_patches_of_one_colour_are_at_no_distance() -> None:
+def test_patches_of_one_color_are_at_no_distance() -> None:
     flat, other = torch.full((2, 128, 1, 7, 7), 9.0), torch.full((2, 128, 1, 7, 7), 200.0)
     assert patch_distances([flat], [other]) == {0: 0.0}
 

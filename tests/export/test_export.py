@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> dict[str, Path]:
     for name in formats.FORMATS:
-        assert export.main([str(run), "--format", name, "--licence", "cc0-1.0"]) == 0
+        assert export.main([str(run), "--format", name, "--license", "cc0-1.0"]) == 0
     return {name: run / "export" / f"model{it.suffix}" for name, it in formats.FORMATS.items()}
 
 
@@ -130,7 +130,7 @@ def test_truncation_draws_nearer_to_the_average(run: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"truncation: was 1\.5"):
         trained.sample(1, truncation=1.5)
     growing = make_run(tmp_path / "pggan", "pggan-4")
-    with pytest.raises(ValueError, match="normalises"):
+    with pytest.raises(ValueError, match="normalizes"):
         fastgan.load(growing).sample(1, truncation=0.5)
 
 
@@ -217,9 +217,9 @@ def test_refused(run: Path, tmp_path: Path, exported: dict[str, Path], capsys: p
         ([str(exported["onnx"])], ("RUN", "model.onnx", ".safetensors")),
         ([str(run), "--format", "onnx", "--out", str(tmp_path / "x.pt2")], ("--out", "x.pt2", ".onnx")),
         ([str(run), "--format", "onnx", "--out", str(tmp_path / "mine.onnx")], ("--out", "is no export of fastgan")),
-        ([str(run), "--format", "onnx", "--batch", "0"], ("--batch", "0", "1 or more")),
+        ([str(run), "--format", "onnx", "--batch", "0"], ("--batch", "0", "at least 1")),
         ([str(run), "--batch", "2"], ("--batch", "left out")),
-        ([str(run), "--licence", "mine\n| yours"], ("--licence", "one line")),
+        ([str(run), "--license", "mine\n| yours"], ("--license", "one line")),
         ([str(run), "--out", str(tmp_path / "notes.txt" / "sub")], ("--out", "notes.txt")),
         ([str(checkpoint.existing(run)[0] / "generator.safetensors")], ("RUN", "checkpoint it belongs to")),
     ):
@@ -239,7 +239,7 @@ def test_a_config_of_the_users_own_is_not_replaced(
         capsys.readouterr()
         assert export.main([str(run), "--out", str(tmp_path)]) == 2
         error = capsys.readouterr().err
-        assert f"--out: was '{tmp_path}'; {config} is not fastgan's" in error and len(error.splitlines()) == 1
+        assert f"--out '{tmp_path}': {config} is not fastgan's" in error and len(error.splitlines()) == 1
         assert content(tmp_path) == [config] and config.read_text() == text
     assert export.main([str(run), "--out", str(tmp_path / "weights.safetensors")]) == 0  # which has no config.json
     config.unlink()
@@ -261,7 +261,7 @@ def test_a_section_of_the_settings_that_is_empty(run: Path, tmp_path: Path, caps
     (broken / "config.yaml").write_text(yaml.safe_dump({**settings, "data": None}))
     assert export.main([str(broken), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error == f"fastgan: {broken / 'config.yaml'}: data: was None; it may be a mapping of keys to values\n"
+    assert error == f"fastgan: {broken / 'config.yaml'}: data must be a mapping of keys to values, got None\n"
 
 
 def test_a_run_whose_checkpoint_training_drops_while_it_is_loaded(
@@ -291,7 +291,7 @@ def test_a_run_that_may_not_be_read(
     monkeypatch.setattr(Path, "is_file", refuse)
     for command in ("sample", "export", "explore"):
         assert main.main([command, str(tmp_path)]) == 2
-        assert f"RUN: was '{tmp_path}'; it may be one that can be read (Permission denied)" in capsys.readouterr().err
+        assert f"RUN must be one that can be read (Permission denied), got '{tmp_path}'" in capsys.readouterr().err
 
 
 def test_python_names_the_argument(run: Path) -> None:
@@ -299,7 +299,7 @@ def test_python_names_the_argument(run: Path) -> None:
     for rows, columns, words in ((0, 3, "rows: was 0"), (2, 0, "columns: was 0"), (-1, 3, "rows: was -1")):
         with pytest.raises(ValueError, match=f"{words}; it may be 1 or more"):
             trained.interpolate(rows, columns)
-    with pytest.raises(ArgumentError, match="device: was 'foo'; it may be cpu, cuda or cuda:N"):
+    with pytest.raises(ArgumentError, match="device must be cpu, cuda or cuda:N, got 'foo'"):
         fastgan.load(run, device="foo")
     with pytest.raises(ArgumentError, match="device: was 'cuda:99'; it may be"):
         fastgan.load(run, device="cuda:99")

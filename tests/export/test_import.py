@@ -38,13 +38,13 @@ def zoo_state(widths: list[int], seed: int, inner: str = "module.") -> dict[str,
     return state
 
 
-def zoo_forward(state: dict[str, Tensor], z: Tensor, alpha: float, equalised: bool = True) -> Tensor:
+def zoo_forward(state: dict[str, Tensor], z: Tensor, alpha: float, equalized: bool = True) -> Tensor:
     """Its generator by hand: `alpha` is the share of the lower resolution."""
 
     def apply(name: str, x: Tensor) -> Tensor:
         w, b = (state[f"{name}.module.{part}"] for part in ("weight", "bias"))
         y = F.linear(x, w, b) if w.ndim == 2 else F.conv2d(x, w, b, padding=w.shape[-1] // 2)
-        return y * math.sqrt(2.0 / (w.numel() / w.shape[0])) if equalised else y
+        return y * math.sqrt(2.0 / (w.numel() / w.shape[0])) if equalized else y
 
     def norm(x: Tensor) -> Tensor:
         return x / (x.pow(2).mean(1, keepdim=True) + 1e-8).sqrt()
@@ -92,23 +92,23 @@ def save(path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool = False, **pa
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
-@pytest.mark.parametrize("equalised", [True, False])
+@pytest.mark.parametrize("equalized", [True, False])
 @pytest.mark.parametrize("widths", [WIDTHS, WIDTHS[:2], WIDTHS[:1]], ids=["32px", "8px", "4px"])
 def test_images_are_those_of_the_original(
-    alpha: float, equalised: bool, widths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alpha: float, equalized: bool, widths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = zoo_state(widths, 2)
     file = save(
         tmp_path / "x.pth",
         monkeypatch,
         avgG=state,
-        settings={"alpha": alpha, "equalizedlR": equalised},
-        legacy=equalised,
+        settings={"alpha": alpha, "equalizedlR": equalized},
+        legacy=equalized,
     )
-    assert import_.main([str(file), "--out", str(tmp_path / "out"), "--licence", "other"]) == 0
+    assert import_.main([str(file), "--out", str(tmp_path / "out"), "--license", "other"]) == 0
     trained = fastgan.load(tmp_path / "out")
     z = torch.randn(5, LATENT, generator=torch.Generator().manual_seed(0))
-    expected = zoo_forward(state, z, alpha, equalised)
+    expected = zoo_forward(state, z, alpha, equalized)
     assert expected.shape[-1] == 4 * 2 ** (len(widths) - 1) and expected.std() > 0.1
     # Images are not bounded: rounding is relative to the largest value, not to each.
     assert (trained.module(z) - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max())

@@ -4,7 +4,7 @@
 
 Each case is {"name", "variant", "flags", "steps"}. What rank r counts in the steps after the first goes to
 OUT/counts-r.json by case: "sent" {collective: bytes of tensors}, "wire" bytes that left by eth0, "reads" of the host,
-"channels_last" whether weights, their averages and optimiser states are. "order" is that of a further step's events:
+"channels_last" whether weights, their averages and optimizer states are. "order" is that of a further step's events:
 when each network is used, when its gradients have been sent, when they have arrived and its weights move.
 A case with "slow" is run to its end in OUT/NAME, the last rank sleeping that many seconds in each step.
 """
@@ -60,7 +60,7 @@ def wire() -> int:
     return next((int(counts.split()[8]) for name, counts in lines if name.strip() == "eth0"), 0)
 
 
-def make(case: dict[str, Any], world: processes.World, out: Path) -> Trainer:
+def make(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> Trainer:
     request = parse(["--variant", case["variant"], *case["flags"]])
     source = data.open_source("digits", request.config.schedule.resolution)
     return Trainer(request.config, request.variant, world, source, out / case["name"])
@@ -74,10 +74,10 @@ def channels_last(trainer: Trainer) -> bool:
     return all(t.is_contiguous(memory_format=torch.channels_last) for t in held if t.dim() == 4)
 
 
-def count(case: dict[str, Any], world: processes.World, out: Path, sent: Sent) -> dict[str, Any]:
+def count(case: dict[str, Any], world: processes.ProcessGroup, out: Path, sent: Sent) -> dict[str, Any]:
     trainer = make(case, world, out)
     trainer.train_step()
-    trainer.settle()
+    trainer.wait()
     sent.bytes.clear()
     with pytest.MonkeyPatch.context() as patch, HostReads(patch) as reads:
         dist.barrier()
@@ -108,7 +108,7 @@ def order_of_events(trainer: Trainer) -> list[str]:
     events: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name, engine in zip("gd", trainer._engines, strict=True):
-            reducer, optimiser = engine._reducer, engine._base()  # type: ignore[attr-defined]
+            reducer, optimizer = engine._reducer, engine._base()  # type: ignore[attr-defined]
 
             def noting(what: str, original: Any) -> Any:
                 def noted(*args: Any) -> Any:
@@ -118,13 +118,13 @@ def order_of_events(trainer: Trainer) -> list[str]:
                 return noted
 
             patch.setattr(reducer, "flush", noting(f"sends {name}", reducer.flush))
-            patch.setattr(optimiser, "step", noting(f"moves {name}", optimiser.step))
+            patch.setattr(optimizer, "step", noting(f"moves {name}", optimizer.step))
             engine.module.register_forward_pre_hook(noting(f"uses {name}", lambda *_: None))
         trainer.train_step()
     return events
 
 
-def run_slowly(case: dict[str, Any], world: processes.World, out: Path) -> None:
+def run_slowly(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> None:
     original = Step.discriminator_loss
 
     def slow(*args: Any, **kwargs: Any) -> Any:

@@ -45,7 +45,7 @@ def dtypes(device: str) -> list[torch.dtype]:
 def need(kernel: tuple[str, str], op: Op, *inputs: Tensor) -> None:
     """Skip where the implementation cannot run at all: no compiler, no such kernel."""
     name, device = kernel
-    reason = ops.backend.OPS[op.__name__].implementations[name].able(*inputs)
+    reason = ops.backend.OPS[op.__name__].implementations[name].unsupported_reason(*inputs)
     if reason is not None:
         pytest.skip(f"{name} on {device}: {reason}")
 

@@ -3,7 +3,7 @@
     python ranks.py CASES.json OUT
 
 started by a launcher's variables (or without them, as one process). Each case is {"name", "variant", "flags", "steps"};
-the weights and optimiser state after its steps go to OUT/NAME.safetensors, written by the first rank. A case with
+the weights and optimizer state after its steps go to OUT/NAME.safetensors, written by the first rank. A case with
 "stop" is run by the loop in OUT/NAME until the last rank, once so many images were seen, gets SIGTERM; then each rank R
 writes its weights and averages to OUT/NAME-R.safetensors.
 
@@ -32,14 +32,14 @@ from fastgan.training.trainer import Trainer
 
 STEPS = {"wgan-gp": 10, "dcgan": 10, "pggan": 16}
 FLAGS = {
-    # The paper's optimiser: rounding that differs in the last bit grows with the learning rate and the steps. The rates
+    # The paper's optimizer: rounding that differs in the last bit grows with the learning rate and the steps. The rates
     # fall over all of the ten steps.
     "wgan-gp": "--width 8 --max-width 16 --latent 8 --batch 8 --resolution 16 --n-critic 2 --lr-g 1e-4 --lr-d 1e-4 "
     "--beta2 0.9 --kimg 0.16 --lr-decay 1",
     "dcgan": "--width 8 --max-width 16 --latent 8 --batch 8 --resolution 16 --lr-g 1e-4 --lr-d 1e-4 "
-    "--regulariser zero-centered --penalty-weight 1",
+    "--regularizer zero-centered --penalty-weight 1",
     # Grows from 4 to 8 px after 10 of its 16 steps. The bias of a Wasserstein critic's output has no gradient but the
-    # drift's; at the preset's 0.001 that is the rounding error of a sum of +-1, which Adam then normalises, so the
+    # drift's; at the preset's 0.001 that is the rounding error of a sum of +-1, which Adam then normalizes, so the
     # comparison is made where the gradient is one.
     "pggan": "--fmap-base 32 --fmap-max 8 --latent 8 --batch 16 --resolution 8 --kimg 0.32 --drift 1 "
     "--fade-kimg 0.08 --stable-kimg 0.16 --lr-g 1e-3 --lr-d 1e-3",
@@ -92,7 +92,8 @@ def launch(script: Path, cases: list[dict], out: Path, world: int) -> None:
     file = out / f"cases{world}.json"
     file.write_text(json.dumps(cases))
     # Tests that are scripts themselves find the helpers.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     if world > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
     processes = []
@@ -124,7 +125,7 @@ def stop(case: dict[str, Any], trainer: Trainer, out: Path) -> None:
     _write({**tensors, "ema.steps": trainer.ema.steps}, out / f"{case['name']}-{world.rank}.safetensors")
 
 
-def train(case: dict[str, Any], world: processes.World, out: Path) -> None:
+def train(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> None:
     request = parse(["--variant", case["variant"], *case["flags"]])
     source = data.open_source("digits", request.config.schedule.resolution)
     trainer = Trainer(request.config, request.variant, world, source, out / case["name"])
@@ -133,7 +134,7 @@ def train(case: dict[str, Any], world: processes.World, out: Path) -> None:
         return
     for _ in range(case["steps"]):
         trainer.train_step()
-    trainer.settle()
+    trainer.wait()
     assert trainer._engines is not None
     tensors = {f"g.{k}": v for k, v in trainer.step.generator.state_dict().items()}
     tensors |= {f"d.{k}": v for k, v in trainer.step.discriminator.state_dict().items()}

@@ -30,7 +30,7 @@ def case(before: str | None, to: str, variant: str, zero: int, steps: int) -> di
     return {"from": before, "to": to, "variant": variant, "flags": flags, "steps": steps}
 
 
-def go_on(case: dict[str, Any], world: processes.World, out: Path) -> None:
+def go_on(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> None:
     request = parse(["--variant", case["variant"], *case["flags"]])
     stored = None
     if case["from"] is not None:
@@ -56,13 +56,13 @@ def stored(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def assert_moved(before: Path, after: Path) -> None:
-    """Weights, moving average, optimisers' state and position in the data are the same, bit for bit."""
+    """Weights, moving average, optimizers' state and position in the data are the same, bit for bit."""
     (one, where), (other, there) = stored(before), stored(after)
     assert where == there
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
-    assert {name.split(":")[0] for name in one} == {"ema", "generator", "discriminator", "optimiser_g", "optimiser_d"}
+    assert {name.split(":")[0] for name in one} == {"ema", "generator", "discriminator", "optimizer_g", "optimizer_d"}
 
 
 def main() -> None:

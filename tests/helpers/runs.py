@@ -45,6 +45,6 @@ def make_run(path: Path, case: str = "dcgan", data: str = "folder:/home/me/photo
     stood = {"fingerprint": "own"}  # where its pipeline stood
     meta = {"version": "0", "variant": networks["model"], "networks": networks, "images": 12_000, "data": stood}
     checkpoint.save(path, meta, dict(generator.state_dict()), {"random": {"rank0": torch.zeros(1)}}, 1)
-    config = {"schema": 1, "variant": "dcgan", "data": {"data": data}, "optimiser": {"ema_decay": ema}}
+    config = {"schema": 1, "variant": "dcgan", "data": {"data": data}, "optimizer": {"ema_decay": ema}}
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     return path

@@ -189,7 +189,7 @@ def test_nothing_but_what_is_asked_for_is_computed(device: str, monkeypatch: pyt
 def test_the_triton_form_is_not_the_default_and_says_why() -> None:
     found = ops.backends("upsample_conv2d")
     assert next(iter(found)) == "lean"
-    reason = conv.UPSAMPLE_CONV2D.implementations["triton"].worth()
+    reason = conv.UPSAMPLE_CONV2D.implementations["triton"].not_preferred_reason()
     assert reason is not None and "cuDNN" in reason
     x, w = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3)
     with pytest.raises(ValueError, match="backend: was 'triton', but it runs on cuda, not cpu"):

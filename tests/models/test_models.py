@@ -91,7 +91,7 @@ def test_dcgan_has_no_bias_before_batch_norm() -> None:
                 assert all(m.bias is None for m in followed)
                 free = [m for m in layers if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) and m not in followed]
                 assert free and all(m.bias is not None for m in free)
-                # A discriminator of 8 px has two layers, the image's and the score's: neither is normalised.
+                # A discriminator of 8 px has two layers, the image's and the score's: neither is normalized.
                 single = resolution == 8 and isinstance(layers[0], nn.Conv2d)
                 assert bool(followed) == (norm == "batch" and not single)
 
@@ -177,13 +177,13 @@ def test_sagan_labels_change_images_once_gains_differ() -> None:
     torch.testing.assert_close(generator(latent[:1], torch.tensor([2])), images[2:3], rtol=1e-4, atol=1e-5)
 
 
-def normalised(network: nn.Module) -> list[nn.Module]:
+def normalized(network: nn.Module) -> list[nn.Module]:
     return [m for m in network.modules() if parametrize.is_parametrized(m, "weight")]
 
 
 def test_sagan_spectral_norm_is_on_every_layer_and_holds() -> None:
     for network in build("sagan", 16, num_classes=3):
-        layers = normalised(network)
+        layers = normalized(network)
         every = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         assert {id(m) for m in every} <= {id(m) for m in layers}
         with torch.no_grad():  # far from the orthogonal start, so that the power iteration has something to do
@@ -208,7 +208,7 @@ def test_sagan_starts_orthogonal() -> None:
         attention = {
             id(m) for block in network.modules() if isinstance(block, SelfAttention2d) for m in block.modules()
         }
-        for layer in normalised(network):
+        for layer in normalized(network):
             if id(layer) not in attention:
                 weight: Tensor = layer.weight  # type: ignore[assignment]
                 values = torch.linalg.svdvals(weight.flatten(1))

@@ -157,7 +157,7 @@ def test_every_trained_weight_has_a_gradient_while_fading() -> None:
             assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_latents_are_normalised() -> None:
+def test_latents_are_normalized() -> None:
     generator, _ = build(8)
     torch.testing.assert_close(generator(5 * latents()), generator(latents()), rtol=1e-6, atol=1e-6)
 

@@ -80,11 +80,11 @@ def test_equalized_conv_resamples() -> None:
 
 
 def test_equalized_conv_refusals() -> None:
-    with pytest.raises(ValueError, match="resample: was 'half'; it may be none, up or down"):
+    with pytest.raises(ValueError, match="resample must be none, up or down, got 'half'"):
         EqualizedConv2d(3, 3, 3, resample="half")
-    with pytest.raises(ValueError, match="kernel_size: was 1; it may be 3 with resample"):
+    with pytest.raises(ValueError, match="kernel_size must be 3 with resample, got 1"):
         EqualizedConv2d(3, 3, 1, resample="up")
-    with pytest.raises(ValueError, match="kernel_size: was 4; it may be odd"):
+    with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
         EqualizedConv2d(3, 3, 4)
 
 
@@ -115,8 +115,8 @@ def test_conditional_batch_norm_without_classes_is_batch_norm() -> None:
 def test_conditional_batch_norm_has_a_gain_and_a_bias_for_each_class() -> None:
     layer, x = ConditionalBatchNorm2d(4, num_classes=3), torch.randn(6, 4, 3, 3)
     labels = torch.tensor([0, 1, 2, 2, 1, 0])
-    normalised = nn.BatchNorm2d(4, affine=False)(x)
-    torch.testing.assert_close(layer(x, labels), normalised)  # gain 1 and bias 0 to begin with
+    normalized = nn.BatchNorm2d(4, affine=False)(x)
+    torch.testing.assert_close(layer(x, labels), normalized)  # gain 1 and bias 0 to begin with
     assert layer.affine is not None
     with torch.no_grad():
         layer.affine.weight.normal_()
@@ -124,20 +124,20 @@ def test_conditional_batch_norm_has_a_gain_and_a_bias_for_each_class() -> None:
     for n, label in enumerate(labels.tolist()):
         for c in range(4):
             gain, bias = layer.affine.weight[label, c], layer.affine.weight[label, 4 + c]
-            torch.testing.assert_close(y[n, c], normalised[n, c] * gain + bias)
+            torch.testing.assert_close(y[n, c], normalized[n, c] * gain + bias)
 
 
 @pytest.mark.parametrize("resample", ["none", "up", "down"])
-@pytest.mark.parametrize("normalise", [False, True])
-def test_equalized_conv_with_its_epilogue_is_the_steps_one_by_one(resample: str, normalise: bool) -> None:
-    fused = EqualizedConv2d(3, 4, 3, resample=resample, act="lrelu", normalise=normalise)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_equalized_conv_with_its_epilogue_is_the_steps_one_by_one(resample: str, normalize: bool) -> None:
+    fused = EqualizedConv2d(3, 4, 3, resample=resample, act="lrelu", normalize=normalize)
     steps = EqualizedConv2d(3, 4, 3, resample=resample)
     with torch.no_grad():
         fused.bias.uniform_(-1, 1)
     steps.load_state_dict(fused.state_dict())
     x = torch.randn(2, 3, 6, 4)
     expected = F.leaky_relu(steps(x), 0.2)
-    torch.testing.assert_close(fused(x), ops.pixel_norm(expected) if normalise else expected)
+    torch.testing.assert_close(fused(x), ops.pixel_norm(expected) if normalize else expected)
 
 
 def test_equalized_linear_with_an_activation() -> None:
@@ -168,7 +168,7 @@ def test_activation() -> None:
 
 
 @pytest.mark.parametrize("act", ["linear", "lrelu", "tanh"])
-def test_equalised_layers_without_a_batch_and_with_more_dimensions(act: str) -> None:
+def test_equalized_layers_without_a_batch_and_with_more_dimensions(act: str) -> None:
     torch.manual_seed(0)
     linear = EqualizedLinear(5, 4, act=act)
     x = torch.randn(4, 4, 5)  # the size that a bias on the wrong dimension would fit

@@ -33,9 +33,9 @@ def direct(block: SelfAttention2d, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("pool", [True, False])
-@pytest.mark.parametrize("normalised", [True, False])
-def test_matches_loops(pool: bool, normalised: bool) -> None:
-    block = SelfAttention2d(16, pool, normalised).double().eval()
+@pytest.mark.parametrize("normalized", [True, False])
+def test_matches_loops(pool: bool, normalized: bool) -> None:
+    block = SelfAttention2d(16, pool, normalized).double().eval()
     with torch.no_grad():
         block.gamma.fill_(0.7)
     x = torch.randn(2, 16, 4, 6, dtype=torch.float64)
@@ -62,7 +62,7 @@ def test_feature_sizes_and_what_is_pooled() -> None:
     assert all(getattr(block, name).bias is None for name in shapes)
 
 
-def test_normalised_projections_have_norm_one() -> None:
+def test_normalized_projections_have_norm_one() -> None:
     block, x = SelfAttention2d(16), torch.randn(2, 16, 4, 4)
     for _ in range(60):
         block(x)
@@ -81,5 +81,5 @@ def test_derivatives() -> None:
 
 
 def test_refuses_too_few_channels() -> None:
-    with pytest.raises(ValueError, match="channels: was 7; it may be 8 or more"):
+    with pytest.raises(ValueError, match="channels must be at least 8, got 7"):
         SelfAttention2d(7)

@@ -12,14 +12,14 @@ from fastgan.objectives import clip_weights
 def test_clip_weights_clamps_after_each_step(make: type[torch.optim.Optimizer]) -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(4, 3), nn.Linear(3, 1)]
-    optimiser = make([{"params": layers[0].parameters()}, {"params": layers[1].parameters()}], lr=0.5)  # type: ignore[call-arg]
-    clip_weights(optimiser, 0.05)
+    optimizer = make([{"params": layers[0].parameters()}, {"params": layers[1].parameters()}], lr=0.5)  # type: ignore[call-arg]
+    clip_weights(optimizer, 0.05)
     before = layers[0].weight.detach().clone()
     assert before.abs().max() > 0.05  # nothing is clamped before a step
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         layers[1](layers[0](torch.ones(2, 4))).sum().backward()
-        optimiser.step()
+        optimizer.step()
         for parameter in [*layers[0].parameters(), *layers[1].parameters()]:
             assert parameter.abs().max() <= 0.05
             assert parameter.requires_grad and parameter.is_leaf
@@ -28,14 +28,14 @@ def test_clip_weights_clamps_after_each_step(make: type[torch.optim.Optimizer]) 
 
 def test_clip_weights_leaves_small_weights_alone() -> None:
     weight = nn.Parameter(torch.tensor([0.003, -0.004, 0.5, -0.5]))
-    optimiser = torch.optim.SGD([weight], lr=0.001)
-    clip_weights(optimiser, 0.01)
+    optimizer = torch.optim.SGD([weight], lr=0.001)
+    clip_weights(optimizer, 0.01)
     weight.grad = torch.ones(4)
-    optimiser.step()
+    optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.tensor([0.002, -0.005, 0.01, -0.01]))
 
 
-def test_clip_weights_touches_only_its_optimiser() -> None:
+def test_clip_weights_touches_only_its_optimizer() -> None:
     mine, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     clip_weights(torch.optim.SGD([mine], lr=0.1), 0.01)
     second = torch.optim.SGD([other], lr=0.1)

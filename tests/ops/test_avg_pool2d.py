@@ -47,7 +47,7 @@ def test_a_small_mean_over_two_pixels_is_that_of_pytorch_to_a_rounding(
 def test_avg_pool2d_equals_torch_and_sends_nothing_backward(shape: tuple[int, ...], k: int) -> None:
     x = random(shape).requires_grad_()
     if min(shape[2:]) < k:
-        with pytest.raises(ValueError, match=r"x: had shape .*; it may be \[N, C, H, W\], H and W at least 3"):
+        with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\], H and W at least 3, got shape .*"):
             avg_pool2d(x, k)
         return
     for actual, expected in zip(
@@ -69,7 +69,7 @@ def test_avg_pool2d_equals_torch_and_sends_nothing_backward(shape: tuple[int, ..
     [((2, 3, 6, 8), 2), ((1, 1, 7, 5), 2), ((1, 33, 5, 4), 2), ((2, 17, 9, 11), 3), ((3, 5, 35, 67), 2)],
 )
 def test_avg_pool2d_kernel(shape: tuple[int, ...], k: int, layout: str, dtype: torch.dtype) -> None:
-    if (reason := AVG_POOL2D.implementations["cpp"].able(torch.zeros(shape))) is not None:
+    if (reason := AVG_POOL2D.implementations["cpp"].unsupported_reason(torch.zeros(shape))) is not None:
         pytest.skip(reason)
     x = laid_out(random(shape).to(dtype), layout).requires_grad_()
     seed = laid_out(random(avg_pool2d(x, k).shape, seed=1).to(dtype), layout)
@@ -96,7 +96,7 @@ def test_avg_pool2d_kernel(shape: tuple[int, ...], k: int, layout: str, dtype: t
 
 def test_avg_pool2d_kernel_is_the_same_for_one_thread_and_two() -> None:
     x = torch.randn(4, 8, 64, 64)
-    if (reason := AVG_POOL2D.implementations["cpp"].able(x)) is not None:
+    if (reason := AVG_POOL2D.implementations["cpp"].unsupported_reason(x)) is not None:
         pytest.skip(reason)
     threads = torch.get_num_threads()
     found = []

@@ -26,8 +26,8 @@ def op() -> Iterator[Op]:
     yield Op(
         "an_op",
         {
-            "triton": Implementation(able=lambda *inputs: "there is no GPU", note="Triton"),
-            "cpp": Implementation(able=float32_only, worth=large, note="C++"),
+            "triton": Implementation(unsupported_reason=lambda *inputs: "there is no GPU", note="Triton"),
+            "cpp": Implementation(unsupported_reason=float32_only, not_preferred_reason=large, note="C++"),
         },
     )
     del backend.OPS["an_op"]
@@ -73,11 +73,11 @@ def test_use_backend_ends_with_an_exception_and_names_are_checked(op: Op) -> Non
         raise RuntimeError("mine")
     assert op.choose(None, LARGE) == "cpp"
     with (
-        pytest.raises(ValueError, match=r"backend: was 'flash'; it may be one of torch, lean, chunked"),
+        pytest.raises(ValueError, match=r"backend must be one of torch, lean, chunked, got 'flash'"),
         ops.use_backend("flash"),
     ):
         pass
-    with pytest.raises(ValueError, match=r"op: was 'softmax'; it may be one of"), ops.use_backend(softmax="torch"):
+    with pytest.raises(ValueError, match=r"op must be one of, got 'softmax'"), ops.use_backend(softmax="torch"):
         pass
 
 
@@ -91,7 +91,7 @@ def test_explanations_begin_with_what_runs_and_give_reasons(op: Op) -> None:
         "triton": "Triton; cannot run: there is no GPU",
         "torch": "the reference, in plain PyTorch; can run, not the default: cpp comes first",
     }
-    with pytest.raises(ValueError, match=r"op: was 'softmax'; it may be one of .*pixel_norm"):
+    with pytest.raises(ValueError, match=r"op must be one of .*pixel_norm, got 'softmax'"):
         ops.backends("softmax")
 
 

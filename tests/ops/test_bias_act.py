@@ -245,25 +245,25 @@ def test_empty_and_plain_forms() -> None:
 
 def test_refusals() -> None:
     x = torch.zeros(2, 3, 4, 4)
-    with pytest.raises(ValueError, match="act: was 'gelu'; it may be linear, relu, lrelu, tanh, sigmoid, silu"):
+    with pytest.raises(ValueError, match="act must be linear, relu, lrelu, tanh, sigmoid, silu, got 'gelu'"):
         bias_act(x, act="gelu")
-    with pytest.raises(ValueError, match=r"bias: had shape \(4,\); it may be \[3\], as x has channels"):
+    with pytest.raises(ValueError, match=r"bias must be \[3\], as x has channels, got shape \(4,\)"):
         bias_act(x, torch.zeros(4))
-    with pytest.raises(ValueError, match=r"bias: had shape \(3, 1\); it may be \[3\]"):
+    with pytest.raises(ValueError, match=r"bias must be \[3\], got shape \(3, 1\)"):
         bias_act(x, torch.zeros(3, 1))
-    with pytest.raises(ValueError, match="bias: was on meta; it may be on cpu, as x"):
+    with pytest.raises(ValueError, match="bias must be on cpu, as x, got meta"):
         bias_act(x, torch.zeros(3, device="meta"))
-    with pytest.raises(TypeError, match=r"bias: had dtype torch.float64; it may be torch.float32, as x"):
+    with pytest.raises(TypeError, match=r"bias must be torch.float32, as x, got dtype torch.float64"):
         bias_act(x, torch.zeros(3, dtype=torch.float64))
-    with pytest.raises(TypeError, match="bias: was float; it may be a tensor or None"):
+    with pytest.raises(TypeError, match="bias must be a tensor or None, got float"):
         bias_act(x, 1.0)
-    with pytest.raises(TypeError, match=r"x: had dtype torch.int64; it may be a floating-point one"):
+    with pytest.raises(TypeError, match=r"x must be a floating-point one, got dtype torch.int64"):
         bias_act(torch.zeros(2, 3, dtype=torch.int64))
-    with pytest.raises(TypeError, match="x: was list; it may be a tensor"):
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
         bias_act([1.0])
     with pytest.raises(ValueError, match="x: had 1 dimensions"):
         bias_act(torch.zeros(3))
-    with pytest.raises(ValueError, match="backend: was 'chunked'; for bias_act it may be"):
+    with pytest.raises(ValueError, match="backend 'chunked': for bias_act it may be"):
         bias_act(x, backend="chunked")
 
 

@@ -100,7 +100,7 @@ def test_any_call(
     gain: float,
     slope: float,
 ) -> None:
-    # Of few features the normalised direction hardly turns: what is left is rounding.
+    # Of few features the normalized direction hardly turns: what is left is rounding.
     shape[1] += 7
     inputs = [random(shape), *[random(shape[1:2], 1)] * biased]
     dtype = torch.bfloat16 if half else torch.float32
@@ -179,11 +179,11 @@ def test_other_acts_and_empty_take_the_plain_form() -> None:
 
 def test_refusals() -> None:
     x = torch.zeros(2, 3, 4, 4)
-    with pytest.raises(ValueError, match="act: was 'gelu'; it may be linear, relu"):
+    with pytest.raises(ValueError, match="act must be linear, relu, got 'gelu'"):
         bias_act_pixel_norm(x, act="gelu")
-    with pytest.raises(ValueError, match=r"bias: had shape \(4,\); it may be \[3\]"):
+    with pytest.raises(ValueError, match=r"bias must be \[3\], got shape \(4,\)"):
         bias_act_pixel_norm(x, torch.zeros(4))
-    with pytest.raises(ValueError, match="eps: was -1; it may be 0 or more"):
+    with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
         bias_act_pixel_norm(x, eps=-1)
     with pytest.raises(TypeError, match=r"x: had dtype torch.int64"):
         bias_act_pixel_norm(torch.zeros(2, 3, dtype=torch.int64))

@@ -105,10 +105,10 @@ def test_derivatives(op: Callable[..., torch.Tensor], form: str) -> None:
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
 def test_refusals(op: Callable[..., torch.Tensor]) -> None:
     x, w = torch.zeros(2, 3, 4, 4), torch.zeros(5, 3, 3, 3)
-    with pytest.raises(ValueError, match=r"x: had 3 dimensions; it may be \[N, I, H, W\]"):
+    with pytest.raises(ValueError, match=r"x must be \[N, I, H, W\], got 3 dimensions"):
         op(x[0], w)
     for wrong in (torch.zeros(5, 4, 3, 3), torch.zeros(5, 3, 1, 1), torch.zeros(5, 3, 3)):
-        with pytest.raises(ValueError, match=r"w: had shape \(5, .*\); it may be \[O, 3, 3, 3\]"):
+        with pytest.raises(ValueError, match=r"w must be \[O, 3, 3, 3\], got shape \(5, .*\)"):
             op(x, wrong)
 
 
@@ -432,21 +432,21 @@ def test_linear_is_at_the_floor() -> None:
         (
             {"weight": torch.zeros(4, 2, 3, 3)},
             ValueError,
-            r"weight: had shape \(4, 2, 3, 3\); it may be \[O, 3, kH, kW\]",
+            r"weight must be \[O, 3, kH, kW\], got shape \(4, 2, 3, 3\)",
         ),
-        ({"weight": torch.zeros(4, 3, 3, 3).double()}, TypeError, "weight: was torch.float64; it may be torch.float32"),
-        ({"bias": torch.zeros(3)}, ValueError, r"bias: had shape \(3,\); it may be \[4\]"),
-        ({"input": torch.zeros(3, 3)}, ValueError, r"input: had 2 dimensions; it may be \[N, C, H, W\]"),
-        ({"groups": 2}, ValueError, "groups: was 2; it may be a divisor of the 3 channels of input"),
-        ({"padding": "full"}, ValueError, "padding: was 'full'; it may be numbers, 'valid' or 'same'"),
+        ({"weight": torch.zeros(4, 3, 3, 3).double()}, TypeError, "weight must be torch.float32, got torch.float64"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias must be \[4\], got shape \(3,\)"),
+        ({"input": torch.zeros(3, 3)}, ValueError, r"input must be \[N, C, H, W\], got 2 dimensions"),
+        ({"groups": 2}, ValueError, "groups must be a divisor of the 3 channels of input, got 2"),
+        ({"padding": "full"}, ValueError, "padding must be numbers, 'valid' or 'same', got 'full'"),
         (
             {"padding": "same", "stride": 2},
             ValueError,
             "padding: was 'same' with stride 2; it may be with stride 1 only",
         ),
-        ({"stride": (1, 2, 3)}, ValueError, r"stride: was \(1, 2, 3\); it may be an integer or a pair"),
-        ({"weight": torch.zeros(4, 3, 3, 3, device="meta")}, ValueError, "weight: was on meta; it may be on cpu"),
-        ({"backend": "cuda"}, ValueError, "backend: was 'cuda'; for conv2d it may be cpp, lean, torch"),
+        ({"stride": (1, 2, 3)}, ValueError, r"stride must be an integer or a pair, got \(1, 2, 3\)"),
+        ({"weight": torch.zeros(4, 3, 3, 3, device="meta")}, ValueError, "weight must be on cpu, got meta"),
+        ({"backend": "cuda"}, ValueError, "backend 'cuda': for conv2d it may be cpp, lean, torch"),
     ],
 )
 def test_conv2d_refuses(how: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -456,5 +456,5 @@ def test_conv2d_refuses(how: dict[str, Any], error: type[Exception], message: st
 
 
 def test_conv_transpose2d_refuses_a_weight_of_conv2d() -> None:
-    with pytest.raises(ValueError, match=r"weight: had shape \(4, 3, 3, 3\); it may be \[3, O/groups, kH, kW\]"):
+    with pytest.raises(ValueError, match=r"weight must be \[3, O/groups, kH, kW\], got shape \(4, 3, 3, 3\)"):
         conv_transpose2d(torch.zeros(2, 3, 5, 5), torch.zeros(4, 3, 3, 3))

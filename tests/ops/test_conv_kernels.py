@@ -19,7 +19,7 @@ from fastgan.ops.conv_products import CPP
 
 
 def need(*inputs: Tensor) -> None:
-    if (reason := CPP.able(*inputs)) is not None:
+    if (reason := CPP.unsupported_reason(*inputs)) is not None:
         pytest.skip(reason)
 
 

@@ -35,9 +35,9 @@ def test_a_number_is_no_tensor(name: str) -> None:
     """A learnable one would get no gradient, in silence."""
     NUMBERS[name](0.5)
     NUMBERS[name](1)
-    with pytest.raises(TypeError, match=f"^{name.strip()}: was a tensor; it may be a number"):
+    with pytest.raises(TypeError, match=f"^{name.strip()} must be a number, got a tensor"):
         NUMBERS[name](torch.nn.Parameter(torch.tensor(1.0)))
-    with pytest.raises(TypeError, match=f"^{name.strip()}: was '1'; it may be a number"):
+    with pytest.raises(TypeError, match=f"^{name.strip()} must be a number, got '1'"):
         NUMBERS[name]("1")
 
 
@@ -127,10 +127,10 @@ def test_linear_in_transforms(transform: Callable[..., Any]) -> None:
 
 X_1 = torch.ones(1, 2, 4, 4)
 GEOMETRIES: list[tuple[Callable[[], object], str]] = [
-    (lambda: ops.conv2d(X_1, W, stride=0), r"stride: was \(0, 0\); it may be 1 or more"),
+    (lambda: ops.conv2d(X_1, W, stride=0), r"stride must be at least 1, got \(0, 0\)"),
     (lambda: ops.conv2d(X_1, W, stride=(1, -1)), r"stride: was \(1, -1\)"),
-    (lambda: ops.conv2d(X_1, W, padding=-1), r"padding: was \(-1, -1\); it may be 0 or more"),
-    (lambda: ops.conv2d(X_1, W, dilation=0), r"dilation: was \(0, 0\); it may be 1 or more"),
+    (lambda: ops.conv2d(X_1, W, padding=-1), r"padding must be at least 0, got \(-1, -1\)"),
+    (lambda: ops.conv2d(X_1, W, dilation=0), r"dilation must be at least 1, got \(0, 0\)"),
     (lambda: ops.conv2d(X_1, torch.ones(2, 2, 5, 3)), r"weight: had shape \(2, 2, 5, 3\); .*fits into .*\(4, 4\)"),
     (lambda: ops.conv_transpose2d(X_1, W, stride=2, output_padding=2), r"output_padding: was \(2, 2\)"),
 ]

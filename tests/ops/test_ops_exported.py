@@ -56,7 +56,7 @@ CASES: dict[str, nn.Module] = {
     "interpolate_nearest": Call(ops.interpolate_nearest),
     "upsample_conv2d": Call(ops.upsample_conv2d, (64, 8, 3, 3)),
     "conv2d_downsample": Call(ops.conv2d_downsample, (64, 8, 3, 3)),
-    "EqualizedConv2d": EqualizedConv2d(8, 6, 3, resample="up", act="lrelu", normalise=True),
+    "EqualizedConv2d": EqualizedConv2d(8, 6, 3, resample="up", act="lrelu", normalize=True),
 }
 
 

@@ -32,7 +32,7 @@ PENALTIES: dict[str, Penalty] = {
     "divergence p=6": wasserstein_divergence,
     "divergence p=2": functools.partial(wasserstein_divergence, p=2),
     "divergence p=3": functools.partial(wasserstein_divergence, p=3, k=0.5),
-    "zero-centred": zero_centered,
+    "zero-centered": zero_centered,
 }
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES.keys())
 
@@ -45,7 +45,7 @@ def of_norms(name: str, norms: Tensor) -> Tensor:
         "divergence p=6": 2 * norms**6,
         "divergence p=2": 2 * norms**2,
         "divergence p=3": 0.5 * norms**3,
-        "zero-centred": norms**2,
+        "zero-centered": norms**2,
     }[name]
     return each.sum() / len(norms)
 
@@ -139,7 +139,7 @@ def test_tangent_gives_the_gradients_of_reverse(penalty: Penalty, curved: bool) 
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected)
     assert (found[0][2].abs().max() > 0) == curved  # the bias
-    with pytest.raises(ValueError, match=r"method: was 'forward'; it may be reverse or tangent"):
+    with pytest.raises(ValueError, match=r"method must be reverse or tangent, got 'forward'"):
         penalty(critic, real.flatten(1), fake.flatten(1), weight=t, method="forward")
 
 
@@ -209,27 +209,27 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: gradient_penalty(lambda x: x.sum(1), X, X.bfloat16()),
         TypeError,
-        r"fake: was torch\.bfloat16; it may be torch\.float32, as real",
+        r"fake must be torch\.float32, as real, got torch\.bfloat16",
     ),
     (lambda: gradient_penalty(lambda x: x.mean(), X, X), ValueError, r"critic: gave scores of shape \(\); it may give"),
     (
         lambda: gradient_penalty(lambda x: x.mean(0), X, X),
         ValueError,
-        r"critic: gave scores of shape \(3,\); it may give \[2\] or \[2, 1\]",
+        r"critic must give \[2\] or \[2, 1\], got scores of shape \(3,\)",
     ),
-    (lambda: gradient_penalty(lambda x: (x, x), X, X), TypeError, "critic: gave tuple; it may give a floating tensor"),
-    (lambda: gradient_penalty(lambda x: x, X[0], X[0]), ValueError, r"real: had shape \(3,\); it may be \[N, ...\]"),
+    (lambda: gradient_penalty(lambda x: (x, x), X, X), TypeError, "critic must give a floating tensor, got tuple"),
+    (lambda: gradient_penalty(lambda x: x, X[0], X[0]), ValueError, r"real must be \[N, ...\], got shape \(3,\)"),
     (
         lambda: gradient_penalty(lambda x: x, X.int(), X.int()),
         TypeError,
-        r"real: was torch\.int32; it may be a floating",
+        r"real must be a floating, got torch\.int32",
     ),
-    (lambda: zero_centered_penalty(lambda x: x, X.int()), TypeError, r"x: was torch\.int32; it may be a floating"),
-    (lambda: gradient_penalty(lambda x: x, X, X, weight=[0.5, 0.5]), TypeError, "weight: was list; it may be a tensor"),  # type: ignore[arg-type]
+    (lambda: zero_centered_penalty(lambda x: x, X.int()), TypeError, r"x must be a floating, got torch\.int32"),
+    (lambda: gradient_penalty(lambda x: x, X, X, weight=[0.5, 0.5]), TypeError, "weight must be a tensor, got list"),  # type: ignore[arg-type]
     (
         lambda: gradient_penalty(lambda x: x, X, X, weight=torch.empty(2, device="meta")),
         ValueError,
-        "weight: was on meta; it may be on cpu, as real",
+        "weight must be on cpu, as real, got meta",
     ),
 ]
 
@@ -410,9 +410,9 @@ def test_critic_is_called_once_and_no_gradient_reaches_the_images(penalty: Penal
 @pytest.mark.parametrize("penalty", [gradient_penalty, wasserstein_divergence])
 def test_refusals(penalty: Penalty) -> None:
     real = torch.zeros(4, 3)
-    with pytest.raises(ValueError, match=r"fake: had shape \(3, 3\); it may be \(4, 3\), as real"):
+    with pytest.raises(ValueError, match=r"fake must be \(4, 3\), as real, got shape \(3, 3\)"):
         penalty(lambda x: x.sum(1), real, torch.zeros(3, 3))
-    with pytest.raises(ValueError, match="weight: had 3 elements; it may have 4, one for each sample"):
+    with pytest.raises(ValueError, match="weight must have 4, one for each sample, got 3 elements"):
         penalty(lambda x: x.sum(1), real, real, weight=torch.zeros(3))
 
 

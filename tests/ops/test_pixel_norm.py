@@ -105,7 +105,7 @@ def test_layouts(poison: None, kernel: tuple[str, str], layout: str) -> None:
     scale=st.sampled_from([1e-3, 1.0, 1e4]),
 )
 def test_any_call(kernel: tuple[str, str], shape: list[int], layout: str, half: bool, eps: float, scale: float) -> None:
-    # Of one feature, or of few in bfloat16, the normalised direction hardly turns: what is left is rounding.
+    # Of one feature, or of few in bfloat16, the normalized direction hardly turns: what is left is rounding.
     shape[1] += 7
     dtype = torch.bfloat16 if half else torch.float32
     floors = {torch.float32: 5e-6, torch.bfloat16: 5e-2}
@@ -167,11 +167,11 @@ def test_empty() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"x: had 1 dimensions; it may be \[N, C, ...\]"):
+    with pytest.raises(ValueError, match=r"x must be \[N, C, ...\], got 1 dimensions"):
         pixel_norm(torch.zeros(3))
-    with pytest.raises(ValueError, match="eps: was -1; it may be 0 or more"):
+    with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
         pixel_norm(torch.zeros(2, 3), eps=-1)
-    with pytest.raises(TypeError, match=r"x: had dtype torch.int64; it may be a floating-point one"):
+    with pytest.raises(TypeError, match=r"x must be a floating-point one, got dtype torch.int64"):
         pixel_norm(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"backend: was 'cpp', but it takes float32, bfloat16, not torch.float64"):
         pixel_norm(random(2, 3), backend="cpp")

@@ -12,7 +12,7 @@ import torch
 
 from fastgan.cli import main
 from fastgan.cli.train import parse
-from fastgan.config import working_ranks
+from fastgan.config import active_ranks
 from fastgan.data import open_source
 from fastgan.planning.communication import (
     Cluster,
@@ -79,7 +79,7 @@ def test_buckets_overlap_with_what_is_left_of_the_backward(before: tuple[float, 
     assert reduction_seconds(gradients, cluster(1)) == (0.0, 0.0)
 
 
-def test_a_step_reduces_once_for_each_optimiser_step() -> None:
+def test_a_step_reduces_once_for_each_optimizer_step() -> None:
     of = cluster(2, between=Link(bandwidth=1e6, latency=0.0), overlap=False)
     d, g = NetworkTime(2.0, ((1_000_000, 0.0),)), NetworkTime(1.0, ((500_000, 0.0),))
     step = step_seconds(d, g, of, n_critic=5, accumulation=3)
@@ -103,11 +103,11 @@ def test_a_step_reduces_once_for_each_optimiser_step() -> None:
     [(64, 8, 1, 8), (64, 8, 2, 8), (4, 8, 1, 4), (4, 8, 2, 2), (6, 8, 4, None), (12, 8, 1, None), (2, 3, 4, None)],
 )
 def test_ranks_that_share_a_batch(batch: int, world: int, accumulation: int, working: int | None) -> None:
-    assert working_ranks(batch, world, accumulation) == working
+    assert active_ranks(batch, world, accumulation) == working
 
 
 def test_footprint_against_hand_computation() -> None:
-    flags = "--variant gan --width 16 --latent 8 --resolution 8 --batch 4 --optimiser adam".split()
+    flags = "--variant gan --width 16 --latent 8 --resolution 8 --batch 4 --optimizer adam".split()
     config = parse(flags).config
     source = open_source("digits", 8)
     of = footprint(config, source, plan(config)[0], 4, 1, fading=False)
@@ -161,7 +161,7 @@ def test_ranks_at_work_average_among_themselves(zero: str, hosts: list[int]) -> 
     flags = [*SMALL, "--batch", "16", "--batch-at", "8", "2", "--zero", zero]
     planner = Planner(parse(flags).config, open_source("digits", 8), cluster(2, 4, overlap=False))
     rows = planner.rows(times_of(flags, [(4, 2, False, 0.1), (8, 1, True, 0.2), (8, 1, False, 0.2)]))
-    assert [row.share.working for row in rows] == [8, 2]
+    assert [row.share.active for row in rows] == [8, 2]
     alike = [cluster(2, 4), cluster(2, 4) if zero == "1" else cluster(1, 2)]
     assert [of.nodes for of in alike] == hosts
     for row, of, computing in zip(rows, alike, (0.1, 0.2), strict=True):
@@ -237,7 +237,7 @@ def test_plan_measures_writes_and_reads(working_folder: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--nodes", "0"], ("--nodes", "0", "1 or more")),
+        (["--nodes", "0"], ("--nodes", "0", "at least 1")),
         (["--gpus-per-node", "-1"], ("--gpus-per-node", "-1")),
         (["--bandwidth", "0"], ("--bandwidth", "0.0", "GB/s")),
         (["--bandwidth-inside", "nan"], ("--bandwidth-inside", "nan")),

@@ -33,7 +33,7 @@ def test_distance_to_the_data_halves(variant: str, tmp_path: Path) -> None:
         ["--variant", variant, "--resolution", "8", "--latent", "16", "--batch", "32", *FLAGS[variant].split()]
     )
     source = data.open_source("digits", 8)
-    world = processes.World(0, 1, torch.device("cpu"), "torch", "test")
+    world = processes.ProcessGroup(0, 1, torch.device("cpu"), "torch", "test")
     trainer = Trainer(request.config, variant, world, source, tmp_path)
     real = data.open(source, resolution=8, seed=1).batch(0, 512).images
 

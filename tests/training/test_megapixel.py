@@ -25,12 +25,12 @@ for i in range(8):
     Image.effect_noise((1024, 1024), 64).convert("RGB").save(images / f"{i}.png", compress_level=1)
 request = parse(["--variant", "pggan", "--data", f"folder:{images}"])
 source = data.open_source(f"folder:{images}", 1024, 3)
-world = processes.World(0, 1, torch.device("cpu"), "torch", "test")
+world = processes.ProcessGroup(0, 1, torch.device("cpu"), "torch", "test")
 trainer = Trainer(request.config, "pggan", world, source, Path(sys.argv[1]))
 trainer.images = 9_300_000  # in the middle of the last fade-in
 began = time.monotonic()
 trainer.train_step()
-trainer._read_finite()
+trainer.raise_if_nonfinite()
 print(json.dumps({
     "resolution": trainer.resolution,
     "batch": trainer.images - 9_300_000,

@@ -59,6 +59,8 @@ def test_a_run_is_named_by_itself_or_by_a_checkpoint_in_it(tmp_path: Path) -> No
 
 
 def test_that_a_run_is_held_can_be_told_another_rank() -> None:
-    held = run_directory.Held("--resume", "runs/1", "it may be another")
+    held = run_directory.RunLocked("--resume", "runs/1", "must be another")
     again = copy.copy(held)
-    assert type(again) is run_directory.Held and str(again) == str(held) == "--resume: was 'runs/1'; it may be another"
+    assert (
+        type(again) is run_directory.RunLocked and str(again) == str(held) == "--resume must be another, got 'runs/1'"
+    )

@@ -16,7 +16,7 @@ from fastgan.ops import attention_chunked, use_backend
 from fastgan.training.distributed import process_group as processes
 from fastgan.training.trainer import Trainer
 
-FLAGS = "--variant sagan --loss wasserstein --regulariser gradient-penalty --resolution 8 --latent 16 --batch 32"
+FLAGS = "--variant sagan --loss wasserstein --regularizer gradient-penalty --resolution 8 --latent 16 --batch 32"
 SIZE = "--width 8 --max-width 16 --kimg 4 --lr-g 1e-3 --lr-d 1e-3"
 
 
@@ -32,7 +32,7 @@ def test_distance_to_the_data_halves(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(attention_chunked, "attention_second_backward", counted)
     request = parse([*FLAGS.split(), *SIZE.split()])
     source = data.open_source("digits", 8)
-    world = processes.World(0, 1, torch.device("cpu"), "torch", "test")
+    world = processes.ProcessGroup(0, 1, torch.device("cpu"), "torch", "test")
     trainer = Trainer(request.config, "sagan", world, source, tmp_path)
     real = data.open(source, resolution=8, seed=1).batch(0, 512).images
 

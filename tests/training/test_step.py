@@ -30,7 +30,7 @@ SMALL = {
 
 def make(variant: str, run: Path, *flags: str) -> Trainer:
     request = parse(["--variant", variant, "--latent", "8", "--batch", "8", *SMALL[variant].split(), *flags])
-    world = processes.World(0, 1, torch.device("cpu"), "torch", "test")
+    world = processes.ProcessGroup(0, 1, torch.device("cpu"), "torch", "test")
     source = data.open_source("digits", request.config.schedule.resolution)
     run.mkdir(exist_ok=True)
     return Trainer(request.config, variant, world, source, run)
@@ -38,7 +38,7 @@ def make(variant: str, run: Path, *flags: str) -> Trainer:
 
 @pytest.mark.parametrize("variant", list(SMALL))
 def test_twenty_steps_read_nothing(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ("--optimiser", "adam") if variant == "gan" else ()
+    flags = ("--optimizer", "adam") if variant == "gan" else ()
     trainer = make(variant, tmp_path, *flags)
     if variant == "pggan":
         while trainer.resolution < 8:  # a growth may read; the steps of a stage, fading or not, may not
@@ -48,7 +48,7 @@ def test_twenty_steps_read_nothing(variant: str, tmp_path: Path, monkeypatch: py
             trainer.train_step()
     assert not reads.seen
     with HostReads(monkeypatch) as reads:
-        trainer._read_finite()
+        trainer.raise_if_nonfinite()
     assert reads.seen  # the counter sees a read where there is one
 
 
@@ -57,7 +57,7 @@ def test_a_rank_that_waits_draws_what_is_faded_in_so_far(tmp_path: Path) -> None
     trainer = make("pggan", tmp_path)
     while trainer.resolution < 8:
         trainer.train_step()
-    trainer.idle = True
+    trainer.is_spectator = True
     trainer.train_step()
     average = trainer.ema.module
     assert average.fade and 0 < average.alpha.item() < 1  # type: ignore[operator,union-attr]
@@ -113,7 +113,7 @@ def test_bad_gradient_of_a_leaf(trainer: Trainer) -> None:
 
 def test_zero_centered_penalty_is_part_of_the_loss(tmp_path: Path) -> None:
     """`--penalty-weight` times mean |grad D(x)|^2 on real images, added to the loss once."""
-    flags = ("--regulariser", "zero-centered", "--norm-d", "none", "--penalty-weight")
+    flags = ("--regularizer", "zero-centered", "--norm-d", "none", "--penalty-weight")
     steps = [make("dcgan", tmp_path / weight, *flags, weight).step for weight in ("0", "3")]
     real = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     (without, _), (with_it, seen) = (step.discriminator_loss(real, torch.arange(8)) for step in steps)

@@ -120,7 +120,7 @@ def test_positions_of_a_latent_are_independent() -> None:
 
 
 @each_draw
-def test_neighbours_are_uncorrelated(draw: Draw) -> None:
+def test_neighbors_are_uncorrelated(draw: Draw) -> None:
     x = draw(0, "latent", MANY)
     for lag in (1, 2, 64):
         for numbers in (x.double(), (x.double() - x.double().mean()).square()):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgan.utils.files import File, lock, size_in_words, write_whole
+from fastgan.utils.files import File, try_lock, write_atomic
+from fastgan.utils.text import readable_size
 
 
 def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(
@@ -23,18 +24,18 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patched, pytest.raises(OSError, match=f"No space .*: '{tmp_path}/file'"):
             patched.setattr(os, name, refuse)
-            write_whole(tmp_path / "file", b"after")
+            write_atomic(tmp_path / "file", b"after")
         assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"before"
     with pytest.raises(FileNotFoundError, match=f": '{tmp_path}/none/file'"):
-        write_whole(tmp_path / "none" / "file", b"after")
+        write_atomic(tmp_path / "none" / "file", b"after")
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="has no device that is always full")
 def test_a_full_disk_is_told_though_what_is_buffered_cannot_be_written_either(tmp_path: Path) -> None:
     (tmp_path / f".file.{os.getpid()}.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file'"):
-        write_whole(tmp_path / "file", b"content")
+        write_atomic(tmp_path / "file", b"content")
     assert not list(tmp_path.iterdir())
 
 
@@ -43,13 +44,13 @@ def test_a_lock_is_held_by_one_and_not_asked_for_where_there_is_none(
 ) -> None:
     fcntl = pytest.importorskip("fcntl")
     with (tmp_path / "lock").open("wb") as one, (tmp_path / "lock").open("wb") as other:
-        assert lock(one.fileno()) and not lock(other.fileno())
+        assert try_lock(one.fileno()) and not try_lock(other.fileno())
 
         def without(*_: object) -> None:
             raise OSError(errno.ENOLCK, "No locks available")
 
         monkeypatch.setattr(fcntl, "flock", without)
-        assert lock(other.fileno())
+        assert try_lock(other.fileno())
 
 
 def test_a_file_has_its_name_once_its_bytes_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +67,7 @@ def test_a_file_has_its_name_once_its_bytes_are_on_the_disk(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(os, "replace", renamed)
-    made = write_whole(tmp_path / "file", b"content")
+    made = write_atomic(tmp_path / "file", b"content")
     assert done == [("flushed", 7), ("renamed", 7)]
     assert made == File(7, hashlib.sha256(b"content").hexdigest())
 
@@ -84,4 +85,4 @@ def test_a_file_has_its_name_once_its_bytes_are_on_the_disk(tmp_path: Path, monk
     ],
 )
 def test_sizes_for_people(size: float, words: str) -> None:
-    assert size_in_words(size) == words
+    assert readable_size(size) == words

@@ -12,7 +12,7 @@ import torch
 
 from fastgan.data.loading.gather import Rows
 from fastgan.data.loading.image_store import AheadStore, Call, Store, upload
-from fastgan.utils.files import size_in_words
+from fastgan.utils.text import readable_size
 
 if sys.platform == "linux":
     import resource
@@ -35,7 +35,7 @@ class Resident(Store):
 
     def describe(self) -> str:
         place = "memory" if self._host is not None else f"memory of {self._images.device}"
-        return f"in {place} ({size_in_words(self._images.numel())})"
+        return f"in {place} ({readable_size(self._images.numel())})"
 
 
 class Mapped(AheadStore):
@@ -68,7 +68,7 @@ class Mapped(AheadStore):
         return upload(images, self._device)
 
     def describe(self) -> str:
-        return f"memory-mapped ({size_in_words(self._rows.bytes)})"
+        return f"memory-mapped ({readable_size(self._rows.bytes)})"
 
     def _begin(self, indices: np.ndarray) -> list[Future[Any]]:
         return [self._pool.submit(self._gather, indices)]

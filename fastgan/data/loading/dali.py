@@ -195,7 +195,7 @@ class Dali(AheadStore):
 
 
 def build(encoded: Encoded, channels: int, device: torch.device, largest: int, threads: int) -> Any:
-    """A DALI pipeline from bytes, fed as "files", to the centre squares: uint8 [n, side, side, channels], n <= largest.
+    """A DALI pipeline from bytes, fed as "files", to the center squares: uint8 [n, side, side, channels], n <= largest.
 
     Cubic, widened when shrinking: to enlarge it is Pillow's here too; to shrink, Lanczos is Pillow's, and takes DALI as
     long as Pillow. Means of photographs shrunk by two differ by 0.3 of 255.

@@ -21,7 +21,8 @@ from fastgan.data.loading.threads import Threads
 from fastgan.data.source import Source
 from fastgan.data.sources import open_source
 from fastgan.errors import ArgumentError
-from fastgan.utils.files import size_in_words
+from fastgan.utils.system import cpu_count
+from fastgan.utils.text import readable_size
 
 # `open` hides the builtin on purpose, for callers that write `fastgan.data.open(...)`.
 __all__ = ["KINDS", "Batch", "Kind", "Pipeline", "fade", "open"]
@@ -71,11 +72,11 @@ def open(
     its images up to the target, or for a rank outside its world, a batch that does not divide, or a negative count.
     """
     if workers < 0:
-        raise ArgumentError("--workers", workers, "it may be 0 (a share of the cores, at most 8) or more")
+        raise ArgumentError("--workers", workers, "must be 0 (a share of the cores, at most 8) or more")
     if resident_bytes is not None and resident_bytes < 0:
-        raise ArgumentError("resident_bytes", resident_bytes, "it may be 0 or more bytes")
+        raise ArgumentError("resident_bytes", resident_bytes, "must be at least 0 bytes")
     if pipeline not in KINDS:
-        raise ArgumentError("--pipeline", pipeline, f"it may be {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        raise ArgumentError("--pipeline", pipeline, f"must be {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     rank_positions(0, max(world, 1) if batch is None else batch, rank, world)  # raises if one of them is out of range
     if isinstance(source, str):
         source = open_source(source, target or resolution)
@@ -86,7 +87,7 @@ def open(
         place = torch.device("cuda", torch.cuda.current_device())
     if resident_bytes is None:
         resident_bytes = 2**30 if place.type != "cuda" else torch.cuda.mem_get_info(place)[0] // 4
-    threads = workers or _cores()
+    threads = workers or _decoding_threads()
     return Pipeline(source, resolution, batch, seed, rank, world, place, mirror, pipeline, threads, resident_bytes)
 
 
@@ -199,10 +200,10 @@ class Pipeline:
         Raises: ArgumentError if the state is of other data.
         """
         if not {"seed", "fingerprint"} <= state.keys():
-            raise ArgumentError("state", sorted(state), "it may be what state_dict() gave: position, seed, fingerprint")
+            raise ArgumentError("state", sorted(state), "must be what state_dict() gave: position, seed, fingerprint")
         if state["fingerprint"] != self.source.fingerprint:
             was = f"{self.source.name}, {len(self.source):,} images, fingerprint {self.source.fingerprint}"
-            stored = f"it may be the data of the stored run, fingerprint {state['fingerprint']}"
+            stored = f"must be the data of the stored run, fingerprint {state['fingerprint']}"
             raise ArgumentError("--data", was, stored)
         if state["seed"] != self.seed:
             self._sampler = Sampler(len(self.source), int(state["seed"]))
@@ -243,8 +244,8 @@ class Pipeline:
             if source.arrays(resolution) is not None:
                 return "cache", "prepared"
             if fits:
-                return "cache", f"it fits in {size_in_words(self._resident_bytes)}"
-            takes, limit = size_in_words(self._bytes(resolution)), size_in_words(self._resident_bytes)
+                return "cache", f"it fits in {readable_size(self._resident_bytes)}"
+            takes, limit = readable_size(self._bytes(resolution)), readable_size(self._resident_bytes)
             too_large = f"decoded it takes {takes}, above {limit} (--resident-gb)"
             if asked == "cache":
                 where = "`fastgan prepare` decodes it once for all runs"
@@ -257,7 +258,7 @@ class Pipeline:
         no_dali = dali.fault(source, resolution)
         if asked == "dali":
             if no_dali:
-                raise ArgumentError("--pipeline", "dali", f"it may be auto or torch: {no_dali}")
+                raise ArgumentError("--pipeline", "dali", f"must be auto or torch; {no_dali}")
             return "dali", "as asked for"
         why = f"{too_large}, and {no_dali}" if no_dali else too_large
         files = source.encoded(resolution)
@@ -346,8 +347,7 @@ def _shrink(images: np.ndarray, resolution: int) -> np.ndarray:
     return np.concatenate([area_average(part, resolution) for part in parts])
 
 
-def _cores() -> int:
+def _decoding_threads() -> int:
     """This rank's share of the machine's cores, at most 8: beyond that, threads of one process wait for its lock."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and DeepSpeed's launcher
-    return max(1, min(8, usable // max(ranks, 1)))
+    return max(1, min(8, cpu_count() // max(ranks, 1)))

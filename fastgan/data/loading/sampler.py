@@ -20,7 +20,7 @@ class Sampler:
 
     def __init__(self, size: int, seed: int) -> None:
         if size < 1:
-            raise ArgumentError("size", size, "it may be 1 or more images")
+            raise ArgumentError("size", size, "must be at least 1 images")
         self.size = size
         self.seed = seed
         self._orders: dict[int, np.ndarray] = {}
@@ -47,7 +47,7 @@ class Sampler:
         """
         at = np.asarray(positions, dtype=np.int64)
         if at.size and at.min() < 0:
-            raise ArgumentError("positions", int(at.min()), "they may be 0 or more")
+            raise ArgumentError("positions", int(at.min()), "must be at least 0")
         if at.size:
             epoch = int(at.min()) // self.size
             if epoch == int(at.max()) // self.size:
@@ -72,11 +72,11 @@ def rank_positions(start: int, batch: int, rank: int, world: int) -> np.ndarray:
     of range.
     """
     if world < 1:
-        raise ArgumentError("world", world, "it may be 1 or more ranks")
+        raise ArgumentError("world", world, "must be at least 1 ranks")
     if not 0 <= rank < world:
-        raise ArgumentError("rank", rank, f"it may be 0 to {world - 1}")
+        raise ArgumentError("rank", rank, f"must be 0 to {world - 1}")
     if start < 0:
-        raise ArgumentError("start", start, "it may be 0 or more")
+        raise ArgumentError("start", start, "must be at least 0")
     if batch < 1 or batch % world:
-        raise ArgumentError("--batch", batch, f"it may be a multiple of {world}, the ranks that share it")
+        raise ArgumentError("--batch", batch, f"must be a multiple of {world}, the ranks that share it")
     return np.arange(start + rank, start + batch, world, dtype=np.int64)

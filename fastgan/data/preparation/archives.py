@@ -109,7 +109,7 @@ class Zip(Files):
         return offset + shift, count, shift
 
     def _broken(self, what: str) -> ArgumentError:
-        return ArgumentError("SRC", str(self.path), f"it may be a whole zip file; {what}")
+        return ArgumentError("SRC", str(self.path), f"must be a whole zip file; {what}")
 
 
 def _wide(extra: bytes, values: list[int]) -> list[int]:
@@ -213,9 +213,9 @@ class Tar(Files):
                     raise tarfile.ReadError("bad header")
         except tarfile.ReadError as error:
             hint = "; compressed archives are unpacked first" if _compressed(file) else ""
-            raise ArgumentError("SRC", str(file), f"it may be a whole tar file ({error} after {last}){hint}") from error
+            raise ArgumentError("SRC", str(file), f"must be a whole tar file ({error} after {last}){hint}") from error
         except OSError as error:
-            raise ArgumentError("SRC", str(file), f"it may be a readable tar file ({error.strerror})") from error
+            raise ArgumentError("SRC", str(file), f"must be a readable tar file ({error.strerror})") from error
 
     def _label(self, file: Path, sample: list[tarfile.TarInfo]) -> int | str | None:
         """What a sample says of itself: a number, or the name of a class."""

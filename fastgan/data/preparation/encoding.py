@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgan.data.images import first_line, is_grey, pyramid
+from fastgan.data.images import first_line, is_gray, pyramid
 from fastgan.data.preparation.originals import Item, Originals, gone
 from fastgan.data.preparation.shards import ShardWriter, encode, renumber
 from fastgan.data.preparation.unfinished import Unfinished
@@ -53,12 +53,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Looked:
-    """What looking at one original told: why it is no image, or ""; its size in px; whether it is grey."""
+    """What looking at one original told: why it is no image, or ""; its size in px; whether it is gray."""
 
     reason: str
     width: int
     height: int
-    grey: bool
+    gray: bool
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def look(shard: int) -> None:
             rows.append((item.reason, 0, 0, True))
         else:
             found = originals.check(item)
-            rows.append((found.reason, *found.size, is_grey(found.mode)))
+            rows.append((found.reason, *found.size, is_gray(found.mode)))
         tick()
     state.write("looked", shard, rows)
 

@@ -17,7 +17,7 @@ from fastgan.data.walk import is_folder
 from fastgan.errors import ArgumentError
 
 _KINDS = (
-    "it may be a folder, zip, tar file or pattern of tar files, a CIFAR-10, MNIST or CelebA root, a prepared set, "
+    "must be a folder, zip, tar file or pattern of tar files, a CIFAR-10, MNIST or CelebA root, a prepared set, "
     "each alone or as folder:, zip:, tar:, cifar10:, mnist:, celeba: or prepared:PATH, or digits"
 )
 
@@ -129,7 +129,7 @@ def open_originals(src: str) -> Originals:
         return Arrays(src)
     try:
         if not colon or kind not in _OPENERS:
-            kind, place = _recognise(src), src
+            kind, place = _recognize(src), src
         if not place:
             raise ArgumentError("SRC", src, _KINDS)
         return _OPENERS[kind](place)
@@ -139,7 +139,7 @@ def open_originals(src: str) -> Originals:
         raise ArgumentError("SRC", src, f"it cannot be read ({error.filename or src}: {error.strerror})") from error
 
 
-def _recognise(src: str) -> str:
+def _recognize(src: str) -> str:
     path = Path(src).expanduser()
     if is_prepared(path):
         return "prepared"

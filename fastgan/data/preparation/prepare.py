@@ -1,6 +1,6 @@
 """`fastgan prepare`: from originals to a prepared set, over all cores, going on where a killed one stopped.
 
-The originals are listed, looked at (which of them are images, how large, grey or not), and then decoded and written,
+The originals are listed, looked at (which of them are images, how large, gray or not), and then decoded and written,
 `per_shard` at a time; a shard is finished or not begun. Names, labels and the manifest come last. What is written
 depends on the originals and the settings alone: not on workers, interruptions, folders or times.
 """
@@ -13,7 +13,6 @@ import importlib.metadata
 import itertools
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -43,7 +42,9 @@ from fastgan.data.preparation.unfinished import Unfinished, changed, difference,
 from fastgan.data.preparation.workers import Workers
 from fastgan.data.prepared import Manifest, Shard
 from fastgan.errors import ArgumentError
-from fastgan.utils.files import File, Output, array_header, size_in_words, write_whole
+from fastgan.utils.files import AtomicFile, File, array_header, write_atomic
+from fastgan.utils.system import cpu_count
+from fastgan.utils.text import readable_size
 
 _SAID = 10  # files that are named when they cannot be used; skipped.txt names them all
 _SAMPLE = 64  # images encoded to estimate how much room all of them take
@@ -66,19 +67,19 @@ class Settings:
     def check(self) -> None:
         """Raises: ArgumentError for a value that is out of range."""
         if self.resolution is not None and not _is_resolution(self.resolution):
-            raise ArgumentError("--resolution", self.resolution, "it may be a power of two from 4")
+            raise ArgumentError("--resolution", self.resolution, "must be a power of two from 4")
         if self.channels not in (None, 1, 3):
-            raise ArgumentError("--channels", self.channels, "it may be 1 or 3")
+            raise ArgumentError("--channels", self.channels, "must be 1 or 3")
         if self.cache_to and not _is_resolution(self.cache_to):
-            raise ArgumentError("--cache-to", self.cache_to, "it may be a power of two from 4, or 0 for nothing")
+            raise ArgumentError("--cache-to", self.cache_to, "must be a power of two from 4, or 0 for nothing")
         if not 1 <= self.quality <= 100:
-            raise ArgumentError("--quality", self.quality, "it may be 1 to 100")
+            raise ArgumentError("--quality", self.quality, "must be 1 to 100")
         if self.lossless not in (None, "png", "webp"):
-            raise ArgumentError("--lossless", self.lossless, "it may be png or webp")
+            raise ArgumentError("--lossless", self.lossless, "must be png or webp")
         if self.min_size is not None and self.min_size < 1:
-            raise ArgumentError("--min-size", self.min_size, "it may be 1 or more pixels")
+            raise ArgumentError("--min-size", self.min_size, "must be at least 1 pixels")
         if self.per_shard < 1:
-            raise ArgumentError("--per-shard", self.per_shard, "it may be 1 or more images")
+            raise ArgumentError("--per-shard", self.per_shard, "must be at least 1 images")
 
 
 def prepare(
@@ -105,7 +106,7 @@ def prepare(
     settings = settings or Settings()
     settings.check()
     if workers < 0:
-        raise ArgumentError("--workers", workers, "it may be 0 (one per core) or more")
+        raise ArgumentError("--workers", workers, "must be at least 0 (one per core)")
     originals = open_originals(src)
     if settings.channels is not None and originals.channels not in (None, settings.channels):
         may_be = f"{originals.kind} has {originals.channels}; it may be left out"
@@ -117,7 +118,7 @@ def prepare(
         _keep_apart(originals.path, dst)
     if prepared.is_prepared(dst):
         return _again(originals, dst, settings, say)
-    with locked(dst) as state, Workers(workers or _cores(), (originals, dst)) as pool:
+    with locked(dst) as state, Workers(workers or cpu_count(), (originals, dst)) as pool:
         try:
             return _Preparation(originals, dst, state, settings, strict, pool, progress, say).run()
         except OSError as error:
@@ -213,7 +214,7 @@ class _Preparation:
         """What to write, from what looking at all originals told."""
         asked, originals = self._settings, self._originals
         reach: Counter[int] = Counter()  # of the images, the largest power of two that they reach
-        grey, kinds, classes, highest, first = True, set(), set(), -1, ""
+        gray, kinds, classes, highest, first = True, set(), set(), -1, ""
         for shard in range(shards):
             for item, one in zip(self._state.items(shard), looked(self._state, shard), strict=True):
                 if one.reason:
@@ -221,7 +222,7 @@ class _Preparation:
                     continue
                 extent = max(one.width, one.height) if asked.fit else min(one.width, one.height)
                 reach[1 << max(extent.bit_length() - 1, 0)] += 1
-                grey &= one.grey
+                gray &= one.gray
                 kinds.add(type(item.label))
                 if isinstance(item.label, str):
                     classes.add(item.label)
@@ -236,7 +237,7 @@ class _Preparation:
         return Plan(
             resolutions=resolutions,
             cached=tuple(r for r in resolutions if r <= asked.cache_to),
-            channels=asked.channels or originals.channels or (1 if grey else 3),
+            channels=asked.channels or originals.channels or (1 if gray else 3),
             encoding=asked.lossless or "jpeg",
             quality=asked.quality,
             fit=asked.fit,
@@ -289,10 +290,10 @@ class _Preparation:
                 each += float(sizes.mean() + 2 * sizes.std() / len(sizes) ** 0.5)
         need, free = round(count * each), shutil.disk_usage(self._dst).free
         if need > free:
-            may_be = f"it needs about {size_in_words(need)} and the disk has {size_in_words(free)} free"
+            may_be = f"it needs about {readable_size(need)} and the disk has {readable_size(free)} free"
             raise ArgumentError("DST", str(self._dst), may_be)
         if count:
-            self._say(f"{count:,} images to write, about {size_in_words(need)}; {size_in_words(free)} are free")
+            self._say(f"{count:,} images to write, about {readable_size(need)}; {readable_size(free)} are free")
 
     def _encode(self, plan: Plan, counts: list[int]) -> None:
         """Write the shards that are not finished."""
@@ -367,7 +368,7 @@ class _Preparation:
         files: dict[str, File] = {}
         skipped = 0
         with ExitStack() as stack:
-            outs = {name: Output(self._dst / name) for name in headers}
+            outs = {name: AtomicFile(self._dst / name) for name in headers}
             for name, out in outs.items():
                 stack.callback(out.abandon)
                 out.write(headers[name])
@@ -393,7 +394,7 @@ class _Preparation:
         classes = sorted(plan.ranks, key=plan.ranks.__getitem__) if plan.ranks else self._originals.classes
         if plan.num_classes and classes:
             content = json.dumps(classes, indent=1).encode()
-            files[prepared.CLASSES] = write_whole(self._dst / prepared.CLASSES, content)
+            files[prepared.CLASSES] = write_atomic(self._dst / prepared.CLASSES, content)
         return files, skipped
 
     def _bar(self, total: int | None, what: str, unit: str) -> Any:
@@ -432,7 +433,7 @@ def _again(originals: Originals, dst: Path, settings: Settings, say: Callable[[s
 def _keep_apart(src: Path, dst: Path) -> None:
     src, dst = src.resolve(), dst.resolve()
     if src == dst or src in dst.parents or dst in src.parents:
-        raise ArgumentError("DST", str(dst), f"it may be a folder that neither lies in {src} nor holds it")
+        raise ArgumentError("DST", str(dst), f"must be a folder that neither lies in {src} nor holds it")
 
 
 def _listed(originals: Originals, update: Callable[[int], object] = lambda count: None) -> Iterator[Item]:
@@ -478,7 +479,3 @@ def _versions() -> dict[str, str]:
 
 def _is_resolution(value: int) -> bool:
     return value >= 4 and value & (value - 1) == 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

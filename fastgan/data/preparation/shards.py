@@ -11,7 +11,7 @@ import numpy as np
 
 from fastgan.data.images import pyramid
 from fastgan.data.prepared import SUFFIXES, cache_file, index_file, tar_file
-from fastgan.utils.files import File, Output, array_header, write_whole
+from fastgan.utils.files import AtomicFile, File, array_header, write_atomic
 
 _BLOCK = 512  # a tar is made of blocks of this size
 
@@ -20,7 +20,7 @@ class TarOutput:
     """A webdataset tar of numbered images, and the lines of DALI's index of it. No times, owners or random order."""
 
     def __init__(self, file: Path, suffix: str) -> None:
-        self._out = Output(file)
+        self._out = AtomicFile(file)
         self._suffix = suffix
         self._lines: list[str] = []
 
@@ -65,7 +65,7 @@ def renumber(folder: Path, shard: int, resolution: int, first: int, suffix: str)
         whole, lines = out.finish()
     finally:
         out.abandon()
-    return {tar_file(resolution, shard): whole, index_file(resolution, shard): write_whole(index, lines)}
+    return {tar_file(resolution, shard): whole, index_file(resolution, shard): write_atomic(index, lines)}
 
 
 def read_index(content: bytes) -> np.ndarray:
@@ -113,7 +113,7 @@ class ShardWriter:
         self._folder, self._shard = folder, shard
         self._first, self._count, self._channels = first, count, channels
         self._resolutions, self._encoding, self._quality = resolutions, encoding, quality
-        self._arrays: dict[int, Output] = {}
+        self._arrays: dict[int, AtomicFile] = {}
         self._tars: dict[int, TarOutput] = {}
         self._added = 0
         try:
@@ -121,7 +121,7 @@ class ShardWriter:
                 name = cache_file(r, shard) if r in cached else tar_file(r, shard)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 if r in cached:
-                    self._arrays[r] = Output(folder / name)
+                    self._arrays[r] = AtomicFile(folder / name)
                     self._arrays[r].write(array_header("|u1", (count, channels, r, r)))
                 else:
                     self._tars[r] = TarOutput(folder / name, SUFFIXES[encoding])
@@ -147,7 +147,7 @@ class ShardWriter:
         for r, tar in self._tars.items():
             files[tar_file(r, self._shard)], index = tar.finish()
             name = index_file(r, self._shard)
-            files[name] = write_whole(self._folder / name, index)
+            files[name] = write_atomic(self._folder / name, index)
         return files
 
     def abandon(self) -> None:

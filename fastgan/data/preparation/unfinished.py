@@ -25,7 +25,7 @@ from typing import Any
 from fastgan.data.preparation.originals import Item, printable
 from fastgan.data.prepared import MANIFEST, UNFINISHED
 from fastgan.errors import ArgumentError
-from fastgan.utils.files import lock, write_whole
+from fastgan.utils.files import try_lock, write_atomic
 
 # What a set consists of; a folder with anything else in it is not touched.
 _OURS = {UNFINISHED, "cache", "encoded", "labels.npy", "names.jsonl", "classes.json", "skipped.txt", MANIFEST}
@@ -39,7 +39,7 @@ class Unfinished:
         self.folder = dst / UNFINISHED
 
     def write(self, kind: str, number: int, content: Any) -> None:
-        write_whole(self.folder / kind / f"{number:05}.json", json.dumps(content).encode())
+        write_atomic(self.folder / kind / f"{number:05}.json", json.dumps(content).encode())
 
     def read(self, kind: str, number: int) -> Any:
         return json.loads((self.folder / kind / f"{number:05}.json").read_bytes())
@@ -51,7 +51,7 @@ class Unfinished:
         return [Item(*row)._replace(where=tuple(row[3])) for row in self.read("items", number)]
 
     def write_note(self, name: str, content: dict[str, Any]) -> None:
-        write_whole(self.folder / name, json.dumps(content, indent=1, sort_keys=True).encode())
+        write_atomic(self.folder / name, json.dumps(content, indent=1, sort_keys=True).encode())
 
     def note(self, name: str) -> dict[str, Any] | None:
         try:
@@ -103,7 +103,7 @@ def locked(dst: Path) -> Iterator[Unfinished]:
         with _refused(dst):
             stream = (state.folder / "lock").open("a")
         with stream:
-            if not lock(stream.fileno()):
+            if not try_lock(stream.fileno()):
                 raise ArgumentError("DST", str(dst), "another prepare is at work on it; it may be another folder")
             try:
                 same = os.path.samestat(os.fstat(stream.fileno()), os.stat(state.folder / "lock"))

@@ -13,16 +13,16 @@ from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, read_yaml
 from fastgan.config.stages import Stage, stage_at
 from fastgan.errors import ArgumentError
-from fastgan.training.distributed.process_group import World
+from fastgan.training.distributed.process_group import ProcessGroup
 
 
-def random_state(world: World) -> dict[str, Tensor]:
+def random_state(world: ProcessGroup) -> dict[str, Tensor]:
     """The state of every rank's own generator, "rankN" -> uint8; a collective."""
     return {f"rank{i}": state for i, state in enumerate(world.gather(torch.get_rng_state()))}
 
 
 def write(
-    world: World,
+    world: ProcessGroup,
     run: Path,
     keep: int,
     meta: dict[str, Any],
@@ -46,8 +46,8 @@ def write(
         good = f"the last good one is {last_good}" if last_good else "there is none yet"
         raise ArgumentError("--out", str(run), f"the checkpoint could not be written ({failure}); {good}")
     assert last_good is not None
-    if world.lives is not None:
-        world.lives.last_good = last_good
+    if world.heartbeat is not None:
+        world.heartbeat.last_good = last_good
     return last_good
 
 
@@ -56,26 +56,26 @@ def settings(config: Config) -> dict[str, Any]:
     return {
         "accumulation": config.schedule.accumulation,
         "seed": config.run.seed,
-        "optimiser": config.optimiser.optimiser,
+        "optimizer": config.optimizer.optimizer,
     }
 
 
-def _optimiser(resume: Checkpoint) -> str | None:
-    """The optimiser whose state a checkpoint has, as it says itself or, if it is older than that, its run."""
-    if "optimiser" in resume.meta:
-        return str(resume.meta["optimiser"])
+def _optimizer(resume: Checkpoint) -> str | None:
+    """The optimizer whose state a checkpoint has, as it says itself or, if it is older than that, its run."""
+    if "optimizer" in resume.meta:
+        return str(resume.meta["optimizer"])
     file = resume.path.resolve().parent.parent / "config.yaml"
     if not file.is_file():
         return None
-    section = read_yaml(file, "--resume").get("optimiser")
-    return section.get("optimiser") if isinstance(section, dict) else None
+    section = read_yaml(file, "--resume").get("optimizer")
+    return section.get("optimizer") if isinstance(section, dict) else None
 
 
 def check(resume: Checkpoint, config: Config, networks: dict[str, Any], stages: list[Stage]) -> None:
     """Refuse a checkpoint that a run of `config` cannot go on from; `networks` are the run's at its resolution.
 
     Raises:
-        ArgumentError: networks, stages, seed or optimiser are not the checkpoint's.
+        ArgumentError: networks, stages, seed or optimizer are not the checkpoint's.
     """
     meta = resume.meta
     for key, value in meta["networks"].items():
@@ -96,6 +96,6 @@ def check(resume: Checkpoint, config: Config, networks: dict[str, Any], stages: 
         )
     if meta["seed"] != config.run.seed:
         raise ArgumentError("--seed", config.run.seed, f"the checkpoint {resume.path} has {meta['seed']}")
-    was, asked = _optimiser(resume), config.optimiser.optimiser
+    was, asked = _optimizer(resume), config.optimizer.optimizer
     if was not in (None, asked):
-        raise ArgumentError("--optimiser", asked, f"the checkpoint {resume.path} has the state of {was}")
+        raise ArgumentError("--optimizer", asked, f"the checkpoint {resume.path} has the state of {was}")

@@ -1,6 +1,6 @@
-"""What owns a network's optimiser: DeepSpeed, or plain torch in one process.
+"""What owns a network's optimizer: DeepSpeed, or plain torch in one process.
 
-Both keep parameters and optimiser state in float32 and give their state in one form, a tensor for each parameter's
+Both keep parameters and optimizer state in float32 and give their state in one form, a tensor for each parameter's
 name and quantity, so that a checkpoint does not depend on the engine, the ZeRO stage or the number of ranks.
 """
 
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from fastgan.errors import ArgumentError
 from fastgan.planning.communication import BUCKET_BYTES
-from fastgan.training.distributed.gradient_reducer import Reducer, reduce_to
+from fastgan.training.distributed.gradient_reducer import GradientReducer, reduce_to
 from fastgan.training.distributed.process_group import bound
 from fastgan.utils.timers import Stopwatch
 
-OptimiserFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Fragment(NamedTuple):
-    """Part of a parameter for which this rank holds optimiser state: `holder[start:start + numel]` of the flattened
-    tensor that the optimiser knows is `parameter[at:at + numel]` of the flattened parameter `name`."""
+    """Part of a parameter for which this rank holds optimizer state: `holder[start:start + numel]` of the flattened
+    tensor that the optimizer knows is `parameter[at:at + numel]` of the flattened parameter `name`."""
 
     name: str
     parameter: nn.Parameter
@@ -38,10 +38,10 @@ class Fragment(NamedTuple):
 
 
 class Engine(Protocol):
-    """One network and its optimiser.
+    """One network and its optimizer.
 
     `backward` takes the mean loss of a micro-batch; `step` is called after every micro-batch and moves the weights
-    after the last of an accumulation. It may do so later, when `module` is next called or at `settle`: then ranks do
+    after the last of an accumulation. It may do so later, when `module` is next called or at `wait`: then ranks do
     not wait for each other's gradients before they must. memory_format: of the weights, where it applies to them.
     """
 
@@ -52,7 +52,7 @@ class Engine(Protocol):
 
     def step(self) -> None: ...
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Move the weights now if that is still to be done; before they are read by anything but `module` itself."""
         ...
 
@@ -61,7 +61,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Optimiser state, "parameter/quantity" -> CPU tensor; a collective: every rank calls it."""
+        """Optimizer state, "parameter/quantity" -> CPU tensor; a collective: every rank calls it."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -72,15 +72,15 @@ class Engine(Protocol):
 
 
 def _collect(
-    module: nn.Module, fragments: list[Fragment], optimiser: torch.optim.Optimizer, shared: bool
+    module: nn.Module, fragments: list[Fragment], optimizer: torch.optim.Optimizer, shared: bool
 ) -> dict[str, Tensor]:
-    """Optimiser state by parameter name; `shared` when each rank holds only some fragments.
+    """Optimizer state by parameter name; `shared` when each rank holds only some fragments.
 
     Every rank runs the same collectives in the same order, so the quantities are agreed on first.
     """
     quantities: dict[str, bool] = {}
     for fragment in fragments:
-        for key in optimiser.state.get(fragment.holder, {}):
+        for key in optimizer.state.get(fragment.holder, {}):
             quantities[key] = key != "step"  # the one quantity that is a number and not one for each weight
     if shared:
         gathered: list[dict[str, bool] | None] = [None] * dist.get_world_size()
@@ -97,7 +97,7 @@ def _collect(
             flat = torch.zeros(parameter.numel() if quantities[key] else 1, device=parameter.device)
             found = torch.zeros(1, device=parameter.device)
             for fragment in by_name.get(name, []):
-                value = optimiser.state.get(fragment.holder, {}).get(key)
+                value = optimizer.state.get(fragment.holder, {}).get(key)
                 if value is None:
                     continue
                 found += 1
@@ -117,17 +117,17 @@ def _collect(
     return state
 
 
-def _restore(fragments: list[Fragment], optimiser: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+def _restore(fragments: list[Fragment], optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         name, quantity = key.rsplit("/", 1)
         by_name.setdefault(name, {})[quantity] = value
     for fragment in fragments:
-        held = optimiser.state[fragment.holder]
+        held = optimizer.state[fragment.holder]
         for quantity, value in by_name.get(fragment.name, {}).items():
             if quantity == "step":
-                # Fused optimisers keep the count beside the parameter, the others on the host.
-                fused = optimiser.param_groups[0].get("fused")
+                # Fused optimizers keep the count beside the parameter, the others on the host.
+                fused = optimizer.param_groups[0].get("fused")
                 held[quantity] = value.clone().to(fragment.holder.device if fused else "cpu")
                 continue
             if quantity not in held:
@@ -144,8 +144,8 @@ def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimiser.param_groups:
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
         group["lr"] = rate
 
 
@@ -158,7 +158,7 @@ class TorchEngine:
     def __init__(
         self,
         module: nn.Module,
-        optimiser: OptimiserFactory,
+        optimizer: OptimizerFactory,
         accumulation: int,
         memory_format: torch.memory_format = torch.contiguous_format,
         moved: Callable[[], None] | None = None,
@@ -166,7 +166,7 @@ class TorchEngine:
         self.module = module.to(memory_format=memory_format)
         self.memory_format = memory_format
         self._named = _trainable(module)
-        self._optimiser = optimiser([p for _, p in self._named])
+        self._optimizer = optimizer([p for _, p in self._named])
         self._accumulation = accumulation
         self._moved = moved
         self._micro = 0
@@ -181,24 +181,24 @@ class TorchEngine:
                 if p.grad is None:
                     # As DeepSpeed does, so that a layer no longer in use ages alike in both engines.
                     p.grad = torch.zeros_like(p)
-            self._optimiser.step()
-            self._optimiser.zero_grad(set_to_none=True)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
             if self._moved is not None:
                 self._moved()
 
-    def settle(self) -> None: ...
+    def wait(self) -> None: ...
 
     def set_rate(self, rate: float) -> None:
-        _set_rate(self._optimiser, rate)
+        _set_rate(self._optimizer, rate)
 
     def _fragments(self) -> list[Fragment]:
         return [Fragment(name, p, p, 0, 0, p.numel()) for name, p in self._named]
 
     def state(self) -> dict[str, Tensor]:
-        return _collect(self.module, self._fragments(), self._optimiser, shared=False)
+        return _collect(self.module, self._fragments(), self._optimizer, shared=False)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        _restore(self._fragments(), self._optimiser, state)
+        _restore(self._fragments(), self._optimizer, state)
 
     def close(self) -> None:
         pass
@@ -208,8 +208,8 @@ class TorchEngine:
 _REDUCTION = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients")
 
 
-def own_reduction(config: dict[str, Any]) -> bool:
-    """Whether under this DeepSpeed configuration gradients are averaged by `Reducer`, and not by DeepSpeed."""
+def uses_own_reducer(config: dict[str, Any]) -> bool:
+    """Whether under this DeepSpeed configuration gradients are averaged by `GradientReducer`, and not by DeepSpeed."""
     stage = (config.get("zero_optimization") or {}).get("stage", 0)
     return not stage and not any(key in config for key in _REDUCTION)
 
@@ -250,9 +250,9 @@ class DeepSpeedEngine:
     The step calls `module` and never the engine's own forward: under a gradient penalty the engine's forward hooks
     would see the inner gradient as a backward of their own and fail.
 
-    Under ZeRO 0 gradients are reduced by `Reducer`: DeepSpeed would do so in one piece when the backward is over. The
-    weights are then in `memory_format`, and move only when `module` is next called, or at `settle`; ZeRO 1 and 2 move
-    them at once, flatten them and know no layout but the contiguous one.
+    Under ZeRO 0 gradients are reduced by `GradientReducer`: DeepSpeed would do so in one piece when the backward is
+    over. The weights are then in `memory_format`, and move only when `module` is next called, or at `wait`; ZeRO 1 and
+    2 move them at once, flatten them and know no layout but the contiguous one.
 
     Args:
         waiting: runs while this rank waits for others.
@@ -265,7 +265,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         module: nn.Module,
-        optimiser: OptimiserFactory,
+        optimizer: OptimizerFactory,
         config: dict[str, Any],
         waiting: Stopwatch,
         timeout: float = 600.0,
@@ -277,25 +277,25 @@ class DeepSpeedEngine:
 
         named = _trainable(module)
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimiser([p for _, p in named]), config=config, dist_init_required=False
+            model=module, optimizer=optimizer([p for _, p in named]), config=config, dist_init_required=False
         )
         if dist.get_world_size() > 1:
             bound(self._engine.data_parallel_group, timeout)  # made with torch's default, half an hour
         self.module = self._engine.module
         self._stage = self._engine.zero_optimization_stage()
-        self._reducer: Reducer | None = None
+        self._reducer: GradientReducer | None = None
         self._pending = False
         self._moved = moved
         self.memory_format = torch.contiguous_format
-        if own_reduction(config):
+        if uses_own_reducer(config):
             # Not before: when it starts, DeepSpeed views the weights as bytes, which only contiguous ones can be.
             self.module.to(memory_format=memory_format)
             self.memory_format = memory_format
-        if dist.get_world_size() > 1 and own_reduction(config):
+        if dist.get_world_size() > 1 and uses_own_reducer(config):
             self._engine.enable_backward_allreduce = False
             if dist.get_rank(group) >= 0:
-                self._reducer = Reducer(self.module, waiting, group)
-                self.module.register_forward_pre_hook(lambda *_: self.settle())
+                self._reducer = GradientReducer(self.module, waiting, group)
+                self.module.register_forward_pre_hook(lambda *_: self.wait())
         elif dist.get_world_size() > 1:
             _count_waiting(self._engine, waiting)
 
@@ -316,7 +316,7 @@ class DeepSpeedEngine:
         if self._moved is not None and last:
             self._moved()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         if not self._pending:
             return
         assert self._reducer is not None
@@ -327,12 +327,12 @@ class DeepSpeedEngine:
             self._moved()
 
     def set_rate(self, rate: float) -> None:
-        self.settle()  # a step that is still to be done has the rate before
+        self.wait()  # a step that is still to be done has the rate before
         _set_rate(self._base(), rate)
 
     def _base(self) -> torch.optim.Optimizer:
-        optimiser = self._engine.optimizer
-        return optimiser.optimizer if self._stage else optimiser
+        optimizer = self._engine.optimizer
+        return optimizer.optimizer if self._stage else optimizer
 
     def _fragments(self) -> list[Fragment]:
         named = _trainable(self.module)
@@ -364,7 +364,7 @@ class DeepSpeedEngine:
 
 _OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _REFUSED = {
-    "optimizer": "the optimiser is set by --optimiser, --lr-g and --lr-d",
+    "optimizer": "the optimizer is set by --optimizer, --lr-g and --lr-d",
     "scheduler": "learning rates are set by --lr-g, --lr-d and --lr-decay",
     "fp16": "half precision is set by --precision",
     "bf16": "half precision is set by --precision",
@@ -402,9 +402,9 @@ def deepspeed_config(
         try:
             given = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise ArgumentError("--deepspeed-config", path, f"it may be a readable JSON file ({error})") from None
+            raise ArgumentError("--deepspeed-config", path, f"must be a readable JSON file ({error})") from None
         if not isinstance(given, dict):
-            raise ArgumentError("--deepspeed-config", path, "it may be a JSON object")
+            raise ArgumentError("--deepspeed-config", path, "must be a JSON object")
         for key, why in _REFUSED.items():
             section = given.get(key)
             if section and not (isinstance(section, dict) and section.get("enabled") is False):

@@ -22,7 +22,7 @@ class _Bucket:
         first = parameters[0]
         self.buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
         pieces = self.buffer.split([p.numel() for p in parameters])
-        # With the parameter's own strides, which fused optimisers take for granted.
+        # With the parameter's own strides, which fused optimizers take for granted.
         self.views = [
             piece.as_strided(p.shape, torch.empty_like(p, device="meta").stride(), piece.storage_offset())
             for piece, p in zip(pieces, parameters, strict=True)
@@ -41,14 +41,14 @@ class _Bucket:
         self.work = dist.all_reduce(self.buffer, group=group, async_op=True)
 
 
-class Reducer:
-    """Averages the gradients of a module over ranks, once for each optimiser step.
+class GradientReducer:
+    """Averages the gradients of a module over ranks, once for each optimizer step.
 
     A bucket is sent once its last gradient is there, in one order on all ranks; NCCL and gloo both work on it while
     the backward goes on. In which order gradients appear is seen in the first step, which sends all of them at its
     end; the first rank's order is everybody's. The average is left in `.grad`, as a view of the bucket.
 
-    Usage: `expect` before the backward of an optimiser step's last micro-batch, `flush` after it, and `finish` before
+    Usage: `expect` before the backward of an optimizer step's last micro-batch, `flush` after it, and `finish` before
     the gradients are used: what a rank computes in between does not wait for the others.
 
     Args:

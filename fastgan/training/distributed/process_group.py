@@ -18,22 +18,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgan.errors import ArgumentError
-from fastgan.training.resilience.heartbeat import FAULT, Liveness, host, joining
+from fastgan.training.resilience.heartbeat import FAULT, Heartbeat, host, joining
 
 _STORES: list[Any] = []
 """What `start` has met over; rank 0's is the server of the process group's own store too, at the same port."""
 
 
 @dataclass(frozen=True)
-class World:
-    """One process among `size`; `engine` is deepspeed or torch, `reason` says why, `lives` watches over the others."""
+class ProcessGroup:
+    """One process among `size`.
+
+    Attributes:
+        rank, size: its number, and how many there are.
+        device: where it computes.
+        engine, reason: deepspeed or torch, and why.
+        heartbeat: watches over the others, if there are any.
+    """
 
     rank: int
     size: int
     device: torch.device
     engine: str
     reason: str
-    lives: Liveness | None = None
+    heartbeat: Heartbeat | None = None
 
     @property
     def main(self) -> bool:
@@ -68,13 +75,13 @@ class World:
         return values
 
     def guard(self) -> contextlib.AbstractContextManager[None]:
-        """Around a rank's work; see `Liveness.guard`."""
-        return self.lives.guard() if self.lives is not None else contextlib.nullcontext()
+        """Around a rank's work; see `Heartbeat.guard`."""
+        return self.heartbeat.guard() if self.heartbeat is not None else contextlib.nullcontext()
 
     def done(self) -> None:
         """Say that this rank's work is done; without it, those that are slower to leave take its end for a death."""
-        if self.lives is not None:
-            self.lives.close()
+        if self.heartbeat is not None:
+            self.heartbeat.close()
 
 
 def launched() -> bool:
@@ -147,7 +154,7 @@ def start(
     deepspeed_config: str | None = None,
     timeout: float = 600.0,
     hosts: Sequence[str] = (),
-) -> World:
+) -> ProcessGroup:
     """Join the processes of this run, which from then on wait no longer than `timeout` seconds for one another.
 
     Args:
@@ -162,24 +169,24 @@ def start(
     name, reason = _pick_engine(engine, needed)
     size = int(os.environ["WORLD_SIZE"]) if launched() else 1
     if name == "torch" and size > 1:
-        raise ArgumentError("--engine", name, f"it may be deepspeed with {size} processes")
+        raise ArgumentError("--engine", name, f"must be deepspeed with {size} processes")
     place = pick_device(device)
     use_cuda = place.type == "cuda"
-    lives = None
+    heartbeat = None
     if name == "deepspeed":
         quiet_deepspeed(place.type)
         import deepspeed
 
         if not launched():
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        lives = _meet(size, timeout, hosts) if size > 1 else None
+        heartbeat = _meet(size, timeout, hosts) if size > 1 else None
         if not dist.is_initialized():
             try:
-                with contextlib.redirect_stdout(None), lives.guard() if lives else contextlib.nullcontext():
+                with contextlib.redirect_stdout(None), heartbeat.guard() if heartbeat else contextlib.nullcontext():
                     deepspeed.init_distributed(
                         dist_backend="nccl" if use_cuda else "gloo",
                         auto_mpi_discovery=False,
-                        # Longer than `lives` waits, which knows whom it waits for.
+                        # Longer than `heartbeat` waits, which knows whom it waits for.
                         timeout=datetime.timedelta(seconds=2 * joining(timeout)),
                         verbose=False,
                     )
@@ -188,10 +195,10 @@ def start(
     if size > 1:
         bound(None, timeout)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return World(rank, size, place, name, reason, lives)
+    return ProcessGroup(rank, size, place, name, reason, heartbeat)
 
 
-def _meet(size: int, timeout: float, hosts: Sequence[str]) -> Liveness:
+def _meet(size: int, timeout: float, hosts: Sequence[str]) -> Heartbeat:
     """Watch over the others from before the backend connects to them: who does not come, or dies on the way, is named.
 
     Over a store at MASTER_ADDR:MASTER_PORT, as torch's `env://` has it: rank 0's, unless torchrun has one there.
@@ -210,11 +217,11 @@ def _meet(size: int, timeout: float, hosts: Sequence[str]) -> Liveness:
                 store.set("heartbeat", json.dumps(value))
             return json.loads(store.get("heartbeat"))
 
-        lives = Liveness(rank, size, int(os.environ.get("LOCAL_RANK", "0")), address, timeout, first, hosts)
+        heartbeat = Heartbeat(rank, size, int(os.environ.get("LOCAL_RANK", "0")), address, timeout, first, hosts)
     except (RuntimeError, OSError) as error:
         _alone(error)
     _STORES.append(tcp)
-    return lives
+    return heartbeat
 
 
 def _alone(error: Exception) -> NoReturn:
@@ -225,7 +232,7 @@ def _alone(error: Exception) -> NoReturn:
     os._exit(FAULT)
 
 
-def join(device: str) -> World:
+def join(device: str) -> ProcessGroup:
     """Join the processes of a launcher, if one started this, for work that trains nothing and needs no engine.
 
     Raises:
@@ -236,7 +243,7 @@ def join(device: str) -> World:
         # What is exchanged is gathered as plain objects on the host, once.
         dist.init_process_group("gloo", timeout=datetime.timedelta(hours=2))
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return World(rank, size, place, "torch", "nothing is trained")
+    return ProcessGroup(rank, size, place, "torch", "nothing is trained")
 
 
 def pick_device(device: str) -> torch.device:
@@ -246,7 +253,7 @@ def pick_device(device: str) -> torch.device:
         ArgumentError: there is no GPU, or there are fewer than processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("--device", device, "it may be cpu: torch sees no GPU here")
+        raise ArgumentError("--device", device, "must be cpu; torch sees no GPU here")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

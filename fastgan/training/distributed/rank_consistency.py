@@ -11,11 +11,11 @@ import torch
 from fastgan import __version__
 from fastgan.config import Config, Schedule, batch_at, to_dict
 from fastgan.errors import ArgumentError
-from fastgan.training.distributed.process_group import World
+from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.resilience.heartbeat import host
 
 
-def same(world: World, values: dict[str, Any]) -> None:
+def same(world: ProcessGroup, values: dict[str, Any]) -> None:
     """Refuse a rank whose `values` (by the name that an error gives them) are not those of rank 0; a collective.
 
     Clocks are not compared: nothing in a run is computed from the time, and the run's name is rank 0's.
@@ -32,7 +32,7 @@ def same(world: World, values: dict[str, Any]) -> None:
                 if not world.main:
                     raise SystemExit(2)
                 raise ArgumentError(
-                    f"{key} on {name} (rank {rank})", theirs[key], f"it may be {ours!r}, as on {first_host} (rank 0)"
+                    f"{key} on {name} (rank {rank})", theirs[key], f"must be {ours!r}, as on {first_host} (rank 0)"
                 )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgan.data.images import save_sheet
+from fastgan.utils.text import readable_duration
 
 
 def save_grid(images: Tensor, path: Path, *, size: int | None = None, columns: int | None = None) -> None:
@@ -24,12 +25,6 @@ def save_grid(images: Tensor, path: Path, *, size: int | None = None, columns: i
     """
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     save_sheet(pixels.numpy(), path, size=size, columns=columns)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 def _without_events(error: threading.ExceptHookArgs, default: Callable[..., object] = threading.excepthook) -> None:
@@ -126,7 +121,7 @@ class Log:
         if self._bar is not None:
             self._bar.set_postfix_str(f"{speed:.0f} img/s, {shown}, {stage}")
         else:
-            left = _duration(max(self._total - row["images"], 0) / max(speed, 1e-9))
+            left = readable_duration(max(self._total - row["images"], 0) / max(speed, 1e-9))
             self.line(
                 f"{row['images'] / 1000:9.1f}/{self._total / 1000:.0f} kimg  {speed:7.1f} img/s  {shown}  {stage}  "
                 f"{left} left"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 _NEVER = 2**31 - 1
 
 
-class FiniteCheck:
+class NonFiniteDetector:
     """Remembers on the device, for each watched tensor, the first step at which it was not finite.
 
     Gradients are seen by hooks on the parameters, before any engine reduces, partitions or frees them.

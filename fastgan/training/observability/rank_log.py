@@ -24,7 +24,7 @@ from fastgan import __version__
 from fastgan.utils.system import device_name
 
 if TYPE_CHECKING:
-    from fastgan.training.distributed.process_group import World
+    from fastgan.training.distributed.process_group import ProcessGroup
 
 LOGGER = logging.getLogger("fastgan.rank")
 
@@ -48,7 +48,7 @@ def _versions() -> str:
 
 
 @contextlib.contextmanager
-def rank_log(run: Path, world: World) -> Iterator[None]:
+def rank_log(run: Path, world: ProcessGroup) -> Iterator[None]:
     """Log into the run directory inside: a first line of who this is, and a last one if an exception ends it."""
     path = run / "logs" / f"rank-{world.rank:04d}.log"
     handler: logging.Handler

@@ -16,7 +16,7 @@ from fastgan.training.observability.rank_log import LOGGER
 from fastgan.utils.timers import Stopwatch
 
 if TYPE_CHECKING:
-    from fastgan.training.distributed.process_group import World
+    from fastgan.training.distributed.process_group import ProcessGroup
 
 _SLOW = 2.0
 
@@ -59,13 +59,13 @@ class Report:
         )
 
 
-class Pace:
+class StragglerDetector:
     """Times a rank's steps, less what it spends waiting for others. Nothing is read back before `report`.
 
     What is left is its own: computing, waiting for data, and on a CPU the copying of what is sent.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: ProcessGroup) -> None:
         self._world = world
         self._step = Stopwatch(world.device)
         self.waiting = Stopwatch(world.device)

@@ -52,7 +52,7 @@ class _Peer:
         self.heard = time.monotonic()
 
 
-class Liveness:
+class Heartbeat:
     """The watch of one rank over the others; made before they join in anything else, closed by each when it is done.
 
     Args:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fastgan.training.observability.rank_log import LOGGER
 
 if TYPE_CHECKING:
-    from fastgan.training.distributed.process_group import World
+    from fastgan.training.distributed.process_group import ProcessGroup
 
 _READER_GONE = threading.Event()
 
@@ -72,25 +72,25 @@ def readers_may_go() -> Iterator[None]:
         sys.stdout, sys.stderr = out, err
 
 
-class Interrupt:
+class SignalHandler:
     """SIGINT and SIGTERM as a request to stop after the step, agreed on by all ranks without stalling any.
 
     Each step's agreement is collected at the next one, so that its all-reduce (over gloo, of one host integer)
     overlaps the step. A second SIGINT interrupts at once.
     """
 
-    def __init__(self, world: World, timeout: float) -> None:
+    def __init__(self, world: ProcessGroup, timeout: float) -> None:
         self.signal: int | None = None
         self._stopping = False
         self._group: Any = None
-        self._lives = world.lives
+        self._heartbeat = world.heartbeat
         if world.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         self._flag = torch.zeros((), dtype=torch.int32)
         self._work: Any = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._receive)
@@ -117,8 +117,8 @@ class Interrupt:
         stop = False
         if self._work is not None:
             self._work.wait()
-            if self._lives is not None:
-                self._lives.together()
+            if self._heartbeat is not None:
+                self._heartbeat.together()
             stop = self._stopping = bool(self._flag.item())
         self._flag.fill_(int(asked))
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)

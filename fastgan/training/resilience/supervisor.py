@@ -68,13 +68,13 @@ def asked(argv: list[str]) -> Supervision | None:
     for name, least in (("max_restarts", 0), ("min_nodes", 1), ("ssh_port", 1)):
         text = getattr(given, name)
         if text is not None and (not text.isdecimal() or int(text) < least):
-            raise ArgumentError(f"--{name.replace('_', '-')}", text, f"it may be a whole number, {least} or more")
+            raise ArgumentError(f"--{name.replace('_', '-')}", text, f"must be a whole number, {least} or more")
         numbers[name] = None if text is None else int(text)
     hostfile = None if given.hostfile is None else Path(given.hostfile)
     hosts = {} if hostfile is None else read_hostfile(hostfile)
     least_nodes = numbers["min_nodes"]
     if least_nodes is not None and least_nodes > max(len(hosts), 1):
-        raise ArgumentError("--min-nodes", least_nodes, f"it may be at most {max(len(hosts), 1)}, the hosts there are")
+        raise ArgumentError("--min-nodes", least_nodes, f"must be at most {max(len(hosts), 1)}, the hosts there are")
     return Supervision(numbers["max_restarts"] or 0, least_nodes, hosts, hostfile, numbers["ssh_port"], rest)
 
 
@@ -87,7 +87,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError("--hostfile", str(path), f"it may be a readable file ({error})") from None
+        raise ArgumentError("--hostfile", str(path), f"must be a readable file ({error})") from None
     hosts: dict[str, int] = {}
     for line in lines:
         words = line.split("#")[0].split()

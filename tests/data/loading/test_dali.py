@@ -25,7 +25,7 @@ LIMIT = 1.5  # mean absolute difference of 255
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Something like a photograph: every scale has half the contrast of the one above, colours are related."""
+    """Something like a photograph: every scale has half the contrast of the one above, colors are related."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
     for octave in range(2, 8):
@@ -93,7 +93,7 @@ def save_all(path: Path) -> None:
     image.save(path / "rgb.ppm")
     image.save(path / "rgb.tif")
     for kind, suffix in (("JPEG", "jpg"), ("PNG", "png"), ("BMP", "bmp"), ("PPM", "pgm"), ("TIFF", "tif")):
-        image.convert("L").save(path / f"grey.{suffix}", kind)
+        image.convert("L").save(path / f"gray.{suffix}", kind)
     image.convert("CMYK").save(path / "cmyk.jpg")
     image.convert("P").save(path / "palette.png")
     image.convert("1").save(path / "bits.png")
@@ -173,7 +173,7 @@ def test_without_dali_auto_takes_torch(folder: Path, monkeypatch: pytest.MonkeyP
     with auto(folder) as pipeline:
         assert pipeline.kind[0] == "torch"
         assert "DALI is not installed (pip install 'fastgan[dali]')" in pipeline.describe()
-    with pytest.raises(ArgumentError, match=r"--pipeline: was 'dali'; .*pip install 'fastgan\[dali\]'"):
+    with pytest.raises(ArgumentError, match=r"--pipeline 'dali': .*pip install 'fastgan\[dali\]'"):
         fastgan.data.open(f"folder:{folder}", 32, pipeline="dali")
 
 

@@ -85,7 +85,7 @@ def test_c_looks_at_what_it_is_given() -> None:
     one, two = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 3])
     for arguments, words in {
         (one, one, one, 4): "starts",
-        (one, two, one - 1, 4): "indices: was -1; it may be 0 to 2",
+        (one, two, one - 1, 4): "indices must be 0 to 2, got -1",
         (one, two, one, 0): "bytes: was 0",
         (one, two, one.int(), 4): "Int",
     }.items():

@@ -198,7 +198,7 @@ def test_mirror_flips_left_to_right() -> None:
         torch.testing.assert_close(mirror[i], plain[i].flip(2) if flip else plain[i], rtol=0, atol=0)
 
 
-def test_unlabelled_folder(tmp_path: Path) -> None:
+def test_unlabeled_folder(tmp_path: Path) -> None:
     for i in range(3):
         Image.fromarray(np.full((16, 16), 80 * i, np.uint8)).save(tmp_path / f"{i}.png")
     source = open_source(f"folder:{tmp_path}", 8)

@@ -176,12 +176,12 @@ def test_auto_takes_the_cache_where_there_is_one(sets: dict[str, Path]) -> None:
 
 
 def test_cache_that_cannot_last_is_refused_at_the_start(sets: dict[str, Path]) -> None:
-    with pytest.raises(ArgumentError, match=r"--pipeline: was 'cache'; at 16 px decoded .* --cache-to 16"):
+    with pytest.raises(ArgumentError, match=r"--pipeline 'cache': at 16 px decoded .* --cache-to 16"):
         fastgan.data.open(str(sets["dali"]), 4, pipeline="cache", target=16, resident_bytes=0)
 
 
 def test_dali_without_image_files_is_refused(sets: dict[str, Path]) -> None:
-    with pytest.raises(ArgumentError, match=r"--pipeline: was 'dali'; .* has no image files to decode"):
+    with pytest.raises(ArgumentError, match=r"--pipeline 'dali': .* has no image files to decode"):
         fastgan.data.open(str(sets["cache"]), 4, pipeline="dali", target=16)
 
 

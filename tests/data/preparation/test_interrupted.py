@@ -172,7 +172,7 @@ def test_interrupted_by_hand_it_says_how_to_go_on(photos: Path, whole: dict[str,
     kept = contents(dst / "cache")
     other = run(photos, dst, "--quality", "90")
     assert other.returncode == 2
-    assert f"--quality: was 90; {dst} was begun with 95; delete it to begin anew" in other.stderr
+    assert f"--quality 90: {dst} was begun with 95; delete it to begin anew" in other.stderr
     new = save(photos / "a" / "new.png", noise(128, 128, 3))
     more = run(photos, dst)
     new.unlink()
@@ -203,7 +203,7 @@ def test_two_at_once_are_refused(photos: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGSTOP)
         second = run(photos, dst)
         assert second.returncode == 2
-        assert f"DST: was {str(dst)!r}; another prepare is at work on it" in second.stderr
+        assert f"DST {str(dst)!r}: another prepare is at work on it" in second.stderr
     finally:
         process.kill()
         process.wait(timeout=30)
@@ -220,7 +220,7 @@ def test_full_disk(photos: Path, whole: dict[str, bytes], tmp_path: Path) -> Non
         failed = run(photos, dst, "--workers", workers, preexec_fn=limit)
         assert failed.returncode == 2
         (line,) = [line for line in failed.stderr.splitlines() if line.startswith("fastgan:")]
-        assert line.startswith(f"fastgan: DST: was {str(dst)!r}; it cannot be written ({dst}/encoded/")
+        assert line.startswith(f"fastgan: DST {str(dst)!r}: it cannot be written ({dst}/encoded/")
         assert ".tar: File too large" in line and "the same command goes on" in line
         assert not is_prepared(dst)
         assert not list(dst.rglob("0128/*.tar"))
@@ -270,7 +270,7 @@ def test_a_source_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(5, "Input/output error", str(tmp_path / "a.zip"))
 
     monkeypatch.setattr(Zip, "_rows", broken)
-    with pytest.raises(ArgumentError, match=r"SRC: was 'zip a.zip'; it cannot be read \(.*a.zip: Input/output error"):
+    with pytest.raises(ArgumentError, match=r"SRC 'zip a.zip': it cannot be read \(.*a.zip: Input/output error"):
         prepare(str(tmp_path / "a.zip"), tmp_path / "set", workers=1)
     assert not (tmp_path / "set").exists()
 

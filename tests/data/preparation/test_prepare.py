@@ -67,7 +67,7 @@ def photos(tmp_path: Path) -> Path:
     )
     for i, name in enumerate(names):
         save(tmp_path / "photos" / name, noise(16, 16, 3, seed=i))
-    save(tmp_path / "photos" / "a" / "grey.png", noise(16, 16, seed=99))
+    save(tmp_path / "photos" / "a" / "gray.png", noise(16, 16, seed=99))
     return tmp_path / "photos"
 
 
@@ -121,9 +121,9 @@ def test_encoded_resolutions(photos: Path, tmp_path: Path) -> None:
 
 
 def test_channels_and_fit(photos: Path, tmp_path: Path) -> None:
-    grey = make(photos, tmp_path / "grey", channels=1)
+    gray = make(photos, tmp_path / "gray", channels=1)
     agreed = open_source(f"folder:{photos}", 16, channels=1)
-    np.testing.assert_array_equal(pixels(grey, 16), np.stack([agreed.read(i, 16) for i in range(10)]))
+    np.testing.assert_array_equal(pixels(gray, 16), np.stack([agreed.read(i, 16) for i in range(10)]))
     wide = noise(8, 32, 3)
     save(tmp_path / "wide" / "a.png", wide)
     fitted = pixels(make(tmp_path / "wide", tmp_path / "fit", fit=True, cache_to=32), 32)[0]
@@ -131,7 +131,7 @@ def test_channels_and_fit(photos: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(fitted[:, 12:20], wide.transpose(2, 0, 1))
 
 
-def test_grey_folder_has_one_channel(tmp_path: Path) -> None:
+def test_gray_folder_has_one_channel(tmp_path: Path) -> None:
     save(tmp_path / "src" / "a.png", noise(8, 8))
     assert make(tmp_path / "src", tmp_path / "set").channels == 1
 
@@ -258,7 +258,7 @@ def test_another_prepared_set(photos: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(second, 8), pixels(first, 8))
     np.testing.assert_array_equal(second.labels(), first.labels())
     assert (second.classes(), list(second.names())) == (first.classes(), list(first.names()))
-    assert make(tmp_path / "first", tmp_path / "grey", channels=1).channels == 1
+    assert make(tmp_path / "first", tmp_path / "gray", channels=1).channels == 1
     assert "--resolution" in refusal(tmp_path / "first", tmp_path / "third", resolution=32)
 
 

@@ -9,7 +9,7 @@ import ranks
 import resumes
 import torch
 
-from fastgan.training.distributed.process_group import World
+from fastgan.training.distributed.process_group import ProcessGroup
 
 SCRIPT = Path(resumes.__file__)
 
@@ -18,7 +18,7 @@ SCRIPT = Path(resumes.__file__)
 def test_a_run_moves_to_one_rank_and_back(tmp_path: Path) -> None:
     """pggan, in the fade after a growth; two ranks under ZeRO 2, one with plain torch."""
     ranks.launch(SCRIPT, [resumes.case(None, "two", "pggan", 2, 12)], tmp_path, 2)
-    world = World(0, 1, torch.device("cpu"), "torch", "alone")
+    world = ProcessGroup(0, 1, torch.device("cpu"), "torch", "alone")
     for case in (resumes.case("two", "moved", "pggan", 0, 0), resumes.case("two", "alone", "pggan", 0, 4)):
         resumes.go_on(case, world, tmp_path)
     resumes.assert_moved(tmp_path / "two", tmp_path / "moved")

@@ -179,7 +179,7 @@ def test_buckets_are_sent_as_soon_as_they_are_whole(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(gradient_reducer.dist, "all_reduce", all_reduce)
     monkeypatch.setattr(gradient_reducer, "pack", lambda sizes: [[2 * i, 2 * i + 1] for i in range(2)] + [[4]])
-    reducer = gradient_reducer.Reducer(module, gradient_reducer.Stopwatch(torch.device("cpu")))
+    reducer = gradient_reducer.GradientReducer(module, gradient_reducer.Stopwatch(torch.device("cpu")))
     for p in module.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda _: done.append(1))

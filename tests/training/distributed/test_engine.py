@@ -20,7 +20,7 @@ from fastgan.training.distributed.engine import (
     _collect,
     _restore,
     deepspeed_config,
-    own_reduction,
+    uses_own_reducer,
 )
 from fastgan.training.factory import rates
 
@@ -45,11 +45,11 @@ def test_accumulated_micro_batches_equal_the_batch() -> None:
 
     x, plain = torch.randn(8, 3), network()
     whole, parts = TorchEngine(network(), sgd, 1), TorchEngine(network(), sgd, 2)
-    optimiser = sgd(list(plain.parameters()))
+    optimizer = sgd(list(plain.parameters()))
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         plain(x).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
         whole.backward(whole.module(x).square().mean())
         whole.step()
         for half in x.split(4):
@@ -73,14 +73,14 @@ def test_a_rate_is_that_of_the_next_step() -> None:
 
 
 def test_rates_fall_over_the_end_of_a_run() -> None:
-    config = replace(Config(), optimiser={"lr_g": 1.0, "lr_d": 0.5, "lr_decay": 0.25}, schedule={"kimg": 8.0})
+    config = replace(Config(), optimizer={"lr_g": 1.0, "lr_d": 0.5, "lr_decay": 0.25}, schedule={"kimg": 8.0})
     assert [rates(config, n) for n in (0, 6000, 7000, 7900)] == [
         (1.0, 0.5),
         (1.0, 0.5),
         (0.5, 0.25),
         pytest.approx((0.05, 0.025)),
     ]
-    constant = replace(config, optimiser={"lr_decay": 0.0})
+    constant = replace(config, optimizer={"lr_decay": 0.0})
     assert rates(constant, 7999) == (1.0, 0.5)
 
 
@@ -109,7 +109,7 @@ def test_state_goes_on_in_another_engine() -> None:
 
 
 def test_state_of_a_rank_that_holds_pieces() -> None:
-    """As under ZeRO: the optimiser knows one flat tensor, of parts of parameters; what others hold is theirs to add."""
+    """As under ZeRO: the optimizer knows one flat tensor, of parts of parameters; what others hold is theirs to add."""
     module = nn.ParameterDict({"a": torch.zeros(2, 3), "b": torch.zeros(4), "c": torch.zeros(2)})
     holder = torch.zeros(9)
     fragments = [Fragment("a", module["a"], holder, 3, 1, 5), Fragment("b", module["b"], holder, 0, 2, 2)]
@@ -119,11 +119,11 @@ def test_state_of_a_rank_that_holds_pieces() -> None:
         "a/step": torch.tensor(4.0),
         "b/step": torch.tensor(4.0),
     }
-    optimiser = torch.optim.Adam([holder])
-    _restore(fragments, optimiser, whole)
-    assert optimiser.state[holder]["exp_avg"].tolist() == [9, 10, 0, 2, 3, 4, 5, 6, 0]
-    assert optimiser.state[holder]["step"] == 4
-    found = _collect(module, fragments, optimiser, shared=False)
+    optimizer = torch.optim.Adam([holder])
+    _restore(fragments, optimizer, whole)
+    assert optimizer.state[holder]["exp_avg"].tolist() == [9, 10, 0, 2, 3, 4, 5, 6, 0]
+    assert optimizer.state[holder]["step"] == 4
+    found = _collect(module, fragments, optimizer, shared=False)
     assert {key: value.tolist() for key, value in found.items()} == {
         "a/exp_avg": [[0, 2, 3], [4, 5, 6]],
         "b/exp_avg": [0, 0, 9, 10],
@@ -174,13 +174,13 @@ def test_built_configuration() -> None:
 )
 def test_who_averages_gradients(config: dict[str, object], ours: bool) -> None:
     """DeepSpeed where a user's file says how, or under ZeRO 1 and 2; else this package."""
-    assert own_reduction(config) is ours
+    assert uses_own_reducer(config) is ours
 
 
 @pytest.mark.parametrize(
     ("content", "zero", "words"),
     [
-        ({"optimizer": {"type": "Adam"}}, 0, "--optimiser"),
+        ({"optimizer": {"type": "Adam"}}, 0, "--optimizer"),
         ({"scheduler": {"type": "WarmupLR"}}, 0, "--lr-decay"),
         *[({key: {"enabled": True}}, 0, "--precision") for key in ("fp16", "bf16", "torch_autocast")],
         ({"train_batch_size": 7}, 0, "train_batch_size"),
@@ -197,7 +197,7 @@ def test_file_that_contradicts_the_run(tmp_path: Path, content: object, zero: in
         deepspeed_config(str(file), zero=zero, **SIZES)
 
 
-def test_file_is_honoured(tmp_path: Path) -> None:
+def test_file_is_honored(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     content = {"gradient_clipping": 0.5, "zero_optimization": {"stage": 2}, "train_batch_size": "auto"}
     file.write_text(json.dumps({**content, "bf16": {"enabled": False}}))

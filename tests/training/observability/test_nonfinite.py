@@ -6,25 +6,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgan.training.observability.nonfinite import FiniteCheck
+from fastgan.training.observability.nonfinite import NonFiniteDetector
 
 
-def watching() -> tuple[FiniteCheck, nn.Sequential]:
+def watching() -> tuple[NonFiniteDetector, nn.Sequential]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    check = FiniteCheck(torch.device("cpu"))
+    check = NonFiniteDetector(torch.device("cpu"))
     check.watch("discriminator", network)
     return check, network
 
 
-def step(check: FiniteCheck, number: int, loss: Tensor, name: str = "loss of the discriminator") -> None:
+def step(check: NonFiniteDetector, number: int, loss: Tensor, name: str = "loss of the discriminator") -> None:
     check.begin_step(number)
     loss.backward()
     check.loss(name, loss)
     check.close_step()
 
 
-def found(check: FiniteCheck) -> tuple[int, str] | None:
+def found(check: NonFiniteDetector) -> tuple[int, str] | None:
     return check.first_bad(check.pending())
 
 
@@ -38,7 +38,7 @@ def test_finite_stays_none() -> None:
 
 
 def test_nothing_watched() -> None:
-    check = FiniteCheck(torch.device("cpu"))
+    check = NonFiniteDetector(torch.device("cpu"))
     check.begin_step(0)
     check.close_step()
     assert found(check) is None
@@ -127,7 +127,7 @@ def test_networks_that_are_frozen_between_steps_are_still_watched() -> None:
 def test_frozen_parameters_are_not_watched() -> None:
     network = nn.Linear(2, 1)
     network.bias.requires_grad_(False)
-    check = FiniteCheck(torch.device("cpu"))
+    check = NonFiniteDetector(torch.device("cpu"))
     check.watch("generator", network)
     assert check.pending().shape == (1,)
 
@@ -145,7 +145,7 @@ def test_pending_of_ranks_is_reduced_by_minimum() -> None:
 
 def test_half_precision_gradients_are_measured_in_float32() -> None:
     network = nn.Linear(2, 1).bfloat16()
-    check = FiniteCheck(torch.device("cpu"))
+    check = NonFiniteDetector(torch.device("cpu"))
     check.watch("generator", network)
     check.begin_step(0)
     (network.weight * 1e38).sum().backward()

@@ -21,7 +21,7 @@ RANK = """
 import json, sys, time
 from pathlib import Path
 from fastgan.training.resilience import heartbeat
-from fastgan.training.resilience.heartbeat import Liveness
+from fastgan.training.resilience.heartbeat import Heartbeat
 heartbeat._START = 0.5
 rank, folder, does = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 told = folder / "told"
@@ -33,26 +33,26 @@ def broadcast(value):
     while not told.exists():
         time.sleep(0.01)
     return json.loads(told.read_text())
-lives = Liveness(rank, 3, 0, "127.0.0.1", float(sys.argv[4]), broadcast, sys.argv[5:])
+heartbeat_ = Heartbeat(rank, 3, 0, "127.0.0.1", float(sys.argv[4]), broadcast, sys.argv[5:])
 (folder / f"up{rank}").touch()
 while not all((folder / f"up{r}").exists() for r in range(3)):
     time.sleep(0.01)
-lives.run, lives.last_good = Path("RUN"), Path("RUN/checkpoints/kimg-1")
+heartbeat_.run, heartbeat_.last_good = Path("RUN"), Path("RUN/checkpoints/kimg-1")
 (folder / f"ready{rank}").touch()
-with lives.guard():
+with heartbeat_.guard():
     time.sleep(0.5)
     if does == "lost":
         raise RuntimeError("gloo: Connection closed by peer")
     if does == "bug":
         raise KeyError("mistake")
     if does == "mute":
-        lives._beat = 1e9
+        heartbeat_._beat = 1e9
     if does in ("mute", "meet"):
         for _ in range(30):
-            lives.together()
+            heartbeat_.together()
             time.sleep(0.1)
     time.sleep(60 if does == "hang" else 1)
-lives.close()
+heartbeat_.close()
 """
 
 

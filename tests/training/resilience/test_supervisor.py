@@ -90,7 +90,7 @@ def test_hostfile_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         file.write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(ArgumentError, match="--hostfile"):
             read_hostfile(file)
-    with pytest.raises(ArgumentError, match=r"--hostfile: was .*; it may be a readable file \(.*No such file"):
+    with pytest.raises(ArgumentError, match=r"--hostfile must be a readable file \(.*No such file, got .*"):
         read_hostfile(tmp_path / "nothing")
     assert train.main([*FLAGS, "--max-restarts", "-1"]) == 2
     assert "--max-restarts" in capsys.readouterr().err

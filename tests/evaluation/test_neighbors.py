@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgan.evaluation.neighbours import density_coverage, kernel_distance, precision_recall
+from fastgan.evaluation.neighbors import density_coverage, kernel_distance, precision_recall
 
 
 def normal(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -70,7 +70,7 @@ def test_density_and_coverage(shift: float) -> None:
 
 
 def test_balls_hold_what_lies_on_their_edge() -> None:
-    """Whole numbers on a line: the fifth neighbour of 0 is at 5, and so is an image that was generated there."""
+    """Whole numbers on a line: the fifth neighbor of 0 is at 5, and so is an image that was generated there."""
     real = torch.arange(6.0)[:, None]
     density, coverage = density_coverage(torch.tensor([[-5.0], [99.0]]), real)
     assert density == pytest.approx(1 / (5 * 2)) and coverage == pytest.approx(1 / 6)
@@ -93,6 +93,6 @@ def test_a_copy_of_few_is_precise_and_covers_little() -> None:
     assert density_coverage(fake, real)[1] < 0.3
 
 
-def test_density_needs_neighbours() -> None:
-    with pytest.raises(ValueError, match="real: had 5 vectors; 6 or more have 5 neighbours"):
+def test_density_needs_neighbors() -> None:
+    with pytest.raises(ValueError, match="real: had 5 vectors; 6 or more have 5 neighbors"):
         density_coverage(normal(9, 2, 0), normal(5, 2, 0))

@@ -34,7 +34,7 @@ def precision_recall(generated: Tensor, real: Tensor, *, k: int = 3) -> tuple[fl
     """Improved precision and recall (Kynkaanniemi et al. 2019), by torch-fidelity.
 
     Precision is the share of generated [N, D] that lie in the ball of a real one, recall that of real [M, D] in the
-    ball of a generated one; a ball reaches to the k-th nearest neighbour in its own set. Blocks of distances are
+    ball of a generated one; a ball reaches to the k-th nearest neighbor in its own set. Blocks of distances are
     1,000 rows high.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
@@ -45,20 +45,20 @@ def precision_recall(generated: Tensor, real: Tensor, *, k: int = 3) -> tuple[fl
 def density_coverage(generated: Tensor, real: Tensor, *, k: int = 5) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020, eqs. 3 and 5).
 
-    With balls around each real vector that reach to its k-th nearest real neighbour: density is the mean over
+    With balls around each real vector that reach to its k-th nearest real neighbor: density is the mean over
     generated [N, D] of the number of balls it lies in, divided by k (1 is expected of the real distribution, more is
     possible); coverage is the share of balls of real [M, D] that hold a generated vector.
 
     Raises:
-        ValueError: there are no k neighbours.
+        ValueError: there are no k neighbors.
     """
     if len(real) <= k:
-        raise ValueError(f"real: had {len(real)} vectors; {k + 1} or more have {k} neighbours")
+        raise ValueError(f"real: had {len(real)} vectors; {k + 1} or more have {k} neighbors")
     generated, real = generated.double(), real.double()
     inside = 0
     covered = 0
     for rows in real.split(1000):
-        # A vector is its own nearest, at distance zero; the k-th neighbour is the (k + 1)-th smallest.
+        # A vector is its own nearest, at distance zero; the k-th neighbor is the (k + 1)-th smallest.
         radius = torch.cdist(rows, real).kthvalue(k + 1, dim=1).values
         hits = torch.cdist(rows, generated) <= radius[:, None]
         inside += int(hits.sum())
