@@ -1,4 +1,4 @@
-"""What is stored: checkpoints of a run, written whole or not at all, read without unpickling anything.
+"""Checkpoints of a run: their layout on disk, written whole or not at all, read without unpickling anything.
 
     RUN/checkpoints/kimg-000123.456/
         generator.safetensors   moving average of the generator's weights: what samples are drawn from
@@ -6,7 +6,7 @@
         checkpoint.json         schema, variant, networks, images seen, size and hash of the files above
 
 The folder is written under another name, flushed to disk and renamed, which is atomic: a crash at any moment leaves the
-checkpoint before it, and what carries the final name is complete.
+checkpoint before it, and a folder with the final name is complete.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Checkpoint:
         return load_file(self.path / _GENERATOR)
 
     def training(self) -> dict[str, dict[str, Tensor]]:
-        """Everything else by group: "generator", "discriminator", "optimizer_g", "optimizer_d", "random"."""
+        """Everything else, by group: "generator", "discriminator", "optimizer_g", "optimizer_d", "random"."""
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in load_file(self.path / _TRAINING).items():
             group, name = key.split(":", 1)
@@ -87,9 +87,9 @@ def existing(run: Path) -> list[Path]:
 
 
 def recover(run: Path) -> None:
-    """Give a checkpoint its name back whose replacement was cut short between two renames.
+    """Restore the name of a checkpoint whose replacement stopped between two renames.
 
-    Only for whoever holds the run: another process may be between the two just now.
+    Only for the process that has locked the run: another one may be between the two right now.
     """
     for replaced in folder(run).glob(f"{_REPLACED}kimg-*"):
         final = replaced.with_name(replaced.name.removeprefix(_REPLACED))
@@ -104,23 +104,25 @@ def save(
     training: dict[str, dict[str, Tensor]],
     keep: int,
 ) -> Path:
-    """Write a checkpoint of `run` and drop others until `keep` are left, this one among them, the oldest first.
+    """Write a checkpoint of `run`, and delete the oldest ones until `keep` are left, this one among them.
 
     Args:
+        run: the run directory.
         meta: plain values; "images" (real images seen) names the checkpoint.
-        generator, training: as `Checkpoint` gives them back.
+        generator, training: as `Checkpoint.generator` and `Checkpoint.training` return them.
+        keep: how many checkpoints the run has afterwards.
 
     Returns:
         Its folder.
 
     Raises:
-        OSError: the disk is full or not writable; what was written so far is removed, older checkpoints stay.
+        OSError: the disk is full or not writable. What was written is removed; older checkpoints stay.
     """
     final = folder(run) / f"kimg-{meta['images'] / 1000:010.3f}"
     partial = final.with_name(f".writing-{final.name}")
     recover(run)
     for left in folder(run).glob(".*-kimg-*"):
-        shutil.rmtree(left, ignore_errors=True)  # by a process that was killed while it wrote or deleted
+        shutil.rmtree(left, ignore_errors=True)  # left by a process that was killed while it wrote or deleted
     try:
         partial.mkdir(parents=True)
         save_file(_storable(generator), partial / _GENERATOR)
@@ -134,7 +136,7 @@ def save(
         (partial / _META).write_text(json.dumps({**record, "sha256": _digest(record)}, indent=1))
         _flush(partial / _META)
         _flush(partial)
-        # Only a run resumed from an older checkpoint finds its place taken, by the same state.
+        # The name is taken only where a run was resumed from an older checkpoint; the state is the same.
         replaced = final.with_name(f"{_REPLACED}{final.name}")
         if final.exists():
             final.rename(replaced)
@@ -144,14 +146,14 @@ def save(
             shutil.rmtree(replaced)
     except SafetensorError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(errno.EIO, str(error)) from error  # what a full disk is to safetensors
-    except BaseException:  # an interrupt between the two renames too
+        raise OSError(errno.EIO, str(error)) from error  # safetensors reports a full disk so
+    except BaseException:  # also an interrupt between the two renames
         recover(run)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     others = [path for path in existing(run) if path != final]
     for old in others[: max(len(others) - keep + 1, 0)]:
-        # Renamed first, so that a kill halfway through leaves nothing that looks like a checkpoint.
+        # Renamed first: a kill halfway through then leaves nothing that looks like a checkpoint.
         shutil.rmtree(old.rename(old.with_name(f".dropped-{old.name}")))
     return final
 
@@ -160,7 +162,7 @@ def read(path: Path, flag: str) -> Checkpoint:
     """Open the checkpoint in folder `path`, or the newest one of run `path`, and verify its files.
 
     Raises:
-        ArgumentError: there is none, its schema is another, or a file is missing, truncated or changed.
+        ArgumentError: there is none, its schema is unknown, or a file is missing, truncated or changed.
     """
     if not (path / _META).is_file():
         found = existing(path)
@@ -171,7 +173,7 @@ def read(path: Path, flag: str) -> Checkpoint:
         except (ArgumentError, FileNotFoundError):
             if found[-1].exists():
                 raise
-            return read(path, flag)  # who trains put a newer one in its place meanwhile
+            return read(path, flag)  # a process that trains has replaced it by a newer one
     try:
         meta = json.loads((path / _META).read_text())
         digest, files, schema = meta.pop("sha256"), meta["files"], meta["schema"]
@@ -182,7 +184,7 @@ def read(path: Path, flag: str) -> Checkpoint:
     except PermissionError as error:
         raise ArgumentError(flag, str(path), f"its {_META} cannot be read ({error.strerror})") from None
     if schema != SCHEMA:
-        raise ArgumentError(flag, str(path), f"its schema is {schema}, this version reads {SCHEMA}")
+        raise ArgumentError(flag, str(path), f"its schema is {schema}; this version reads {SCHEMA}")
     for name, expected in files.items():
         file = path / name
         if not file.is_file():

@@ -310,22 +310,22 @@ class Bench:
         trainer = Trainer(config, "pggan", process_group.start("torch", "auto", zero=0), source, self.folder)
         try:
             for resolution in levels:
-                if trainer.resolution < resolution:
-                    trainer._grow(resolution)
+                if trainer.stage.resolution < resolution:
+                    trainer.grow()
                 if resolution not in resolutions:
                     continue
                 # A cache gathers ahead, in a thread, until it knows that it needs no disk.
                 for _ in range(12 if resolution in arrays else 2):
                     trainer.train_step()
-                trainer._waited, images, began, took = 0.0, trainer.images, time.perf_counter(), 0.0
+                trainer.feed.waited, images, began, took = 0.0, trainer.images, time.perf_counter(), 0.0
                 while took < 4 * self.seconds or trainer.images - images < 3 * batch_of(resolution):
                     trainer.train_step()
                     if trainer.world.device.type == "cuda":
                         torch.cuda.synchronize()
                     took = time.perf_counter() - began
-                yield resolution, trainer.pipeline.kind[0], (trainer.images - images) / took, trainer._waited / took
+                yield resolution, trainer.feed.pipeline.kind[0], (trainer.images - images) / took, trainer.feed.waited / took
         finally:
-            trainer.pipeline.close()
+            trainer.feed.pipeline.close()
 
 
 def batch_of(resolution: int) -> int:

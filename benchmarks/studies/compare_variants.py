@@ -44,7 +44,8 @@ from benchmarks.studies.result_cache import (
     train,
 )
 from fastgan import checkpoint, models
-from fastgan.config import Config, merge, read_yaml, replace
+from fastgan.config import Config, replace
+from fastgan.config.files import merge, read_yaml
 from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastgan.cli.main import check_device, command
-from fastgan.config import Config, merge, read_yaml
+from fastgan.config import Config
+from fastgan.config.files import merge, read_yaml
 from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:

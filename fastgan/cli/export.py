@@ -70,7 +70,7 @@ def describe(trained: TrainedGenerator, run: Path, batch: int | None, license: s
     if alpha is not None and alpha < 1:
         meta["alpha"] = round(alpha.item(), 6)
     if (run / "config.yaml").is_file():
-        from fastgan.config import read_yaml
+        from fastgan.config.files import read_yaml
         from fastgan.export.model_card import data_name
 
         stored = read_yaml(run / "config.yaml", "RUN")

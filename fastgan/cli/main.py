@@ -1,4 +1,4 @@
-"""What all commands share: how they are found, and how they fail."""
+"""The `fastgan` command: finds its subcommands, and reports their errors."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fastgan.utils.old_names import current_flags
 
 COMMANDS = {
     "train": "train one of eight GAN variants",
-    "plan": "say how long a run would take on a cluster, stage by stage",
+    "plan": "predict how long a run takes on a cluster, stage by stage",
     "sample": "draw images from a trained generator",
-    "evaluate": "say how good a trained generator's images are",
-    "prepare": "bring images into the form that training reads fastest",
-    "data": "say, check or show what a prepared set holds",
+    "evaluate": "measure how good the images of a trained generator are",
+    "prepare": "convert images to the format that training reads fastest",
+    "data": "describe, verify or show a prepared set",
     "export": "write a trained generator for other tools: safetensors, torch.export, ONNX, TorchScript",
-    "explore": "look at a trained generator on a local page",
+    "explore": "explore a trained generator on a local web page",
     "import": "read a progressive GAN that pytorch_GAN_zoo published",
     "doctor": "print versions, devices, backends, and what is missing",
 }
 # Command -> module of fastgan.cli, where the command's own name is a keyword.
 MODULES = {"import": "import_"}
 
-# Package -> the extra that brings it; every other one is in `train`.
+# Package -> the extra that installs it; every other one is in `train`.
 EXTRAS = {
     "nvidia": "dali",
     "timm": "eval",
@@ -51,16 +51,16 @@ def module_of(name: str) -> str:
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Turn an `ArgumentError` into one line on stderr and exit code 2, said by the first rank of each host.
+    """Turn an `ArgumentError` into one line on stderr, by the first rank of each host, and exit code 2.
 
-    A missing package is said with the command that installs it; an interrupt ends quietly.
+    A missing package is reported with the command that installs it; an interrupt ends without a traceback.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str]) -> int:
         adopt()
-        with contextlib.suppress(AttributeError):  # a caller's own
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no text
+        with contextlib.suppress(AttributeError):  # a stream that a caller has replaced
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may not be text
         try:
             status = main(current_flags(argv))
             sys.stdout.flush()
@@ -69,7 +69,7 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             rank = os.environ.get("RANK", "0")
             if rank == "0":
                 print(f"fastgan: {error}", file=sys.stderr, flush=True)
-            elif os.environ.get("LOCAL_RANK") == "0":  # what only this host lacks, the first rank does not know
+            elif os.environ.get("LOCAL_RANK") == "0":  # the first rank does not know what only this host lacks
                 print(f"fastgan: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
             return 2
         except ModuleNotFoundError as error:
@@ -81,18 +81,18 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         except KeyboardInterrupt:
             print("fastgan: interrupted", file=sys.stderr, flush=True)
             return 130
-        except BrokenPipeError:  # who read this has seen enough, as `| head` has
+        except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
 
     return wrapped
 
 
-def check_device(device: str, *may_be: str) -> None:
-    """Raises ArgumentError unless `device` is one of `may_be` (cpu or cuda) and this machine has it."""
-    may_be = may_be or ("cpu", "cuda")
-    if device not in may_be:
-        raise ArgumentError("--device", device, f"must be {', '.join(may_be[:-1])} or {may_be[-1]}")
+def check_device(device: str, *allowed: str) -> None:
+    """Raise ArgumentError unless `device` is one of `allowed` (default: cpu, cuda) and this machine has it."""
+    allowed = allowed or ("cpu", "cuda")
+    if device not in allowed:
+        raise ArgumentError("--device", device, f"must be {', '.join(allowed[:-1])} or {allowed[-1]}")
     if device == "cuda":
         import torch
 
@@ -101,22 +101,22 @@ def check_device(device: str, *may_be: str) -> None:
 
 
 def check_picture(out: Path) -> None:
-    """Raises ArgumentError unless `out` is named as a PNG."""
+    """Raise ArgumentError unless `out` has the suffix of a PNG file."""
     if out.suffix.lower() != ".png":
         raise ArgumentError("--out", str(out), "must be a file that ends in .png")
 
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Around the writing of the file that `--out` names, or its default: what the system refuses is that argument's."""
+    """Report errors of the system while the file of `--out` is written as an error of that argument."""
     try:
         yield
     except OSError as error:
-        raise ArgumentError("--out", str(out), f"must be a file that can be written ({error.strerror})") from None
+        raise ArgumentError("--out", str(out), f"must be a file that can be written; {error.strerror}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`fastgan CMD ...`, also `python -m fastgan CMD ...`."""
+    """Run `fastgan COMMAND ...` or `python -m fastgan COMMAND ...`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         return command(lambda rest: importlib.import_module(f"fastgan.cli.{module_of(argv[0])}").main(rest))(argv[1:])
@@ -128,5 +128,5 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("--help", "-h"):
         print(usage)
         return 0
-    print(f"fastgan: command must be {', '.join(COMMANDS)}, got {argv[0]!r}", file=sys.stderr)
+    print(f"fastgan: COMMAND must be {', '.join(COMMANDS)}, got {argv[0]!r}", file=sys.stderr)
     return 2

@@ -1,14 +1,16 @@
-"""The schedule of progressive growing, as a function of the images seen (Karras et al. 2018, section 3)."""
+"""The schedule of progressive growing as a function of the images seen (Karras et al. 2018, section 3)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from fastgan.config.sections import Config
+
 
 @dataclass(frozen=True)
 class Stage:
-    """A resolution and its images: [start, fade_end) blends it in, [fade_end, end) trains it alone."""
+    """A resolution and the images that train it: [start, fade_end) is its fade-in, [fade_end, end) comes after it."""
 
     resolution: int
     start: int
@@ -16,7 +18,7 @@ class Stage:
     end: int
 
     def alpha(self, images: int) -> float:
-        """Share of the new resolution once `images` have been seen: 0 at `start`, 1 from `fade_end` on."""
+        """The fade-in alpha after `images` images: 0 at `start`, 1 from `fade_end` on."""
         if images >= self.fade_end:
             return 1.0
         return max(0.0, (images - self.start) / (self.fade_end - self.start))
@@ -33,9 +35,9 @@ def stages(
 ) -> list[Stage]:
     """The stages of a run; one stage without a fade when not `progressive`.
 
-    The first resolution, 4, has no fade. By default every resolution gets an equal share of `kimg`, half of it fading;
-    the last one trains to the end. With `grown_at`, all fades and what lies between them have one length, so that the
-    last fade ends after that share of the run. Stages that would begin after `kimg` are left out.
+    The first resolution, 4, has no fade-in. By default every resolution gets an equal share of `kimg`, half of it for
+    its fade-in; the last one trains to the end. With `grown_at`, all fade-ins and the intervals between them have one
+    length, and the last fade-in ends after that share of the run. Stages that would start after `kimg` are left out.
     """
     total = round(kimg * 1000)
     if not progressive:
@@ -65,5 +67,26 @@ def stages(
 
 
 def stage_at(planned: list[Stage], images: int) -> Stage:
-    """The stage that the next step after `images` belongs to."""
+    """The stage of the step that follows `images` images."""
     return next((stage for stage in planned if images < stage.end), planned[-1])
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages of a run."""
+    s = config.schedule
+    return stages(
+        s.resolution,
+        s.kimg,
+        progressive=config.networks.model == "pggan",
+        fade_kimg=s.fade_kimg,
+        stable_kimg=s.stable_kimg,
+        grown_at=s.grown_at,
+    )
+
+
+def short_run_warning(config: Config) -> str | None:
+    """A warning for a run that ends before it has grown to the resolution of its configuration; None for others."""
+    s, reached = config.schedule, stages_of(config)[-1].resolution
+    if reached == s.resolution:
+        return None
+    return f"warning: {s.kimg:g} kimg end at {reached} px; raise --kimg, or lower --fade-kimg and --stable-kimg"

@@ -17,7 +17,7 @@ from fastgan.config import Config, active_ranks, batch_at, replace
 from fastgan.config.stages import Stage
 from fastgan.data import Source
 from fastgan.models.pggan import Progressive
-from fastgan.training.factory import build_step, check_stages, ends_early, network_values, plan
+from fastgan.training.factory import build_step, network_values
 from fastgan.training.step import Step
 
 _STATE_COPIES = {"adam": 2, "rmsprop": 1, "sgd": 1}

@@ -12,12 +12,12 @@ class Ema:
     """Average of a generator, updated once for each of its steps.
 
     Parameters and batch-norm statistics are averaged; other buffers (power-iteration vectors, alpha) are copied. The
-    decay is a tensor on the device, so that an update reads nothing back.
+    decay is a tensor on the device, so that an update does not synchronize with the host.
 
     Args:
         generator: copied, put in evaluation mode.
         decay: weight of the past.
-        warmup: begin with decay (1 + t) / (10 + t) at step t until that passes `decay`, so that a short run is not
+        warmup: start with decay (1 + t) / (10 + t) at step t until that exceeds `decay`, so that a short run is not
             an average with its initial weights.
     """
 

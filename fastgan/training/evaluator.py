@@ -1,4 +1,4 @@
-"""What evaluation needs to know of a run: its images by index, its record, its place in the logs."""
+"""Evaluation while a run trains: images by index, and the record of what was measured."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import __version__
+from fastgan.config import Config
 from fastgan.data import Source
 from fastgan.errors import ArgumentError
 from fastgan.evaluation.features import open_extractor
@@ -26,10 +27,10 @@ RECORD = "evaluation.jsonl"
 
 
 def drawer(generator: nn.Module, networks: dict[str, Any], source: Source, seed: int) -> Callable[[Tensor], Tensor]:
-    """The images of indices int64 [n], uint8 [n, C, R, R] on the CPU; image i depends on (seed, i) alone.
+    """A function from indices, int64 [n], to images, uint8 [n, C, R, R] on the CPU; image i depends on (seed, i) alone.
 
-    Latents are those of `fastgan sample`. With classes, labels are drawn as often as the real images have them; of
-    images without labels, they go round.
+    Latents are those of `fastgan sample`. A conditional generator gets labels with the frequencies of the real images,
+    or all labels in turn where the real images have none.
     """
     device = device_of(generator)
 
@@ -51,13 +52,13 @@ def drawer(generator: nn.Module, networks: dict[str, Any], source: Source, seed:
 def record(
     evaluation: Evaluation, found: dict[str, Any], meta: dict[str, Any], source: Source, warnings: list[str]
 ) -> dict[str, Any]:
-    """One line of a run's evaluation.jsonl: the numbers, and everything they depend on."""
+    """One line of a run's evaluation.jsonl: the metrics, and everything they depend on."""
     extractor = evaluation.extractor
     return {
         "kimg": meta["images"] / 1000,
         "variant": meta["variant"],
         **found,
-        # None, of all three, where only pixels were compared.
+        # All three are None where only pixels were compared.
         "features": getattr(extractor, "name", None),
         "feature_weights": getattr(extractor, "fingerprint", None),
         "resize": getattr(extractor, "resize", None),
@@ -71,7 +72,7 @@ def record(
 
 
 def unwritable(run: Path) -> str:
-    """Why nothing can be written into a run's folder, or "": seen by trying, as a mode does not tell of a mount."""
+    """Why nothing can be written into a run's folder, or "". It is tried, as file modes say nothing about mounts."""
     try:
         with tempfile.TemporaryFile(dir=run):
             return ""
@@ -80,9 +81,9 @@ def unwritable(run: Path) -> str:
 
 
 def append(run: Path, line: dict[str, Any]) -> Path:
-    """Add a line to a run's record, which is never left with half of one."""
+    """Append a line to a run's record; the file is replaced whole."""
     path = run / RECORD
-    before = path.read_bytes() if path.is_file() else b""  # not as text: a line may be damaged
+    before = path.read_bytes() if path.is_file() else b""  # bytes, as a line may be damaged
     if before and not before.endswith(b"\n"):
         before += b"\n"
     write_atomic(path, before + json.dumps(line).encode() + b"\n")
@@ -90,38 +91,53 @@ def append(run: Path, line: dict[str, Any]) -> Path:
 
 
 class Evaluator:
-    """Evaluates the averaged generator of a run that is under way.
+    """Evaluates the averaged generator of a run while it trains.
 
     Args:
-        source: the real images; n: generated ones; features: as in `--features`; seed: of all randomness.
+        source: the real images.
+        n: how many images are generated.
+        features: as in `--features`; None: the default for the source.
+        seed: of latents, labels and subsets.
+        device: where features are computed.
 
     Raises:
-        ArgumentError: the features cannot be had, or there are too few images for what will be computed.
+        ArgumentError: the features are not available, or there are too few images for the metrics.
     """
 
     def __init__(self, source: Source, n: int, features: str | None, seed: int, device: torch.device) -> None:
-        # As far as torch-fidelity's go; what is recorded is what `fastgan evaluate --seed` takes for the same numbers.
+        # torch-fidelity's seeds have 32 bits. The recorded seed gives the same numbers in `fastgan evaluate --seed`.
         self.source, self.n, self.seed = source, n, seed % 2**32
         try:
             self.extractor = open_extractor(features or default_extractor(source), source.channels, device)
         except ArgumentError as error:
             if error.argument == "--features":
-                raise ArgumentError("--evaluate-features", features, str(error).partition("; ")[2]) from None
+                raise ArgumentError("--evaluate-features", features, error.problem) from None
             raise
         try:
-            self._evaluation(source.resolution).check(source)  # at the target all metrics are that are below it
+            self._evaluation(source.resolution).check(source)  # every metric of a lower resolution is among these
         except ArgumentError as error:
             raise error.renamed("--evaluate-n" if error.argument == "--n" else error.argument) from None
 
+    @classmethod
+    def of(cls, config: Config, source: Source, device: torch.device) -> Evaluator:
+        """The evaluator that a run's configuration asks for."""
+        run = config.run
+        return cls(source, run.evaluate_n, run.evaluate_features, run.seed, device)
+
     def _evaluation(self, resolution: int) -> Evaluation:
-        # Patches of real images are not cached, and cutting and sorting them takes longer than all the rest.
+        # Sliced Wasserstein distances take longer than all other metrics together: patches are not cached.
         metrics = [name for name in choose(None, self.extractor, self.source, resolution) if name != "swd"]
         return Evaluation(metrics, self.extractor, self.n, self.seed, cache=cache_folder("evaluation"))
 
     def __call__(self, generator: nn.Module, meta: dict[str, Any]) -> dict[str, Any] | None:
-        """A collective: a line of the run's record on the first rank, None on others.
+        """Evaluate; a collective.
 
-        meta: variant, networks and images seen, as in a checkpoint.
+        Args:
+            generator: the moving average.
+            meta: variant, networks and images seen, as in a checkpoint.
+
+        Returns:
+            A line for the run's record on the first rank, None on the others.
         """
         resolution = meta["networks"]["resolution"]
         evaluation = self._evaluation(resolution)

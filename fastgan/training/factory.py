@@ -1,4 +1,4 @@
-"""What a configuration asks for: stages, the step and its losses, optimizers."""
+"""Builds what a configuration asks for: the step with its loss and regularizer, optimizers, engine settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from fastgan import objectives
 from fastgan.config import Config, Networks, active_ranks, batch_at
-from fastgan.config.stages import Stage, stages
+from fastgan.config.stages import stages_of
 from fastgan.errors import ArgumentError
 from fastgan.training.distributed.engine import OptimizerFactory, deepspeed_config
 from fastgan.training.step import Regularizer, Step
@@ -24,69 +24,44 @@ def network_values(networks: Networks, *, resolution: int, channels: int, num_cl
     return {**values, "resolution": resolution, "channels": channels}
 
 
-def plan(config: Config) -> list[Stage]:
-    """The stages of a run."""
-    s = config.schedule
-    return stages(
-        s.resolution,
-        s.kimg,
-        progressive=config.networks.model == "pggan",
-        fade_kimg=s.fade_kimg,
-        stable_kimg=s.stable_kimg,
-        grown_at=s.grown_at,
-    )
-
-
-def ends_early(config: Config) -> str | None:
-    """A warning to a run that is over before it has grown to the resolution that was asked for."""
-    s, reached = config.schedule, plan(config)[-1].resolution
-    if reached == s.resolution:
-        return None
-    return f"warning: {s.kimg:g} kimg end at {reached} px; raise --kimg, or lower --fade-kimg, --stable-kimg"
-
-
 def engine_settings(config: Config, resolution: int, world_size: int, *, overlap: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration for a stage whose batch can be shared.
+    """DeepSpeed's configuration for a stage; `validate_stages` has passed.
 
     Raises:
         ArgumentError: the user's file does not fit.
     """
     s, system = config.schedule, config.system
     batch = batch_at(s, resolution)
-    working = active_ranks(batch, world_size, s.accumulation)
-    assert working is not None
+    active = active_ranks(batch, world_size, s.accumulation)
+    assert active is not None
     return deepspeed_config(
         system.deepspeed_config,
         zero=system.zero,
-        micro_batch=batch // (working * s.accumulation),
+        micro_batch=batch // (active * s.accumulation),
         accumulation=s.accumulation,
         world=world_size,
         overlap=overlap,
     )
 
 
-def check_stages(config: Config, world_size: int) -> None:
-    """Every stage's batch must divide over the ranks that share it, and DeepSpeed's file must fit every stage.
+def validate_stages(config: Config, world_size: int) -> None:
+    """Refuse a batch that does not divide over the ranks that share it, and DeepSpeed settings that do not fit.
 
     Raises:
-        ArgumentError: it does not.
+        ArgumentError: naming the batch, or the setting.
     """
     s, system = config.schedule, config.system
     parts = world_size * s.accumulation
-    for stage in plan(config):
+    for stage in stages_of(config):
         batch = batch_at(s, stage.resolution)
-        working = active_ranks(batch, world_size, s.accumulation)
-        if working is None:
-            raise ArgumentError(
-                "--batch",
-                batch,
-                f"at {stage.resolution} px it may be a multiple of {parts} "
-                f"({world_size} ranks x {s.accumulation} micro-batches)",
-            )
-        if working < world_size and system.sync_bn:
-            raise ArgumentError(
-                "--sync-bn", True, f"it needs a batch for every rank, and {batch} at {stage.resolution} px is too small"
-            )
+        active = active_ranks(batch, world_size, s.accumulation)
+        if active is None:
+            ranks = f"{world_size} ranks x {s.accumulation} micro-batches"
+            problem = f"must be a multiple of {parts} at {stage.resolution} px; {ranks}"
+            raise ArgumentError("--batch", batch, problem)
+        if active < world_size and system.sync_bn:
+            problem = f"it needs images for every rank, and the batch of {batch} at {stage.resolution} px is too small"
+            raise ArgumentError("--sync-bn", True, problem)
         engine_settings(config, stage.resolution, world_size)
 
 
@@ -131,7 +106,7 @@ def rates(config: Config, images: int) -> tuple[float, float]:
 
 
 def optimizer_factory(config: Config, *, discriminator: bool) -> OptimizerFactory:
-    """Makes the optimizer of one network from its parameters; fused forms, which read nothing back to the host."""
+    """A function from parameters to the optimizer of one network. Fused forms do not synchronize with the host."""
     o = config.optimizer
     lr = o.lr_d if discriminator else o.lr_g
 
@@ -150,13 +125,7 @@ def optimizer_factory(config: Config, *, discriminator: bool) -> OptimizerFactor
     return make
 
 
-def intervals(config: Config) -> dict[str, float]:
-    """After how many thousand images a run does each thing again."""
-    run, kimg = config.run, config.schedule.kimg
-    every = run.checkpoint_kimg or min(kimg / 20, 200.0)
-    return {
-        "checkpoint": every,
-        "sample": run.sample_kimg or every,
-        "log": run.log_kimg or min(kimg / 100, 4.0),
-        "evaluate": run.evaluate_kimg or kimg,
-    }
+def memory_format(config: Config) -> torch.memory_format:
+    """Of images and of the weights of convolutions."""
+    # Measured on two CPU cores over the digits presets: channels_last takes 0.8 to 1.0 times contiguous's time.
+    return torch.contiguous_format if config.system.memory_format == "contiguous" else torch.channels_last

@@ -1,4 +1,4 @@
-"""The folder of a run: which one `--out` and `--resume` mean, and that no two processes train in one."""
+"""The folder of a run: which one `--out` and `--resume` name, and the lock that keeps it to one process."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class RunLocked(ArgumentError):
 
 
 def default(variant: str) -> Path:
-    """What a run is called that nobody named."""
+    """The name of a run without `--out`."""
     return Path(f"runs/{variant}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def newest(out: str | None, variant: str) -> Path | None:
-    """The run that `--resume auto` means."""
+    """The run of `--resume auto`, if there is one."""
     if out is not None:
         return Path(out) if (Path(out) / "config.yaml").is_file() else None
     longer = tuple(f"{name}-" for name in VARIANTS if name.startswith(f"{variant}-"))  # wgan-gp's are not wgan's
@@ -41,13 +41,17 @@ def newest(out: str | None, variant: str) -> Path | None:
 
 
 def _trained(run: Path) -> float:
-    """When a run was trained last; its folder's own time is also that of a sample or an export that went there."""
+    """When a run was trained last. The time of its folder would be that of a sample or an export too."""
     newest = checkpoint.existing(run)[-1:]
     return (newest[0] / "checkpoint.json" if newest else run / "config.yaml").stat().st_mtime
 
 
 def of(resume: str) -> Path:
-    """The run directory of `--resume`, which may also name a checkpoint inside it."""
+    """The run directory of `--resume`, which may also name a checkpoint inside it.
+
+    Raises:
+        ArgumentError: there is no run.
+    """
     path = Path(resume)
     for run in (path, path.parent.parent):
         if (run / "config.yaml").is_file():
@@ -56,22 +60,28 @@ def of(resume: str) -> Path:
 
 
 def check_free(run: Path) -> None:
-    """Raises ArgumentError if a new run cannot be begun in `run` because of what is there."""
+    """Refuse a folder for a new run that holds another one.
+
+    Raises:
+        ArgumentError: it has a run, what is left of one, or is a file.
+    """
     if (run / "config.yaml").exists():
         quoted = shlex.quote(str(run))
-        raise ArgumentError("--out", str(run), f"it already has a run; go on with --resume {quoted}, or name another")
+        raise ArgumentError(
+            "--out", str(run), f"it already has a run; resume it with --resume {quoted}, or choose another folder"
+        )
     if run.exists() and not run.is_dir():
         raise ArgumentError("--out", str(run), "must be a folder")
     for name in ("checkpoints", "metrics.jsonl", "evaluation.jsonl", "samples"):
         left = run / name
         if left.is_file() or (left.is_dir() and any(left.iterdir())):
-            # A new run would count old checkpoints among its own, and drop them.
-            raise ArgumentError("--out", str(run), f"it holds {name} and no config.yaml; it may be a new folder")
+            # A new run would count old checkpoints among its own, and delete them.
+            raise ArgumentError("--out", str(run), f"it holds {name} and no config.yaml; choose a new folder")
 
 
 @contextlib.contextmanager
 def writable(run: Path) -> Iterator[None]:
-    """Around what is written into `run` before training: what the system refuses is told as `--out`'s fault."""
+    """Report errors of the system while `run` is written to, before training, as an error of `--out`."""
     try:
         yield
     except OSError as error:
@@ -79,7 +89,7 @@ def writable(run: Path) -> Iterator[None]:
 
 
 def make(run: Path, named: bool) -> Path:
-    """Make the folder of a run; one that was not `named` gets a number where another start had the same name.
+    """Make the folder of a run. One that was not `named` gets a number where its name is taken.
 
     Raises:
         ArgumentError: it cannot be made.
@@ -93,7 +103,7 @@ def make(run: Path, named: bool) -> Path:
                 run.mkdir(parents=True)
                 return run
             except FileExistsError:
-                if not os.path.lexists(run):  # it is a parent that is there and no folder
+                if not os.path.lexists(run):  # a parent is a file
                     raise
             run = run.with_name(f"{run.name.removesuffix(f'.{number - 1}')}.{number}")
     raise AssertionError
@@ -101,16 +111,18 @@ def make(run: Path, named: bool) -> Path:
 
 @contextlib.contextmanager
 def locked(run: Path, flag: str, patience: float = 0.0) -> Iterator[None]:
-    """Hold `run` against every other process that would train in it, until its end or this one's, a kill included.
+    """Lock `run` for this process, until the end of the block or of the process, by a kill too.
 
-    A process that this one starts does not inherit the lock: the file is closed when it begins another program.
+    Child processes do not inherit the lock: the file is closed when they start another program.
 
     Args:
-        flag: what named the run.
-        patience: seconds to wait for the one that holds it.
+        run: the folder.
+        flag: what the user named it by.
+        patience: seconds to wait for another process to release it.
 
     Raises:
-        RunLocked: another process holds it. ArgumentError: the file cannot be written.
+        RunLocked: another process holds the lock.
+        ArgumentError: the lock file cannot be written.
     """
     with writable(run):
         stream = (run / LOCK).open("a")
@@ -118,9 +130,9 @@ def locked(run: Path, flag: str, patience: float = 0.0) -> Iterator[None]:
         deadline, told = time.monotonic() + patience, False
         while not try_lock(stream.fileno()):
             if time.monotonic() >= deadline:
-                raise RunLocked(flag, str(run), "another process trains there; it may be given once that has ended")
+                raise RunLocked(flag, str(run), "another process trains in it; wait for its end")
             if not told:
-                print(f"another process trains in {run}; waiting {patience:g} s for its end", flush=True)
+                print(f"another process trains in {run}; waiting at most {patience:g} s for its end", flush=True)
                 told = True
             time.sleep(0.5)
         yield

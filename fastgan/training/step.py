@@ -1,7 +1,8 @@
 """The arithmetic of one step: from images and sample positions to losses.
 
-Everything here is a function of static shapes. Nothing is read back to the host and no Python branch looks at data, so
-that a step neither waits for its device nor changes from one call to the next; a test counts the host reads.
+Everything here is a function of static shapes: there is no device-to-host synchronization, and no Python branch depends
+on data. A step then never waits for its device, and is the same sequence of operations each time. A test counts the
+host reads.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastgan.utils import counter_rng
 
 
 class Regularizer(Protocol):
-    """Penalty on a critic between real and fake images; `weight` [N] says where between."""
+    """Penalty on a critic, for real and fake images [N, C, R, R] and interpolation weights [N]."""
 
     def __call__(self, critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, weight: Tensor) -> Tensor: ...
 
@@ -27,13 +28,13 @@ class Step:
     """Losses of a generator and a discriminator on one micro-batch.
 
     Args:
-        generator, discriminator: the networks as the engines hold them.
+        generator, discriminator: the networks of the engines.
         loss: the adversarial loss.
         penalty: the regularizer that is part of the discriminator's loss, with its coefficient, or None.
         drift: coefficient of the mean squared score of real images.
-        num_classes: above 0, the networks take labels.
+        num_classes: number of classes; 0: the networks take no labels.
         seed: of latents, interpolation weights and labels.
-        precision, penalty_precision: fp32, or bf16 for autocast.
+        precision, penalty_precision: fp32, or bf16 (autocast).
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class Step:
         """Mean loss of the discriminator and what to log, each a scalar on the device.
 
         Args:
-            real: [N, C, R, R] in [-1, 1]; positions: int64 [N], the global index of each sample; labels: int64 [N].
-            generator_first: whether fake images are made before real ones are scored. The network that stepped last
-                should come last, as other ranks' gradients for it may still be on their way.
+            real: [N, C, R, R] in [-1, 1].
+            positions: int64 [N], the global index of each sample.
+            labels: int64 [N].
+            generator_first: whether fake images are made before real ones are scored. The network that was updated
+                last should be used last, as the all-reduce of its gradients may still be running.
         """
         labels = labels if self.num_classes else None
         with self._autocast(real.device, self.precision):
@@ -103,12 +106,12 @@ class Step:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of what both losses log, in order; the same on a rank that computes none."""
+        """Names of what both losses log, in order; the same on ranks that compute none."""
         penalty = ["penalty"] if self.penalty is not None else []
         return ["loss_d", "loss_g", *penalty, "score_fake", "score_real"]
 
     def generator_loss(self, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of the generator; `positions`, int64 [N], are those of the last discriminator step."""
+        """Mean loss of the generator and what to log; `positions`: int64 [N], those of the last discriminator step."""
         with self._autocast(positions.device, self.precision):
             latent = counter_rng.normal(self.seed, "latent of G's step", positions, self.latent)
             labels = None
@@ -121,7 +124,7 @@ class Step:
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients for the parameters of `module` inside: none are computed, and no engine hook fires."""
+    """Without gradients for the parameters of `module`: none are computed, and no hook of an engine runs."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
@@ -130,27 +133,3 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for p in parameters:
             p.requires_grad_(True)
-
-
-class Meters:
-    """Running sums of what steps log, kept on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.float()
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def totals(self, names: list[str], device: torch.device) -> Tensor:
-        """Sums and counts of `names`, float32 [2, names] on `device`; zeros for what was never added."""
-        zero = torch.zeros((), device=device)
-        sums = torch.stack([self._sums.get(name, zero) for name in names])
-        counts = torch.tensor([self._counts.get(name, 0) for name in names], dtype=torch.float32)
-        return torch.stack([sums, counts.to(device)])
-
-    def clear(self) -> None:
-        self._sums.clear()
-        self._counts.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 RENAMED = {
+    "every": "evaluate_kimg",
     "licence": "license",
     "optimiser": "optimizer",
     "optimiser_d": "optimizer_d",
@@ -26,5 +27,5 @@ def current_flags(argv: list[str]) -> list[str]:
     for word in argv:
         flag, equals, value = word.partition("=")
         name = RENAMED.get(flag.removeprefix("--")) if flag.startswith("--") else None
-        found.append(f"--{name}{equals}{value}" if name else word)
+        found.append(f"--{name.replace('_', '-')}{equals}{value}" if name else word)
     return found

@@ -12,7 +12,8 @@ import torch
 
 from fastgan import checkpoint, models
 from fastgan.cli import train
-from fastgan.config import Config, merge, read_yaml
+from fastgan.config import Config
+from fastgan.config.files import merge, read_yaml
 from fastgan.models.pggan import Progressive
 from fastgan.utils import counter_rng
 

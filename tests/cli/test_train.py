@@ -22,12 +22,13 @@ from PIL import Image
 import fastgan
 from fastgan import checkpoint
 from fastgan.cli import doctor, main, sample, train
-from fastgan.config import Config, write_yaml
+from fastgan.config import Config
+from fastgan.config.files import write_yaml
 from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.errors import ArgumentError
 from fastgan.training import evaluator, run_directory
-from fastgan.training.factory import check_stages
+from fastgan.training.factory import validate_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--width 8 --max-width 8 --latent 4 --batch 8 --resolution 8 --kimg 0.064 --samples 4".split()
@@ -108,7 +109,7 @@ def test_a_path_that_is_no_text(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(capsys, tmp_path, [*TINY, flag, os.fsdecode(b"o\xff")], f"{flag}: was 'o\\udcff'", "UTF-8")
+    refused(capsys, tmp_path, [*TINY, flag, os.fsdecode(b"o\xff")], f"{flag} must be a path in UTF-8, got 'o\\udcff'")
 
 
 @pytest.mark.parametrize("flag", ["--config", "--resume", "--data"])
@@ -137,9 +138,9 @@ def test_cuda_without_a_gpu_is_refused(
 
 def test_batch_that_does_not_divide_over_ranks() -> None:
     config = VARIANTS["dcgan"].config("digits")
-    check_stages(config, 2)
-    with pytest.raises(ArgumentError, match=r"--batch 64: .* multiple of 3 \(3 ranks"):
-        check_stages(config, 3)
+    validate_stages(config, 2)
+    with pytest.raises(ArgumentError, match=r"--batch must be a multiple of 3 at 16 px, got 64; 3 ranks"):
+        validate_stages(config, 3)
 
 
 def test_folder_with_no_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_a_name_in_a_file_that_is_none(
 ) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"{key}: {value}")
-    words = (f"{file}: {key}: was {yaml.safe_load(value)!r}", "dcgan" if key == "variant" else "paper")
+    words = (f"{file}: {key} must be ", f"got {yaml.safe_load(value)!r}", "dcgan" if key == "variant" else "paper")
     for flag, named in (("--config", file), ("--resume", tmp_path)):
         refused(capsys, tmp_path, [flag, str(named)], *words)
 
@@ -187,7 +188,8 @@ def test_another_preset_than_the_runs(capsys: pytest.CaptureFixture[str], run: P
     file = tmp_path / "c.yaml"
     file.write_text("preset: paper")
     for flags in (("--preset", "paper"), ("--config", str(file))):
-        refused(capsys, run, ["--resume", str(run), *flags], "--preset: was 'paper'", f"the run {run} is of digits")
+        words = ("--preset must be digits, got 'paper'", f"the run {run} was started with it")
+        refused(capsys, run, ["--resume", str(run), *flags], *words)
     assert train.parse(["--resume", str(run), "--preset", "digits"]).preset == "digits"
 
 
@@ -211,7 +213,7 @@ def test_batches_of_a_preset_are_replaced_by_the_flag(tmp_path: Path, capsys: py
     assert train.parse([*paper, "--batch-at"]).config.schedule.batch_at == {}
     with pytest.raises(SystemExit):
         train.parse([*paper, "--batch-at", "64"])
-    assert "it may be pairs of a resolution and a batch" in " ".join(capsys.readouterr().err.split())
+    assert "must be pairs of a resolution and a batch" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit):
         train.parse([*paper, "--help"])
     assert "(default: 32 64 64 32 128 16 256 8 512 4)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -238,7 +240,7 @@ def test_a_run_without_a_checkpoint_says_that_it_begins_anew(
 ) -> None:
     shutil.copy(run / "config.yaml", tmp_path)
     assert train.main(["--resume", str(tmp_path)]) == 0
-    assert f"{tmp_path} has no checkpoint to go on from: it begins at the beginning\n" in capsys.readouterr().out
+    assert f"{tmp_path} has no checkpoint: it starts from the beginning\n" in capsys.readouterr().out
 
 
 def test_a_run_killed_while_it_replaced_its_checkpoint_goes_on_from_it(
@@ -249,7 +251,7 @@ def test_a_run_killed_while_it_replaced_its_checkpoint_goes_on_from_it(
     for path in checkpoint.existing(copy):
         path.rename(path.with_name(f".replaced-{path.name}"))
     assert train.main(["--resume", str(copy), "--kimg", "0.072"]) == 0
-    assert "going on at 0.064 kimg" in capsys.readouterr().out
+    assert "resuming at 0.064 kimg" in capsys.readouterr().out
 
 
 def test_a_run_that_another_process_trains(
@@ -314,7 +316,10 @@ def test_a_run_that_is_being_left_is_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(ArgumentError("--data", "a.png", "it is cut short"), "--data: was 'a.png'"), (OSError(28, "No space"), "--out")],
+    [
+        (ArgumentError("--data", "a.png", "it is cut short"), "--data 'a.png': it is cut short"),
+        (OSError(28, "No space"), "--out"),
+    ],
 )
 def test_an_error_while_training_keeps_its_name(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
@@ -349,7 +354,7 @@ def test_another_optimizer_than_the_checkpoints(
         monkeypatch.setattr(checkpoint, "read", lambda *_: stored)
         assert stored.meta.pop("optimizer") == "adam"
     for name in ("sgd", "rmsprop"):
-        words = (f"--optimizer: was '{name}'", "has the state of adam")
+        words = (f"--optimizer must be adam, got '{name}'", "has its state")
         refused(capsys, copy, ["--resume", str(copy), "--optimizer", name, "--kimg", "0.128"], *words)
     assert (copy / "config.yaml").read_bytes() == before
 
@@ -388,7 +393,7 @@ def test_growing_by_share_or_by_lengths(tmp_path: Path) -> None:
     assert schedule("--config", str(file), "--data", "synthetic") == (None, None, 0.5)
     assert schedule("--config", str(file), "--stable-kimg", "5") == (None, 5, None)
     for flag in ("--fade-kimg", "--stable_kimg"):
-        with pytest.raises(ArgumentError, match=r"--grown-at: was 0\.5"):
+        with pytest.raises(ArgumentError, match=r"--grown-at 0\.5: "):
             schedule("--grown-at", "0.5", flag, "5")
 
 
@@ -419,7 +424,7 @@ def test_load_and_sample(run: Path) -> None:
     assert images.abs().max() <= 1
     assert torch.allclose(trained.sample(4, seed=0), images[:4], atol=1e-6)
     assert not torch.allclose(trained.sample(4, seed=1), images[:4])
-    with pytest.raises(ValueError, match="n: was 0"):
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         trained.sample(0)
 
 
@@ -454,7 +459,7 @@ def test_more_samples_than_memory_holds(
     monkeypatch.setattr("fastgan.generator.generate", full)
     assert sample.main([str(run), "--n", "5"]) == 2
     said = capsys.readouterr().err
-    assert said == "fastgan: --n must be less: there is too little memory for all at once, got 5\n"
+    assert said == "fastgan: --n must be less, got 5; there is too little memory for all at once\n"
 
 
 def test_a_run_that_ends_below_its_resolution_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

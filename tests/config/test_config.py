@@ -10,7 +10,8 @@ from typing import Any, get_args
 import pytest
 
 from fastgan import config as configs
-from fastgan.config import Config, Schedule, batch_at, batches_for_all, check, merge, read_yaml, replace, write_yaml
+from fastgan.config import Config, Schedule, batch_at, batches_for_all, files, replace, sections, validate
+from fastgan.config.files import merge, read_yaml, write_yaml
 from fastgan.config.variants import VARIANTS, Preset
 from fastgan.errors import ArgumentError
 
@@ -37,7 +38,7 @@ def test_there_are_eight_variants() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_passes(name: str, preset: Preset) -> None:
-    check(VARIANTS[name].config(preset))
+    validate(VARIANTS[name].config(preset))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -181,7 +182,7 @@ def test_recipe_but_changes_only_what_it_says() -> None:
     assert other.optimizer is recipe.optimizer
 
 
-# --- check -----------------------------------------------------------------------------------------------------------
+# --- validate --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", get_args(configs.ModelName))
@@ -189,7 +190,7 @@ def test_losses_regularizers_and_models_are_orthogonal(model: str) -> None:
     losses, regularizers = get_args(configs.LossName), get_args(configs.RegularizerName)
     assert (len(losses), len(regularizers)) == (5, 5)
     for loss, regularizer in itertools.product(losses, regularizers):
-        check(replace(Config(), networks={"model": model}, objective={"loss": loss, "regularizer": regularizer}))
+        validate(replace(Config(), networks={"model": model}, objective={"loss": loss, "regularizer": regularizer}))
 
 
 BAD: list[tuple[str, str, Any]] = [
@@ -221,50 +222,53 @@ BAD: list[tuple[str, str, Any]] = [
 
 @pytest.mark.parametrize(("section", "key", "value"), BAD)
 def test_bad_values_name_the_flag(section: str, key: str, value: Any) -> None:
-    text = refusal(check, replace(Config(), **{section: {key: value}}))
-    assert text.startswith(f"--{key.replace('_', '-')}: was {value!r}; ")
+    text = refusal(validate, replace(Config(), **{section: {key: value}}))
+    flag = f"--{key.replace('_', '-')}"
+    assert text.startswith((f"{flag} must be ", f"{flag} {value!r}: ")) and repr(value) in text
 
 
 def test_pggan_begins_at_4_pixels() -> None:
-    check(replace(Config(), networks={"model": "pggan"}, schedule={"resolution": 4}))
-    assert "it may be 8, 16" in refusal(check, replace(Config(), schedule={"resolution": 4}))
+    validate(replace(Config(), networks={"model": "pggan"}, schedule={"resolution": 4}))
+    assert "must be 8, 16" in refusal(validate, replace(Config(), schedule={"resolution": 4}))
 
 
 def test_fmap_base_must_leave_one_map() -> None:
     config = replace(Config(), networks={"model": "pggan", "fmap_base": 31}, schedule={"resolution": 64})
-    assert refusal(check, config) == "--fmap-base must be at least 32 at 64 px, got 31"
-    check(replace(config, networks={"fmap_base": 32}))
+    assert refusal(validate, config) == "--fmap-base must be at least 32 at 64 px, got 31"
+    validate(replace(config, networks={"fmap_base": 32}))
 
 
 @pytest.mark.parametrize(("resolution", "good", "bad"), [(32, (4, 8, 16), (32, 64, 12, 0)), (8, (4,), (8, 16))])
 def test_attention_sits_inside_the_network(resolution: int, good: tuple[int, ...], bad: tuple[int, ...]) -> None:
     config = replace(Config(), networks={"model": "sagan"}, schedule={"resolution": resolution})
     for at in good:
-        check(replace(config, networks={"attention_at": at}))
+        validate(replace(config, networks={"attention_at": at}))
     for at in bad:
-        assert refusal(check, replace(config, networks={"attention_at": at})).startswith(f"--attention-at: was {at};")
+        text = refusal(validate, replace(config, networks={"attention_at": at}))
+        assert text.startswith("--attention-at must be 4") and text.endswith(f"px, got {at}")
 
 
 def test_sagan_needs_eight_channels() -> None:
     config = replace(Config(), networks={"model": "sagan", "width": 7})
-    assert refusal(check, config).startswith("--width must be at least 8, got 7")
-    check(replace(config, networks={"width": 8}))
-    check(replace(config, networks={"width": 8, "conditional": True}))
+    assert refusal(validate, config) == "--width must be at least 8 with --model sagan, got 7"
+    validate(replace(config, networks={"width": 8}))
+    validate(replace(config, networks={"width": 8, "conditional": True}))
 
 
 def test_zero_3_is_refused_with_the_reason() -> None:
     for regularizer in ("gradient-penalty", "wasserstein-divergence", "zero-centered"):
         config = replace(Config(), objective={"regularizer": regularizer}, system={"zero": 3})
-        text = refusal(check, config)
-        assert text.startswith("--zero must be 0, 1 or 2: , got 3") and f"--regularizer {regularizer}" in text
-        check(replace(config, system={"zero": 2}))
-    assert "whole parameters" in refusal(check, replace(Config(), system={"zero": 3}))
+        text = refusal(validate, config)
+        assert text.startswith("--zero must be 0, 1 or 2, got 3; ") and f"--regularizer {regularizer}" in text
+        validate(replace(config, system={"zero": 2}))
+    assert "whole parameters" in refusal(validate, replace(Config(), system={"zero": 3}))
 
 
 @pytest.mark.parametrize("values", [{"zero": 1}, {"deepspeed_config": "ds.json"}])
 def test_torch_engine_takes_no_deepspeed_settings(values: dict[str, Any]) -> None:
-    assert refusal(check, replace(Config(), system={"engine": "torch", **values})).startswith("--engine 'torch': ")
-    check(replace(Config(), system={"engine": "deepspeed", **values}))
+    text = refusal(validate, replace(Config(), system={"engine": "torch", **values}))
+    assert text == "--engine must be deepspeed with --zero or --deepspeed-config, got 'torch'"
+    validate(replace(Config(), system={"engine": "deepspeed", **values}))
 
 
 def test_batch_at() -> None:
@@ -320,14 +324,16 @@ def test_numbers_as_yaml_reads_them(tmp_path: Path) -> None:
 
 
 def test_unknown_names() -> None:
-    assert refusal(merge, Config(), {"optimizer": {"lr_g": 1.0}}, "f.yaml").startswith("f.yaml 'optimizer': ")
+    assert refusal(merge, Config(), {"optimum": {"lr_g": 1.0}}, "f.yaml").startswith("f.yaml: section must be one of ")
     text = refusal(merge, Config(), {"optimizer": {"lr_gg": 1.0}}, "f.yaml")
-    assert text == "f.yaml: unknown key in optimizer: was 'lr_gg'; did you mean lr_g?"
+    assert text == "f.yaml: unknown key in optimizer 'lr_gg': did you mean lr_g?"
     text = refusal(merge, Config(), {"optimizer": {"zzz": 1.0}}, "f.yaml")
     assert "'zzz'" in text and "ema_decay" in text
-    assert "was 5" in refusal(merge, Config(), {"optimizer": {5: 1.0}}, "f.yaml")
+    assert "optimizer 5: " in refusal(merge, Config(), {"optimizer": {5: 1.0}}, "f.yaml")
     for content in (None, 3, [1]):
-        assert refusal(merge, Config(), {"run": content}, "f.yaml").startswith(f"f.yaml: run: was {content!r}; ")
+        assert refusal(merge, Config(), {"run": content}, "f.yaml") == (
+            f"f.yaml: run must be a mapping of keys to values, got {content!r}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -355,15 +361,15 @@ def test_wrong_types_name_the_key(section: str, key: str, value: Any) -> None:
 
 def test_a_complete_dict() -> None:
     values = configs.to_dict(VARIANTS["sagan"].config("paper"))
-    assert configs.from_dict(values, "meta") == VARIANTS["sagan"].config("paper")
+    assert files.from_dict(values, "meta") == VARIANTS["sagan"].config("paper")
     values["run"]["color"] = 1
-    assert refusal(configs.from_dict, values, "meta").startswith("meta: run.color: was 1; ")
+    assert refusal(files.from_dict, values, "meta").startswith("meta: run.color 1: ")
 
 
 def test_schema_version(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("schema: 2\nrun: {seed: 1}\n")
-    assert refusal(read_yaml, path, "--config") == f"{path}: schema: was 2; this version reads schema 1"
+    assert refusal(read_yaml, path, "--config") == f"{path}: schema must be 1, got 2; this version reads no other"
     path.write_text("schema: 1\nrun: {seed: 1}\n")
     assert read_yaml(path, "--config") == {"run": {"seed": 1}}
     path.write_text("run: {seed: 1}\n")  # a file by hand need not name it
@@ -375,17 +381,32 @@ def test_files_that_are_no_configuration(content: bytes, tmp_path: Path) -> None
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     text = refusal(read_yaml, path, "--config")
-    assert text.startswith(f"--config {str(path)!r}: it ")
+    assert text.startswith("--config must be a YAML ") and f"got {str(path)!r}" in text
+
+
+def test_a_line_of_a_broken_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("run: {seed: 1}\noptimizer:\n\tlr_g: 1e-4\n")
+    assert "; line 3: " in refusal(read_yaml, path, "--config")
+
+
+def test_aliases_are_refused_before_they_multiply(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    rows = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30)]
+    path.write_text("\n".join(["l0: &l0 [1]", *rows, "run: *l29"]))
+    assert "aliases are not supported" in refusal(read_yaml, path, "--config")
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
-        assert refusal(read_yaml, path, "--config").startswith(f"--config must be a readable YAML, got {str(path)!r}")
+        assert refusal(read_yaml, path, "--config").startswith(
+            f"--config must be a readable YAML file, got {str(path)!r}; "
+        )
 
 
 def test_every_value_of_a_configuration_is_described() -> None:
     """`--help` shows the docstring below each field: a field without one would be a flag without a word."""
-    tree = ast.parse(Path(configs.__file__).read_text())
+    tree = ast.parse(Path(sections.__file__).read_text())
     classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
     for section in dataclasses.fields(Config):
         body = classes[type(getattr(Config(), section.name)).__name__]

@@ -67,9 +67,8 @@ def make(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> Trai
 
 
 def channels_last(trainer: Trainer) -> bool:
-    assert trainer._engines is not None
-    held = [p.detach() for module in trainer._modules() for p in module.parameters()]
-    for engine in trainer._engines:
+    held = [p.detach() for module in trainer.stage.modules for p in module.parameters()]
+    for engine in trainer.stage.engines:
         held += [value for state in engine._base().state.values() for value in state.values()]  # type: ignore[attr-defined]
     return all(t.is_contiguous(memory_format=torch.channels_last) for t in held if t.dim() == 4)
 
@@ -77,7 +76,7 @@ def channels_last(trainer: Trainer) -> bool:
 def count(case: dict[str, Any], world: processes.ProcessGroup, out: Path, sent: Sent) -> dict[str, Any]:
     trainer = make(case, world, out)
     trainer.train_step()
-    trainer.wait()
+    trainer.stage.wait()
     sent.bytes.clear()
     with pytest.MonkeyPatch.context() as patch, HostReads(patch) as reads:
         dist.barrier()
@@ -88,26 +87,24 @@ def count(case: dict[str, Any], world: processes.ProcessGroup, out: Path, sent: 
         sent.active = False
         dist.barrier()
         left = wire() - before
-    assert trainer._engines is not None
-    buckets = [len(e._reducer._buckets) for e in trainer._engines if getattr(e, "_reducer", None)]
+    buckets = [len(e._reducer._buckets) for e in trainer.stage.engines if getattr(e, "_reducer", None)]
     trained = {
         name: sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-        for name, module in (("g", trainer.step.generator), ("d", trainer.step.discriminator))
+        for name, module in (("g", trainer.stage.step.generator), ("d", trainer.stage.step.discriminator))
     }
     counts = {"sent": dict(sent.bytes), "reads": dict(reads.seen), "trained": trained, "buckets": buckets, "wire": left}
     counts["channels_last"] = channels_last(trainer)
-    if all(getattr(e, "_reducer", None) for e in trainer._engines):
+    if all(getattr(e, "_reducer", None) for e in trainer.stage.engines):
         counts["order"] = order_of_events(trainer)
-    trainer._close_engines()
+    trainer.stage.close()
     return counts
 
 
 def order_of_events(trainer: Trainer) -> list[str]:
     """Of one step, under ZeRO 0."""
-    assert trainer._engines is not None
     events: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        for name, engine in zip("gd", trainer._engines, strict=True):
+        for name, engine in zip("gd", trainer.stage.engines, strict=True):
             reducer, optimizer = engine._reducer, engine._base()  # type: ignore[attr-defined]
 
             def noting(what: str, original: Any) -> Any:

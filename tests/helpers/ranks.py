@@ -121,8 +121,8 @@ def stop(case: dict[str, Any], trainer: Trainer, out: Path) -> None:
 
     trainer.train_step = signalled  # type: ignore[method-assign]
     assert trainer.run() == signal.SIGTERM
-    tensors = {f"{i}.{k}": v for i, m in enumerate(trainer._modules()) for k, v in m.state_dict().items()}
-    _write({**tensors, "ema.steps": trainer.ema.steps}, out / f"{case['name']}-{world.rank}.safetensors")
+    tensors = {f"{i}.{k}": v for i, m in enumerate(trainer.stage.modules) for k, v in m.state_dict().items()}
+    _write({**tensors, "ema.steps": trainer.stage.ema.steps}, out / f"{case['name']}-{world.rank}.safetensors")
 
 
 def train(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> None:
@@ -134,16 +134,15 @@ def train(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> Non
         return
     for _ in range(case["steps"]):
         trainer.train_step()
-    trainer.wait()
-    assert trainer._engines is not None
-    tensors = {f"g.{k}": v for k, v in trainer.step.generator.state_dict().items()}
-    tensors |= {f"d.{k}": v for k, v in trainer.step.discriminator.state_dict().items()}
-    tensors |= {f"og.{k}": v for k, v in trainer._engines[0].state().items()}
-    tensors |= {f"od.{k}": v for k, v in trainer._engines[1].state().items()}
+    trainer.stage.wait()
+    tensors = {f"g.{k}": v for k, v in trainer.stage.step.generator.state_dict().items()}
+    tensors |= {f"d.{k}": v for k, v in trainer.stage.step.discriminator.state_dict().items()}
+    tensors |= {f"og.{k}": v for k, v in trainer.stage.engines[0].state().items()}
+    tensors |= {f"od.{k}": v for k, v in trainer.stage.engines[1].state().items()}
     if world.main:
         _write(tensors, out / f"{case['name']}.safetensors")
-    trainer._close_engines()
-    trainer.pipeline.close()
+    trainer.stage.close()
+    trainer.feed.pipeline.close()
 
 
 def main() -> None:

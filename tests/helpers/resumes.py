@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgan import checkpoint, data
-from fastgan.cli.train import _cut, parse
+from fastgan.cli.train import parse
 from fastgan.training.distributed import process_group as processes
+from fastgan.training.run_setup import keep_batch_cut
 from fastgan.training.trainer import Trainer
 
 
@@ -32,17 +33,18 @@ def case(before: str | None, to: str, variant: str, zero: int, steps: int) -> di
 
 def go_on(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> None:
     request = parse(["--variant", case["variant"], *case["flags"]])
-    stored = None
+    config, stored = request.config, None
     if case["from"] is not None:
         stored = checkpoint.read(out / case["from"], "--resume")
-        request = _cut(request, stored, world)
-    source = data.open_source("digits", request.config.schedule.resolution)
-    trainer = Trainer(request.config, request.variant, world, source, out / case["to"], stored)
+        if not request.sets_accumulation:
+            config = keep_batch_cut(config, stored, world)
+    source = data.open_source("digits", config.schedule.resolution)
+    trainer = Trainer(config, request.variant, world, source, out / case["to"], stored)
     for _ in range(case["steps"]):
         trainer.train_step()
     trainer.save()
-    trainer._close_engines()
-    trainer.pipeline.close()
+    trainer.stage.close()
+    trainer.feed.pipeline.close()
 
 
 def stored(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastgan.config.stages import Stage, stage_at, stages
 from fastgan.config.variants import VARIANTS
-from fastgan.training.growth import inherit
+from fastgan.training.stage import inherit
 
 
 def boundaries(planned: list[Stage]) -> list[tuple[int, int, int, int]]:

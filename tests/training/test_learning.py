@@ -38,7 +38,7 @@ def test_distance_to_the_data_halves(variant: str, tmp_path: Path) -> None:
     real = data.open(source, resolution=8, seed=1).batch(0, 512).images
 
     def distance() -> float:
-        images = sample_images(trainer.ema.module, 512, 0, trainer.networks)
+        images = sample_images(trainer.stage.ema.module, 512, 0, trainer.stage.networks)
         if images.shape[-1] < 8:
             images = torch.nn.functional.interpolate(images, size=8)
         return sliced_wasserstein(images, real)

@@ -32,9 +32,9 @@ began = time.monotonic()
 trainer.train_step()
 trainer.raise_if_nonfinite()
 print(json.dumps({
-    "resolution": trainer.resolution,
+    "resolution": trainer.stage.resolution,
     "batch": trainer.images - 9_300_000,
-    "parameters": [sum(p.numel() for p in m.parameters()) for m in trainer._modules()[:2]],
+    "parameters": [sum(p.numel() for p in m.parameters()) for m in trainer.stage.modules[:2]],
     "seconds": time.monotonic() - began,
     "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
 }))

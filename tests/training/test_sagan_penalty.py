@@ -37,7 +37,7 @@ def test_distance_to_the_data_halves(tmp_path: Path, monkeypatch: pytest.MonkeyP
     real = data.open(source, resolution=8, seed=1).batch(0, 512).images
 
     def distance() -> float:
-        return sliced_wasserstein(sample_images(trainer.ema.module, 512, 0, trainer.networks), real)
+        return sliced_wasserstein(sample_images(trainer.stage.ema.module, 512, 0, trainer.stage.networks), real)
 
     before, steps = distance(), 0
     with use_backend(scaled_dot_product_attention="chunked"):

@@ -16,7 +16,8 @@ from fastgan import checkpoint, data
 from fastgan.cli.train import parse
 from fastgan.objectives import gradient_penalty, wasserstein
 from fastgan.training.distributed import process_group as processes
-from fastgan.training.step import Meters, Step
+from fastgan.training.observability.meters import Meters
+from fastgan.training.step import Step
 from fastgan.training.trainer import NonFiniteError, Trainer
 
 SMALL = {
@@ -41,7 +42,7 @@ def test_twenty_steps_read_nothing(variant: str, tmp_path: Path, monkeypatch: py
     flags = ("--optimizer", "adam") if variant == "gan" else ()
     trainer = make(variant, tmp_path, *flags)
     if variant == "pggan":
-        while trainer.resolution < 8:  # a growth may read; the steps of a stage, fading or not, may not
+        while trainer.stage.resolution < 8:  # a growth may read; the steps of a stage, fading or not, may not
             trainer.train_step()
     with HostReads(monkeypatch) as reads:
         for _ in range(20):
@@ -55,11 +56,11 @@ def test_twenty_steps_read_nothing(variant: str, tmp_path: Path, monkeypatch: py
 def test_a_rank_that_waits_draws_what_is_faded_in_so_far(tmp_path: Path) -> None:
     """It gets the first rank's weights for an evaluation, and must blend as far as that does."""
     trainer = make("pggan", tmp_path)
-    while trainer.resolution < 8:
+    while trainer.stage.resolution < 8:
         trainer.train_step()
-    trainer.is_spectator = True
+    trainer.stage.share = dataclasses.replace(trainer.stage.share, is_spectator=True)
     trainer.train_step()
-    average = trainer.ema.module
+    average = trainer.stage.ema.module
     assert average.fade and 0 < average.alpha.item() < 1  # type: ignore[operator,union-attr]
 
 
@@ -83,13 +84,13 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
 
 
 def test_loss_not_finite_stops_before_the_next_save(trainer: Trainer, tmp_path: Path) -> None:
-    original = trainer.step.discriminator_loss
+    original = trainer.stage.step.discriminator_loss
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         loss, seen = original(*args, **kwargs)
         return (loss * torch.nan if trainer.steps == 5 else loss), seen
 
-    trainer.step.discriminator_loss = poisoned  # type: ignore[method-assign]
+    trainer.stage.step.discriminator_loss = poisoned  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match=r"step 5: loss of the discriminator .*last good checkpoint is .*kimg-"):
         trainer.run()
     saved = [checkpoint.read(path, "path").meta["steps"] for path in checkpoint.existing(tmp_path)]
@@ -97,7 +98,7 @@ def test_loss_not_finite_stops_before_the_next_save(trainer: Trainer, tmp_path: 
 
 
 def test_gradient_not_finite_is_named(trainer: Trainer) -> None:
-    layer = trainer.step.generator.layers[0].weight  # type: ignore[index,union-attr]
+    layer = trainer.stage.step.generator.layers[0].weight  # type: ignore[index,union-attr]
     layer.register_hook(lambda gradient: gradient * torch.inf if trainer.steps == 3 else None)
     # The hooks that watch were registered first, so the infinity shows one step later, in the discriminator's input.
     with pytest.raises(NonFiniteError, match="step 4: loss of the"):
@@ -106,7 +107,7 @@ def test_gradient_not_finite_is_named(trainer: Trainer) -> None:
 
 def test_bad_gradient_of_a_leaf(trainer: Trainer) -> None:
     with torch.no_grad():
-        trainer.step.discriminator.layers[-1].weight[0, 0, 0, 0] = torch.nan  # type: ignore[index,union-attr]
+        trainer.stage.step.discriminator.layers[-1].weight[0, 0, 0, 0] = torch.nan  # type: ignore[index,union-attr]
     with pytest.raises(NonFiniteError, match=r"step 0: loss of the discriminator .*there is no checkpoint yet"):
         trainer.run()
 
@@ -114,7 +115,7 @@ def test_bad_gradient_of_a_leaf(trainer: Trainer) -> None:
 def test_zero_centered_penalty_is_part_of_the_loss(tmp_path: Path) -> None:
     """`--penalty-weight` times mean |grad D(x)|^2 on real images, added to the loss once."""
     flags = ("--regularizer", "zero-centered", "--norm-d", "none", "--penalty-weight")
-    steps = [make("dcgan", tmp_path / weight, *flags, weight).step for weight in ("0", "3")]
+    steps = [make("dcgan", tmp_path / weight, *flags, weight).stage.step for weight in ("0", "3")]
     real = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     (without, _), (with_it, seen) = (step.discriminator_loss(real, torch.arange(8)) for step in steps)
     x = real.clone().requires_grad_(True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastgan import __version__
-from fastgan.config import Config, Schedule, batch_at, to_dict
+from fastgan.config import Config, to_dict
 from fastgan.errors import ArgumentError
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.resilience.heartbeat import host
@@ -46,14 +46,3 @@ def settings(config: Config) -> dict[str, Any]:
             if (section, key) not in (("system", "threads"), ("data", "workers"), ("data", "resident_gb")):
                 values[f"--{key.replace('_', '-')}"] = value
     return values
-
-
-def accumulation_for(parts: int, world: int, schedule: Schedule, resolutions: list[int]) -> int | None:
-    """Micro-batches that let `world` ranks cut the global batch into `parts`, or as near to that as it divides.
-
-    The batch, and with it the result, then does not depend on how many ranks there are: a rank more takes a share that
-    accumulation took before. None: the batch does not divide over so many ranks at all.
-    """
-    batches = [batch_at(schedule, resolution) for resolution in resolutions]
-    able = [a for a in range(1, min(batches) // world + 1) if all(batch % (a * world) == 0 for batch in batches)]
-    return min(able, key=lambda a: (abs(a * world - parts), -a), default=None)

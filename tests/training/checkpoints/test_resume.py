@@ -75,7 +75,7 @@ def test_killed_and_resumed_is_bit_identical(whole: Path, tmp_path: Path, after:
     assert not checkpoint.existing(run)[-1].name.endswith("1.200")
     result = train("--resume", str(run))
     assert result.returncode == 0, result.stderr
-    assert "going on at" in result.stdout
+    assert "resuming at" in result.stdout
     assert_same_end(whole, run)
     rows = [yaml.safe_load(line)["images"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows == sorted(set(rows))
@@ -130,7 +130,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 
 def test_resume_of_another_variant_or_setting_is_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, words in (
-        (("--variant", "dcgan"), "is of pggan"),
+        (("--variant", "dcgan"), "--variant must be pggan"),
         (("--latent", "16"), "--latent"),
         (("--seed", "3"), "--seed"),
         (("--data", "synthetic", "--channels", "1"), "--data"),

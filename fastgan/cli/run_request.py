@@ -1,0 +1,236 @@
+"""Turns flags and files into the configuration of a run: preset, then files, then flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from fastgan.config import Config, replace, validate
+from fastgan.config.files import merge, read_yaml
+from fastgan.config.variants import VARIANTS, Preset
+from fastgan.errors import ArgumentError
+from fastgan.training import run_directory
+from fastgan.training.resilience import supervisor
+
+DEFAULT_VARIANT = "pggan"
+_NAMES = {"variant": f"must be one of {', '.join(VARIANTS)}", "preset": "must be paper or digits"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags(Config):
+    """Flags that name a run."""
+
+    variant: str = DEFAULT_VARIANT
+    """gan, dcgan, lsgan, wgan, wgan-gp, wgan-div, sagan or pggan."""
+    preset: str | None = None
+    """paper (the published recipe) or digits (small); None: digits for --data digits or stacked-digits, else paper."""
+    config: str | None = None
+    """YAML file that replaces values of the preset; flags replace its own. A run's config.yaml is one."""
+    resume: str | None = None
+    """Run or checkpoint folder to resume; auto: the run in --out, or the run of the variant trained last, if any."""
+
+
+Flags = TypeVar("Flags", bound=RunFlags)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRequest:
+    """A parsed command line.
+
+    Attributes:
+        config: complete and valid.
+        variant, preset: what it started from.
+        resume: run or checkpoint folder to resume, if any.
+        flags: all flags, those of the command among them.
+        sets_accumulation: whether --accumulation was given; else a resumed run keeps the cut of its batches.
+    """
+
+    config: Config
+    variant: str
+    preset: str
+    resume: Path | None
+    flags: RunFlags
+    sets_accumulation: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """The content of a configuration file, and its name for errors."""
+
+    values: dict[str, Any]
+    name: str
+
+
+def _resolution_batch_pairs(words: list[str]) -> dict[int, int]:
+    if len(words) % 2:
+        raise ValueError("must be pairs of a resolution and a batch")
+    return {int(key): int(value) for key, value in zip(words[::2], words[1::2], strict=True)}
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _pairs(info: Any) -> Any:
+    """dict[int, int] as `RESOLUTION BATCH ...`; of a dict with a default tyro would make a flag for each key."""
+    if info.type != dict[int, int]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[INT INT [INT INT ...]]",
+        instance_from_str=_resolution_batch_pairs,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(number) for pair in value.items() for number in pair],
+    )
+
+
+def _first_pass(argv: list[str], prog: str) -> argparse.Namespace:
+    """The flags that decide the defaults of all others.
+
+    Raises:
+        ArgumentError: a path that is not UTF-8, which TensorBoard and config.yaml need.
+    """
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    for flag in ("--variant", "--preset", "--config", "--data", "--resume", "--out"):
+        parser.add_argument(flag)
+    first = parser.parse_known_args(argv)[0]
+    for flag in ("out", "resume"):
+        path = getattr(first, flag) or ""
+        if path.encode(errors="replace").decode() != path:
+            raise ArgumentError(f"--{flag}", path, "must be a path in UTF-8")
+    return first
+
+
+def _name(layer: _Layer, key: str) -> str | None:
+    """The variant or preset that a file names, if any.
+
+    Raises:
+        ArgumentError: it is not a name.
+    """
+    name = layer.values.get(key)
+    if name is not None and not isinstance(name, str):
+        raise ArgumentError(f"{layer.name}: {key}", name, _NAMES[key])
+    return name
+
+
+def _prepared_resolution(data: object) -> int | None:
+    """The highest resolution of a prepared set, which limits the preset's; None for other data."""
+    path = Path(str(data).removeprefix("prepared:")).expanduser()
+    if not (path / "manifest.json").is_file():
+        return None
+    from fastgan.data.prepared import read_manifest
+
+    return read_manifest(path).resolution
+
+
+def _stored_run(resume: Path, requested: dict[str, str | None]) -> _Layer:
+    """The config.yaml of a run to resume.
+
+    Raises:
+        ArgumentError: the command line names another variant or preset.
+    """
+    run = run_directory.of(str(resume))
+    stored = _Layer(read_yaml(run / "config.yaml", "--resume"), str(run / "config.yaml"))
+    for key, name in requested.items():
+        before = _name(stored, key)
+        if name is not None and before is not None and name != before:
+            raise ArgumentError(f"--{key}", name, f"must be {before}; the run {run} was started with it")
+    if isinstance(stored.values.get("run"), dict):
+        stored.values["run"].pop("out", None)  # a run resumes where it is now, moved or not
+    return stored
+
+
+def _layers(first: argparse.Namespace) -> tuple[list[_Layer], Path | None]:
+    """Configuration files, the later ones on top, and the run to resume."""
+    layers = [_Layer(read_yaml(Path(first.config), "--config"), first.config)] if first.config else []
+    names: dict[str, str | None] = {"variant": first.variant, "preset": first.preset}
+    for layer in layers:
+        names = {key: name or _name(layer, key) for key, name in names.items()}
+    resume: Path | None = None
+    if first.resume == "auto":
+        resume = run_directory.newest(first.out, names["variant"] or DEFAULT_VARIANT)
+    elif first.resume:
+        resume = Path(first.resume)
+    if resume is not None:
+        layers.insert(0, _stored_run(resume, names))
+    return layers, resume
+
+
+def _start(first: argparse.Namespace, layers: list[_Layer]) -> tuple[str, Preset, str]:
+    """Variant, preset and data of a command line with its files; removes the first two from the files.
+
+    Raises:
+        ArgumentError: there is no such variant or preset.
+    """
+    variant, preset, data = DEFAULT_VARIANT, None, "digits"
+    for layer in layers:
+        variant = layer.values.pop("variant", variant)
+        preset = layer.values.pop("preset", preset)
+        section = layer.values.get("data")
+        data = section.get("data", data) if isinstance(section, dict) else data
+    variant, preset, data = first.variant or variant, first.preset or preset, first.data or data
+    if variant not in VARIANTS:
+        raise ArgumentError("--variant", variant, _NAMES["variant"])
+    if preset is None:
+        preset = "digits" if data in ("digits", "stacked-digits") else "paper"
+    if preset not in ("paper", "digits"):
+        raise ArgumentError("--preset", preset, _NAMES["preset"])
+    return variant, "paper" if preset == "paper" else "digits", data
+
+
+def parse(argv: list[str], kind: type[Flags], prog: str) -> RunRequest:
+    """The run that a command line asks for.
+
+    Args:
+        argv: the command line without the command's name.
+        kind: the flags of the command.
+        prog: the command's name, for --help.
+
+    Raises:
+        ArgumentError: a value that cannot be used.
+        SystemExit: --help, or a flag that does not exist.
+    """
+    # DeepSpeed's launcher adds the first, whose environment variable is used instead, and our supervisor the others.
+    argv = [flag for flag in argv if not flag.startswith(("--local_rank=", supervisor.HOSTS, supervisor.JOB))]
+    first = _first_pass(argv, prog)
+    layers, resume = _layers(first)
+    variant, preset, data = _start(first, layers)
+    # A value that the stored file of a run lacks is newer than the run. It gets the default, which changes nothing.
+    base = VARIANTS[variant].config(preset) if resume is None else Config()
+    largest = _prepared_resolution(data)
+    if largest is not None and resume is None:
+        base = replace(base, schedule={"resolution": min(base.schedule.resolution, largest)})
+    for layer in layers:
+        schedule = layer.values.get("schedule")
+        base = _one_growth_rule(merge(base, layer.values, layer.name), schedule if isinstance(schedule, dict) else ())
+    sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
+    defaults = kind(**sections, variant=variant, preset=first.preset)
+    flags = tyro.cli(
+        kind, args=argv, default=defaults, prog=prog, config=(tyro.conf.OmitArgPrefixes,), registry=_REGISTRY
+    )
+    given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
+    config = Config(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)})
+    config = _one_growth_rule(config, given)
+    validate(config)
+    return RunRequest(config, variant, preset, resume, flags, "accumulation" in given)
+
+
+def _one_growth_rule(config: Config, given: Collection[str]) -> Config:
+    """Stages by their lengths or by their share of the run: the one that is `given` replaces the other.
+
+    Raises:
+        ArgumentError: both are given.
+    """
+    s = config.schedule
+    lengths = any(key in given and getattr(s, key) is not None for key in ("fade_kimg", "stable_kimg"))
+    share = "grown_at" in given and s.grown_at is not None
+    if lengths and share:
+        raise ArgumentError("--grown-at", s.grown_at, "it is not needed with --fade-kimg or --stable-kimg: remove it")
+    if lengths:
+        return replace(config, schedule={"grown_at": None})
+    return replace(config, schedule={"fade_kimg": None, "stable_kimg": None}) if share else config

@@ -1,0 +1,76 @@
+"""What a configuration must meet besides its types: bounds of single values, and rules that span fields."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastgan.config.bounds import violations
+from fastgan.config.sections import Config
+from fastgan.errors import ArgumentError
+
+SECOND_ORDER = ("gradient-penalty", "wasserstein-divergence", "zero-centered")
+"""Regularizers whose step takes a second derivative of the discriminator."""
+
+
+def zero3_reason(regularizer: str) -> str:
+    """Why ZeRO 3 is refused."""
+    if regularizer in SECOND_ORDER:
+        return f"ZeRO 3 cannot run the second derivative of --regularizer {regularizer}"
+    return "the moving average and the checkpoints need whole parameters, which ZeRO 3 partitions"
+
+
+def _require(condition: bool, flag: str, got: object, problem: str) -> None:
+    if not condition:
+        raise ArgumentError(flag, got, problem)
+
+
+def validate(config: Config) -> None:
+    """Refuse what cannot run, whatever the data and the machine.
+
+    Raises:
+        ArgumentError: naming the flag, its value and what it must be.
+    """
+    for section in dataclasses.fields(config):
+        for name, value, text in violations(getattr(config, section.name)):
+            raise ArgumentError(f"--{name.replace('_', '-')}", value, f"must be {text}")
+    _validate_networks(config)
+    _validate_system(config)
+
+
+def _validate_networks(config: Config) -> None:
+    n, s = config.networks, config.schedule
+    smallest = 4 if n.model == "pggan" else 8
+    powers = [2**i for i in range(2, 11) if 2**i >= smallest]
+    _require(s.resolution in powers, "--resolution", s.resolution, f"must be {', '.join(map(str, powers))}")
+    pairs = all(k in powers and v >= 1 for k, v in s.batch_at.items())
+    _require(pairs, "--batch-at", s.batch_at, "must be pairs of a resolution and a batch of at least 1")
+    if n.model == "sagan":
+        at = [4, *[p for p in powers if p < s.resolution]]
+        allowed = f"must be {', '.join(map(str, at))} at {s.resolution} px"
+        _require(n.attention_at in (None, *at), "--attention-at", n.attention_at, allowed)
+        width = min(n.width, n.max_width)
+        _require(width >= 8, "--width", width, "must be at least 8 with --model sagan")
+    _require(not n.conditional or n.model == "sagan", "--conditional", True, "only --model sagan takes labels")
+    if n.model == "pggan":
+        least = f"must be at least {s.resolution // 2} at {s.resolution} px"
+        _require(2 * n.fmap_base // s.resolution >= 1, "--fmap-base", n.fmap_base, least)
+
+
+def _validate_system(config: Config) -> None:
+    n, regularizer, m = config.networks, config.objective.regularizer, config.system
+    batch_norm = n.model == "dcgan" and n.norm_d == "batch"
+    _require(
+        not (m.sync_bn and batch_norm and regularizer in SECOND_ORDER),
+        "--sync-bn",
+        True,
+        f"--regularizer {regularizer} takes a second derivative, which torch's synchronized batch norm does not have; "
+        "use --norm-d none",
+    )
+    _require(m.zero != 3, "--zero", 3, f"must be 0, 1 or 2; {zero3_reason(regularizer)}")
+    needs_deepspeed = m.zero != 0 or m.deepspeed_config is not None
+    _require(
+        m.engine != "torch" or not needs_deepspeed,
+        "--engine",
+        "torch",
+        "must be deepspeed with --zero or --deepspeed-config",
+    )

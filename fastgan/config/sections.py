@@ -1,0 +1,229 @@
+"""A run's configuration: typed sections, with the bounds of each value on its field.
+
+Precedence: the preset of the variant, then `--config FILE`, then flags. The result is written to the run as
+`config.yaml`, which `--resume`, `fastgan sample` and `fastgan.load` read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from fastgan.config.bounds import Bound, above, at_least, one_of
+
+ModelName = Literal["mlp", "dcgan", "sagan", "pggan"]
+LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge"]
+RegularizerName = Literal["none", "weight-clipping", "gradient-penalty", "wasserstein-divergence", "zero-centered"]
+Norm = Literal["batch", "none"]
+
+FINITE = Bound(lambda value: True, "a finite number")
+SHARE = Bound(lambda value: 0 <= value <= 1, "0 to 1")
+SHARE_ABOVE_0 = Bound(lambda value: 0 < value <= 1, "above 0 and at most 1")
+SHARE_BELOW_1 = Bound(lambda value: 0 <= value < 1, "at least 0 and below 1")
+KIMG = Bound(lambda value: 1 <= round(1000 * value) < 10**9, "at least 0.001 and below 1,000,000")
+# A torch generator takes 64 bits; 12 of them tell the networks of one resolution from those of another.
+SEED = Bound(lambda value: 0 <= value < 2**51, "at least 0 and below 2**51")
+
+
+class _Section:
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (for config/files.py; pydantic is not imported here)
+
+
+@dataclass(frozen=True)
+class Networks(_Section):
+    """Networks."""
+
+    model: ModelName = "dcgan"
+    """Generator and discriminator."""
+    latent: Annotated[int, at_least(1)] = 128
+    """Size of the latent vector."""
+    width: Annotated[int, at_least(1)] = 64
+    """Channels at the highest resolution (dcgan, sagan) or units of a hidden layer (mlp)."""
+    max_width: Annotated[int, at_least(1)] = 1024
+    """Limit of the doubling of channels towards 4x4 (dcgan, sagan)."""
+    fmap_base: Annotated[int, at_least(1)] = 8192
+    """Feature maps at resolution r are min(2 fmap_base / r, fmap_max) (pggan)."""
+    fmap_max: Annotated[int, at_least(1)] = 512
+    """Most feature maps at any resolution (pggan)."""
+    norm_g: Norm = "batch"
+    """Normalization in the generator (dcgan)."""
+    norm_d: Norm = "batch"
+    """Normalization in the discriminator (dcgan); none is what a gradient penalty asks for."""
+    attention_at: int | None = None
+    """Width of the feature map, in pixels, that gets self-attention (sagan); None: 32, or half a smaller image."""
+    conditional: bool = False
+    """Give both networks the class labels of the data (sagan)."""
+    fused_scale: bool = True
+    """Change the scale inside the convolution (pggan), as the authors' code; else convolve, activate, pool."""
+
+
+@dataclass(frozen=True)
+class Objective(_Section):
+    """Loss and regularizer."""
+
+    loss: LossName = "minimax"
+    """Adversarial loss."""
+    regularizer: RegularizerName = "none"
+    """Regularizer of the discriminator."""
+    label_fake: Annotated[float, FINITE] = 0.0
+    """Least squares: a, the discriminator's target for fake images."""
+    label_real: Annotated[float, FINITE] = 1.0
+    """Least squares: b, the discriminator's target for real images."""
+    label_generator: Annotated[float, FINITE] = 1.0
+    """Least squares: c, the generator's target for its images."""
+    clip: Annotated[float, above(0)] = 0.01
+    """Weight clipping: every weight of the critic stays in [-clip, clip]."""
+    penalty_weight: Annotated[float, at_least(0)] = 10.0
+    """Coefficient of the gradient penalty; zero-centered: of mean |grad D|^2 on real images, half of R1's gamma."""
+    divergence_k: Annotated[float, at_least(0)] = 2.0
+    """Wasserstein divergence: k, its coefficient."""
+    divergence_p: Annotated[float, above(0)] = 6.0
+    """Wasserstein divergence: p, the power of the gradient's norm."""
+    drift: Annotated[float, at_least(0)] = 0.0
+    """Coefficient of the mean squared score of real images, which keeps the scores near zero."""
+
+
+@dataclass(frozen=True)
+class Optimizer(_Section):
+    """Optimizer."""
+
+    optimizer: Literal["adam", "rmsprop", "sgd"] = "adam"
+    """Optimizer of both networks."""
+    lr_g: Annotated[float, above(0)] = 2e-4
+    """Learning rate of the generator."""
+    lr_d: Annotated[float, above(0)] = 2e-4
+    """Learning rate of the discriminator."""
+    lr_decay: Annotated[float, SHARE] = 0.0
+    """Share of the run, at its end, over which both learning rates fall linearly to 0; 0: constant rates."""
+    beta1: Annotated[float, SHARE_BELOW_1] = 0.5
+    """Adam's first coefficient; the momentum of sgd."""
+    beta2: Annotated[float, SHARE_BELOW_1] = 0.999
+    """Adam's second coefficient; the smoothing of rmsprop."""
+    n_critic: Annotated[int, at_least(1)] = 1
+    """Discriminator steps for each generator step."""
+    ema_decay: Annotated[float, SHARE_BELOW_1] = 0.999
+    """Decay of the moving average of the generator's weights at each generator step."""
+    ema_warmup: bool = False
+    """Start with a short average: decay min(ema_decay, (1 + t) / (10 + t)) at generator step t."""
+
+
+@dataclass(frozen=True)
+class Schedule(_Section):
+    """Schedule."""
+
+    resolution: int = 64
+    """Size of the images in pixels, a power of two."""
+    kimg: Annotated[float, KIMG] = 1000.0
+    """Length of the run in thousands of real images shown to the discriminator."""
+    batch: Annotated[int, at_least(1)] = 64
+    """Images of a discriminator step, over all ranks."""
+    batch_at: dict[int, int] = field(default_factory=dict)
+    """Smaller batches from a resolution on, as pairs `RESOLUTION BATCH ...`; replaces those of the preset (pggan)."""
+    accumulation: Annotated[int, at_least(1)] = 1
+    """Micro-batches of each rank in a batch (gradient accumulation)."""
+    fade_kimg: Annotated[float | None, at_least(0)] = None
+    """Length of a fade-in (pggan); None: half of an equal share of --kimg, or see grown_at."""
+    stable_kimg: Annotated[float | None, at_least(0)] = None
+    """Length of the training after a fade-in, before the next growth (pggan); None: as fade_kimg."""
+    grown_at: Annotated[float | None, SHARE_ABOVE_0] = None
+    """Share of the run after which the last fade-in ends (pggan), where neither length is given."""
+
+
+@dataclass(frozen=True)
+class Data(_Section):
+    """Data."""
+
+    data: str = "digits"
+    """digits, stacked-digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic or a prepared set: PATH."""
+    channels: Annotated[int | None, one_of(1, 3)] = None
+    """Channels of the images, 1 or 3; None: those of the data."""
+    mirror: bool = False
+    """Flip half of the real images left to right."""
+    pipeline: Literal["auto", "cache", "dali", "torch"] = "auto"
+    """cache: decoded images; dali, torch: decode a batch ahead; auto: the first that works; the run prints the reason."""
+    workers: int = 0
+    """Decoding threads of each rank, for images that are not in memory; 0: its share of the cores, at most 8."""
+    resident_gb: Annotated[float | None, at_least(0)] = None
+    """Largest decoded set, in GB, that is kept in memory or on the GPU; None: 1.1, or a quarter of free GPU memory."""
+
+
+@dataclass(frozen=True)
+class Run(_Section):
+    """Run."""
+
+    out: str | None = None
+    """Run directory; None: runs/VARIANT-TIME."""
+    seed: Annotated[int, SEED] = 0
+    """Seed of the initial weights, the order of the data and every random number of a sample."""
+    checkpoint_kimg: Annotated[float | None, above(0)] = None
+    """Interval of checkpoints; None: a twentieth of --kimg, at most 200."""
+    sample_kimg: Annotated[float | None, above(0)] = None
+    """Interval of sample grids; None: that of checkpoints."""
+    log_kimg: Annotated[float | None, above(0)] = None
+    """Interval of log lines; None: a hundredth of --kimg, at most 4."""
+    evaluate_kimg: Annotated[float | None, above(0)] = None
+    """Interval of evaluations (see fastgan evaluate), with one at the end; None: no evaluation."""
+    evaluate_n: Annotated[int, at_least(1)] = 5000
+    """Generated images of an evaluation."""
+    evaluate_features: str | None = None
+    """Features of an evaluation, as for fastgan evaluate; None: digits for digits, else Inception."""
+    keep: Annotated[int, at_least(1)] = 3
+    """Checkpoints to keep, the newest ones."""
+    samples: Annotated[int, at_least(1)] = 64
+    """Images in a sample grid."""
+
+
+@dataclass(frozen=True)
+class System(_Section):
+    """Machine."""
+
+    engine: Literal["auto", "deepspeed", "torch"] = "auto"
+    """auto: deepspeed under a launcher, torch without one."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's ZeRO stage."""
+    deepspeed_config: str | None = None
+    """DeepSpeed configuration file; None: one is built from these flags."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision, by autocast; parameters and optimizer state are always float32."""
+    penalty_precision: Literal["auto", "fp32"] = "auto"
+    """fp32: no autocast in the critic's passes of a penalty; its gradient and norm are float32 either way."""
+    tf32: bool = False
+    """Let float32 products on a GPU use TF32."""
+    deterministic: bool = False
+    """Use deterministic kernels alone: the same machine computes the same bits."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Of images and convolution weights; auto: channels_last."""
+    sync_bn: bool = False
+    """Batch-norm statistics over all ranks (GPU only)."""
+    threads: Annotated[int | None, at_least(1)] = None
+    """CPU threads of each rank; None: what torch chooses."""
+    timeout: Annotated[float, at_least(5)] = 600.0
+    """Seconds that ranks wait for one another; a rank that is silent for three quarters of it is named and given up."""
+
+
+@dataclass(frozen=True)
+class Config(_Section):
+    """Everything a run is made from."""
+
+    networks: Networks = Networks()
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = field(default_factory=Schedule)
+    data: Data = Data()
+    run: Run = Run()
+    system: System = System()
+
+
+def replace(config: Config, **sections: dict[str, Any]) -> Config:
+    """`config` with some values of some sections changed: replace(config, schedule={"kimg": 5.0})."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict of `config`, by section, without the schema version."""
+    return dataclasses.asdict(config)

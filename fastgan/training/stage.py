@@ -1,0 +1,269 @@
+"""The networks of one resolution, the engines that train them, and their training step.
+
+A growth closes one `ActiveStage` and builds the next from its state.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastgan import data, models
+from fastgan.config import Config, active_ranks, batch_at, batches_for_all
+from fastgan.models.pggan import Progressive
+from fastgan.training.distributed.engine import DeepSpeedEngine, Engine, TorchEngine, uses_own_reducer
+from fastgan.training.distributed.gradient_reducer import spread
+from fastgan.training.distributed.process_group import ProcessGroup
+from fastgan.training.ema import Ema
+from fastgan.training.factory import build_step, engine_settings, memory_format, network_values, optimizer_factory
+from fastgan.training.observability.meters import Meters
+from fastgan.training.observability.nonfinite import NonFiniteDetector
+from fastgan.training.observability.stragglers import StragglerDetector
+from fastgan.training.step import frozen
+
+State = dict[str, dict[str, Tensor]]
+"""State dicts by network: "generator", "discriminator" and "ema"."""
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """Which ranks share the batches of a stage.
+
+    Attributes:
+        active: how many ranks share a batch: the first ones.
+        has_subgroup: whether active ranks average their gradients among themselves, while the others wait.
+        is_spectator: whether this rank is one that waits, with weights that are out of date.
+        group: process group of the active ranks, where they have one of their own.
+    """
+
+    active: int
+    has_subgroup: bool
+    is_spectator: bool
+    group: Any
+
+    @staticmethod
+    def of(config: Config, world: ProcessGroup, resolution: int, groups: dict[int, Any]) -> RankShare:
+        """The share of a stage; a collective. `groups` keeps process groups by size, as each is made once a run."""
+        schedule = config.schedule
+        active = active_ranks(batch_at(schedule, resolution), world.size, schedule.accumulation) or world.size
+        subgroup = active < world.size and uses_own_reducer(engine_settings(config, resolution, world.size))
+        if subgroup and active not in groups:
+            limit = datetime.timedelta(seconds=config.system.timeout)
+            groups[active] = dist.new_group(list(range(active)), timeout=limit)
+        return RankShare(active, subgroup, subgroup and world.rank >= active, groups[active] if subgroup else None)
+
+
+def build_networks(config: Config, values: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """New networks, the same on every rank: drawn from (seed, resolution) alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed * 4096 + values["resolution"])
+        generator, discriminator = models.build(**values)
+    if config.system.sync_bn:
+        generator = nn.SyncBatchNorm.convert_sync_batchnorm(generator)
+        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+    return generator, discriminator
+
+
+def inherit(grown: nn.Module, small: dict[str, Tensor]) -> None:
+    """Load the state of the smaller network into the grown one; only the new level keeps its initial weights.
+
+    Raises:
+        RuntimeError: a tensor of the smaller network has no place in the grown one.
+    """
+    _, unexpected = grown.load_state_dict(small, strict=False)
+    if unexpected:
+        raise RuntimeError(f"the grown network has no {unexpected[0]}")
+
+
+class ActiveStage:
+    """Networks, engines and moving average at one resolution. Building one is a collective.
+
+    Args:
+        config: of the run; `validate_stages` has passed.
+        world: the ranks.
+        resolution: in pixels.
+        channels, num_classes: of the images.
+        stragglers: measures the time that ranks wait for each other.
+        meters: collect what steps log.
+        groups: see `RankShare.of`.
+        state: weights to start from, of this stage or, with `grown`, of the one below; None: new ones.
+        ema_steps: updates of the moving average so far.
+
+    Attributes:
+        networks: the values that `models.build` made the networks from.
+        step: computes the losses on `step.generator` and `step.discriminator`.
+        ema: moving average of the generator.
+        nonfinite: watches losses and gradients.
+        share: which ranks share a batch.
+        generator_engine, discriminator_engine: own the optimizers.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: ProcessGroup,
+        resolution: int,
+        *,
+        channels: int,
+        num_classes: int,
+        stragglers: StragglerDetector,
+        meters: Meters,
+        groups: dict[int, Any],
+        state: State | None = None,
+        ema_steps: int = 0,
+        grown: bool = False,
+    ) -> None:
+        self.config, self.world, self.resolution = config, world, resolution
+        self._stragglers, self._meters = stragglers, meters
+        self.networks = network_values(
+            config.networks, resolution=resolution, channels=channels, num_classes=num_classes
+        )
+        generator, discriminator = build_networks(config, self.networks)
+        load = inherit if grown else nn.Module.load_state_dict
+        if state is not None:
+            load(generator, state["generator"])
+            load(discriminator, state["discriminator"])
+        generator, discriminator = generator.to(world.device), discriminator.to(world.device)
+        self.ema = Ema(generator, config.optimizer.ema_decay, config.optimizer.ema_warmup)
+        if state is not None:
+            load(self.ema.module, state["ema"])
+        self.ema.steps.fill_(ema_steps)
+        self.nonfinite = NonFiniteDetector(world.device)
+        for name, module in (("discriminator", discriminator), ("generator", generator)):
+            self.nonfinite.watch(name, module)
+        for name in ("discriminator", "generator"):  # spectators, which compute no loss, watch one too
+            self.nonfinite.loss(f"loss of the {name}", torch.zeros((), device=world.device))
+        self.share = RankShare.of(config, world, resolution, groups)
+        self.generator_engine = self._engine(generator, discriminator=False)
+        self.discriminator_engine = self._engine(discriminator, discriminator=True)
+        self.ema.module.to(memory_format=self.generator_engine.memory_format)
+        modules = (self.generator_engine.module, self.discriminator_engine.module)
+        self.step = build_step(config, *modules, num_classes)
+
+    def _engine(self, module: nn.Module, *, discriminator: bool) -> Engine:
+        config, world = self.config, self.world
+        make = optimizer_factory(config, discriminator=discriminator)
+        moved = None if discriminator else lambda: self.ema.update(self.step.generator)
+        if world.engine == "torch":
+            return TorchEngine(module, make, config.schedule.accumulation, memory_format(config), moved)
+        return DeepSpeedEngine(
+            module,
+            make,
+            engine_settings(config, self.resolution, world.size, overlap=world.device.type == "cuda"),
+            self._stragglers.waiting,
+            config.system.timeout,
+            memory_format(config),
+            self.share.group,
+            moved,
+        )
+
+    @property
+    def engines(self) -> tuple[Engine, Engine]:
+        """Those of the generator and of the discriminator."""
+        return self.generator_engine, self.discriminator_engine
+
+    @property
+    def modules(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Generator, discriminator and the generator's moving average."""
+        return self.step.generator, self.step.discriminator, self.ema.module
+
+    def set_alpha(self, alpha: float) -> None:
+        """Blend the newest level of progressive networks in by `alpha`, 0 to 1; others have none."""
+        for module in self.modules:
+            if isinstance(module, Progressive):
+                module.set_alpha(alpha)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def discriminator_step(self, micro_batches: Iterable[data.Batch], *, generator_first: bool = False) -> list[Tensor]:
+        """One step of the discriminator.
+
+        Args:
+            micro_batches: this rank's part of the batch.
+            generator_first: see `Step.discriminator_loss`; False right after a step of the generator.
+
+        Returns:
+            The positions of each micro-batch, which the generator's step takes.
+        """
+        positions = []
+        for micro in micro_batches:
+            real = micro.images.to(memory_format=memory_format(self.config))
+            discriminator = self.step.discriminator
+            if isinstance(discriminator, Progressive) and discriminator.fade:
+                real = data.fade(real, discriminator.alpha)
+            loss, seen = self.step.discriminator_loss(
+                real, micro.positions, micro.labels, generator_first=generator_first
+            )
+            self._backward(self.discriminator_engine, "discriminator", loss, seen)
+            positions.append(micro.positions)
+        return positions
+
+    def generator_step(self, positions: list[Tensor]) -> None:
+        """One step of the generator on the positions of the discriminator's last step."""
+        with frozen(self.step.discriminator):
+            for micro in positions:
+                loss, seen = self.step.generator_loss(micro)
+                self._backward(self.generator_engine, "generator", loss, seen)
+
+    def _backward(self, engine: Engine, name: str, loss: Tensor, seen: dict[str, Tensor]) -> None:
+        """Backward and step of one micro-batch.
+
+        Engines that average over all ranks get a loss that makes it the mean over active ones: the others compute a
+        loss of weight zero, which takes part in the collectives.
+        """
+        active, world = self.share.active, self.world
+        if active < world.size and not self.share.has_subgroup:
+            loss = loss * (world.size / active if world.rank < active else 0.0)
+        engine.backward(loss)
+        self.nonfinite.loss(f"loss of the {name}", loss)
+        self.nonfinite.close_step()
+        engine.step()
+        if world.rank < active:
+            self._meters.add(seen)
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Finish the last step: pending all-reduces and the updates that wait for them; a collective.
+
+        Called before anything but a step uses the weights or their average.
+        """
+        with self._stragglers.rest():
+            for engine in self.engines:
+                engine.wait()
+
+    def synchronize(self) -> None:
+        """`wait`, and give spectators the weights of the first rank; a collective, before weights are used or saved."""
+        self.wait()
+        if self.share.has_subgroup:
+            spread([tensor for module in self.modules for tensor in module.state_dict().values()])
+            spread([self.ema.steps])
+
+    def state(self) -> State:
+        """Weights on the CPU, after `synchronize`, for the stage that grows from this one."""
+        names = ("generator", "discriminator", "ema")
+        return {
+            name: {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+            for name, module in zip(names, self.modules, strict=True)
+        }
+
+    def close(self) -> None:
+        """Give up the engines and what they hold."""
+        for engine in self.engines:
+            engine.close()
+
+    def notes(self) -> list[str]:
+        """Lines for the log: which ranks have no part in the batch, if there are any."""
+        if self.share.active == self.world.size:
+            return []
+        batch = batch_at(self.config.schedule, self.resolution)
+        return [
+            f"{self.resolution} px: the batch of {batch} keeps {self.share.active} of {self.world.size} ranks active; "
+            f"all of them with {batches_for_all(self.config.schedule, self.world.size)}"
+        ]
