@@ -122,7 +122,7 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
         raise ArgumentError("--sync-bn", True, "it needs GPUs: remove it on a CPU")
     same(world, settings(config))
     run = run_setup.choose_run(world, variant, config.run.out, request.resume, locks, patience)
-    stored = run_setup.checkpoint_to_resume(request.resume, run, variant)
+    stored = run_setup.checkpoint_to_resume(request.resume, run, variant, config)
     same(world, {"the checkpoint to resume": None if stored is None else (str(stored.path), stored.meta["files"])})
     if stored is not None and not request.sets_accumulation:
         config = run_setup.keep_batch_cut(config, stored, world)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from fastgan import checkpoint, data
@@ -19,6 +20,7 @@ from fastgan.training import run_directory
 from fastgan.training.checkpoints.resume import accumulation_for
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.distributed.rank_consistency import same
+from fastgan.training.intervals import checkpoint_kimg
 
 
 def choose_run(
@@ -120,13 +122,40 @@ def _has_checkpoint(resume: Path) -> bool:
     return stored or not (resume / "config.yaml").is_file()
 
 
-def checkpoint_to_resume(resume: Path | None, run: Path, variant: str) -> Checkpoint | None:
-    """The checkpoint that a run resumes from; None for a new run, and for one without a checkpoint.
+def _last_images(metrics: Path) -> int:
+    """The images seen at the last whole row of metrics.jsonl; 0 where there is none."""
+    seen = 0
+    if metrics.is_file():  # and not a pipe, which would block
+        for line in metrics.read_bytes().splitlines():
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
+                seen = int(json.loads(line)["images"])
+    return seen
+
+
+def _refuse_lost_checkpoints(run: Path, config: Config) -> None:
+    """Refuse to start a run again that has trained past its first checkpoint, as if its record were worth nothing.
 
     Raises:
-        ArgumentError: it is damaged, not the newest of the run, or of another variant.
+        ArgumentError: checkpoints are missing, on a disk that is not mounted, say.
     """
-    if resume is None or not _has_checkpoint(resume):
+    seen = _last_images(run / "metrics.jsonl")
+    unreadable = [path.name for path in checkpoint.folder(run).glob("kimg-*")]
+    if unreadable or seen >= 1000 * checkpoint_kimg(config):
+        lost = f"{unreadable[0]} has no checkpoint.json" if unreadable else "there is none in checkpoints/"
+        problem = f"it has trained to {seen / 1000:g} kimg, but {lost}; restore it, or start a new run"
+        raise ArgumentError("--resume", str(run), problem)
+
+
+def checkpoint_to_resume(resume: Path | None, run: Path, variant: str, config: Config) -> Checkpoint | None:
+    """The checkpoint that a run resumes from; None for a new run, and for one that has not written its first.
+
+    Raises:
+        ArgumentError: it is damaged or missing, not the newest of the run, or of another variant.
+    """
+    if resume is None:
+        return None
+    if not _has_checkpoint(resume):
+        _refuse_lost_checkpoints(run, config)
         return None
     stored = checkpoint.read(resume, "--resume")
     newest = checkpoint.existing(run)[-1:]

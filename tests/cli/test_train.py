@@ -243,6 +243,24 @@ def test_a_run_without_a_checkpoint_says_that_it_begins_anew(
     assert f"{tmp_path} has no checkpoint: it starts from the beginning\n" in capsys.readouterr().out
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
+) -> None:
+    """A disk that is not mounted: the record and the samples of the run stay as they are."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    last = checkpoint.existing(copy)[-1]
+    (last / "checkpoint.json").rename(tmp_path / "checkpoint.json")
+    for path in checkpoint.existing(copy):
+        shutil.rmtree(path)
+    record = (copy / "metrics.jsonl").read_bytes()
+    assert record
+    refused(capsys, copy, ["--resume", str(copy)], "--resume", "0.064 kimg", f"{last.name} has no checkpoint.json")
+    shutil.rmtree(copy / "checkpoints")
+    refused(capsys, copy, ["--resume", str(copy)], "--resume", "0.064 kimg", "there is none in checkpoints/")
+    assert (copy / "metrics.jsonl").read_bytes() == record
+
+
 def test_a_run_killed_while_it_replaced_its_checkpoint_goes_on_from_it(
     capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
 ) -> None:
