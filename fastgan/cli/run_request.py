@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from fastgan.config import Config, replace, validate
+from fastgan.config import Config, replace, validate, without_effect
 from fastgan.config.files import merge, read_yaml
 from fastgan.config.variants import VARIANTS, Preset
 from fastgan.errors import ArgumentError
@@ -48,6 +48,7 @@ class RunRequest:
         resume: run or checkpoint folder to resume, if any.
         flags: all flags, those of the command among them.
         sets_accumulation: whether --accumulation was given; else a resumed run keeps the cut of its batches.
+        notes: lines about flags that have no effect.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class RunRequest:
     resume: Path | None
     flags: RunFlags
     sets_accumulation: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +219,8 @@ def parse(argv: list[str], kind: type[Flags], prog: str) -> RunRequest:
     config = Config(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)})
     config = _one_growth_rule(config, given)
     validate(config)
-    return RunRequest(config, variant, preset, resume, flags, "accumulation" in given)
+    notes = tuple(f"note: {line}" for line in without_effect(config, given))
+    return RunRequest(config, variant, preset, resume, flags, "accumulation" in given, notes)
 
 
 def _one_growth_rule(config: Config, given: Collection[str]) -> Config:

@@ -53,6 +53,9 @@ def main(argv: list[str]) -> int:
     request = parse(argv)
     config = request.config
     assert isinstance(request.flags, Train)
+    if os.environ.get("RANK", "0") == "0":
+        for note in request.notes:
+            print(note, file=sys.stderr, flush=True)
     if request.flags.dry_run:
         from fastgan.training.dry_run import describe
 

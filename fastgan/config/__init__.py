@@ -1,7 +1,7 @@
 """Configuration of a run: what is asked for, its file form, and the checks that need no data and no device."""
 
 from fastgan.config.batches import active_ranks, batch_at, batches_for_all
-from fastgan.config.rules import validate
+from fastgan.config.rules import validate, without_effect
 from fastgan.config.sections import (
     Config,
     Data,
@@ -38,4 +38,5 @@ __all__ = [
     "replace",
     "to_dict",
     "validate",
+    "without_effect",
 ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Set
 
 from fastgan.config.bounds import violations
-from fastgan.config.sections import Config
+from fastgan.config.sections import Config, to_dict
 from fastgan.errors import ArgumentError
 
 SECOND_ORDER = ("gradient-penalty", "wasserstein-divergence", "zero-centered")
@@ -35,6 +36,40 @@ def validate(config: Config) -> None:
             raise ArgumentError(f"--{name.replace('_', '-')}", value, f"must be {text}")
     _validate_networks(config)
     _validate_system(config)
+
+
+# Field -> the field that decides whether it has an effect, and the values of that with which it has one.
+_USED_WITH = {
+    **dict.fromkeys(("width",), ("model", ("mlp", "dcgan", "sagan"))),
+    **dict.fromkeys(("max_width",), ("model", ("dcgan", "sagan"))),
+    **dict.fromkeys(("norm_g", "norm_d"), ("model", ("dcgan",))),
+    **dict.fromkeys(("attention_at", "conditional"), ("model", ("sagan",))),
+    **dict.fromkeys(
+        ("fmap_base", "fmap_max", "fused_scale", "fade_kimg", "stable_kimg", "grown_at"), ("model", ("pggan",))
+    ),
+    **dict.fromkeys(("label_fake", "label_real", "label_generator"), ("loss", ("least-squares",))),
+    "clip": ("regularizer", ("weight-clipping",)),
+    "penalty_weight": ("regularizer", ("gradient-penalty", "zero-centered")),
+    **dict.fromkeys(("divergence_k", "divergence_p"), ("regularizer", ("wasserstein-divergence",))),
+    "penalty_precision": ("regularizer", SECOND_ORDER),
+    "beta1": ("optimizer", ("adam", "sgd")),
+    "beta2": ("optimizer", ("adam", "rmsprop")),
+}
+
+
+def without_effect(config: Config, given: Set[str]) -> list[str]:
+    """A line for each field of `given` that changes nothing in this configuration."""
+    values = {key: value for section in to_dict(config).values() for key, value in section.items()}
+    lines = []
+    for name in sorted(given & _USED_WITH.keys()):
+        decider, used = _USED_WITH[name]
+        if values[decider] not in used:
+            flag = name.replace("_", "-")
+            lines.append(f"--{flag} has no effect with --{decider} {values[decider]}, only with {' or '.join(used)}")
+    if config.run.evaluate_kimg is None:
+        unused = sorted(given & {"evaluate_n", "evaluate_features"})
+        lines += [f"--{name.replace('_', '-')} has no effect without --evaluate-kimg" for name in unused]
+    return lines
 
 
 def _validate_networks(config: Config) -> None:

@@ -141,7 +141,7 @@ class Data(_Section):
     mirror: bool = False
     """Flip half of the real images left to right."""
     pipeline: Literal["auto", "cache", "dali", "torch"] = "auto"
-    """cache: decoded images; dali, torch: decode a batch ahead; auto: the first that works; the run prints the reason."""
+    """cache: decoded images; dali, torch: decode a batch ahead; auto: the first that works, which the run names."""
     workers: int = 0
     """Decoding threads of each rank, for images that are not in memory; 0: its share of the cores, at most 8."""
     resident_gb: Annotated[float | None, at_least(0)] = None

@@ -193,6 +193,20 @@ def test_another_preset_than_the_runs(capsys: pytest.CaptureFixture[str], run: P
     assert train.parse(["--resume", str(run), "--preset", "digits"]).preset == "digits"
 
 
+def test_flags_without_effect_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    request = train.parse(
+        ["--variant", "sagan", "--norm-d", "none", "--clip", "0.5", "--width=16", "--evaluate-n", "9"]
+    )
+    assert request.notes == (
+        "note: --clip has no effect with --regularizer none, only with weight-clipping",
+        "note: --norm-d has no effect with --model sagan, only with dcgan",
+        "note: --evaluate-n has no effect without --evaluate-kimg",
+    )
+    assert train.parse(["--variant", "wgan", "--norm-d", "none", "--clip", "0.5"]).notes == ()
+    assert train.main(["--variant", "dcgan", "--fade-kimg", "1", "--dry-run"]) == 0
+    assert "note: --fade-kimg has no effect with --model dcgan, only with pggan\n" in capsys.readouterr().err
+
+
 def test_precedence_preset_file_flags(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("variant: lsgan\noptimizer: {lr_g: 0.5, lr_d: 0.25}\nschedule: {batch: 16}")
