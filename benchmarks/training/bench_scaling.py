@@ -354,7 +354,7 @@ def draw_hosts(rows: list[dict[str, Any]], path: Path) -> None:
         at = [row["megabits"] for row in of]
         axis.plot(at, [1000 * row["plan"] for row in of], color="0.4", linestyle="--" if count == 4 else "-")
         axis.plot(at, [1000 * row["measured"] for row in of], marker, label=f"{count} hosts, measured")
-    axis.plot([], [], color="0.4", label="plan")
+    axis.plot([], [], color="0.4", label="forecast")
     axis.set(xscale="log", xlabel="bandwidth of a host, Mbit/s", ylabel="step, ms", ylim=(0, None))
     axis.set_xticks(list(MEGABITS), [str(m) for m in MEGABITS])
     axis.minorticks_off()
