@@ -275,7 +275,7 @@ def compare_hosts(folder: Path, seconds: float, rounds: int, counts: list[int]) 
             error = plan / measured - 1
             rows.append({"hosts": count, "megabits": megabits, "measured": measured, "plan": plan, "error": error})
             print(
-                f"{count} hosts, {megabits:4d} Mbit/s: measured {1000 * measured:7.1f} ms a step, plan "
+                f"{count} hosts, {megabits:4d} Mbit/s: measured {1000 * measured:7.1f} ms a step, forecast "
                 f"{1000 * plan:7.1f} ms ({waiting / plan:.0%} of it waiting), {error:+.1%}"
             )
     return rows
@@ -289,7 +289,7 @@ def curves(speedup: float) -> Iterator[tuple[str, int, int, float, float]]:
 
     speedup: how much faster the ranks are than the device on which the step times were measured.
     """
-    from fastgan.cli.plan import ClusterFlags, forecaster
+    from fastgan.cli.plan import ClusterFlags, make_forecaster
     from fastgan.cli.train import parse
     from fastgan.config import replace
     from fastgan.data import open_source
@@ -301,12 +301,12 @@ def curves(speedup: float) -> Iterator[tuple[str, int, int, float, float]]:
     timings = [dataclasses.replace(t, d=t.d.scaled(1 / speedup), g=t.g.scaled(1 / speedup)) for t in times.timings]
     times = dataclasses.replace(times, timings=timings)
     # Counted once: the operations of a rank do not depend on the cluster, and its memory is not used here.
-    footprint = forecaster(config, source, ClusterFlags().cluster()).footprint
+    footprint = make_forecaster(config, source, ClusterFlags().cluster()).footprint
     for nodes in (2**i for i in range(11)):
         cluster = ClusterFlags(nodes=nodes).cluster()
         four = replace(config, schedule={"batch": 4 * cluster.size, "batch_at": {}})
         for name, chosen in (("paper", config), ("four", four)):
-            run = forecaster(chosen, source, cluster)
+            run = make_forecaster(chosen, source, cluster)
             run.footprint = footprint
             for batch in run.batches:
                 cost, _ = run.cost(times, batch)

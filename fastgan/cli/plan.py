@@ -13,7 +13,7 @@ from fastgan.cli.train import Asked, Request, parse, prepare_torch
 from fastgan.config import Config, batches_for_all
 from fastgan.errors import ArgumentError
 from fastgan.planning import step_times
-from fastgan.planning.communication import Cluster, Link
+from fastgan.planning.communication import Cluster, Cost, Link, total_cost
 from fastgan.planning.forecast import Forecaster, StageForecast
 from fastgan.utils.text import readable_duration
 
@@ -97,7 +97,7 @@ class PlanOptions(Asked):
     times: StepTimeFlags = field(default_factory=StepTimeFlags)
 
 
-def forecaster(config: Config, source: Source, cluster: Cluster) -> Forecaster:
+def make_forecaster(config: Config, source: Source, cluster: Cluster) -> Forecaster:
     """A forecaster with the trainer's stages, footprints and way of reducing gradients."""
     from fastgan.training.distributed.engine import uses_own_reducer
     from fastgan.training.factory import engine_settings
@@ -158,24 +158,20 @@ def table(stages: list[StageForecast]) -> list[str]:
     for stage in stages:
         batch, cost = stage.batch, stage.cost
         lines.append(
-            f"{batch.stage.resolution:5d} {batch.images / 1000:7g} {batch.batch:6d} {batch.active:6d} {batch.micro:9d} "
-            f"{1000 * cost.seconds_per_step:7.1f} ms "
-            + _columns(cost.seconds, cost.communication, cost.exposed, batch.images, stage.footprint.bytes)
+            f"{batch.stage.resolution:5d} {batch.images / 1000:7g} {batch.size:6d} {batch.active:6d} {batch.micro:9d} "
+            f"{1000 * cost.seconds / cost.steps:7.1f} ms {_columns(cost, batch.images, stage.footprint.bytes)}"
             + (" *" if stage.note else "")
         )
-    costs, images = [stage.cost for stage in stages], sum(stage.batch.images for stage in stages)
-    seconds, communication, exposed = (
-        sum(values) for values in zip(*((c.seconds, c.communication, c.exposed) for c in costs), strict=True)
-    )
-    nbytes = max(stage.footprint.bytes for stage in stages)
-    total = _columns(seconds, communication, exposed, images, nbytes)
+    images, nbytes = sum(stage.batch.images for stage in stages), max(stage.footprint.bytes for stage in stages)
+    total = _columns(total_cost([(1, stage.cost) for stage in stages]), images, nbytes)
     return [*lines, f"{'all':>5} {images / 1000:7g} {'':6} {'':6} {'':9} {'':10} {total}"]
 
 
-def _columns(seconds: float, communication: float, exposed: float, images: int, nbytes: float) -> str:
+def _columns(cost: Cost, images: int, nbytes: float) -> str:
+    """The columns that a stage and the total have in common."""
     return (
-        f"{communication / seconds:8.1%} {exposed / seconds:8.1%} {images / seconds:9.1f} "
-        f"{readable_duration(seconds):>9} {nbytes / 2**30:8.2f} GiB"
+        f"{cost.communication / cost.seconds:8.1%} {cost.exposed / cost.seconds:8.1%} {images / cost.seconds:9.1f} "
+        f"{readable_duration(cost.seconds):>9} {nbytes / 2**30:8.2f} GiB"
     )
 
 
@@ -220,7 +216,7 @@ def main(argv: list[str]) -> int:
     cluster = machines.cluster()
     check_stages(config, cluster.size)
     source = open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
-    run = forecaster(config, source, cluster)
+    run = make_forecaster(config, source, cluster)
     if flags.step_times:
         times = step_times.read(flags.step_times, step_times.recipe_of(config, source.channels))
     else:

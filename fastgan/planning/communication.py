@@ -6,7 +6,7 @@ Pure arithmetic. Times are in seconds, sizes in bytes. What is measured comes fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated
 
 from pydantic import Field, FiniteFloat, PositiveInt
@@ -78,32 +78,20 @@ class UpdateTime:
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """One generator update with its discriminator updates.
+class Cost:
+    """Cost of one or several steps, each a generator update with its discriminator updates.
 
     Attributes:
-        seconds: duration of the step.
+        seconds: duration.
         communication: seconds of all-reduce, hidden behind compute or not.
         exposed: the part of `communication` that compute does not hide.
+        steps: number of steps.
     """
 
     seconds: float
     communication: float
     exposed: float
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """A whole stage of a run; `steps` counts generator updates, the other attributes are as in `StepCost`."""
-
-    steps: float
-    seconds: float
-    communication: float
-    exposed: float
-
-    @property
-    def seconds_per_step(self) -> float:
-        return self.seconds / self.steps
+    steps: float = 1.0
 
 
 def ring_seconds(nbytes: float, ranks: int, link: Link) -> float:
@@ -147,7 +135,7 @@ def reduction_seconds(gradients: Sequence[tuple[int, float]], cluster: Cluster) 
 
 def step_cost(
     d: UpdateTime, g: UpdateTime, cluster: Cluster, *, n_critic: int, accumulation: int, deferred: bool = True
-) -> StepCost:
+) -> Cost:
     """Cost of a step on a cluster. Gradients are reduced once per optimizer step, with the last micro-batch.
 
     Args:
@@ -165,15 +153,9 @@ def step_cost(
         exposed_d, exposed_g = max(exposed_d - g.lead, 0.0), max(exposed_g - d.lead, 0.0)
     compute = accumulation * (n_critic * d.seconds + g.seconds)
     exposed = n_critic * exposed_d + exposed_g
-    return StepCost(compute + exposed, n_critic * sent_d + sent_g, exposed)
+    return Cost(compute + exposed, n_critic * sent_d + sent_g, exposed)
 
 
-def stage_cost(parts: Sequence[tuple[float, StepCost]], batch: int, n_critic: int) -> StageCost:
-    """Cost of a stage from its parts, with fade-in and without, each given as (images, cost of a step)."""
-    counted = [(images / (batch * n_critic), step) for images, step in parts if images > 0]
-    return StageCost(
-        sum(n for n, _ in counted),
-        sum(n * step.seconds for n, step in counted),
-        sum(n * step.communication for n, step in counted),
-        sum(n * step.exposed for n, step in counted),
-    )
+def total_cost(parts: Sequence[tuple[float, Cost]]) -> Cost:
+    """Sum of costs, each given with the number of its repetitions."""
+    return Cost(*(sum(n * getattr(cost, field.name) for n, cost in parts) for field in fields(Cost)))

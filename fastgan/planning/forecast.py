@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from fastgan.config import Config, active_ranks, batch_at
 from fastgan.config.stages import Stage
-from fastgan.planning.communication import Cluster, StageCost, UpdateTime, stage_cost, step_cost
+from fastgan.planning.communication import Cluster, Cost, UpdateTime, step_cost, total_cost
 from fastgan.planning.memory import HEADROOM, Footprint
 from fastgan.planning.step_times import StepTimes, Timing
 from fastgan.utils.text import readable_duration
@@ -27,13 +27,13 @@ class StageBatch:
 
     Attributes:
         stage: the stage.
-        batch: images of one discriminator update, over all ranks.
+        size: images of one discriminator update, over all ranks.
         active: ranks that share the batch.
         micro: images of a micro-batch of one active rank.
     """
 
     stage: Stage
-    batch: int
+    size: int
     active: int
     micro: int
 
@@ -52,9 +52,9 @@ def stage_batches(config: Config, stages: Sequence[Stage], ranks: int) -> list[S
     schedule = config.schedule
     result = []
     for stage in stages:
-        batch = batch_at(schedule, stage.resolution)
-        active = active_ranks(batch, ranks, schedule.accumulation) or ranks
-        result.append(StageBatch(stage, batch, active, batch // (active * schedule.accumulation)))
+        size = batch_at(schedule, stage.resolution)
+        active = active_ranks(size, ranks, schedule.accumulation) or ranks
+        result.append(StageBatch(stage, size, active, size // (active * schedule.accumulation)))
     return result
 
 
@@ -65,13 +65,13 @@ class StageForecast:
     Attributes:
         batch: how the stage's batch is divided.
         footprint: memory and operations of an active rank.
-        cost: time of the stage.
+        cost: time of the whole stage.
         note: how the step times were derived; "" if they were measured.
     """
 
     batch: StageBatch
     footprint: Footprint
-    cost: StageCost
+    cost: Cost
     note: str
 
 
@@ -168,7 +168,7 @@ class Forecaster:
             result.append(StageForecast(batch, max(footprints, key=lambda f: f.bytes), cost, note))
         return result
 
-    def cost(self, times: StepTimes, batch: StageBatch) -> tuple[StageCost, str]:
+    def cost(self, times: StepTimes, batch: StageBatch) -> tuple[Cost, str]:
         """Cost of a stage, and how its step times were derived ("" if measured).
 
         Raises:
@@ -187,8 +187,8 @@ class Forecaster:
                 accumulation=self._accumulation,
                 deferred=self._own_reducer,
             )
-            parts.append((float(images), step))
-        return stage_cost(parts, batch.batch, self._n_critic), "; ".join(notes)
+            parts.append((images / (batch.size * self._n_critic), step))
+        return total_cost(parts), "; ".join(notes)
 
     def _timing(self, times: StepTimes, batch: StageBatch, fading: bool) -> tuple[Timing, str]:
         """Measured, else from other micro-batches of the stage, else estimated from the nearest stages."""

@@ -52,5 +52,5 @@ def _row(batch: StageBatch, of: Footprint) -> str:
     stage = batch.stage
     return (
         f"{stage.resolution:5d} {stage.start / 1000:10g} {stage.fade_end / 1000:10g} {stage.end / 1000:8g} "
-        f"{batch.batch:6d} {batch.active:6d} {batch.micro:9d} {of.g:11,d} {of.d:11,d} {of.bytes / 2**30:8.2f} GiB"
+        f"{batch.size:6d} {batch.active:6d} {batch.micro:9d} {of.g:11,d} {of.d:11,d} {of.bytes / 2**30:8.2f} GiB"
     )

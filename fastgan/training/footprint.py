@@ -99,12 +99,6 @@ def footprint(config: Config, source: Source, stage: Stage, micro: int, ranks: i
     update_d, update_g = _count_updates(step, micro, source.channels, stage.resolution)
     g, d = _parameters(generator), _parameters(discriminator)
     state = model_state_bytes(g, d, config.optimizer.optimizer, ranks if config.system.zero else 1)
-    return Footprint(
-        bytes=state + max(update_d.peak_bytes, update_g.peak_bytes),
-        g=g,
-        d=d,
-        trained_g=_parameters(generator, trained=True),
-        trained_d=_parameters(discriminator, trained=True),
-        flops_g=update_g.flops,
-        flops_d=update_d.flops,
-    )
+    trained_g, trained_d = _parameters(generator, trained=True), _parameters(discriminator, trained=True)
+    peak = max(update_d.peak_bytes, update_g.peak_bytes)
+    return Footprint(state + peak, g, d, trained_g, trained_d, update_g.flops, update_d.flops)

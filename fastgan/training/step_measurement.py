@@ -8,6 +8,8 @@ import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +40,6 @@ def free_bytes(device: torch.device) -> float:
         return float("inf")
 
 
-class _FixedPipeline:
-    """A data pipeline that returns the same batch at every step."""
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-
-    def set_resolution(self, resolution: int) -> None: ...
-
-    def batch(self, start: int, size: int, *, rank: int, world: int) -> Batch:
-        return self._batch
-
-
 @contextlib.contextmanager
 def _calls_of(module: nn.Module, marks: Marks) -> Iterator[list[int]]:
     """Marks of the calls of `module` inside the context, in order."""
@@ -66,11 +56,10 @@ class _RecordingEngine:
 
     def __init__(self, engine: Engine, marks: Marks) -> None:
         self._engine, self._marks = engine, marks
-        self.module, self.memory_format = engine.module, engine.memory_format
         self._ready: list[tuple[int, int]] = []  # (bytes, mark)
         self._end = 0
         self._handles = [
-            p.register_post_accumulate_grad_hook(self._record) for p in self.module.parameters() if p.requires_grad
+            p.register_post_accumulate_grad_hook(self._record) for p in engine.module.parameters() if p.requires_grad
         ]
 
     def _record(self, parameter: Tensor) -> None:
@@ -80,20 +69,8 @@ class _RecordingEngine:
         self._engine.backward(loss)
         self._end = self._marks()
 
-    def step(self) -> None:
-        self._engine.step()
-
-    def wait(self) -> None:
-        self._engine.wait()
-
-    def set_rate(self, rate: float) -> None:
-        self._engine.set_rate(rate)
-
-    def state(self) -> dict[str, Tensor]:
-        return self._engine.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self._engine.load_state(state)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
     def close(self) -> None:
         for handle in self._handles:
@@ -167,7 +144,8 @@ class Bench:
         images = torch.rand(micro, self._source.channels, resolution, resolution, device=device) * 2 - 1
         labels = torch.arange(micro, device=device) % max(self._source.num_classes, 1)
         batch = Batch(images, labels, torch.arange(micro, device=device))
-        trainer.pipeline = _FixedPipeline(batch)  # type: ignore[assignment]
+        pipeline = SimpleNamespace(batch=lambda *_, **__: batch, set_resolution=lambda _: None)
+        trainer.pipeline = pipeline  # type: ignore[assignment]
         trainer._enter(resolution)
         for module in trainer._modules():
             if isinstance(module, Progressive):

@@ -59,10 +59,7 @@ def test_plan_measures_writes_and_reads(working_folder: Path, capsys: pytest.Cap
         (["--latency", "-1"], ("--latency must be at least 0, in microseconds, got -1.0",)),
         (["--measure-seconds", "0"], ("--measure-seconds must be above 0, got 0.0",)),
         (["--step-times", "missing.json"], ("--step-times must be", "--write-step-times, got 'missing.json'; No such")),
-        (["--step-times", "broken.json"], ("--step-times must be", "'broken.json'; device: field required")),
         (["--step-times", "other.json"], ("--step-times 'other.json': was measured with fmap_max 8; the run has 16",)),
-        (["--step-times", "schema.json"], ("--step-times 'schema.json': has schema 9",)),
-        (["--step-times", "empty.json"], ("--step-times 'empty.json': contains no timings",)),
         (["--step-times", "larger.json"], ("--step-times 'larger.json': has no timing of any stage of this run",)),
         (["--write-step-times", "no/folder.json"], ("--write-step-times must be", "folder, got 'no/folder.json'")),
         (
@@ -76,13 +73,9 @@ def test_plan_measures_writes_and_reads(working_folder: Path, capsys: pytest.Cap
 def test_plan_refuses(
     working_folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: tuple[str, ...]
 ) -> None:
-    Path("broken.json").write_text('{"schema": 1}')
     run = [*SMALL, "--fmap-max", "16"]
-    good = step_times(run, [(64, 4, False, 1.0)])
-    write(good, "larger.json")
+    write(step_times(run, [(64, 4, False, 1.0)]), "larger.json")
     write(step_times(SMALL, [(4, 4, False, 1.0)]), "other.json")
-    write(replace(good, timings=[]), "empty.json")
-    write(replace(good, schema=9), "schema.json")
     before = sorted(working_folder.iterdir())
     assert main.main(["plan", *run, *flags]) == 2
     error = capsys.readouterr().err.strip()

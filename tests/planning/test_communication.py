@@ -14,8 +14,8 @@ from fastgan.planning.communication import (
     all_reduce_seconds,
     reduction_seconds,
     ring_seconds,
-    stage_cost,
     step_cost,
+    total_cost,
 )
 
 GIGABIT = Link(bandwidth=1e8, latency=1e-3)
@@ -72,10 +72,10 @@ def test_a_step_reduces_once_for_each_optimizer_step() -> None:
     assert at_once == step
     # 6,000 images fade and 4,000 do not; a generator update takes 5 batches of 8.
     stable = step_cost(d, g, cluster(1), n_critic=5, accumulation=3)
-    stage = stage_cost([(6000.0, step), (4000.0, stable), (0.0, step)], batch=8, n_critic=5)
+    stage = total_cost([(6000 / (5 * 8), step), (4000 / (5 * 8), stable)])
     assert stage.steps == 250
     assert stage.seconds == pytest.approx(150 * 38.5 + 100 * 33.0)
-    assert stage.seconds_per_step == stage.seconds / 250
+    assert stage.communication == stage.exposed == pytest.approx(150 * 5.5)
 
 
 def test_hosts_of_the_first_ranks() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from timings import SMALL, step_times
 
-from fastgan.cli.plan import forecaster
+from fastgan.cli.plan import make_forecaster
 from fastgan.cli.train import parse
 from fastgan.config import active_ranks
 from fastgan.config.stages import Stage
@@ -24,7 +24,7 @@ FREE = Link(bandwidth=1e12, latency=0.0)
 
 def forecaster_of(flags: list[str], cluster: Cluster) -> Forecaster:
     config = parse(flags).config
-    return forecaster(config, open_source("digits", config.schedule.resolution), cluster)
+    return make_forecaster(config, open_source("digits", config.schedule.resolution), cluster)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_active_ranks_average_among_themselves(zero: str, hosts: list[int]) -> N
     reducing = [eight, eight if zero == "1" else two]
     assert [cluster.nodes for cluster in reducing] == hosts
     for stage, cluster, compute in zip(stages, reducing, (0.1, 0.2), strict=True):
-        assert stage.cost.seconds_per_step == pytest.approx(compute + 2 * all_reduce_seconds(1000, cluster))
+        assert stage.cost.seconds / stage.cost.steps == pytest.approx(compute + 2 * all_reduce_seconds(1000, cluster))
 
 
 def test_a_stage_that_was_not_measured_is_estimated_from_operations_and_parameters() -> None:
@@ -88,7 +88,7 @@ def test_a_stage_that_was_not_measured_is_estimated_from_operations_and_paramete
     assert stages[2].cost.seconds == pytest.approx(expected, rel=1e-6)
     one = run.forecast(replace(times, timings=times.timings[:1]))  # a single timing: by operations alone
     low, high = (run.footprint(stage_at[px], 16, False) for px in (4, 8))
-    assert one[1].cost.seconds_per_step > times.timings[0].d.seconds * high.flops_d / low.flops_d
+    assert one[1].cost.seconds / one[1].cost.steps > times.timings[0].d.seconds * high.flops_d / low.flops_d
     with pytest.raises(LookupError, match="4"):
         run.forecast(step_times(flags, []))
 
