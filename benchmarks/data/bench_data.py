@@ -323,7 +323,12 @@ class Bench:
                     if trainer.world.device.type == "cuda":
                         torch.cuda.synchronize()
                     took = time.perf_counter() - began
-                yield resolution, trainer.feed.pipeline.kind[0], (trainer.images - images) / took, trainer.feed.waited / took
+                yield (
+                    resolution,
+                    trainer.feed.pipeline.kind[0],
+                    (trainer.images - images) / took,
+                    trainer.feed.waited / took,
+                )
         finally:
             trainer.feed.pipeline.close()
 

@@ -46,13 +46,14 @@ from benchmarks.studies.result_cache import (
 from fastgan import checkpoint, models
 from fastgan.config import Config, replace
 from fastgan.config.files import merge, read_yaml
+from fastgan.config.stages import stages_of
 from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation
 from fastgan.models.pggan import Progressive
 from fastgan.training.evaluator import drawer
-from fastgan.training.factory import build_step, plan
+from fastgan.training.factory import build_step
 from fastgan.training.observability.metrics_log import save_grid
 from fastgan.training.step_measurement import Bench
 from fastgan.utils import counter_rng
@@ -102,9 +103,9 @@ def step_key(resolution: int, fading: bool) -> str:
 def speed(arm: str, kimg: float, seconds: float) -> dict[str, Any]:
     """Images per second of each kind of step that the arm takes, by `step_key`."""
     config = configured(arm, kimg)
-    bench = Bench(config, ARMS[arm][0], torch.device("cpu"), 1, seconds)
+    bench = Bench(config, torch.device("cpu"), 1, seconds)
     found = {}
-    for stage in plan(config):
+    for stage in stages_of(config):
         for fading in [True] * (stage.fade_end > stage.start) + [False]:
             timing = bench.time(stage.resolution, config.schedule.batch, fading)
             taken = timing.d.seconds + timing.g.seconds / config.optimizer.n_critic
@@ -115,7 +116,7 @@ def speed(arm: str, kimg: float, seconds: float) -> dict[str, Any]:
 def seconds_until(arm: str, kimg: float, speeds: dict[str, float], images: float) -> float:
     """Seconds of training until `images` have been seen."""
     total = 0.0
-    for stage in plan(configured(arm, kimg)):
+    for stage in stages_of(configured(arm, kimg)):
         total += max(min(images, stage.fade_end) - stage.start, 0) / speeds.get(step_key(stage.resolution, True), 1.0)
         whole = max(min(images, stage.end) - stage.fade_end, 0)
         total += whole / speeds[step_key(stage.resolution, False)]

@@ -1,14 +1,17 @@
-"""How training scales over ranks, and whether `fastgan plan` knows: writes docs/scaling/*.png.
+"""How training scales over ranks, and how accurate `fastgan plan` is. Writes docs/scaling/*.png.
 
     python -m benchmarks.training.bench_scaling [--parts ranks hosts curve] [--hosts 2 4] [--seconds 8] [--rounds 4]
 
-ranks: two ranks of one thread beside one rank of one thread, pggan's digits preset at 32 px, the same images per rank;
-and beside two runs of one rank that have nothing to do with each other, which shows what the cores share.
-hosts: the plan's prediction beside what 2 and 4 hosts measure at three bandwidths, on network namespaces (root, Linux,
-and what tests/helpers/hosts.py names). curve: kimg an hour of each stage of the published recipe on up to 1,024 hosts
-of 8, from the step times of benchmarks/results/step_times_cpu.json and the model.
+Parts:
+    ranks: two ranks of one thread against one rank of one thread, pggan's digits preset at 32 px, with the same images
+        per rank; and two independent runs of one rank, which show what the two cores share.
+    hosts: measured steps of 2 and 4 hosts at three bandwidths against the forecast. The hosts are network namespaces
+        (needs root, Linux, and the packages that tests/helpers/hosts.py names).
+    curve: kimg per hour of each stage of the published recipe on up to 1,024 hosts of 8 ranks, from the step times in
+        benchmarks/results/step_times_cpu.json and the communication model.
 
-Jobs are started once and take turns, a few steps each, so that a machine that slows down slows all of them; medians.
+The jobs of a part are started once and take turns of a few steps each, so that a slowdown of the machine affects all of
+them. Results are medians.
 """
 
 from __future__ import annotations
@@ -36,79 +39,95 @@ RESOLUTION, PER_RANK = 32, 32
 MEGABITS = (40, 150, 600)
 
 
-# --- a rank of a job: waits for orders in files, as ranks on several hosts have nothing else in common ----------------
+# --- a rank of a job -------------------------------------------------------------------------------------------------
+# It reads its orders from files, because files are all that ranks on several hosts share with this process.
 
 
-def worker(folder: Path, per_rank: int, resolution: int) -> None:
-    import torch
-    import torch.distributed as dist
+class Worker:
+    """One rank: a trainer past its last fade-in, and the orders that it carries out."""
 
-    from fastgan.cli.train import parse
-    from fastgan.data import open_source
-    from fastgan.training.distributed import process_group as processes
-    from fastgan.training.step_measurement import Bench
-    from fastgan.training.trainer import Trainer
+    def __init__(self, folder: Path) -> None:
+        import torch
 
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    world = processes.start("auto", "cpu")
-    flags = ["--variant", "pggan", "--batch", str(per_rank * world.size), "--resolution", str(resolution)]
-    config = parse(flags).config
-    source = open_source("digits", resolution)
-    trainer = Trainer(config, "pggan", world, source, folder)
-    trainer.images = trainer.stages[-1].fade_end
-    for _ in range(3):  # grows, warms up, and shows in which order gradients come
-        trainer.train_step()
-    bench = Bench(config, "pggan", world.device, source.channels, 0.0)
+        from fastgan.cli.train import parse
+        from fastgan.data import open_source
+        from fastgan.training.distributed import process_group
+        from fastgan.training.step_measurement import Bench
+        from fastgan.training.trainer import Trainer
 
-    def together() -> None:
-        if world.size > 1:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+        self._world = process_group.start("auto", "cpu")
+        flags = f"--variant pggan --batch {PER_RANK * self._world.size} --resolution {RESOLUTION}"
+        config = parse(flags.split()).config
+        source = open_source("digits", RESOLUTION)
+        self._trainer = Trainer(config, "pggan", self._world, source, folder)
+        self._trainer.images = self._trainer.stages[-1].fade_end
+        for _ in range(3):  # grows, warms up, and records the order of the gradients
+            self._trainer.train_step()
+        self._bench = Bench(config, self._world.device, source.channels, 0.0)
+
+    def run(self, folder: Path) -> None:
+        """Carry out the orders in `folder` until the one to end."""
+        from fastgan.training.distributed import process_group
+
+        (folder / f"ready-{self._world.rank}").touch()
+        for number in itertools.count():
+            file = folder / f"order-{number}.json"
+            while not file.exists():
+                time.sleep(0.02)
+            order = json.loads(file.read_text())
+            if order["kind"] == "end":
+                break
+            self._barrier()
+            result = self._alone(order["seconds"]) if order["kind"] == "alone" else self._steps(order["steps"])
+            _write(folder / f"answer-{number}-{self._world.rank}.json", result)
+        self._world.done()
+        process_group.stop()
+
+    def _barrier(self) -> None:
+        import torch.distributed as dist
+
+        if self._world.size > 1:
             dist.barrier()
 
-    def latency() -> float:
-        """Seconds of one message of an all-reduce that carries nothing."""
-        flag, taken = torch.zeros(1), []
+    def _alone(self, seconds: float) -> dict[str, Any]:
+        """A timing of steps without communication, and the latency of the network."""
+        self._bench.seconds = seconds
+        timing = self._bench.time(RESOLUTION, PER_RANK, False)
+        return {"timing": dataclasses.asdict(timing), "latency": self._latency() if self._world.size > 1 else 0.0}
+
+    def _latency(self) -> float:
+        """Seconds of one message of an all-reduce of a single number."""
+        import torch
+
+        flag, messages = torch.zeros(1), []
         for _ in range(30):
-            together()
-            began = time.perf_counter()
-            world.sum(flag)
-            taken.append((time.perf_counter() - began) / (2 * (world.size - 1)))
-        return statistics.median(taken)
+            self._barrier()
+            start = time.perf_counter()
+            self._world.sum(flag)
+            messages.append((time.perf_counter() - start) / (2 * (self._world.size - 1)))
+        return statistics.median(messages)
 
-    def obey(order: dict[str, Any]) -> dict[str, Any]:
-        together()
-        if order["kind"] == "alone":
-            bench._seconds = order["seconds"]
-            timing = bench.time(resolution, per_rank, False)
-            return {"timing": dataclasses.asdict(timing), "latency": latency() if world.size > 1 else 0.0}
-        began, steps, processor = [time.perf_counter()], 0, time.process_time()
-        while steps < order["steps"]:
-            trainer.train_step()
-            began.append(time.perf_counter())
-            steps += 1
-        own = trainer.stragglers.report().seconds if world.size > 1 else []
-        busy = (time.process_time() - processor) / steps
-        return {"seconds": [b - a for a, b in itertools.pairwise(began)], "own": own, "processor": busy}
+    def _steps(self, count: int) -> dict[str, Any]:
+        """Seconds of each of `count` steps, the ranks' own parts of them, and processor time of a step."""
+        marks, processor = [time.perf_counter()], time.process_time()
+        for _ in range(count):
+            self._trainer.train_step()
+            marks.append(time.perf_counter())
+        own = self._trainer.stragglers.report().seconds if self._world.size > 1 else []
+        processor = (time.process_time() - processor) / count
+        return {"seconds": [b - a for a, b in itertools.pairwise(marks)], "own": own, "processor": processor}
 
-    number = 0
-    (folder / f"ready-{world.rank}").touch()
-    while True:
-        file = folder / f"order-{number}.json"
-        while not file.exists():
-            time.sleep(0.02)
-        order = json.loads(file.read_text())
-        if order["kind"] == "end":
-            break
-        answer = folder / f"answer-{number}-{world.rank}.json"
-        answer.with_suffix(".part").write_text(json.dumps(obey(order)))
-        os.replace(answer.with_suffix(".part"), answer)
-        number += 1
-    world.done()
-    processes.stop()
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    file.with_suffix(".part").write_text(json.dumps(content))
+    os.replace(file.with_suffix(".part"), file)
 
 
 class Job:
-    """Ranks that were started, and what they answer."""
+    """Ranks of one run, which carry out orders together."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self.folder, self.ranks, self._number = folder, ranks, 0
@@ -132,14 +151,14 @@ class Job:
         while not all(file.exists() for file in files):
             for process in self.processes:
                 if process.poll() not in (None, 0):
-                    raise SystemExit(process.communicate()[0] or f"a rank ended with {process.returncode}")
+                    raise SystemExit(process.communicate()[0] or f"a rank exited with {process.returncode}")
             time.sleep(0.02)
 
     def ready(self) -> None:
         self._wait_for([self.folder / f"ready-{rank}" for rank in range(self.ranks)])
 
     def order(self, **order: Any) -> list[dict[str, Any]]:
-        """Each rank's answer."""
+        """Let all ranks carry out an order; returns each rank's answer."""
         self.send(**order)
         return self.answers()
 
@@ -149,9 +168,7 @@ class Job:
             process.communicate(timeout=60)
 
     def send(self, **order: Any) -> None:
-        file = self.folder / f"order-{self._number}.json"
-        file.with_suffix(".part").write_text(json.dumps(order))
-        os.replace(file.with_suffix(".part"), file)
+        _write(self.folder / f"order-{self._number}.json", order)
 
     def answers(self) -> list[dict[str, Any]]:
         answers = [self.folder / f"answer-{self._number}-{rank}.json" for rank in range(self.ranks)]
@@ -161,11 +178,11 @@ class Job:
 
 
 def _step(answers: list[dict[str, Any]]) -> float:
-    """Median seconds of a step; the slowest rank's."""
+    """Median seconds of a step of the slowest rank."""
     return max(statistics.median(answer["seconds"]) for answer in answers)
 
 
-# --- two ranks beside one --------------------------------------------------------------------------------------------
+# --- two ranks against one -------------------------------------------------------------------------------------------
 
 
 def scale_ranks(folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
@@ -188,39 +205,39 @@ def scale_ranks(folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
             own += answers[0]["own"]
     for job in (alone, together, other):
         job.end()
-    found: dict[str, Any] = {"own": statistics.median(own)}
+    result: dict[str, Any] = {"own": statistics.median(own)}
     for kind in kinds:
         step = statistics.median(taken[kind])
-        # Each pair of neighbors in time is a measurement of its own.
+        # Turns that follow each other form a pair.
         pairs = sorted(a / b for a, b in zip(taken["one rank"], taken[kind], strict=True))
         processor = statistics.median(busy[kind])
-        found[kind] = {"step": step, "processor": processor, "of_linear": statistics.median(pairs), "pairs": pairs}
+        result[kind] = {"step": step, "processor": processor, "of_linear": statistics.median(pairs), "pairs": pairs}
         print(
-            f"{kind + ':':22} {1000 * step:6.1f} ms a step, {1000 * processor:6.1f} ms of processor time; of linear "
-            f"{statistics.median(pairs):.3f} (pairs from {pairs[0]:.3f} to {pairs[-1]:.3f})"
+            f"{kind + ':':22} {1000 * step:6.1f} ms a step, {1000 * processor:6.1f} ms of processor time; "
+            f"{statistics.median(pairs):.3f} of linear scaling (pairs from {pairs[0]:.3f} to {pairs[-1]:.3f})"
         )
-    print(f"a rank's own part of a step of two ranks: {1000 * found['own']:.1f} ms")
-    return found
+    print(f"step of two ranks, without waiting for each other: {1000 * result['own']:.1f} ms")
+    return result
 
 
-# --- hosts beside the plan -------------------------------------------------------------------------------------------
+# --- hosts against the forecast --------------------------------------------------------------------------------------
 
 
-def predicted(answers: list[dict[str, Any]], nodes: int, megabits: float) -> tuple[float, float]:
-    """(seconds of a step, those of them that wait for the network), by the plan's model."""
-    from fastgan.planning.communication import Cluster, Link, NetworkTime, step_seconds
+def forecast(answers: list[dict[str, Any]], nodes: int, megabits: float) -> tuple[float, float]:
+    """Seconds of a step, and seconds of it that wait for the network, by the communication model."""
+    from fastgan.planning.communication import Cluster, Link, UpdateTime, step_cost
 
     latency = statistics.median(answer["latency"] for answer in answers)
     parts = []
     for name in ("d", "g"):
-        # Four ranks on two cores take turns: what one loses another gains, and in a step they wait for each other.
-        found = [answer["timing"][name] for answer in answers]
-        seconds = statistics.fmean(part["seconds"] for part in found)
-        shape = min(found, key=lambda part: abs(part["seconds"] - seconds))["gradients"]
-        lead = statistics.fmean(part["lead"] for part in found)
-        parts.append(NetworkTime(seconds, tuple((size, before) for size, before in shape), lead))
+        # The mean, because four ranks on two cores take turns: what one loses another gains.
+        updates = [answer["timing"][name] for answer in answers]
+        seconds = statistics.fmean(update["seconds"] for update in updates)
+        gradients = min(updates, key=lambda update: abs(update["seconds"] - seconds))["gradients"]
+        lead = statistics.fmean(update["lead"] for update in updates)
+        parts.append(UpdateTime(seconds, tuple((size, before) for size, before in gradients), lead))
     link = Link(megabits * 1e6 / 8, latency)
-    step = step_seconds(parts[0], parts[1], Cluster(nodes, 1, link, link), n_critic=1, accumulation=1)
+    step = step_cost(parts[0], parts[1], Cluster(nodes, 1, link, link), n_critic=1, accumulation=1)
     return step.seconds, step.exposed
 
 
@@ -229,7 +246,7 @@ def compare_hosts(folder: Path, seconds: float, rounds: int, counts: list[int]) 
 
     reason = missing()
     if reason is not None:
-        print(f"hosts: left out, {reason}")
+        print(f"hosts: skipped, {reason}")
         return []
     rows = []
     for count in counts:
@@ -239,26 +256,26 @@ def compare_hosts(folder: Path, seconds: float, rounds: int, counts: list[int]) 
             job = Job(place / "job", count)
             job.processes.append(hosts.deepspeed(Path(__file__).resolve(), "--worker", str(job.folder)))
             job.ready()
-            found: dict[int, list[tuple[float, float, float]]] = {megabits: [] for megabits in MEGABITS}
+            results: dict[int, list[tuple[float, float, float]]] = {megabits: [] for megabits in MEGABITS}
             for _ in range(max(rounds // 2, 1)):
                 alone = job.order(kind="alone", seconds=seconds)
                 for megabits in MEGABITS:
                     for host in range(count):
                         hosts.limit(host, megabits)
-                    # The first steps empty the buckets of the limit, which start full.
+                    # The first steps use up the token buckets of the limit, which start full.
                     job.order(kind="steps", steps=2)
-                    steps = max(2, round(seconds / predicted(alone, count, megabits)[0]))
-                    measured = _step(job.order(kind="steps", steps=steps))
-                    found[megabits].append((measured, *predicted(alone, count, megabits)))
+                    expected = forecast(alone, count, megabits)
+                    measured = _step(job.order(kind="steps", steps=max(2, round(seconds / expected[0]))))
+                    results[megabits].append((measured, *expected))
                     for host in range(count):
                         hosts.limit(host, None)
             job.end()
-        for megabits, triples in found.items():
+        for megabits, triples in results.items():
             measured, plan, waiting = (statistics.median(part) for part in zip(*triples, strict=True))
             error = plan / measured - 1
             rows.append({"hosts": count, "megabits": megabits, "measured": measured, "plan": plan, "error": error})
             print(
-                f"{count} hosts, {megabits:4d} Mbit/s: measured {1000 * measured:7.1f} ms a step, plan "
+                f"{count} hosts, {megabits:4d} Mbit/s: measured {1000 * measured:7.1f} ms a step, forecast "
                 f"{1000 * plan:7.1f} ms ({waiting / plan:.0%} of it waiting), {error:+.1%}"
             )
     return rows
@@ -268,33 +285,33 @@ def compare_hosts(folder: Path, seconds: float, rounds: int, counts: list[int]) 
 
 
 def curves(speedup: float) -> Iterator[tuple[str, int, int, float, float]]:
-    """(which batch, px, nodes, kimg an hour, share of the step that waits), ranks as fast as `speedup` of what the file
-    was measured on."""
-    from fastgan.cli.plan import Machines, cluster_of
+    """(name of the batches, px, hosts, kimg per hour, share of the step that waits) of each stage.
+
+    speedup: how much faster the ranks are than the device on which the step times were measured.
+    """
+    from fastgan.cli.plan import ClusterFlags, make_forecaster
     from fastgan.cli.train import parse
     from fastgan.config import replace
     from fastgan.data import open_source
-    from fastgan.training.forecast import Planner, shares
-    from fastgan.training.step_measurement import read, recipe
+    from fastgan.planning.step_times import read, recipe_of
 
     config = parse(["--data", "synthetic"]).config
     source = open_source("synthetic", 4)
-    times = read(str(STEP_TIMES), recipe(config, 3))
-
+    times = read(str(STEP_TIMES), recipe_of(config, 3))
     timings = [dataclasses.replace(t, d=t.d.scaled(1 / speedup), g=t.g.scaled(1 / speedup)) for t in times.timings]
     times = dataclasses.replace(times, timings=timings)
-    # Operations are those of a rank, whatever the cluster; memory, which is not, is not asked for.
-    counted = Planner(config, source, cluster_of(Machines()))._footprints
+    # Counted once: the operations of a rank do not depend on the cluster, and its memory is not used here.
+    footprint = make_forecaster(config, source, ClusterFlags().cluster()).footprint
     for nodes in (2**i for i in range(11)):
-        cluster = cluster_of(Machines(nodes=nodes))
+        cluster = ClusterFlags(nodes=nodes).cluster()
         four = replace(config, schedule={"batch": 4 * cluster.size, "batch_at": {}})
-        for name, wanted in (("paper", config), ("four", four)):
-            planner = Planner(wanted, source, cluster)
-            planner._footprints = counted
-            for share in shares(wanted, cluster.size):
-                time, _ = planner.time(times, share)
-                images = share.stage.end - share.stage.start
-                yield name, share.stage.resolution, nodes, 3.6 * images / time.seconds, time.exposed / time.seconds
+        for name, chosen in (("paper", config), ("four", four)):
+            run = make_forecaster(chosen, source, cluster)
+            run.footprint = footprint
+            for batch in run.batches:
+                cost, _ = run.cost(times, batch)
+                rate = 3.6 * batch.images / cost.seconds
+                yield name, batch.stage.resolution, nodes, rate, cost.exposed / cost.seconds
 
 
 def draw_curve(speedup: float, path: Path) -> list[dict[str, Any]]:
@@ -314,12 +331,12 @@ def draw_curve(speedup: float, path: Path) -> list[dict[str, Any]]:
         axis.minorticks_off()
         axis.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("kimg an hour")
+    axes[0].set_ylabel("kimg per hour")
     axes[1].legend(fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
-    print(f"{path.relative_to(ROOT)}: kimg an hour, ranks {speedup:g} times as fast as those measured")
+    print(f"{path.relative_to(ROOT)}: kimg per hour of ranks {speedup:g} times as fast as the measured one")
     for name in ("paper", "four"):
         for px in sizes:
             of = {nodes: (rate, waits) for which, at, nodes, rate, waits in points if (which, at) == (name, px)}
@@ -337,7 +354,7 @@ def draw_hosts(rows: list[dict[str, Any]], path: Path) -> None:
         at = [row["megabits"] for row in of]
         axis.plot(at, [1000 * row["plan"] for row in of], color="0.4", linestyle="--" if count == 4 else "-")
         axis.plot(at, [1000 * row["measured"] for row in of], marker, label=f"{count} hosts, measured")
-    axis.plot([], [], color="0.4", label="plan")
+    axis.plot([], [], color="0.4", label="forecast")
     axis.set(xscale="log", xlabel="bandwidth of a host, Mbit/s", ylabel="step, ms", ylim=(0, None))
     axis.set_xticks(list(MEGABITS), [str(m) for m in MEGABITS])
     axis.minorticks_off()
@@ -351,14 +368,14 @@ def draw_hosts(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("ranks", "hosts", "curve"), default=["ranks", "hosts", "curve"])
-    parser.add_argument("--seconds", type=float, default=8.0, help="of a measurement")
-    parser.add_argument("--rounds", type=int, default=4, help="measurements of each kind")
-    parser.add_argument("--hosts", nargs="+", type=int, choices=(2, 4), default=[2, 4], help="of the part with hosts")
-    parser.add_argument("--speedup", type=float, default=1000.0, help="of the curve's ranks over those measured")
+    parser.add_argument("--seconds", type=float, default=8.0, help="duration of a measurement")
+    parser.add_argument("--rounds", type=int, default=4, help="number of measurements of each kind")
+    parser.add_argument("--hosts", nargs="+", type=int, choices=(2, 4), default=[2, 4], help="host counts to measure")
+    parser.add_argument("--speedup", type=float, default=1000.0, help="of the ranks in the curve")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_known_args()[0]  # a launcher adds --local_rank
-    if asked.worker is not None:
-        worker(asked.worker, PER_RANK, RESOLUTION)
+    arguments = parser.parse_known_args()[0]  # a launcher adds --local_rank
+    if arguments.worker is not None:
+        Worker(arguments.worker).run(arguments.worker)
         return
     import matplotlib
 
@@ -367,19 +384,19 @@ def main() -> None:
     results = ROOT / "benchmarks" / "results" / "scaling.json"
     kept = json.loads(results.read_text()) if results.exists() else {}
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    print(f"{cores} cores, load {load:.1f}" + (": what else runs here takes part of the result" if load > 0.3 else ""))
+    print(f"{cores} cores, load {load:.1f}" + (": other processes affect the result" if load > 0.3 else ""))
     with tempfile.TemporaryDirectory() as folder:
-        if "ranks" in asked.parts:
-            kept["ranks"] = scale_ranks(Path(folder), asked.seconds, asked.rounds)
-        if "hosts" in asked.parts:
-            rows = compare_hosts(Path(folder), asked.seconds, asked.rounds, asked.hosts)
+        if "ranks" in arguments.parts:
+            kept["ranks"] = scale_ranks(Path(folder), arguments.seconds, arguments.rounds)
+        if "hosts" in arguments.parts:
+            rows = compare_hosts(Path(folder), arguments.seconds, arguments.rounds, arguments.hosts)
             measured = {row["hosts"] for row in rows}
             kept["hosts"] = [row for row in kept.get("hosts", []) if row["hosts"] not in measured] + rows
             kept["hosts"].sort(key=lambda row: (row["hosts"], row["megabits"]))
             draw_hosts(kept["hosts"], FIGURES / "hosts.png")
-    if "curve" in asked.parts:
+    if "curve" in arguments.parts:
         draw_curve(1.0, FIGURES / "curve_cpu.png")
-        draw_curve(asked.speedup, FIGURES / "curve_fast.png")
+        draw_curve(arguments.speedup, FIGURES / "curve_fast.png")
     results.write_text(json.dumps(kept, indent=1) + "\n")
 
 

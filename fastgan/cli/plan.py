@@ -1,218 +1,244 @@
-"""How long a run would take on a cluster, stage by stage: `fastgan plan --nodes 16 --gpus-per-node 8`."""
+"""Forecast of a run on a cluster, stage by stage: `fastgan plan --nodes 16 --gpus-per-node 8`."""
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastgan.cli.main import command
-from fastgan.cli.train import Asked, Request, parse
+from fastgan.cli.run_request import RunFlags, RunRequest, parse
 from fastgan.config import Config, batches_for_all
+from fastgan.config.stages import stages_of
 from fastgan.errors import ArgumentError
+from fastgan.planning import step_times
+from fastgan.planning.communication import Cluster, Cost, Link, total_cost
+from fastgan.planning.forecast import Forecaster, StageForecast
 from fastgan.utils.text import readable_duration
 
 if TYPE_CHECKING:
-    from fastgan.planning.communication import Cluster
-    from fastgan.training.forecast import Planner, Row
-    from fastgan.training.step_measurement import StepTimes
+    from fastgan.data import Source
+
+# Flags that say which run is meant. Without any of them the published recipe is planned, on images of its size.
+_RUN_FLAGS = ("--data", "--preset", "--config", "--resume")
 
 
 @dataclass(frozen=True)
-class Machines:
+class ClusterFlags:
     """Cluster."""
 
     nodes: int = 1
-    """Hosts."""
+    """Number of hosts."""
     gpus_per_node: int = 8
     """Ranks on each host."""
     bandwidth: float = 50.0
-    """Of a host's network, in GB/s each way; 50 is one adapter of 400 Gb/s."""
+    """Bandwidth of a host's network, in GB/s in each direction; 50 is one 400 Gb/s adapter."""
     latency: float = 5.0
-    """Of a message between hosts, in microseconds."""
+    """Latency between hosts, in microseconds."""
     bandwidth_inside: float = 300.0
-    """Between the ranks of a host, in GB/s each way; 300 is about NVLink's."""
+    """Bandwidth between the ranks of a host, in GB/s in each direction; 300 is about that of NVLink."""
     latency_inside: float = 3.0
-    """Of a message inside a host, in microseconds."""
+    """Latency inside a host, in microseconds."""
     overlap: bool = True
-    """Send gradients while the backward goes on, as the trainer does."""
+    """Send gradients during the backward pass, as the trainer does."""
+
+    def validate(self) -> None:
+        """Raises ArgumentError if a flag is out of bounds."""
+        for flag, count in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
+            if count < 1:
+                raise ArgumentError(flag, count, "must be at least 1")
+        for flag, value in (("--bandwidth", self.bandwidth), ("--bandwidth-inside", self.bandwidth_inside)):
+            if not (math.isfinite(value) and value > 0):
+                raise ArgumentError(flag, value, "must be above 0, in GB/s")
+        for flag, value in (("--latency", self.latency), ("--latency-inside", self.latency_inside)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ArgumentError(flag, value, "must be at least 0, in microseconds")
+
+    def cluster(self) -> Cluster:
+        return Cluster(
+            self.nodes,
+            self.gpus_per_node,
+            between=Link(self.bandwidth * 1e9, self.latency * 1e-6),
+            inside=Link(self.bandwidth_inside * 1e9, self.latency_inside * 1e-6),
+            overlap=self.overlap,
+        )
 
 
 @dataclass(frozen=True)
-class Times:
+class StepTimeFlags:
     """Step times."""
 
     measure_seconds: float = 5.0
-    """About how long each kind of step is measured; what takes over six times that is worked out, and said so."""
+    """Approximate duration of each measurement; a step that would take over six times as long is estimated."""
     step_times: str | None = None
-    """Take step times from this file instead of measuring them here."""
+    """Read step times from this file instead of measuring them here."""
     write_step_times: str | None = None
-    """Write what was measured to this file, with smaller micro-batches too, for plans of other clusters."""
+    """Write the measured step times to this file, and measure smaller micro-batches too, to plan other clusters."""
+
+    def validate(self) -> None:
+        """Raises ArgumentError if a flag is out of bounds or cannot be combined with another."""
+        if not (math.isfinite(self.measure_seconds) and self.measure_seconds > 0):
+            raise ArgumentError("--measure-seconds", self.measure_seconds, "must be above 0")
+        if self.step_times and self.write_step_times:
+            raise ArgumentError("--write-step-times", self.write_step_times, "cannot be combined with --step-times")
+        if self.write_step_times:
+            step_times.require_writable(self.write_step_times)
 
 
 @dataclass(frozen=True)
-class Plan(Asked):
-    """Say how long a run would take on a cluster, stage by stage, and how much of it is communication.
+class PlanOptions(RunFlags):
+    """Forecast how long a run takes on a cluster, stage by stage, and how much of it is communication.
 
     Takes all flags of fastgan train. Without --data, --preset, --config or --resume it plans the published recipe.
     """
 
-    machines: Machines = field(default_factory=Machines)
-    times: Times = field(default_factory=Times)
+    machines: ClusterFlags = field(default_factory=ClusterFlags)
+    times: StepTimeFlags = field(default_factory=StepTimeFlags)
 
 
-def _check(machines: Machines, times: Times) -> None:
-    for flag, count in (("--nodes", machines.nodes), ("--gpus-per-node", machines.gpus_per_node)):
-        if count < 1:
-            raise ArgumentError(flag, count, "must be at least 1")
-    for flag, value in (("--bandwidth", machines.bandwidth), ("--bandwidth-inside", machines.bandwidth_inside)):
-        if not (math.isfinite(value) and value > 0):
-            raise ArgumentError(flag, value, "must be above 0, in GB/s")
-    for flag, value in (("--latency", machines.latency), ("--latency-inside", machines.latency_inside)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ArgumentError(flag, value, "must be at least 0, in microseconds")
-    if not (math.isfinite(times.measure_seconds) and times.measure_seconds > 0):
-        raise ArgumentError("--measure-seconds", times.measure_seconds, "must be above 0")
-    if times.step_times and times.write_step_times:
-        raise ArgumentError("--write-step-times", times.write_step_times, "it may be left out with --step-times")
+def make_forecaster(config: Config, source: Source, cluster: Cluster) -> Forecaster:
+    """A forecaster with the trainer's stages, footprints and way of reducing gradients."""
+    from fastgan.training.distributed.engine import uses_own_reducer
+    from fastgan.training.factory import engine_settings
+    from fastgan.training.footprint import footprint
 
-
-def cluster_of(machines: Machines) -> Cluster:
-    from fastgan.planning.communication import Cluster, Link
-
-    return Cluster(
-        machines.nodes,
-        machines.gpus_per_node,
-        between=Link(machines.bandwidth * 1e9, machines.latency * 1e-6),
-        inside=Link(machines.bandwidth_inside * 1e9, machines.latency_inside * 1e-6),
-        overlap=machines.overlap,
+    stages = stages_of(config)
+    return Forecaster(
+        config,
+        stages,
+        cluster,
+        functools.cache(
+            lambda stage, micro, fading: footprint(config, source, stage, micro, cluster.size, fading=fading)
+        ),
+        own_reducer=uses_own_reducer(engine_settings(config, stages[0].resolution, cluster.size)),
     )
 
 
-def _measure(planner: Planner, request: Request, times: Times) -> StepTimes:
-    """Measure what the plan needs; with a file to write, it is replaced after each step, so that nothing is lost."""
+def _measure(forecaster: Forecaster, request: RunRequest, channels: int, flags: StepTimeFlags) -> step_times.StepTimes:
+    """Measure the steps of a run. The file of --write-step-times is rewritten after each step, so nothing is lost."""
     import torch
     from tqdm import tqdm
 
-    from fastgan.training import step_measurement
     from fastgan.training.distributed.process_group import pick_device
+    from fastgan.training.step_measurement import Bench, free_bytes
     from fastgan.utils.system import device_name
 
     device = pick_device(request.config.system.device)
-    more = times.write_step_times is not None
-    recipe = step_measurement.recipe(request.config, planner.source.channels)
-    measured = step_measurement.StepTimes(step_measurement.SCHEMA, device_name(device), torch.__version__, recipe, [])
-    with tqdm(total=len(planner.wanted(more)), unit="step", desc="measuring", leave=False, disable=None) as bar:
-        for timing in planner.measure(request.variant, device, times.measure_seconds, more=more):
+    bench = Bench(request.config, device, channels, flags.measure_seconds)
+    recipe = step_times.recipe_of(request.config, channels)
+    times = step_times.StepTimes(step_times.SCHEMA, device_name(device), torch.__version__, recipe, [])
+    smaller = flags.write_step_times is not None
+    measured = forecaster.measure(bench.time, lambda: free_bytes(device), flags.measure_seconds, smaller=smaller)
+    steps = len(forecaster.steps_to_measure(smaller))
+    with tqdm(total=steps, unit="step", desc="measuring", leave=False, disable=None) as bar:
+        for timing in measured:
             if isinstance(timing, str):
                 bar.write(timing, file=sys.stderr)
             else:
-                measured.timings.append(timing)
-                if times.write_step_times:
-                    step_measurement.write(measured, times.write_step_times)
+                times.timings.append(timing)
+                if flags.write_step_times:
+                    step_times.write(times, flags.write_step_times)
                 bar.set_postfix_str(f"{timing.resolution} px, {timing.micro} per rank")
             bar.update()
-    return measured
+    return times
 
 
-def table(rows: list[Row]) -> list[str]:
-    """The stages and their sum. sending: all seconds of all-reduces; waiting: those that computing does not hide."""
+def table(stages: list[StageForecast]) -> list[str]:
+    """The stages and their total.
+
+    The columns "sending" and "waiting" are all seconds of all-reduce, and those that compute does not hide, as shares
+    of the time.
+    """
     lines = [
         f"{'px':>5} {'kimg':>7} {'batch':>6} {'ranks':>6} {'per rank':>9} {'step':>10} {'sending':>8} {'waiting':>8} "
         f"{'images/s':>9} {'time':>9} {'memory/rank':>12}"
     ]
-    for row in rows:
-        share, time = row.share, row.time
+    for stage in stages:
+        batch, cost = stage.batch, stage.cost
         lines.append(
-            f"{share.stage.resolution:5d} {row.images / 1000:7g} {share.batch:6d} {share.active:6d} {share.micro:9d} "
-            f"{1000 * time.step:7.1f} ms {time.communication / time.seconds:8.1%} {time.exposed / time.seconds:8.1%} "
-            f"{row.images / time.seconds:9.1f} {readable_duration(time.seconds):>9} {row.of.bytes / 2**30:8.2f} GiB"
-            + (" *" if row.note else "")
+            f"{batch.stage.resolution:5d} {batch.images / 1000:7g} {batch.size:6d} {batch.active:6d} {batch.micro:9d} "
+            f"{1000 * cost.seconds / cost.steps:7.1f} ms {_columns(cost, batch.images, stage.footprint.bytes)}"
+            + (" *" if stage.note else "")
         )
-    seconds = sum(row.time.seconds for row in rows)
-    images = sum(row.images for row in rows)
-    lines.append(
-        f"{'all':>5} {images / 1000:7g} {'':6} {'':6} {'':9} {'':10} "
-        f"{sum(row.time.communication for row in rows) / seconds:8.1%} "
-        f"{sum(row.time.exposed for row in rows) / seconds:8.1%} "
-        f"{images / seconds:9.1f} {readable_duration(seconds):>9} {max(row.of.bytes for row in rows) / 2**30:8.2f} GiB"
+    images, nbytes = sum(stage.batch.images for stage in stages), max(stage.footprint.bytes for stage in stages)
+    total = _columns(total_cost([(1, stage.cost) for stage in stages]), images, nbytes)
+    return [*lines, f"{'all':>5} {images / 1000:7g} {'':6} {'':6} {'':9} {'':10} {total}"]
+
+
+def _columns(cost: Cost, images: int, nbytes: float) -> str:
+    """The columns that a stage and the total have in common."""
+    return (
+        f"{cost.communication / cost.seconds:8.1%} {cost.exposed / cost.seconds:8.1%} {images / cost.seconds:9.1f} "
+        f"{readable_duration(cost.seconds):>9} {nbytes / 2**30:8.2f} GiB"
     )
-    return lines
 
 
-def remarks(rows: list[Row], ranks: int, config: Config) -> list[str]:
-    """What a reader of the table should know: what was not measured, and which ranks have nothing to do."""
+def remarks(stages: list[StageForecast], ranks: int, config: Config) -> list[str]:
+    """Lines under the table: which step times were not measured, and which ranks are idle."""
+
+    def resolutions(chosen: list[StageForecast]) -> str:
+        return ", ".join(str(stage.batch.stage.resolution) for stage in chosen) + " px"
+
     lines = []
-    for note in dict.fromkeys(row.note for row in rows if row.note):
-        at = ", ".join(str(row.share.stage.resolution) for row in rows if row.note == note)
-        lines.append(f"* {at} px: {note}")
-    idle = [row.share for row in rows if row.share.active < ranks]
+    for note in dict.fromkeys(stage.note for stage in stages if stage.note):
+        lines.append(f"* {resolutions([stage for stage in stages if stage.note == note])}: {note}")
+    idle = [stage for stage in stages if stage.batch.active < ranks]
     if idle:
-        at = ", ".join(str(share.stage.resolution) for share in idle)
-        working = ", ".join(str(share.active) for share in idle)
+        active = ", ".join(str(stage.batch.active) for stage in idle)
         lines.append(
-            f"{at} px: the batch keeps {working} of {ranks} ranks at work; the others have no part in it; all have one "
-            f"with {batches_for_all(config.schedule, ranks)}"
+            f"{resolutions(idle)}: the batch is too small for {ranks} ranks; active ranks: {active}; the others "
+            f"contribute nothing; to use all ranks: {batches_for_all(config.schedule, ranks)}"
         )
-    small = [str(row.share.stage.resolution) for row in rows if row.share.micro < 4]
+    small = [stage for stage in stages if stage.batch.micro < 4]
     if config.networks.model == "pggan" and small:
         lines.append(
-            f"{', '.join(small)} px: fewer than 4 images per rank, so that minibatch standard deviation sees smaller "
-            "groups than on one rank"
+            f"{resolutions(small)}: fewer than 4 images per rank, so the groups of minibatch standard deviation are "
+            "smaller than on one rank"
         )
     return lines
 
 
 @command
 def main(argv: list[str]) -> int:
-    named = ("--data", "--preset", "--config", "--resume")
-    if not any(flag.split("=")[0] in named for flag in argv):
+    if not any(flag.split("=")[0] in _RUN_FLAGS for flag in argv):
         argv = [*argv, "--data", "synthetic"]
-    request = parse(argv, Plan, "fastgan plan")
-    assert isinstance(request.asked, Plan)
-    machines, times, config = request.asked.machines, request.asked.times, request.config
-    _check(machines, times)
-    from fastgan.cli.train import prepare_torch
+    request = parse(argv, PlanOptions, "fastgan plan")
+    assert isinstance(request.flags, PlanOptions)
+    machines, flags, config = request.flags.machines, request.flags.times, request.config
+    machines.validate()
+    flags.validate()
     from fastgan.data import open_source
-    from fastgan.training import step_measurement
-    from fastgan.training.factory import check_stages
-    from fastgan.training.forecast import Planner
+    from fastgan.training import torch_settings
+    from fastgan.training.factory import validate_stages
 
-    prepare_torch(config)
-    cluster = cluster_of(machines)
-    check_stages(config, cluster.size)
+    torch_settings.apply(config)
+    cluster = machines.cluster()
+    validate_stages(config, cluster.size)
     source = open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
-    planner = Planner(config, source, cluster)
-    if times.write_step_times:
-        step_measurement.writable(times.write_step_times)
-    if times.step_times:
-        measured = step_measurement.read(times.step_times, step_measurement.recipe(config, source.channels))
+    run = make_forecaster(config, source, cluster)
+    if flags.step_times:
+        times = step_times.read(flags.step_times, step_times.recipe_of(config, source.channels))
     else:
-        measured = _measure(planner, request, times)
+        times = _measure(run, request, source.channels, flags)
     try:
-        rows = planner.rows(measured)
-    except LookupError as error:
-        raise ArgumentError(
-            "--step-times" if times.step_times else "--measure-seconds",
-            times.step_times or times.measure_seconds,
-            f"no step of {error} px, nor of another stage, was measured",
-        ) from None
+        stages = run.forecast(times)
+    except LookupError:
+        if flags.step_times:
+            raise ArgumentError("--step-times", flags.step_times, "has no timing of any stage of this run") from None
+        raise ArgumentError("--measure-seconds", flags.measure_seconds, "no step could be measured") from None
     s = config.schedule
     print(
         f"{request.variant}, {request.preset} preset: {s.kimg:g} kimg to {s.resolution} px on {machines.nodes} x "
         f"{machines.gpus_per_node} = {cluster.size} ranks, ZeRO {config.system.zero}, {config.system.precision}"
     )
-    print(
-        f"step times: {measured.device}, torch {measured.torch}" + (f", {times.step_times}" if times.step_times else "")
-    )
+    print(f"step times: {times.device}, torch {times.torch}" + (f", {flags.step_times}" if flags.step_times else ""))
     print(
         f"network: {machines.bandwidth:g} GB/s and {machines.latency:g} us between hosts, "
-        f"{machines.bandwidth_inside:g} GB/s and {machines.latency_inside:g} us inside one; ring all-reduce inside "
-        f"and between, {'during' if machines.overlap else 'after'} the backward"
+        f"{machines.bandwidth_inside:g} GB/s and {machines.latency_inside:g} us inside a host; ring all-reduce, "
+        f"{'during' if machines.overlap else 'after'} the backward pass"
     )
     print()
-    print("\n".join(table(rows)))
-    for line in remarks(rows, cluster.size, config):
-        print(line)
+    print("\n".join([*table(stages), *remarks(stages, cluster.size, config)]))
     return 0

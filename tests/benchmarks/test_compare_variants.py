@@ -106,7 +106,7 @@ def test_speed_is_of_every_kind_of_step(compare: ModuleType, monkeypatch: pytest
 @pytest.mark.parametrize("arm", ["dcgan", "dcgan-r1", "pggan"])
 def test_flags_say_what_is_compared(compare: ModuleType, arm: str) -> None:
     """The flags that training gets and the configuration whose steps are timed are one."""
-    from fastgan.cli.train import Train, parse
+    from fastgan.cli.train import parse
 
     variant, _ = compare.ARMS[arm]
     flags = [
@@ -118,7 +118,7 @@ def test_flags_say_what_is_compared(compare: ModuleType, arm: str) -> None:
         "--kimg",
         "50",
     ]
-    asked, config = parse(flags, Train, "fastgan train").config, compare.configured(arm, 50.0)
+    asked, config = parse(flags).config, compare.configured(arm, 50.0)
     for section in ("networks", "objective", "optimizer", "schedule"):
         assert getattr(asked, section) == getattr(config, section)
     assert (config.objective.regularizer == "none") == (arm == "dcgan")

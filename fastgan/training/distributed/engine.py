@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgan.errors import ArgumentError
-from fastgan.planning.communication import BUCKET_BYTES
 from fastgan.training.distributed.gradient_reducer import GradientReducer, reduce_to
 from fastgan.training.distributed.process_group import bound
+from fastgan.utils.buckets import BUCKET_BYTES
 from fastgan.utils.timers import Stopwatch
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgan.planning.communication import pack
+from fastgan.utils.buckets import pack
 from fastgan.utils.timers import Stopwatch
 
 
