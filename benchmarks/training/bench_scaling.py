@@ -45,7 +45,7 @@ def worker(folder: Path, per_rank: int, resolution: int) -> None:
 
     from fastgan.cli.train import parse
     from fastgan.data import open_source
-    from fastgan.training.distributed import process_group as processes
+    from fastgan.training.distributed import rendezvous as processes
     from fastgan.training.step_measurement import Bench
     from fastgan.training.trainer import Trainer
 

@@ -96,7 +96,7 @@ def _measure(planner: Planner, request: Request, times: Times) -> StepTimes:
     from tqdm import tqdm
 
     from fastgan.training import step_measurement
-    from fastgan.training.distributed.process_group import pick_device
+    from fastgan.training.distributed.rendezvous import pick_device
     from fastgan.utils.system import device_name
 
     device = pick_device(request.config.system.device)

@@ -23,7 +23,7 @@ from fastgan.config.variants import VARIANTS, Preset
 from fastgan.errors import ArgumentError
 from fastgan.training import run_directory
 from fastgan.training.resilience import supervisor
-from fastgan.training.resilience.heartbeat import FAULT
+from fastgan.training.resilience.heartbeat import EXIT_RANK_FAULT
 
 if TYPE_CHECKING:
     from fastgan.checkpoint import Checkpoint
@@ -116,7 +116,7 @@ def parse(argv: list[str], kind: type[Asked] = Train, prog: str = "fastgan train
         ArgumentError: a value that cannot be; SystemExit: --help, or a flag that does not exist.
     """
     # DeepSpeed's launcher adds the first, whose variable serves, and ours the others.
-    argv = [flag for flag in argv if not flag.startswith(("--local_rank=", supervisor.HOSTS, supervisor.JOB))]
+    argv = [flag for flag in argv if not flag.startswith(("--local_rank=", supervisor.HOSTS_FLAG, supervisor.JOB_FLAG))]
     first = _first_pass(argv, prog)
     for flag in ("out", "resume"):
         path = getattr(first, flag) or ""
@@ -248,7 +248,7 @@ def _open_source(config: Config, world: ProcessGroup) -> Source:
     from fastgan import data
     from fastgan.data.preparation.verification import spot_check
     from fastgan.data.prepared import PreparedSource
-    from fastgan.training.distributed.rank_consistency import same
+    from fastgan.training.distributed.rank_consistency import require_same_on_all_ranks
 
     source, fault = None, None
     try:
@@ -261,7 +261,9 @@ def _open_source(config: Config, world: ProcessGroup) -> Source:
                 raise ArgumentError("--data", path, f"{found.name} {found.what}; copy the set to this host anew")
     except ArgumentError as error:
         source, fault = None, error
-    same(world, {"--data": str(fault) if source is None else f"{len(source)} images, {source.fingerprint}"})
+    require_same_on_all_ranks(
+        world, {"--data": str(fault) if source is None else f"{len(source)} images, {source.fingerprint}"}
+    )
     if source is None:
         assert fault is not None
         raise fault
@@ -306,13 +308,13 @@ def main(argv: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(text)
         return 0
-    supervision = supervisor.asked(argv)
+    supervision = supervisor.parse_supervision(argv)
     if supervision is not None:
         return _supervise(supervision, request)
     if "RANK" not in os.environ:
         print(f"fastgan {__version__}: {request.variant}, {request.preset} preset; loading torch", flush=True)
-    from fastgan.training.distributed import process_group as processes
-    from fastgan.training.resilience.signals import readers_may_go
+    from fastgan.training.distributed import rendezvous as processes
+    from fastgan.training.resilience.signals import stop_on_closed_output
 
     prepare_torch(config)
     hosts = supervisor.rank_hosts(argv)
@@ -326,7 +328,7 @@ def main(argv: list[str]) -> int:
     )
     # A supervisor that starts again without a host it does not reach may be before that host's rank has given up.
     patience = config.system.timeout / 2 if hosts else 0.0
-    with world.guard(), readers_may_go(), ExitStack() as held:
+    with world.guard(), stop_on_closed_output(), ExitStack() as held:
         try:
             code = _train(request, world, began, held, patience)
             world.done()
@@ -336,7 +338,8 @@ def main(argv: list[str]) -> int:
                 raise
             if world.main:
                 print(f"fastgan: {error}", file=sys.stderr, flush=True)
-            return FAULT  # a host that died may hold a shared lock for some time yet: the supervisor starts again
+            # A host that died may hold a shared lock for some time yet: the supervisor starts again.
+            return EXIT_RANK_FAULT
         finally:
             processes.stop()
 
@@ -346,10 +349,10 @@ def _supervise(supervision: supervisor.Supervision, request: Request) -> int:
     config, resumed = request.config, request.resume is not None
     if resumed or config.run.out is not None:
         run = run_directory.of(str(request.resume)) if resumed else Path(str(config.run.out))
-        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout)()
+        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout).supervise()
     run = run_directory.make(run_directory.default(request.variant), named=False)
     try:
-        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout)()
+        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout).supervise()
     finally:
         with suppress(OSError):  # it is the run's, unless the ranks were refused before they wrote anything
             run.rmdir()
@@ -406,16 +409,18 @@ def _cut(request: Request, stored: Checkpoint, world: ProcessGroup) -> Request:
 
 def _train(request: Request, world: ProcessGroup, began: float, held: ExitStack, patience: float) -> int:
     """What each rank does once it has found the others; `held` and `patience` as in `_run_directory`."""
-    from fastgan.training.distributed.rank_consistency import same, settings
+    from fastgan.training.distributed.rank_consistency import require_same_on_all_ranks, shared_settings
     from fastgan.training.factory import check_stages, ends_early
     from fastgan.training.trainer import NonFiniteError, Trainer
 
     if request.config.system.sync_bn and world.device.type != "cuda":
         raise ArgumentError("--sync-bn", True, "it needs GPUs; it may be left out on a CPU")
-    same(world, settings(request.config))
+    require_same_on_all_ranks(world, shared_settings(request.config))
     run = _run_directory(request, world, held, patience)
     stored = _stored(request, run)
-    same(world, {"the checkpoint to go on from": None if stored is None else (str(stored.path), stored.meta["files"])})
+    require_same_on_all_ranks(
+        world, {"the checkpoint to go on from": None if stored is None else (str(stored.path), stored.meta["files"])}
+    )
     if stored is not None:
         request = _cut(request, stored, world)
     config = request.config

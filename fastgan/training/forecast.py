@@ -12,7 +12,7 @@ from fastgan.config import Config, active_ranks, batch_at
 from fastgan.config.stages import Stage
 from fastgan.data import Source
 from fastgan.planning.communication import Cluster, NetworkTime, StageTime, stage_seconds, step_seconds
-from fastgan.training.distributed.engine import uses_own_reducer
+from fastgan.training.distributed.deepspeed_engine import uses_own_reducer
 from fastgan.training.dry_run import Footprint, footprint
 from fastgan.training.factory import engine_settings, plan
 from fastgan.training.step_measurement import Bench, StepTimes, Timing, free_bytes

@@ -21,9 +21,10 @@ from fastgan.config.stages import Stage, stage_at
 from fastgan.generator import sample_images
 from fastgan.models.pggan import Progressive
 from fastgan.training.checkpoints import contents
-from fastgan.training.distributed.engine import DeepSpeedEngine, Engine, TorchEngine, uses_own_reducer
-from fastgan.training.distributed.gradient_reducer import spread
-from fastgan.training.distributed.process_group import ProcessGroup
+from fastgan.training.distributed.deepspeed_engine import DeepSpeedEngine, uses_own_reducer
+from fastgan.training.distributed.engine import Engine
+from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
+from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.ema import Ema
 from fastgan.training.factory import (
     build_step,
@@ -144,7 +145,7 @@ class Trainer:
         """Weights and their average are those after the last step, which may leave this to be done until they are used;
         a collective, before anything but a step uses them."""
         if self._engines is not None:
-            with self.stragglers.rest():
+            with self.stragglers.continue_step():
                 for engine in self._engines:
                     engine.wait()
 
@@ -152,8 +153,8 @@ class Trainer:
         """Weights of ranks that wait are those of the first again; a collective, before they are used or saved."""
         self.wait()
         if self.has_subgroup:
-            spread([tensor for module in self._modules() for tensor in module.state_dict().values()])
-            spread([self.ema.steps])
+            broadcast_tensors([tensor for module in self._modules() for tensor in module.state_dict().values()])
+            broadcast_tensors([self.ema.steps])
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -205,17 +206,19 @@ class Trainer:
     def _engine(self, module: nn.Module, discriminator: bool, resolution: int) -> Engine:
         make = optimizer_factory(self.config, discriminator=discriminator)
         moved = None if discriminator else lambda: self.ema.update(self.step.generator)
+        waiting, group = self.stragglers.waiting, self._groups[self.active] if self.has_subgroup else None
         if self.world.engine == "torch":
-            return TorchEngine(module, make, self.config.schedule.accumulation, self.memory_format, moved)
+            accumulation = self.config.schedule.accumulation
+            return TorchEngine(module, make, accumulation, self.memory_format, moved, waiting, group)
         overlap = self.world.device.type == "cuda"
         return DeepSpeedEngine(
             module,
             make,
             engine_settings(self.config, resolution, self.world.size, overlap=overlap),
-            self.stragglers.waiting,
+            waiting,
             self.config.system.timeout,
             self.memory_format,
-            self._groups[self.active] if self.has_subgroup else None,
+            group,
             moved,
         )
 
@@ -422,7 +425,7 @@ class Trainer:
                         self._sample(log)
                     if self._evaluator is not None and (due(interval["evaluate"]) or self.images >= self.total):
                         self._evaluate(log, self._evaluator)
-                    stop = interrupt.agreed()
+                    stop = interrupt.should_stop()
                     if stop or (due(interval["checkpoint"]) and self.images < self.total):
                         self.save()
                     if stop:
@@ -490,7 +493,8 @@ class Trainer:
         began = time.monotonic()
         self._catch_up()
         if self.world.size > 1:
-            spread(self.ema.module.buffers())  # all ranks draw, with the batch-norm statistics that are saved
+            # All ranks draw, with the batch-norm statistics that are saved.
+            broadcast_tensors(self.ema.module.buffers())
         meta = {"variant": self.variant, "networks": self.networks, "images": self.images}
         record = evaluator(self.ema.module, meta)
         if record is not None:

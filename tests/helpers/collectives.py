@@ -25,12 +25,13 @@ from host_reads import HostReads
 
 from fastgan import data
 from fastgan.cli.train import parse
-from fastgan.training.distributed import process_group as processes
+from fastgan.training.distributed import rendezvous
+from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.step import Step
 from fastgan.training.trainer import Trainer
 
 _TENSORS = (
-    "all_reduce", "reduce", "isend", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor"
+    "all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor"
 )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def wire() -> int:
     return next((int(counts.split()[8]) for name, counts in lines if name.strip() == "eth0"), 0)
 
 
-def make(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> Trainer:
+def make(case: dict[str, Any], world: ProcessGroup, out: Path) -> Trainer:
     request = parse(["--variant", case["variant"], *case["flags"]])
     source = data.open_source("digits", request.config.schedule.resolution)
     return Trainer(request.config, request.variant, world, source, out / case["name"])
@@ -70,11 +71,11 @@ def channels_last(trainer: Trainer) -> bool:
     assert trainer._engines is not None
     held = [p.detach() for module in trainer._modules() for p in module.parameters()]
     for engine in trainer._engines:
-        held += [value for state in engine._base().state.values() for value in state.values()]  # type: ignore[attr-defined]
+        held += [value for state in engine._optimizer.state.values() for value in state.values()]  # type: ignore[attr-defined]
     return all(t.is_contiguous(memory_format=torch.channels_last) for t in held if t.dim() == 4)
 
 
-def count(case: dict[str, Any], world: processes.ProcessGroup, out: Path, sent: Sent) -> dict[str, Any]:
+def count(case: dict[str, Any], world: ProcessGroup, out: Path, sent: Sent) -> dict[str, Any]:
     trainer = make(case, world, out)
     trainer.train_step()
     trainer.wait()
@@ -108,7 +109,7 @@ def order_of_events(trainer: Trainer) -> list[str]:
     events: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name, engine in zip("gd", trainer._engines, strict=True):
-            reducer, optimizer = engine._reducer, engine._base()  # type: ignore[attr-defined]
+            reducer, optimizer = engine._reducer, engine._optimizer  # type: ignore[attr-defined]
 
             def noting(what: str, original: Any) -> Any:
                 def noted(*args: Any) -> Any:
@@ -124,7 +125,7 @@ def order_of_events(trainer: Trainer) -> list[str]:
     return events
 
 
-def run_slowly(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> None:
+def run_slowly(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
     original = Step.discriminator_loss
 
     def slow(*args: Any, **kwargs: Any) -> Any:
@@ -140,7 +141,7 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     torch.set_num_threads(1)
     sent = Sent()
-    world = processes.start("auto", "cpu")
+    world = rendezvous.start("auto", "cpu")
     counts = {}
     for case in cases:
         if "slow" in case:
@@ -149,7 +150,7 @@ def main() -> None:
             counts[case["name"]] = count(case, world, out, sent)
     (out / f"counts-{world.rank}.json").write_text(json.dumps(counts))
     world.done()
-    processes.stop()
+    rendezvous.stop()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastgan import checkpoint, data
 from fastgan.cli.train import _cut, parse
-from fastgan.training.distributed import process_group as processes
+from fastgan.training.distributed import rendezvous
+from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.trainer import Trainer
 
 
@@ -30,7 +31,7 @@ def case(before: str | None, to: str, variant: str, zero: int, steps: int) -> di
     return {"from": before, "to": to, "variant": variant, "flags": flags, "steps": steps}
 
 
-def go_on(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> None:
+def go_on(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
     request = parse(["--variant", case["variant"], *case["flags"]])
     stored = None
     if case["from"] is not None:
@@ -68,11 +69,11 @@ def assert_moved(before: Path, after: Path) -> None:
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     torch.set_num_threads(1)
-    world = processes.start("auto", "cpu")
+    world = rendezvous.start("auto", "cpu")
     for one in cases:
         go_on(one, world, out)
     world.done()
-    processes.stop()
+    rendezvous.stop()
 
 
 if __name__ == "__main__":

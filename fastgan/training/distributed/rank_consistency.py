@@ -1,9 +1,9 @@
-"""What all ranks must have in common before they train together."""
+"""Consistency checks: what must be equal on all ranks, and how a batch is cut on another number of ranks."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
+import socket
 from typing import Any
 
 import torch
@@ -12,18 +12,22 @@ from fastgan import __version__
 from fastgan.config import Config, Schedule, batch_at, to_dict
 from fastgan.errors import ArgumentError
 from fastgan.training.distributed.process_group import ProcessGroup
-from fastgan.training.resilience.heartbeat import host
 
 
-def same(world: ProcessGroup, values: dict[str, Any]) -> None:
-    """Refuse a rank whose `values` (by the name that an error gives them) are not those of rank 0; a collective.
+def require_same_on_all_ranks(world: ProcessGroup, values: dict[str, Any]) -> None:
+    """Refuse to continue if a rank's `values` differ from rank 0's; a collective.
 
-    Clocks are not compared: nothing in a run is computed from the time, and the run's name is rank 0's.
+    Clocks are not compared: nothing in a run is computed from the time, and rank 0 names the run.
+
+    Args:
+        world: the ranks.
+        values: what must be equal, by the name to print; the same keys on every rank.
 
     Raises:
-        ArgumentError: on rank 0, naming the host and both values; SystemExit: on the others, which have nothing to add.
+        ArgumentError: on rank 0; names the host and both values.
+        SystemExit: on the other ranks, silently.
     """
-    gathered = world.gather((host(), values))
+    gathered = world.gather((socket.gethostname(), values))
     first_host, first = gathered[0]
     for rank, (name, theirs) in enumerate(gathered):
         for key, ours in first.items():
@@ -36,11 +40,14 @@ def same(world: ProcessGroup, values: dict[str, Any]) -> None:
                 )
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """What decides what is computed: versions, and every flag but those of the machine alone."""
+def shared_settings(config: Config) -> dict[str, Any]:
+    """What decides the result and so must be equal on all ranks: versions, and all flags but those of one machine."""
     values: dict[str, Any] = {"fastgan's version": __version__, "torch's version": str(torch.__version__)}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        values["deepspeed's version"] = importlib.metadata.version("deepspeed")
+    if config.system.engine != "torch":
+        try:
+            values["deepspeed's version"] = importlib.metadata.version("deepspeed")
+        except importlib.metadata.PackageNotFoundError:
+            values["deepspeed's version"] = "not installed"
     for section, content in to_dict(config).items():
         for key, value in content.items():
             if (section, key) not in (("system", "threads"), ("data", "workers"), ("data", "resident_gb")):
@@ -49,11 +56,19 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def accumulation_for(parts: int, world: int, schedule: Schedule, resolutions: list[int]) -> int | None:
-    """Micro-batches that let `world` ranks cut the global batch into `parts`, or as near to that as it divides.
+    """Micro-batches with which `world` ranks cut the global batch into `parts`, or as close to that as it divides.
 
-    The batch, and with it the result, then does not depend on how many ranks there are: a rank more takes a share that
-    accumulation took before. None: the batch does not divide over so many ranks at all.
+    The batch, and so the result, then does not depend on the number of ranks.
+
+    Args:
+        parts: ranks x micro-batches before.
+        world: ranks now.
+        schedule: batch sizes.
+        resolutions: of the run's stages.
+
+    Returns:
+        None if a batch does not divide over so many ranks.
     """
     batches = [batch_at(schedule, resolution) for resolution in resolutions]
-    able = [a for a in range(1, min(batches) // world + 1) if all(batch % (a * world) == 0 for batch in batches)]
-    return min(able, key=lambda a: (abs(a * world - parts), -a), default=None)
+    usable = [a for a in range(1, min(batches) // world + 1) if all(batch % (a * world) == 0 for batch in batches)]
+    return min(usable, key=lambda a: (abs(a * world - parts), -a), default=None)

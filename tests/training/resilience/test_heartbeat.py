@@ -15,7 +15,7 @@ import pytest
 
 from fastgan.config import Schedule
 from fastgan.training.distributed.rank_consistency import accumulation_for
-from fastgan.training.resilience.slurm import adopt, first_host
+from fastgan.training.resilience.slurm import first_host, set_rank_variables
 
 RANK = """
 import json, sys, time
@@ -149,13 +149,13 @@ def test_srun_is_a_launcher() -> None:
     task = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
     task |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[07-10]", "SLURM_STEP_TASKS_PER_NODE": "2(x4)"}
     environment = dict(task)
-    adopt(environment)
+    set_rank_variables(environment)
     found = {key: value for key, value in environment.items() if not key.startswith("SLURM")}
     assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n07",
                      "MASTER_PORT": "20616"}  # fmt: skip
     for other in ({**task, "RANK": "0"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {}):
         before = dict(other)
-        adopt(other)
+        set_rank_variables(other)
         assert other == before
 
 
