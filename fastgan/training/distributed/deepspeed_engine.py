@@ -165,7 +165,8 @@ def deepspeed_config(
         try:
             given = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise ArgumentError("--deepspeed-config", path, f"must be a readable JSON file ({error})") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ArgumentError("--deepspeed-config", path, f"must be a readable JSON file ({reason})") from None
         if not isinstance(given, dict):
             raise ArgumentError("--deepspeed-config", path, "must be a JSON object")
         for key, why in _REFUSED.items():

@@ -102,7 +102,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError("--hostfile", str(path), f"must be a readable file ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ArgumentError("--hostfile", str(path), f"must be a readable file ({reason})") from None
     hosts: dict[str, int] = {}
     for line in lines:
         words = line.split("#")[0].split()
