@@ -1,4 +1,4 @@
-"""Forms of docs/cluster.md besides DeepSpeed's: they parse, and what they start trains on two hosts as one would."""
+"""The launchers of docs/cluster.md besides DeepSpeed's: the files parse, and the commands train on two hosts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_batch_script_of_slurm() -> None:
     assert script.startswith("#!") and "\n#SBATCH --nodes" in script
     line = next(line for line in script.splitlines() if line.startswith("srun "))
     config = train.parse(_flags(line)).config
-    assert config.run.out is not None  # else every requeue would begin a run of its own
+    assert config.run.out is not None  # without --out every requeue would start a new run
 
 
 def test_manifest_of_kubernetes() -> None:
@@ -58,7 +58,7 @@ def test_manifest_of_kubernetes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_two_hosts(make_hosts: Callable[..., Hosts], whole: Path, tmp_path: Path, launcher: str) -> None:
+def test_two_hosts(make_hosts: Callable[..., Hosts], reference: Path, tmp_path: Path, launcher: str) -> None:
     hosts, run = make_hosts(2), tmp_path / "run"
     jobs = []
     for host in (0, 1):
@@ -67,13 +67,13 @@ def test_two_hosts(make_hosts: Callable[..., Hosts], whole: Path, tmp_path: Path
             line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
             line += ["--node_rank", str(host), "--master_addr", "h1"]
             jobs.append(hosts.run(host, [*line, *flags]))
-        else:  # what srun sets for a task
+        else:  # the variables that srun sets for a task
             task = {"PROCID": str(host), "STEP_NUM_TASKS": "2", "LOCALID": "0", "JOB_ID": "7", "STEP_ID": "0",
                     "STEP_NODELIST": "h[1-2]", "STEP_TASKS_PER_NODE": "1(x2)"}  # fmt: skip
             jobs.append(
                 hosts.run(host, [sys.executable, *flags], **{f"SLURM_{key}": value for key, value in task.items()})
             )
-    output = finish(hosts, jobs[0], run, whole)
+    output = finish(hosts, jobs[0], run, reference)
     assert jobs[1].wait(timeout=60) == 0, output
     assert "2 x cpu" in output, output
     hosts.close()

@@ -1,12 +1,12 @@
-"""One rank of the tests of communication: counts collectives of training steps, then runs with a rank that is slow.
+"""One rank of the communication tests: counts the collectives of training steps, and runs with a straggler.
 
     python collectives.py CASES.json OUT
 
-Each case is {"name", "variant", "flags", "steps"}. What rank r counts in the steps after the first goes to
-OUT/counts-r.json by case: "sent" {collective: bytes of tensors}, "wire" bytes that left by eth0, "reads" of the host,
-"channels_last" whether weights, their averages and optimizer states are. "order" is that of a further step's events:
-when each network is used, when its gradients have been sent, when they have arrived and its weights move.
-A case with "slow" is run to its end in OUT/NAME, the last rank sleeping that many seconds in each step.
+Each case is {"name", "variant", "flags", "steps"}. Rank r writes to OUT/counts-r.json, by case, what it counts in the
+steps after the first: "sent" {collective: bytes of tensors}, "wire" bytes sent by eth0, "reads" of the device by the
+host, and "channels_last", whether weights, moving average and optimizer state are. "order" lists the events of another
+step: a network is used, its gradients have been sent, its weights are updated.
+A case with "slow" is run to its end in OUT/NAME; the last rank sleeps so many seconds in each step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TENSORS = (
 
 
 class Sent:
-    """Bytes of the tensors that this process hands to collectives."""
+    """Counts the bytes of the tensors that this process passes to collectives."""
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
@@ -56,7 +56,7 @@ class Sent:
 
 
 def wire() -> int:
-    """Bytes that have left by this host's eth0, with all headers; 0 where there is none."""
+    """Bytes sent by this host's eth0, with all headers; 0 without an eth0."""
     lines = [line.split(":") for line in Path("/proc/net/dev").read_text().splitlines() if ":" in line]
     return next((int(counts.split()[8]) for name, counts in lines if name.strip() == "eth0"), 0)
 
@@ -69,10 +69,10 @@ def make(case: dict[str, Any], world: ProcessGroup, out: Path) -> Trainer:
 
 def channels_last(trainer: Trainer) -> bool:
     assert trainer._engines is not None
-    held = [p.detach() for module in trainer._modules() for p in module.parameters()]
+    tensors = [p.detach() for module in trainer._modules() for p in module.parameters()]
     for engine in trainer._engines:
-        held += [value for state in engine._optimizer.state.values() for value in state.values()]  # type: ignore[attr-defined]
-    return all(t.is_contiguous(memory_format=torch.channels_last) for t in held if t.dim() == 4)
+        tensors += [value for state in engine._optimizer.state.values() for value in state.values()]  # type: ignore[attr-defined]
+    return all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors if t.dim() == 4)
 
 
 def count(case: dict[str, Any], world: ProcessGroup, out: Path, sent: Sent) -> dict[str, Any]:
@@ -104,23 +104,23 @@ def count(case: dict[str, Any], world: ProcessGroup, out: Path, sent: Sent) -> d
 
 
 def order_of_events(trainer: Trainer) -> list[str]:
-    """Of one step, under ZeRO 0."""
+    """Events of one step under ZeRO 0."""
     assert trainer._engines is not None
     events: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name, engine in zip("gd", trainer._engines, strict=True):
             reducer, optimizer = engine._reducer, engine._optimizer  # type: ignore[attr-defined]
 
-            def noting(what: str, original: Any) -> Any:
-                def noted(*args: Any) -> Any:
-                    events.append(what)
+            def recording(event: str, original: Any) -> Any:
+                def recorded(*args: Any) -> Any:
+                    events.append(event)
                     return original(*args)
 
-                return noted
+                return recorded
 
-            patch.setattr(reducer, "flush", noting(f"sends {name}", reducer.flush))
-            patch.setattr(optimizer, "step", noting(f"moves {name}", optimizer.step))
-            engine.module.register_forward_pre_hook(noting(f"uses {name}", lambda *_: None))
+            patch.setattr(reducer, "flush", recording(f"sends {name}", reducer.flush))
+            patch.setattr(optimizer, "step", recording(f"updates {name}", optimizer.step))
+            engine.module.register_forward_pre_hook(recording(f"uses {name}", lambda *_: None))
         trainer.train_step()
     return events
 

@@ -68,9 +68,9 @@ def test_updates_are_deferred_until_the_weights_are_used(out: Path) -> None:
     for rank in (0, 1):
         order = json.loads((out / f"counts-{rank}.json").read_text())["0-1"]["order"]
         assert order == [
-            *("uses d", "moves g", "uses g", "uses d", "uses d", "sends d"),
-            *("uses g", "moves d", *scored, "sends d"),
-            *("uses g", "moves d", "uses d", "sends g"),
+            *("uses d", "updates g", "uses g", "uses d", "uses d", "sends d"),
+            *("uses g", "updates d", *scored, "sends d"),
+            *("uses g", "updates d", "uses d", "sends g"),
         ]
 
 
