@@ -34,6 +34,19 @@ def make_hosts(namespaces_available: None, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
+def hosts(namespaces_available: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """Two hosts of one test."""
+    with Hosts(2, tmp_path_factory.mktemp("hosts")) as two:
+        yield two
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory that does not exist yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
 def draw() -> random.Random:
     """Random moments and choices; FASTGAN_FAULT_SEED repeats those of a run that printed `seed N`."""
     seed = int(os.environ.get("FASTGAN_FAULT_SEED", random.randrange(10**6)))

@@ -27,9 +27,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("fault", ["rank", "host"])
 def test_dead_rank_or_host_costs_a_restart(
-    make_hosts: MakeHosts, reference: Path, tmp_path: Path, draw: random.Random, fault: str
+    hosts: Hosts, reference: Path, run: Path, draw: random.Random, fault: str
 ) -> None:
-    hosts, run = make_hosts(2), tmp_path / "run"
     job = start(hosts, run, "--max-restarts", "3")
     for kind in moments(draw):
         with moment(hosts, job, run, draw, kind):
@@ -44,15 +43,13 @@ def test_dead_rank_or_host_costs_a_restart(
     assert len(said) == 3 and all(what == "its connection closed: the process died" for _, _, what, _ in said), output
     assert all(host == f"h{int(rank) + 1}" for rank, host, _, _ in said)
     assert all(Path(good) in checkpoint.existing(run) for _, _, _, good in said)
-    hosts.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_death_of_the_first_host_leaves_no_rank(
-    make_hosts: MakeHosts, reference: Path, tmp_path: Path, draw: random.Random, kind: str
+    hosts: Hosts, reference: Path, run: Path, draw: random.Random, kind: str
 ) -> None:
     """The launcher and the supervisor die with it."""
-    hosts, run = make_hosts(2), tmp_path / "run"
     job = start(hosts, run, "--max-restarts", "1")
     with moment(hosts, job, run, draw, kind):
         hosts.crash(0)
@@ -60,13 +57,9 @@ def test_death_of_the_first_host_leaves_no_rank(
     valid_checkpoints(run)
     hosts.boot(0)
     finish(hosts, start(hosts, run, "--max-restarts", "1", "--resume", "auto"), run, reference)
-    hosts.close()
 
 
-def test_link_down_for_five_seconds_is_no_fault(
-    make_hosts: MakeHosts, reference: Path, tmp_path: Path, draw: random.Random
-) -> None:
-    hosts, run = make_hosts(2), tmp_path / "run"
+def test_link_down_for_five_seconds_is_no_fault(hosts: Hosts, reference: Path, run: Path, draw: random.Random) -> None:
     job = start(hosts, run)
     for kind in moments(draw):
         host = draw.randrange(2)
@@ -75,14 +68,12 @@ def test_link_down_for_five_seconds_is_no_fault(
         time.sleep(5)
         hosts.link(host, up=True)
     assert "start 2" not in finish(hosts, job, run, reference)
-    hosts.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_slow_link_that_loses_packets_is_no_fault(
-    make_hosts: MakeHosts, reference: Path, tmp_path: Path, draw: random.Random, kind: str
+    hosts: Hosts, reference: Path, run: Path, draw: random.Random, kind: str
 ) -> None:
-    hosts, run = make_hosts(2), tmp_path / "run"
     job = start(hosts, run)
     with moment(hosts, job, run, draw, kind):
         hosts.slow(1, delay=0.1, loss=0.01)
@@ -90,14 +81,12 @@ def test_slow_link_that_loses_packets_is_no_fault(
     assert len(ranks(hosts, 0) + ranks(hosts, 1)) == 2
     hosts.fast(1)
     assert "start 2" not in finish(hosts, job, run, reference)
-    hosts.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_host_behind_a_dead_link_is_named(
-    make_hosts: MakeHosts, reference: Path, tmp_path: Path, draw: random.Random, kind: str
+    hosts: Hosts, reference: Path, run: Path, draw: random.Random, kind: str
 ) -> None:
-    hosts, run = make_hosts(2), tmp_path / "run"
     job = start(hosts, run, "--max-restarts", "1")
     with moment(hosts, job, run, draw, kind):
         hosts.link(1, up=False)
@@ -110,17 +99,14 @@ def test_host_behind_a_dead_link_is_named(
     valid_checkpoints(run)
     hosts.link(1, up=True)
     finish(hosts, resume(hosts, output), run, reference)
-    hosts.close()
 
 
-def test_min_nodes_restarts_on_fewer_hosts(make_hosts: MakeHosts, tmp_path: Path, draw: random.Random) -> None:
-    hosts, run = make_hosts(2), tmp_path / "run"
+def test_min_nodes_restarts_on_fewer_hosts(hosts: Hosts, run: Path, draw: random.Random) -> None:
     job = start(hosts, run, "--max-restarts", "1", "--min-nodes", "1")
     with moment(hosts, job, run, draw, draw.choice(KINDS)):
         hosts.link(1, up=False)
     output = finish(hosts, job, run)
     assert "starting without h2: no answer over ssh" in output and "--accumulation 2" in output, output
-    hosts.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,10 +142,9 @@ def test_full_disk_stops_the_run_with_its_last_checkpoint(
     ("target", "kind"), [*(("all", kind) for kind in KINDS), ("supervisor", "step"), ("rank", "growth")]
 )
 def test_sigterm_saves_and_leaves_no_process(
-    make_hosts: MakeHosts, reference: Path, tmp_path: Path, draw: random.Random, target: str, kind: str
+    hosts: Hosts, reference: Path, run: Path, draw: random.Random, target: str, kind: str
 ) -> None:
     """As a scheduler sends it before it takes the hosts."""
-    hosts, run = make_hosts(2), tmp_path / "run"
     job = start(hosts, run, "--max-restarts", "1")
     with moment(hosts, job, run, draw, kind):
         before = valid_checkpoints(run)[-1]
@@ -179,15 +164,13 @@ def test_sigterm_saves_and_leaves_no_process(
     said = "stopped by SIGTERM; resume with: fastgan train --hostfile" if target == "all" else "stopped by SIGTERM at"
     assert said in output, output  # with "all", the launcher, which forwards the ranks' output, got the signal too
     finish(hosts, start(hosts, run, "--resume", str(run)), run, reference)
-    hosts.close()
 
 
 @pytest.mark.parametrize("fault", ["host", "host", "host", "rank", "link"])
 def test_host_lost_before_the_ranks_have_met(
-    make_hosts: MakeHosts, reference: Path, tmp_path: Path, draw: random.Random, fault: str
+    hosts: Hosts, reference: Path, run: Path, draw: random.Random, fault: str
 ) -> None:
     """It costs the timeout and the 30 s by which a host may start later than another."""
-    hosts, run = make_hosts(2), tmp_path / "run"
     job = start(hosts, run, "--max-restarts", "1")
     while not ranks(hosts, 1):
         time.sleep(0.02)
@@ -209,4 +192,3 @@ def test_host_lost_before_the_ranks_have_met(
     assert "start 2" in output, output
     said = re.findall(r"rank 1 on h2: (?:it did not connect within 5[01] s|its connection closed|no heartbeat)", output)
     assert said or "cannot reach the other ranks" in output, output
-    hosts.close()

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,8 @@ def test_manifest_of_kubernetes() -> None:
     assert f"--nnodes {spec['completions']} " in line and spec["parallelism"] == spec["completions"]
     assert f"--master_addr {name}-0.{pod['subdomain']} " in line and "--node_rank $JOB_COMPLETION_INDEX " in line
     assert f"--nproc_per_node {container['resources']['limits']['nvidia.com/gpu']} " in line
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert 30 < int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     config = train.parse(_flags(line)).config
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert str(Path(str(config.run.out)).parent) in mounted and str(Path(config.data.data).parent) in mounted
@@ -58,8 +59,7 @@ def test_manifest_of_kubernetes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_two_hosts(make_hosts: Callable[..., Hosts], reference: Path, tmp_path: Path, launcher: str) -> None:
-    hosts, run = make_hosts(2), tmp_path / "run"
+def test_two_hosts(hosts: Hosts, reference: Path, run: Path, launcher: str) -> None:
     jobs = []
     for host in (0, 1):
         flags = [SCRIPT, *FLAGS, "--resume", "auto", "--out", str(run)]
@@ -76,4 +76,3 @@ def test_two_hosts(make_hosts: Callable[..., Hosts], reference: Path, tmp_path: 
     output = finish(hosts, jobs[0], run, reference)
     assert jobs[1].wait(timeout=60) == 0, output
     assert "2 x cpu" in output, output
-    hosts.close()

@@ -37,31 +37,24 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's mean loss."""
-        ...
 
     def step(self) -> None:
         """Finish the micro-batch; the last one of an accumulation updates the weights."""
-        ...
 
     def wait(self) -> None:
         """Do a deferred update now. Call it before anything but `module` itself reads the weights."""
-        ...
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the next updates."""
-        ...
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer state on the CPU, by "parameter/quantity". A collective: every rank must call it."""
-        ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` of this or another engine returned."""
-        ...
 
     def close(self) -> None:
         """Release what the engine holds; a deferred update is dropped."""
-        ...
 
 
 class BaseEngine(abc.ABC):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import socket
 from typing import Any
 
-import torch
-
-from fastgan import __version__
 from fastgan.config import Config, Schedule, batch_at, to_dict
 from fastgan.errors import ArgumentError
 from fastgan.training.distributed.process_group import ProcessGroup
+from fastgan.training.observability.rank_log import versions
 
 
 def require_same_on_all_ranks(world: ProcessGroup, values: dict[str, Any]) -> None:
@@ -42,12 +39,9 @@ def require_same_on_all_ranks(world: ProcessGroup, values: dict[str, Any]) -> No
 
 def shared_settings(config: Config) -> dict[str, Any]:
     """What decides the result and so must be equal on all ranks: versions, and all flags but those of one machine."""
-    values: dict[str, Any] = {"fastgan's version": __version__, "torch's version": str(torch.__version__)}
-    if config.system.engine != "torch":
-        try:
-            values["deepspeed's version"] = importlib.metadata.version("deepspeed")
-        except importlib.metadata.PackageNotFoundError:
-            values["deepspeed's version"] = "not installed"
+    values: dict[str, Any] = {f"{package}'s version": version for package, version in versions().items()}
+    if config.system.engine == "torch":
+        del values["deepspeed's version"]
     for section, content in to_dict(config).items():
         for key, value in content.items():
             if (section, key) not in (("system", "threads"), ("data", "workers"), ("data", "resident_gb")):

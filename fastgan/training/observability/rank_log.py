@@ -40,11 +40,13 @@ class _File(logging.FileHandler):
             print(f"fastgan: {self.baseFilename}: {sys.exc_info()[1]}; its next lines may be missing", file=sys.stderr)
 
 
-def _versions() -> str:
-    versions = [f"fastgan {__version__}", f"torch {torch.__version__}"]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions.append(f"deepspeed {importlib.metadata.version('deepspeed')}")
-    return ", ".join([*versions, f"Python {platform.python_version()}"])
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what is computed; "not installed" if DeepSpeed is not."""
+    try:
+        deepspeed = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        deepspeed = "not installed"
+    return {"fastgan": __version__, "torch": str(torch.__version__), "deepspeed": deepspeed}
 
 
 @contextlib.contextmanager
@@ -81,7 +83,7 @@ def rank_log(run: Path, world: ProcessGroup) -> Iterator[None]:
 
     warnings.showwarning = show
     LOGGER.info(
-        "rank %d of %d on %s, process %d, %s (%s), engine %s; %s",
+        "rank %d of %d on %s, process %d, %s (%s), engine %s; %s, Python %s",
         world.rank,
         world.size,
         socket.gethostname(),
@@ -89,7 +91,8 @@ def rank_log(run: Path, world: ProcessGroup) -> Iterator[None]:
         world.device,
         device_name(world.device),
         world.engine,
-        _versions(),
+        ", ".join(f"{package} {version}" for package, version in versions().items()),
+        platform.python_version(),
     )
     try:
         yield

@@ -18,6 +18,7 @@ from fastgan.data.preparation.verification import spot_check
 from fastgan.data.prepared import read_manifest
 from fastgan.errors import ArgumentError
 from fastgan.training.distributed import rank_consistency, rendezvous
+from fastgan.training.observability import rank_log
 
 # What differs on rank 1: flags, or a version.
 DIFFERENT = {
@@ -41,7 +42,7 @@ def _answers(folder: Path) -> dict[str, str | None]:
     results: dict[str, str | None] = {}
     for name, other in {**DIFFERENT, **ALIKE, **COPIES}.items():
         mine = other if world.rank == 1 else None
-        rank_consistency.__version__ = mine if isinstance(mine, str) and name in DIFFERENT else __version__
+        rank_log.__version__ = mine if isinstance(mine, str) and name in DIFFERENT else __version__
         flags = mine if isinstance(mine, list) else []
         config = train.parse(["--variant", "wgan-gp", "--resolution", "8", *flags]).config
         try:
