@@ -145,7 +145,9 @@ def test_wrong_clock_makes_no_difference(
     with moment(hosts, job, run, draw, "step"):
         hosts.kill(ranks(hosts, 1)[0])
     output = finish(hosts, job, run, reference)
-    said = re.findall(r"rank 1 on h2: its connection closed: the process died; the last checkpoint is (\S+);", output)
+    reports = re.findall(
+        r"rank 1 on h2: its connection closed: the process died; the last checkpoint is (\S+);", output
+    )
     resumed = re.findall(r"restarting from (\S+), restarts left: 1", output)
-    assert len(said) == 1 and len(resumed) == 1 and Path(said[0]).name <= Path(resumed[0]).name, output
+    assert len(reports) == 1 and len(resumed) == 1 and Path(reports[0]).name <= Path(resumed[0]).name, output
     hosts.close()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults import KINDS, TIMEOUT, finish, gone, moment, moments, ranks, resume, start, valid_checkpoints
+from faults import KINDS, TIMEOUT, assert_no_process, finish, moment, moments, ranks, resume, start, valid_checkpoints
 from hosts import Hosts
 
 from fastgan import checkpoint
@@ -39,10 +39,14 @@ def test_dead_rank_or_host_costs_a_restart(
                 hosts.boot(1)
     output = finish(hosts, job, run, reference)
     assert "start 4" in output, output
-    said = re.findall(r"fastgan: rank (\d) on (h\d): (.*?); the last checkpoint is (\S+); resume with --resume", output)
-    assert len(said) == 3 and all(what == "its connection closed: the process died" for _, _, what, _ in said), output
-    assert all(host == f"h{int(rank) + 1}" for rank, host, _, _ in said)
-    assert all(Path(good) in checkpoint.existing(run) for _, _, _, good in said)
+    reports = re.findall(
+        r"fastgan: rank (\d) on (h\d): (.*?); the last checkpoint is (\S+); resume with --resume", output
+    )
+    assert len(reports) == 3 and all(what == "its connection closed: the process died" for _, _, what, _ in reports), (
+        output
+    )
+    assert all(host == f"h{int(rank) + 1}" for rank, host, _, _ in reports)
+    assert all(Path(good) in checkpoint.existing(run) for _, _, _, good in reports)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +57,7 @@ def test_death_of_the_first_host_leaves_no_rank(
     job = start(hosts, run, "--max-restarts", "1")
     with moment(hosts, job, run, draw, kind):
         hosts.crash(0)
-    gone(hosts, 1, TIMEOUT)
+    assert_no_process(hosts, 1, TIMEOUT)
     valid_checkpoints(run)
     hosts.boot(0)
     finish(hosts, start(hosts, run, "--max-restarts", "1", "--resume", "auto"), run, reference)
@@ -90,7 +94,7 @@ def test_host_behind_a_dead_link_is_named(
     job = start(hosts, run, "--max-restarts", "1")
     with moment(hosts, job, run, draw, kind):
         hosts.link(1, up=False)
-    gone(hosts, 1, TIMEOUT)
+    assert_no_process(hosts, 1, TIMEOUT)
     output = job.communicate(timeout=100)[0]
     assert job.returncode == 75 and "Traceback" not in output, output
     assert re.search(r"h1: fastgan: rank 1 on h2: no heartbeat for 1\d s; the last checkpoint is \S+", output), output
@@ -126,12 +130,12 @@ def test_full_disk_stops_the_run_with_its_last_checkpoint(
     output = job.communicate(timeout=60)[0]
     assert job.returncode == 2 and "Traceback" not in output and "start 2" not in output, output
     # If a checkpoint did not fit, every rank reports it; another file of rank 0 reaches the others as its verdict.
-    said = [line for line in output.splitlines() if "fastgan: " in line and f"--out '{run}': " in line]
-    assert {line[:3] for line in said} == {"h1:", "h2:"}, output
-    for line in said:
+    errors = [line for line in output.splitlines() if "fastgan: " in line and f"--out '{run}': " in line]
+    assert {line[:3] for line in errors} == {"h1:", "h2:"}, output
+    for line in errors:
         assert "could not be written" in line and "No space left" in line and "kimg-" in line, output
     for host in range(2):
-        gone(hosts, host, 5)
+        assert_no_process(hosts, host, 5)
     valid_checkpoints(run)
     filling.unlink()
     finish(hosts, start(hosts, run, "--resume", str(run)), run, reference)
@@ -151,18 +155,20 @@ def test_sigterm_saves_and_leaves_no_process(
         if target == "rank":
             targets = ranks(hosts, 1)
         else:
-            found = [*hosts.processes(1).items(), *hosts.processes(0).items()]
-            targets = [pid for pid, command in found if target == "all" or "train.py --hostfile" in command]
+            processes = [*hosts.processes(1).items(), *hosts.processes(0).items()]
+            targets = [pid for pid, command in processes if target == "all" or "train.py --hostfile" in command]
         assert targets
         for pid in targets:
             hosts.kill(pid, signal.SIGTERM)
     output = job.communicate(timeout=60)[0]
     assert job.returncode == 0 and "Traceback" not in output and "start 2" not in output, output
     for host in range(2):
-        gone(hosts, host, 5 if target == "rank" else 1)
+        assert_no_process(hosts, host, 5 if target == "rank" else 1)
     assert valid_checkpoints(run)[-1] > before
-    said = "stopped by SIGTERM; resume with: fastgan train --hostfile" if target == "all" else "stopped by SIGTERM at"
-    assert said in output, output  # with "all", the launcher, which forwards the ranks' output, got the signal too
+    message = (
+        "stopped by SIGTERM; resume with: fastgan train --hostfile" if target == "all" else "stopped by SIGTERM at"
+    )
+    assert message in output, output  # with "all", the launcher, which forwards the ranks' output, got the signal too
     finish(hosts, start(hosts, run, "--resume", str(run)), run, reference)
 
 
@@ -190,5 +196,7 @@ def test_host_lost_before_the_ranks_have_met(
     hosts.link(1, up=True)
     output = finish(hosts, job, run, reference)
     assert "start 2" in output, output
-    said = re.findall(r"rank 1 on h2: (?:it did not connect within 5[01] s|its connection closed|no heartbeat)", output)
-    assert said or "cannot reach the other ranks" in output, output
+    reports = re.findall(
+        r"rank 1 on h2: (?:it did not connect within 5[01] s|its connection closed|no heartbeat)", output
+    )
+    assert reports or "cannot reach the other ranks" in output, output

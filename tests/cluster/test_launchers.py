@@ -20,9 +20,9 @@ SCRIPT = str(ROOT / "fastgan" / "train.py")
 
 
 def _block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
-    assert found is not None
-    return found[1]
+    match = re.search(rf"```{language}\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    assert match is not None
+    return match[1]
 
 
 def _flags(line: str) -> list[str]:

@@ -109,7 +109,7 @@ def ranks(hosts: Hosts, host: int) -> list[int]:
     return [pid for pid, command in hosts.processes(host).items() if "--local_rank=" in command]
 
 
-def gone(hosts: Hosts, host: int, seconds: float) -> None:
+def assert_no_process(hosts: Hosts, host: int, seconds: float) -> None:
     """Assert that all processes of the host end within `seconds`."""
     until = time.monotonic() + seconds
     while left := hosts.processes(host):
@@ -123,7 +123,7 @@ def finish(hosts: Hosts, job: subprocess.Popen[str], run: Path, reference: Path 
     assert job.returncode == 0, output
     assert "Traceback" not in output, output
     for host in range(hosts.count):
-        gone(hosts, host, 5)
+        assert_no_process(hosts, host, 5)
     assert valid_checkpoints(run)[-1].name == "kimg-000001.600", output
     if reference is not None:
         for name in ("generator.safetensors", "training.safetensors"):

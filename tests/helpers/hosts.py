@@ -41,9 +41,9 @@ _PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def _tool(name: str) -> str:
-    found = shutil.which(name, path=_PATH)
-    assert found is not None, name
-    return found
+    path = shutil.which(name, path=_PATH)
+    assert path is not None, name
+    return path
 
 
 def _call(*argv: str) -> str:
@@ -327,13 +327,13 @@ class Hosts:
 
     def processes(self, host: int) -> dict[int, str]:
         """Commands on a host by process number outside it, without the ssh server and the tools that start it."""
-        found = {}
+        commands = {}
         for pid in _pids(self._namespace(host)):
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
                 if command and not Path(command.split()[0]).name.startswith(("sshd", "unshare", "nsenter")):
-                    found[pid] = command
-        return found
+                    commands[pid] = command
+        return commands
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -40,12 +40,13 @@ def require_same_on_all_ranks(world: ProcessGroup, values: dict[str, Any]) -> No
 def shared_settings(config: Config) -> dict[str, Any]:
     """What decides the result and so must be equal on all ranks: versions, and all flags but those of one machine."""
     values: dict[str, Any] = {f"{package}'s version": version for package, version in versions().items()}
-    if config.system.engine == "torch":
-        del values["deepspeed's version"]
+    deepspeed = values.pop("deepspeed's version")
     for section, content in to_dict(config).items():
         for key, value in content.items():
             if (section, key) not in (("system", "threads"), ("data", "workers"), ("data", "resident_gb")):
                 values[f"--{key.replace('_', '-')}"] = value
+    if config.system.engine != "torch":  # last: a difference in --engine is reported first
+        values["deepspeed's version"] = deepspeed
     return values
 
 

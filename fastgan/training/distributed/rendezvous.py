@@ -199,7 +199,7 @@ def pick_device(device: str) -> torch.device:
 def stop() -> None:
     """Leave the process group, if one was joined, and end its threads.
 
-    Torch shuts a group down but leaves its threads to whoever still holds it. Such a thread aborts the process if it
+    Torch shuts a group down, but its threads live as long as a reference to it. Such a thread aborts the process if it
     releases the tensor of a finished collective while the interpreter exits.
     """
     if not dist.is_initialized():

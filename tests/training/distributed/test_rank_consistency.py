@@ -98,8 +98,8 @@ def test_a_copy_that_contradicts_its_manifest_is_found(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    found = spot_check(manifest, 8)
-    assert found is not None and manifest.path / found.name == file and "has been changed" in found.what
+    fault = spot_check(manifest, 8)
+    assert fault is not None and manifest.path / fault.name == file and "has been changed" in fault.what
     assert spot_check(manifest, 4) is None  # files that are not read are not checked
     assert spot_check(manifest, 8, limit=file.stat().st_size - 1) is None
 

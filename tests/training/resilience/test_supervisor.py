@@ -45,9 +45,9 @@ def test_killed_process_is_restarted_and_ends_bit_identical(tmp_path: Path) -> N
         assert supervised.poll() is None
         time.sleep(0.02)
     os.kill(_children(supervised.pid)[0], signal.SIGKILL)
-    said = supervised.communicate(timeout=120)[1]
-    assert supervised.returncode == 0, said
-    assert "the ranks failed (exit code 137); restarting from" in said and "start 2" in said
+    stderr = supervised.communicate(timeout=120)[1]
+    assert supervised.returncode == 0, stderr
+    assert "the ranks failed (exit code 137); restarting from" in stderr and "start 2" in stderr
     for name in ("generator.safetensors", "training.safetensors"):
         ours, theirs = (load_file(checkpoint.existing(path)[-1] / name) for path in (run, whole))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -70,8 +70,8 @@ def test_closed_output_saves_and_stops(tmp_path: Path) -> None:
     while "img/s" not in job.stdout.readline():
         assert job.poll() is None
     job.stdout.close()
-    said = job.communicate(timeout=60)[1]
-    assert job.returncode == 0 and "Traceback" not in said, said
+    stderr = job.communicate(timeout=60)[1]
+    assert job.returncode == 0 and "Traceback" not in stderr, stderr
     assert "stopped by SIGTERM" in (run / "logs" / "rank-0000.log").read_text()
     checkpoint.read(run, "--resume")
 
@@ -135,7 +135,7 @@ SAVED, NOTHING = (137, True), (137, False)
 
 @pytest.mark.usefixtures("unhandled")
 @pytest.mark.parametrize(
-    ("restarts", "ends", "code", "said"),
+    ("restarts", "ends", "code", "message"),
     [
         *[(3, [(code, True)], code, "") for code in (0, 1, 2)],
         (3, [NOTHING, SAVED, NOTHING, (0, True)], 0, "restarts left: 1"),
@@ -147,7 +147,7 @@ def test_what_ends_a_run(
     restarts: int,
     ends: list[tuple[int, bool]],
     code: int,
-    said: str,
+    message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -155,9 +155,9 @@ def test_what_ends_a_run(
     supervisor = Scripted(tmp_path, restarts, ends)
     assert supervisor.supervise() == code
     assert len(supervisor.starts) == len(ends)
-    heard = capsys.readouterr().err
-    last = (heard.splitlines() or [""])[-1]
-    assert said in last and bool(said) == bool(heard)
+    stderr = capsys.readouterr().err
+    last = (stderr.splitlines() or [""])[-1]
+    assert message in last and bool(message) == bool(stderr)
     if code == EXIT_RANK_FAULT:
         assert last.endswith(f"resume with: fastgan train --max-restarts {restarts} --resume {tmp_path}")
 
@@ -175,9 +175,9 @@ def test_starts_on_the_hosts_that_answer(
         and supervisor.starts == [{"b": 1}]
         and supervisor._master == "10.0.0.2"
     )
-    said = capsys.readouterr().err
-    assert "starting without a: no answer over ssh" in said
-    assert f"--hostfile '{tmp_path}/hosts file' --max-restarts 0 --min-nodes 1 --resume {tmp_path}" in said
+    stderr = capsys.readouterr().err
+    assert "starting without a: no answer over ssh" in stderr
+    assert f"--hostfile '{tmp_path}/hosts file' --max-restarts 0 --min-nodes 1 --resume {tmp_path}" in stderr
 
 
 def test_flags_of_the_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,20 +298,20 @@ def test_signal_is_sent_to_the_ranks_on_the_hosts(tmp_path: Path, monkeypatch: p
     """The launcher would end before the ranks have saved."""
     supervisor = Supervisor(Supervision(0, None, {"a": 1}, None, None, []), tmp_path, False, 100)
     child = Child(9)
-    told: list[tuple[int, list[str], str]] = []
+    calls: list[tuple[int, list[str], str]] = []
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0 + child.now)
-    monkeypatch.setattr(supervisor, "_run_on_hosts", lambda hosts, line, _: told.append((child.now, [*hosts], line)))
+    monkeypatch.setattr(supervisor, "_run_on_hosts", lambda hosts, line, _: calls.append((child.now, [*hosts], line)))
     supervisor._receive(signal.SIGTERM, None)
     assert supervisor._wait_for_launcher(child, {"a": 1}) == -signal.SIGKILL  # type: ignore[arg-type]
-    assert [when for when, _, _ in told] == [1, 4, 7]
-    assert told[0][1:] == (["a"], f"pkill -TERM -f {supervisor._rank_pattern()}; true")
-    told.clear()
+    assert [when for when, _, _ in calls] == [1, 4, 7]
+    assert calls[0][1:] == (["a"], f"pkill -TERM -f {supervisor._rank_pattern()}; true")
+    calls.clear()
     supervisor._wait_for_ranks({"a": 1}, 0)
     supervisor._wait_for_ranks({}, 1)
-    assert not told
+    assert not calls
     supervisor._wait_for_ranks({"a": 1}, 143)
-    assert told[0][2].startswith("for i in $(seq 100); do pgrep -f ")
-    assert told[0][2].endswith(f"pkill -KILL -f {supervisor._rank_pattern()}")
+    assert calls[0][2].startswith("for i in $(seq 100); do pgrep -f ")
+    assert calls[0][2].endswith(f"pkill -KILL -f {supervisor._rank_pattern()}")
 
 
 def test_pattern_matches_only_ranks_of_the_job(tmp_path: Path) -> None:
