@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "generator": {"checkpoint", "errors", "export", "models", "utils"},
     "training.observability": {"", "data", "errors", "utils"},
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
-    "training.distributed": {"training.resilience", "", "config", "errors", "utils"},
+    "training.distributed": {"training.observability", "training.resilience", "", "config", "errors", "utils"},
     "training.checkpoints": {"training.distributed", "", "checkpoint", "config", "errors", "utils"},
     "training": {
         *("training.checkpoints", "training.distributed", "training.observability", "training.resilience"),

@@ -43,7 +43,7 @@ from fastgan.data.images import area_average
 from fastgan.data.loading import dali
 from fastgan.data.loading.gather import Rows
 from fastgan.data.source import Encoded, Source
-from fastgan.training.distributed import process_group
+from fastgan.training.distributed import rendezvous
 from fastgan.training.trainer import Trainer
 
 RESOLUTIONS = [2**i for i in range(2, 11)]
@@ -307,7 +307,7 @@ class Bench:
         arrays = {r: self.array(r, 0)[:count] for r in levels if r <= 128}
         files = {r: self.files(r)[:count] for r in levels if r > 128}
         source = Photos(count, target, arrays, files)
-        trainer = Trainer(config, "pggan", process_group.start("torch", "auto", zero=0), source, self.folder)
+        trainer = Trainer(config, "pggan", rendezvous.start("torch", "auto", zero=0), source, self.folder)
         try:
             for resolution in levels:
                 if trainer.stage.resolution < resolution:

@@ -46,7 +46,7 @@ from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation
-from fastgan.training.distributed.engine import TorchEngine
+from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.ema import Ema
 from fastgan.training.evaluator import drawer
 from fastgan.training.factory import build_step, optimizer_factory

@@ -1,10 +1,10 @@
-"""How long a run stands still after a fault, under `fastgan train --hostfile --max-restarts` on two hosts.
+"""Downtime after a fault under `fastgan train --hostfile --max-restarts` on two hosts.
 
     python -m benchmarks.training.bench_restart [--rounds 3] [--fault rank|host] [--lines]
 
-Network namespaces stand for the hosts (root, Linux, and what tests/helpers/hosts.py names). Seconds from the fault, and
-from the moment the failed job had ended on all hosts, to what each stage of the restarted one has written; the last is
-its first step. Packages are warm: the start before the fault has read them.
+The hosts are network namespaces (tests/helpers/hosts.py has the requirements). Prints the seconds from the fault, and
+from the end of the failed job on all hosts, to each stage of the restarted job, up to its first step. Packages are in
+the page cache, because the first start has read them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ FLAGS = (
     "--stable-kimg 1.2 --log-kimg 0.008 --checkpoint-kimg 0.1 --keep 50 --samples 4 --deterministic --threads 1 "
     "--timeout 20"
 ).split()
-# What a line of the output holds, in the order of their coming, and what has come to its end with it.
+# A part of the output line that ends each stage, in order, and the name of the stage.
 STAGES = {
-    "fastgan: rank 1 on h2": "the other rank has named it",
-    "a fault (exit code": "the failed job has ended on both hosts",
+    "fastgan: rank 1 on h2": "the other rank has reported the fault",
+    "the ranks failed (exit code": "the failed job has ended on both hosts",
     "start 2": "both hosts have answered",
     "Running on the following workers": "DeepSpeed's launcher has been loaded",
-    "nnodes=2": "it runs on the hosts",
-    "going on at": "ranks have loaded, met and read the checkpoint",
+    "nnodes=2": "the launcher runs on both hosts",
+    "2 x cpu, run ": "the ranks have started, met and read the checkpoint",
     "img/s": "the first step",
 }
 
@@ -47,30 +47,30 @@ def measure(folder: Path, fault: str, show: bool) -> dict[str, float]:
         line = [sys.executable, str(ROOT / "fastgan" / "train.py"), "--hostfile", str(hosts.hostfile)]
         job = hosts.run(0, [*line, "--max-restarts", "1", *FLAGS, "--out", str(run)])
         assert job.stdout is not None
-        began, found, waited = 0.0, dict[str, float](), iter(STAGES)
-        words = next(waited, None)
+        fault_at, seconds, stages = 0.0, dict[str, float](), iter(STAGES)
+        text_of_stage = next(stages, None)
         for text in job.stdout:
             if show:
-                print(f"{time.monotonic() - began if began else 0:7.2f} {text}", end="")
-            if not began and "img/s" in text and len(checkpoint.existing(run)) >= 3:
-                began = time.monotonic()
+                print(f"{time.monotonic() - fault_at if fault_at else 0:7.2f} {text}", end="")
+            if not fault_at and "img/s" in text and len(checkpoint.existing(run)) >= 3:
+                fault_at = time.monotonic()
                 if fault == "rank":
-                    hosts.kill(next(pid for pid, said in hosts.processes(1).items() if "--local_rank=" in said))
+                    hosts.kill(next(pid for pid, command in hosts.processes(1).items() if "--local_rank=" in command))
                 else:
                     hosts.crash(1)
                     hosts.boot(1)
-            if began and words is not None and words in text:
-                found[STAGES[words]] = time.monotonic() - began
-                words = next(waited, None)
-        assert job.wait() == 0 and words is None, found
-        return found
+            if fault_at and text_of_stage is not None and text_of_stage in text:
+                seconds[STAGES[text_of_stage]] = time.monotonic() - fault_at
+                text_of_stage = next(stages, None)
+        assert job.wait() == 0 and text_of_stage is None, seconds
+        return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--fault", choices=("rank", "host"), default="rank", help="what is killed")
-    parser.add_argument("--lines", action="store_true", help="show what the run prints")
+    parser.add_argument("--fault", choices=("rank", "host"), default="rank", help="what to kill")
+    parser.add_argument("--lines", action="store_true", help="show the run's output")
     given = parser.parse_args()
     rounds = []
     for _ in range(given.rounds):

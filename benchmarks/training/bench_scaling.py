@@ -51,13 +51,13 @@ class Worker:
 
         from fastgan.cli.train import parse
         from fastgan.data import open_source
-        from fastgan.training.distributed import process_group
+        from fastgan.training.distributed import rendezvous
         from fastgan.training.step_measurement import Bench
         from fastgan.training.trainer import Trainer
 
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-        self._world = process_group.start("auto", "cpu")
+        self._world = rendezvous.start("auto", "cpu")
         flags = f"--variant pggan --batch {PER_RANK * self._world.size} --resolution {RESOLUTION}"
         config = parse(flags.split()).config
         source = open_source("digits", RESOLUTION)
@@ -69,7 +69,7 @@ class Worker:
 
     def run(self, folder: Path) -> None:
         """Carry out the orders in `folder` until the one to end."""
-        from fastgan.training.distributed import process_group
+        from fastgan.training.distributed import rendezvous
 
         (folder / f"ready-{self._world.rank}").touch()
         for number in itertools.count():
@@ -83,7 +83,7 @@ class Worker:
             result = self._alone(order["seconds"]) if order["kind"] == "alone" else self._steps(order["steps"])
             _write(folder / f"answer-{number}-{self._world.rank}.json", result)
         self._world.done()
-        process_group.stop()
+        rendezvous.stop()
 
     def _barrier(self) -> None:
         import torch.distributed as dist

@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
     from fastgan.evaluation.measure import Evaluation, choose, default_extractor, needs_features
     from fastgan.generator import load
     from fastgan.training import evaluator
-    from fastgan.training.distributed import process_group as processes
+    from fastgan.training.distributed import rendezvous as processes
     from fastgan.utils.system import cache_folder
 
     if asked.features is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastgan import __version__
 from fastgan.errors import ArgumentError
-from fastgan.training.resilience.slurm import adopt
+from fastgan.training.resilience.slurm import set_rank_variables
 from fastgan.utils.old_names import current_flags
 
 COMMANDS = {
@@ -58,7 +58,7 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str]) -> int:
-        adopt()
+        set_rank_variables()
         with contextlib.suppress(AttributeError):  # a stream that a caller has replaced
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may not be text
         try:

@@ -100,7 +100,7 @@ class PlanOptions(RunFlags):
 
 def make_forecaster(config: Config, source: Source, cluster: Cluster) -> Forecaster:
     """A forecaster with the trainer's stages, footprints and way of reducing gradients."""
-    from fastgan.training.distributed.engine import uses_own_reducer
+    from fastgan.training.distributed.deepspeed_engine import uses_own_reducer
     from fastgan.training.factory import engine_settings
     from fastgan.training.footprint import footprint
 
@@ -121,7 +121,7 @@ def _measure(forecaster: Forecaster, request: RunRequest, channels: int, flags: 
     import torch
     from tqdm import tqdm
 
-    from fastgan.training.distributed.process_group import pick_device
+    from fastgan.training.distributed.rendezvous import pick_device
     from fastgan.training.step_measurement import Bench, free_bytes
     from fastgan.utils.system import device_name
 

@@ -198,7 +198,7 @@ def parse(argv: list[str], kind: type[Flags], prog: str) -> RunRequest:
         SystemExit: --help, or a flag that does not exist.
     """
     # DeepSpeed's launcher adds the first, whose environment variable is used instead, and our supervisor the others.
-    argv = [flag for flag in argv if not flag.startswith(("--local_rank=", supervisor.HOSTS, supervisor.JOB))]
+    argv = [flag for flag in argv if not flag.startswith(("--local_rank=", supervisor.HOSTS_FLAG, supervisor.JOB_FLAG))]
     first = _first_pass(argv, prog)
     layers, resume = _layers(first)
     variant, preset, data = _start(first, layers)

@@ -19,7 +19,7 @@ from fastgan.cli.run_request import RunFlags, RunRequest
 from fastgan.errors import ArgumentError
 from fastgan.training import run_directory
 from fastgan.training.resilience import supervisor
-from fastgan.training.resilience.heartbeat import FAULT
+from fastgan.training.resilience.heartbeat import EXIT_RANK_FAULT
 
 if TYPE_CHECKING:
     from fastgan.training.distributed.process_group import ProcessGroup
@@ -63,18 +63,18 @@ def main(argv: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(text)
         return 0
-    supervision = supervisor.asked(argv)
+    supervision = supervisor.parse_supervision(argv)
     if supervision is not None:
         return _supervise(supervision, request)
     if "RANK" not in os.environ:
         print(f"fastgan {__version__}: {request.variant}, {request.preset} preset; loading torch", flush=True)
     from fastgan.training import torch_settings
-    from fastgan.training.distributed import process_group
-    from fastgan.training.resilience.signals import readers_may_go
+    from fastgan.training.distributed import rendezvous
+    from fastgan.training.resilience.signals import stop_on_closed_output
 
     torch_settings.apply(config)
     hosts = supervisor.rank_hosts(argv)
-    world = process_group.start(
+    world = rendezvous.start(
         config.system.engine,
         config.system.device,
         zero=config.system.zero,
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     )
     # A supervisor that restarts without an unreachable host may be faster than the end of that host's rank.
     patience = config.system.timeout / 2 if hosts else 0.0
-    with world.guard(), readers_may_go(), ExitStack() as locks:
+    with world.guard(), stop_on_closed_output(), ExitStack() as locks:
         try:
             code = _train(request, world, began, locks, patience)
             world.done()
@@ -94,9 +94,9 @@ def main(argv: list[str]) -> int:
                 raise
             if world.main:
                 print(f"fastgan: {error}", file=sys.stderr, flush=True)
-            return FAULT  # a dead host may hold a shared lock for some time: the supervisor tries again
+            return EXIT_RANK_FAULT  # a dead host may hold a shared lock for some time: the supervisor tries again
         finally:
-            process_group.stop()
+            rendezvous.stop()
 
 
 def _supervise(supervision: supervisor.Supervision, request: RunRequest) -> int:
@@ -104,10 +104,10 @@ def _supervise(supervision: supervisor.Supervision, request: RunRequest) -> int:
     config, resumed = request.config, request.resume is not None
     if resumed or config.run.out is not None:
         run = run_directory.of(str(request.resume)) if resumed else Path(str(config.run.out))
-        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout)()
+        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout).supervise()
     run = run_directory.make(run_directory.default(request.variant), named=False)
     try:
-        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout)()
+        return supervisor.Supervisor(supervision, run, resumed, config.system.timeout).supervise()
     finally:
         with suppress(OSError):  # still empty if the ranks were refused before they wrote anything
             run.rmdir()
@@ -116,17 +116,18 @@ def _supervise(supervision: supervisor.Supervision, request: RunRequest) -> int:
 def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitStack, patience: float) -> int:
     """The work of each rank once it has met the others; `locks` and `patience` as in `run_setup.choose_run`."""
     from fastgan.training import run_setup
-    from fastgan.training.distributed.rank_consistency import same, settings
+    from fastgan.training.distributed.rank_consistency import require_same_on_all_ranks, shared_settings
     from fastgan.training.factory import validate_stages
     from fastgan.training.trainer import NonFiniteError, Trainer
 
     config, variant = request.config, request.variant
     if config.system.sync_bn and world.device.type != "cuda":
         raise ArgumentError("--sync-bn", True, "it needs GPUs: remove it on a CPU")
-    same(world, settings(config))
+    require_same_on_all_ranks(world, shared_settings(config))
     run = run_setup.choose_run(world, variant, config.run.out, request.resume, locks, patience)
     stored = run_setup.checkpoint_to_resume(request.resume, run, variant, config)
-    same(world, {"the checkpoint to resume": None if stored is None else (str(stored.path), stored.meta["files"])})
+    files = None if stored is None else (str(stored.path), stored.meta["files"])
+    require_same_on_all_ranks(world, {"the checkpoint to resume": files})
     if stored is not None and not request.sets_accumulation:
         config = run_setup.keep_batch_cut(config, stored, world)
     validate_stages(config, world.size)

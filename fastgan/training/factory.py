@@ -13,7 +13,8 @@ from fastgan import objectives
 from fastgan.config import Config, Networks, active_ranks, batch_at
 from fastgan.config.stages import stages_of
 from fastgan.errors import ArgumentError
-from fastgan.training.distributed.engine import OptimizerFactory, deepspeed_config
+from fastgan.training.distributed.deepspeed_engine import deepspeed_config
+from fastgan.training.distributed.engine import OptimizerFactory
 from fastgan.training.step import Regularizer, Step
 
 

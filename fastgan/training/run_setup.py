@@ -19,7 +19,7 @@ from fastgan.errors import ArgumentError
 from fastgan.training import run_directory
 from fastgan.training.checkpoints.resume import accumulation_for
 from fastgan.training.distributed.process_group import ProcessGroup
-from fastgan.training.distributed.rank_consistency import same
+from fastgan.training.distributed.rank_consistency import require_same_on_all_ranks
 from fastgan.training.intervals import checkpoint_kimg
 
 
@@ -103,7 +103,8 @@ def open_images(config: Config, world: ProcessGroup) -> data.Source:
                 raise ArgumentError("--data", path, f"{found.name} {found.what}; copy the set to this host again")
     except ArgumentError as error:
         source, fault = None, error
-    same(world, {"--data": str(fault) if source is None else f"{len(source)} images, {source.fingerprint}"})
+    seen = str(fault) if source is None else f"{len(source)} images, {source.fingerprint}"
+    require_same_on_all_ranks(world, {"--data": seen})
     if source is None:
         assert fault is not None
         raise fault

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from fastgan import data, models
 from fastgan.config import Config, active_ranks, batch_at, batches_for_all
 from fastgan.models.pggan import Progressive
-from fastgan.training.distributed.engine import DeepSpeedEngine, Engine, TorchEngine, uses_own_reducer
-from fastgan.training.distributed.gradient_reducer import spread
-from fastgan.training.distributed.process_group import ProcessGroup
+from fastgan.training.distributed.deepspeed_engine import DeepSpeedEngine, uses_own_reducer
+from fastgan.training.distributed.engine import Engine
+from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
+from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.ema import Ema
 from fastgan.training.factory import build_step, engine_settings, memory_format, network_values, optimizer_factory
 from fastgan.training.observability.meters import Meters
@@ -149,9 +150,11 @@ class ActiveStage:
     def _engine(self, module: nn.Module, *, discriminator: bool) -> Engine:
         config, world = self.config, self.world
         make = optimizer_factory(config, discriminator=discriminator)
-        moved = None if discriminator else lambda: self.ema.update(self.step.generator)
+        on_update = None if discriminator else lambda: self.ema.update(self.step.generator)
         if world.engine == "torch":
-            return TorchEngine(module, make, config.schedule.accumulation, memory_format(config), moved)
+            waiting = self._stragglers.waiting if world.size > 1 else None
+            accumulation, layout = config.schedule.accumulation, memory_format(config)
+            return TorchEngine(module, make, accumulation, layout, on_update, waiting, self.share.group)
         return DeepSpeedEngine(
             module,
             make,
@@ -160,7 +163,7 @@ class ActiveStage:
             config.system.timeout,
             memory_format(config),
             self.share.group,
-            moved,
+            on_update,
         )
 
     @property
@@ -234,7 +237,7 @@ class ActiveStage:
 
         Called before anything but a step uses the weights or their average.
         """
-        with self._stragglers.rest():
+        with self._stragglers.continue_step():
             for engine in self.engines:
                 engine.wait()
 
@@ -242,8 +245,8 @@ class ActiveStage:
         """`wait`, and give spectators the weights of the first rank; a collective, before weights are used or saved."""
         self.wait()
         if self.share.has_subgroup:
-            spread([tensor for module in self.modules for tensor in module.state_dict().values()])
-            spread([self.ema.steps])
+            broadcast_tensors([tensor for module in self.modules for tensor in module.state_dict().values()])
+            broadcast_tensors([self.ema.steps])
 
     def state(self) -> State:
         """Weights on the CPU, after `synchronize`, for the stage that grows from this one."""

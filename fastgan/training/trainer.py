@@ -16,8 +16,7 @@ from fastgan.data import Source
 from fastgan.generator import sample_images
 from fastgan.training.checkpoints import state as checkpoint_state
 from fastgan.training.checkpoints.resume import validate_resume
-from fastgan.training.distributed.gradient_reducer import spread
-from fastgan.training.distributed.process_group import ProcessGroup
+from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.evaluator import Evaluator, append
 from fastgan.training.factory import network_values, rates
 from fastgan.training.feed import Feed
@@ -214,7 +213,7 @@ class Trainer:
             for interval in intervals:
                 if interval.due(before, self.images, self.total):
                     interval.action()
-            stop = signals.agreed()
+            stop = signals.should_stop()
             if stop or checkpoint.due(before, self.images, self.total):
                 self.save()
             if stop:
@@ -258,7 +257,8 @@ class Trainer:
         began = time.monotonic()
         self.stage.synchronize()
         if self.world.size > 1:
-            spread(self.stage.ema.module.buffers())  # all ranks draw, with the batch-norm statistics that are saved
+            # All ranks draw, with the batch-norm statistics that are saved.
+            broadcast_tensors(self.stage.ema.module.buffers())
         meta = {"variant": self.variant, "networks": self.stage.networks, "images": self.images}
         record = evaluator(self.stage.ema.module, meta)
         if record is not None:

@@ -1,4 +1,4 @@
-"""Time that a device spends, read when reading costs nothing: events on a GPU, where asking for the time would wait."""
+"""Timers of a device's work that do not synchronize until they are read: CUDA events on a GPU, else the clock."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 class Marks:
-    """Moments of a device's work, in order; `seconds` waits for the later one."""
+    """Points in a device's stream of work, numbered from 0."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._marks: list[Any] = []
 
     def __call__(self) -> int:
-        """The number of the moment that is now."""
+        """Record a point; returns its number."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -28,20 +28,19 @@ class Marks:
         return len(self._marks) - 1
 
     def seconds(self, a: int, b: int) -> float:
+        """Seconds from point `a` to point `b`; waits for the device to reach `b`."""
         if not self._cuda:
             return float(self._marks[b] - self._marks[a])
         self._marks[b].synchronize()
         return float(self._marks[a].elapsed_time(self._marks[b])) / 1000
 
     def clear(self) -> None:
+        """Forget all points."""
         self._marks.clear()
 
 
 class Stopwatch:
-    """Sum of spans; `read` gives it and starts again, and waits for the device's last span.
-
-    A span inside another adds nothing.
-    """
+    """Sums the time spent in its context. A context inside another one adds nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self._marks = Marks(device)
@@ -53,15 +52,16 @@ class Stopwatch:
         if self._running:
             yield
             return
-        begun = self._marks()
+        start = self._marks()
         self._running = True
         try:
             yield
         finally:
             self._running = False
-            self._spans.append((begun, self._marks()))
+            self._spans.append((start, self._marks()))
 
     def read(self) -> float:
+        """Seconds since the last call; waits for the device to reach the last span's end."""
         total = sum(self._marks.seconds(a, b) for a, b in self._spans)
         self._spans.clear()
         self._marks.clear()

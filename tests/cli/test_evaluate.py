@@ -253,7 +253,7 @@ def test_an_interrupt_before_anything_is_stored(
 
     stopped: list[bool] = []
     monkeypatch.setattr("fastgan.training.evaluator.drawer", lambda *_: interrupted)
-    monkeypatch.setattr("fastgan.training.distributed.process_group.stop", lambda: stopped.append(True))
+    monkeypatch.setattr("fastgan.training.distributed.rendezvous.stop", lambda: stopped.append(True))
     assert evaluate.main([str(run), "--n", "64", "--metrics", "msssim"]) == 130
     said = capsys.readouterr().err
     assert said.endswith("fastgan: interrupted\n") and "goes on" not in said and stopped == [True]

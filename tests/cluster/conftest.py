@@ -15,15 +15,15 @@ from hosts import ROOT, Hosts, missing
 
 
 @pytest.fixture(scope="session")
-def possible() -> None:
+def namespaces_available() -> None:
     reason = missing()
     if reason is not None:
-        pytest.skip(f"hosts of the tests' own: {reason}")
+        pytest.skip(f"no simulated hosts: {reason}")
 
 
 @pytest.fixture(scope="module")
-def make_hosts(possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Hosts]]:
-    """`make_hosts(count, ...)`: hosts that go when the module's tests are done, or before that with `close`."""
+def make_hosts(namespaces_available: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Hosts]]:
+    """`make_hosts(count, ...)`: hosts that are removed by `close`, or after the module's tests."""
     with ExitStack() as stack:
 
         def make(count: int, **options: Any) -> Hosts:
@@ -34,16 +34,30 @@ def make_hosts(possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture
+def hosts(namespaces_available: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """Two hosts of one test."""
+    with Hosts(2, tmp_path_factory.mktemp("hosts")) as two:
+        yield two
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory that does not exist yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
 def draw() -> random.Random:
+    """Random moments and choices; FASTGAN_FAULT_SEED repeats those of a run that printed `seed N`."""
     seed = int(os.environ.get("FASTGAN_FAULT_SEED", random.randrange(10**6)))
     print("seed", seed)
     return random.Random(seed)
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks that nothing happens to."""
-    run = tmp_path_factory.mktemp("whole") / "run"
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks without a fault."""
+    run = tmp_path_factory.mktemp("reference") / "run"
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "fastgan" / "train.py")]
     subprocess.run([*line, *FLAGS, "--out", str(run)], stdout=subprocess.DEVNULL, check=True, timeout=200)
     return run

@@ -1,4 +1,4 @@
-"""Forms of docs/cluster.md besides DeepSpeed's: they parse, and what they start trains on two hosts as one would."""
+"""The launchers of docs/cluster.md besides DeepSpeed's: the files parse, and the commands train on two hosts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ SCRIPT = str(ROOT / "fastgan" / "train.py")
 
 
 def _block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
-    assert found is not None
-    return found[1]
+    match = re.search(rf"```{language}\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    assert match is not None
+    return match[1]
 
 
 def _flags(line: str) -> list[str]:
@@ -36,7 +35,7 @@ def test_batch_script_of_slurm() -> None:
     assert script.startswith("#!") and "\n#SBATCH --nodes" in script
     line = next(line for line in script.splitlines() if line.startswith("srun "))
     config = train.parse(_flags(line)).config
-    assert config.run.out is not None  # else every requeue would begin a run of its own
+    assert config.run.out is not None  # without --out every requeue would start a new run
 
 
 def test_manifest_of_kubernetes() -> None:
@@ -50,6 +49,8 @@ def test_manifest_of_kubernetes() -> None:
     assert f"--nnodes {spec['completions']} " in line and spec["parallelism"] == spec["completions"]
     assert f"--master_addr {name}-0.{pod['subdomain']} " in line and "--node_rank $JOB_COMPLETION_INDEX " in line
     assert f"--nproc_per_node {container['resources']['limits']['nvidia.com/gpu']} " in line
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert 30 < int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     config = train.parse(_flags(line)).config
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert str(Path(str(config.run.out)).parent) in mounted and str(Path(config.data.data).parent) in mounted
@@ -58,8 +59,7 @@ def test_manifest_of_kubernetes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_two_hosts(make_hosts: Callable[..., Hosts], whole: Path, tmp_path: Path, launcher: str) -> None:
-    hosts, run = make_hosts(2), tmp_path / "run"
+def test_two_hosts(hosts: Hosts, reference: Path, run: Path, launcher: str) -> None:
     jobs = []
     for host in (0, 1):
         flags = [SCRIPT, *FLAGS, "--resume", "auto", "--out", str(run)]
@@ -67,13 +67,12 @@ def test_two_hosts(make_hosts: Callable[..., Hosts], whole: Path, tmp_path: Path
             line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
             line += ["--node_rank", str(host), "--master_addr", "h1"]
             jobs.append(hosts.run(host, [*line, *flags]))
-        else:  # what srun sets for a task
+        else:  # the variables that srun sets for a task
             task = {"PROCID": str(host), "STEP_NUM_TASKS": "2", "LOCALID": "0", "JOB_ID": "7", "STEP_ID": "0",
                     "STEP_NODELIST": "h[1-2]", "STEP_TASKS_PER_NODE": "1(x2)"}  # fmt: skip
             jobs.append(
                 hosts.run(host, [sys.executable, *flags], **{f"SLURM_{key}": value for key, value in task.items()})
             )
-    output = finish(hosts, jobs[0], run, whole)
+    output = finish(hosts, jobs[0], run, reference)
     assert jobs[1].wait(timeout=60) == 0, output
     assert "2 x cpu" in output, output
-    hosts.close()

@@ -1,4 +1,4 @@
-"""A checkpoint written on two hosts goes on on one and on four, and back."""
+"""A run moves from two hosts to one and to four, and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_run_moves_from_two_hosts_to_one_and_four_and_back(make_hosts: Callabl
     hosts = make_hosts(4)
 
     def on(count: int, *cases: tuple[str | None, str, int, int]) -> None:
-        """Go on with a run, under ZeRO, for steps: for each variant."""
+        """Resume runs (from, to, ZeRO stage, steps) on `count` hosts, for each variant."""
         made = [
             resumes.case(before and f"{before}-{variant}", f"{to}-{variant}", variant, zero if count > 1 else 0, steps)
             for before, to, zero, steps in cases
@@ -31,7 +31,7 @@ def test_a_run_moves_from_two_hosts_to_one_and_four_and_back(make_hosts: Callabl
         ]
         if count == 1:
             for case in made:
-                resumes.go_on(case, ProcessGroup(0, 1, torch.device("cpu"), "torch", "alone"), tmp_path)
+                resumes.resume(case, ProcessGroup(0, 1, torch.device("cpu"), "torch", "one process"), tmp_path)
             return
         file = tmp_path / "cases.json"
         file.write_text(json.dumps(made))

@@ -1,12 +1,12 @@
-"""One rank of the tests of communication: counts collectives of training steps, then runs with a rank that is slow.
+"""One rank of the communication tests: counts the collectives of training steps, and runs with a straggler.
 
     python collectives.py CASES.json OUT
 
-Each case is {"name", "variant", "flags", "steps"}. What rank r counts in the steps after the first goes to
-OUT/counts-r.json by case: "sent" {collective: bytes of tensors}, "wire" bytes that left by eth0, "reads" of the host,
-"channels_last" whether weights, their averages and optimizer states are. "order" is that of a further step's events:
-when each network is used, when its gradients have been sent, when they have arrived and its weights move.
-A case with "slow" is run to its end in OUT/NAME, the last rank sleeping that many seconds in each step.
+Each case is {"name", "variant", "flags", "steps"}. Rank r writes to OUT/counts-r.json, by case, what it counts in the
+steps after the first: "sent" {collective: bytes of tensors}, "wire" bytes sent by eth0, "reads" of the device by the
+host, and "channels_last", whether weights, moving average and optimizer state are. "order" lists the events of another
+step: a network is used, its gradients have been sent, its weights are updated.
+A case with "slow" is run to its end in OUT/NAME; the last rank sleeps so many seconds in each step.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from host_reads import HostReads
 
 from fastgan import data
 from fastgan.cli.train import parse
-from fastgan.training.distributed import process_group as processes
+from fastgan.training.distributed import rendezvous
+from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.step import Step
 from fastgan.training.trainer import Trainer
 
 _TENSORS = (
-    "all_reduce", "reduce", "isend", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor"
+    "all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor"
 )  # fmt: skip
 
 
 class Sent:
-    """Bytes of the tensors that this process hands to collectives."""
+    """Counts the bytes of the tensors that this process passes to collectives."""
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
@@ -55,25 +56,25 @@ class Sent:
 
 
 def wire() -> int:
-    """Bytes that have left by this host's eth0, with all headers; 0 where there is none."""
+    """Bytes sent by this host's eth0, with all headers; 0 without an eth0."""
     lines = [line.split(":") for line in Path("/proc/net/dev").read_text().splitlines() if ":" in line]
     return next((int(counts.split()[8]) for name, counts in lines if name.strip() == "eth0"), 0)
 
 
-def make(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> Trainer:
+def make(case: dict[str, Any], world: ProcessGroup, out: Path) -> Trainer:
     request = parse(["--variant", case["variant"], *case["flags"]])
     source = data.open_source("digits", request.config.schedule.resolution)
     return Trainer(request.config, request.variant, world, source, out / case["name"])
 
 
 def channels_last(trainer: Trainer) -> bool:
-    held = [p.detach() for module in trainer.stage.modules for p in module.parameters()]
+    tensors = [p.detach() for module in trainer.stage.modules for p in module.parameters()]
     for engine in trainer.stage.engines:
-        held += [value for state in engine._base().state.values() for value in state.values()]  # type: ignore[attr-defined]
-    return all(t.is_contiguous(memory_format=torch.channels_last) for t in held if t.dim() == 4)
+        tensors += [value for state in engine._optimizer.state.values() for value in state.values()]  # type: ignore[attr-defined]
+    return all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors if t.dim() == 4)
 
 
-def count(case: dict[str, Any], world: processes.ProcessGroup, out: Path, sent: Sent) -> dict[str, Any]:
+def count(case: dict[str, Any], world: ProcessGroup, out: Path, sent: Sent) -> dict[str, Any]:
     trainer = make(case, world, out)
     trainer.train_step()
     trainer.stage.wait()
@@ -101,27 +102,27 @@ def count(case: dict[str, Any], world: processes.ProcessGroup, out: Path, sent: 
 
 
 def order_of_events(trainer: Trainer) -> list[str]:
-    """Of one step, under ZeRO 0."""
+    """Events of one step under ZeRO 0."""
     events: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name, engine in zip("gd", trainer.stage.engines, strict=True):
-            reducer, optimizer = engine._reducer, engine._base()  # type: ignore[attr-defined]
+            reducer, optimizer = engine._reducer, engine._optimizer  # type: ignore[attr-defined]
 
-            def noting(what: str, original: Any) -> Any:
-                def noted(*args: Any) -> Any:
-                    events.append(what)
+            def recording(event: str, original: Any) -> Any:
+                def recorded(*args: Any) -> Any:
+                    events.append(event)
                     return original(*args)
 
-                return noted
+                return recorded
 
-            patch.setattr(reducer, "flush", noting(f"sends {name}", reducer.flush))
-            patch.setattr(optimizer, "step", noting(f"moves {name}", optimizer.step))
-            engine.module.register_forward_pre_hook(noting(f"uses {name}", lambda *_: None))
+            patch.setattr(reducer, "flush", recording(f"sends {name}", reducer.flush))
+            patch.setattr(optimizer, "step", recording(f"updates {name}", optimizer.step))
+            engine.module.register_forward_pre_hook(recording(f"uses {name}", lambda *_: None))
         trainer.train_step()
     return events
 
 
-def run_slowly(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> None:
+def run_slowly(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
     original = Step.discriminator_loss
 
     def slow(*args: Any, **kwargs: Any) -> Any:
@@ -137,7 +138,7 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     torch.set_num_threads(1)
     sent = Sent()
-    world = processes.start("auto", "cpu")
+    world = rendezvous.start("auto", "cpu")
     counts = {}
     for case in cases:
         if "slow" in case:
@@ -146,7 +147,7 @@ def main() -> None:
             counts[case["name"]] = count(case, world, out, sent)
     (out / f"counts-{world.rank}.json").write_text(json.dumps(counts))
     world.done()
-    processes.stop()
+    rendezvous.stop()
 
 
 if __name__ == "__main__":

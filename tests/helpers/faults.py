@@ -1,4 +1,4 @@
-"""A run on two hosts to which things happen: its flags, the moments at which they do, and how it must end."""
+"""A run on two hosts with faults: its flags, the moments of the faults, and how it must end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLAGS = (
     f"--stable-kimg 0.8 --checkpoint-kimg 0.1 --keep 50 --samples 4 --deterministic --threads 1 --timeout {TIMEOUT}"
 ).split()
 GROWS = "kimg-000000.800"
-"""The last checkpoint at 4 px: the next step is of 8 px."""
+"""The last checkpoint at 4 px; the next step has 8 px."""
 
 KINDS = ("step", "checkpoint", "growth")
 
@@ -36,34 +36,39 @@ def start(hosts: Hosts, run: Path, *flags: str) -> subprocess.Popen[str]:
     return hosts.run(0, [*line, *FLAGS, *flags, "--out", str(run)])
 
 
-def go_on(hosts: Hosts, output: str) -> subprocess.Popen[str]:
-    """What the output says to type."""
-    said = re.search(r"go on with: (fastgan train .*)", output)
-    assert said is not None, output
-    return hosts.run(0, shlex.split(said[1]))
+def resume(hosts: Hosts, output: str) -> subprocess.Popen[str]:
+    """Run the command that the output suggests."""
+    command = re.search(r"resume with: (fastgan train .*)", output)
+    assert command is not None, output
+    return hosts.run(0, shlex.split(command[1]))
 
 
 def moments(draw: random.Random) -> list[str]:
-    """Three: before, in and after the growth; of the outer two one while a checkpoint is written."""
+    """Three moments: before, in and after the growth; one of the outer two is while a checkpoint is written."""
     outer = ["step", "checkpoint"]
     draw.shuffle(outer)
     return [outer[0], "growth", outer[1]]
 
 
-def _until(job: subprocess.Popen[str], true: Callable[[], bool], every: float) -> None:
+def _until(job: subprocess.Popen[str], condition: Callable[[], bool], every: float) -> None:
     until = time.monotonic() + 120
-    while not true():
+    while not condition():
         assert job.poll() is None and time.monotonic() < until, job.communicate(timeout=60)[0]
         time.sleep(every)
 
 
 @contextmanager
 def moment(hosts: Hosts, job: subprocess.Popen[str], run: Path, draw: random.Random, kind: str) -> Iterator[None]:
-    """Wait for a random moment of a kind, in which what is inside happens.
+    """Context that starts at a random moment.
 
-    step: two to four checkpoints from now, as one may be on its way while a job ends, and somewhat into the steps
-    after. checkpoint: as long from now, while one is being written: the rank that writes is stopped in it
-    until what is inside has happened. growth: while networks and engines are rebuilt, or in the fade's first steps.
+    Args:
+        hosts: of the job.
+        job: the run's process.
+        run: the run directory.
+        draw: random numbers.
+        kind: "step": after two to four more checkpoints (one may be in progress while a job ends) and up to 0.25 s.
+            "checkpoint": after as many, while the next one is written; the writing rank is stopped in the context.
+            "growth": while networks and engines are rebuilt, or in the first steps of the fade-in.
     """
     if kind == "growth":
         _until(job, lambda: checkpoint.existing(run)[-1:] >= [checkpoint.folder(run) / GROWS], 0.002)
@@ -104,31 +109,31 @@ def ranks(hosts: Hosts, host: int) -> list[int]:
     return [pid for pid, command in hosts.processes(host).items() if "--local_rank=" in command]
 
 
-def gone(hosts: Hosts, host: int, seconds: float) -> None:
-    """No process stays on the host for longer than that."""
+def assert_no_process(hosts: Hosts, host: int, seconds: float) -> None:
+    """Assert that all processes of the host end within `seconds`."""
     until = time.monotonic() + seconds
     while left := hosts.processes(host):
         assert time.monotonic() < until, left
         time.sleep(0.05)
 
 
-def finish(hosts: Hosts, job: subprocess.Popen[str], run: Path, whole: Path | None = None) -> str:
-    """The output of a job that comes to its end with nothing left running, and as `whole` if that is given."""
+def finish(hosts: Hosts, job: subprocess.Popen[str], run: Path, reference: Path | None = None) -> str:
+    """Output of a job that finishes the run, leaves no process, and ends with the weights of `reference` if given."""
     output = job.communicate(timeout=230)[0]
     assert job.returncode == 0, output
     assert "Traceback" not in output, output
     for host in range(hosts.count):
-        gone(hosts, host, 5)
-    assert sound(run)[-1].name == "kimg-000001.600", output
-    if whole is not None:
+        assert_no_process(hosts, host, 5)
+    assert valid_checkpoints(run)[-1].name == "kimg-000001.600", output
+    if reference is not None:
         for name in ("generator.safetensors", "training.safetensors"):
-            ours, theirs = (load_file(checkpoint.existing(path)[-1] / name) for path in (run, whole))
+            ours, theirs = (load_file(checkpoint.existing(path)[-1] / name) for path in (run, reference))
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
     return output
 
 
-def sound(run: Path) -> list[Path]:
-    """The checkpoints, none of them half-written."""
+def valid_checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints; asserts that all can be read."""
     for path in checkpoint.existing(run):
         checkpoint.read(path, "--resume")
     return checkpoint.existing(run)

@@ -1,4 +1,4 @@
-"""Counts host reads: what a step may not have, as each makes the host wait for the device."""
+"""Counts device-to-host synchronizations, which a training step must not have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what would make a device wait: scalars read by any route, and copies to the host."""
+    """Counts what makes the host wait for the device: reads of scalars, and copies to the host."""
 
     READS = ("tolist", "numpy", "cpu", "item", "__bool__", "__float__", "__int__", "__index__", "nonzero")
 

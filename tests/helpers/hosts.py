@@ -1,13 +1,13 @@
-"""Hosts on one machine: network namespaces with addresses, names, processes and an ssh server of their own.
+"""Simulated hosts on one machine: network namespaces with their own addresses, names, processes and ssh server.
 
     with Hosts(2, tmp_path) as hosts:
         hosts.deepspeed("fastgan/train.py", "--variant", "pggan").wait()
 
-Host i (from 0) is `h{i+1}` at 10.231.0.{i+1}; its eth0 hangs on a bridge that lies in a namespace too, so nothing of
-the machine's own network is touched and several of these can stand side by side. Each host has a process tree of its
-own (killing its first process kills the host, and no `pkill` on it reaches beyond it); files are shared by all.
+Host i (from 0) is `h{i+1}` at 10.231.0.{i+1}. Its eth0 is on a bridge in another namespace, so the machine's own
+network is not touched and several `Hosts` can exist at once. Each host has its own process tree: killing its first
+process kills the host, and `pkill` on it does not reach beyond it. All hosts share the files.
 
-Needs root, Linux, and Debian's iproute2, openssh-server and pdsh: `missing()` says which is not there.
+Needs root, Linux, and Debian's iproute2, openssh-server and pdsh; `missing()` returns what is not there.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _TOOLS = {
     "unshare": "util-linux",
     "nsenter": "util-linux",
 }
-# Debian keeps sshd where a user's PATH may not look.
+# Debian installs sshd in a folder that a user's PATH may lack.
 _PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def _tool(name: str) -> str:
-    found = shutil.which(name, path=_PATH)
-    assert found is not None, name
-    return found
+    path = shutil.which(name, path=_PATH)
+    assert path is not None, name
+    return path
 
 
 def _call(*argv: str) -> str:
@@ -54,9 +54,9 @@ def _call(*argv: str) -> str:
 
 
 def missing() -> str | None:
-    """Why there can be no hosts here, or None."""
+    """Why there can be no simulated hosts here, or None."""
     if not sys.platform.startswith("linux"):
-        return "network namespaces are Linux's"
+        return "network namespaces need Linux"
     if os.geteuid() != 0:
         return "network namespaces need root"
     absent = sorted({package for tool, package in _TOOLS.items() if shutil.which(tool, path=_PATH) is None})
@@ -76,7 +76,7 @@ def missing() -> str | None:
 
 
 def _owner(pid: int) -> str:
-    """What the namespaces of process `pid` are called: its number, and when it started, as numbers come again."""
+    """Prefix of a process's namespaces: its number and start time, because process numbers are reused."""
     started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return f"{_PREFIX}-{pid}-{started}"
 
@@ -91,7 +91,7 @@ def _pids(namespace: str) -> list[int]:
 
 
 def _remove(namespace: str) -> None:
-    """End what runs in a namespace and delete it, and with it its links."""
+    """Kill the processes of a namespace and delete it with its links."""
     deadline = time.monotonic() + 10
     while (pids := _pids(namespace)) and time.monotonic() < deadline:
         for pid in pids:
@@ -102,7 +102,7 @@ def _remove(namespace: str) -> None:
 
 
 def sweep() -> None:
-    """Remove what a test process left behind that was killed."""
+    """Remove the namespaces and mounts of killed test processes."""
     for namespace in _namespaces():
         pid = int(namespace.removeprefix(f"{_PREFIX}-").split("-")[0])
         if not Path(f"/proc/{pid}").exists() or not namespace.startswith(f"{_owner(pid)}-"):
@@ -121,13 +121,21 @@ def _die_with_parent() -> None:
 
 
 class Hosts:
-    """`count` hosts, whose common files are in `folder`; a context manager, which leaves nothing behind.
+    """`count` hosts; a context manager that removes them.
+
+    Args:
+        count: number of hosts.
+        folder: of their shared files.
+        slots: ranks of each host in the hostfile.
+        disk_mb: size of `disk`; None: there is none.
 
     Attributes:
-        names: h1, h2, ...; addresses: 10.231.0.1, ...
-        hostfile: DeepSpeed's, with `slots` ranks on each.
-        environment: of what `run` starts; own: besides it what each host alone has, from its next `boot` on.
-        disk: with `disk_mb`, a file system of that size, shared by the hosts as all files are.
+        names: h1, h2, ...
+        addresses: 10.231.0.1, ...
+        hostfile: in DeepSpeed's format.
+        environment: of the processes that `run` starts.
+        own: additional variables of each host, from its next `boot` on.
+        disk: a shared file system of limited size.
     """
 
     _made = 0
@@ -147,7 +155,7 @@ class Hosts:
         self._inits: list[subprocess.Popen[bytes] | None] = [None] * count
         self._relays: dict[int, subprocess.Popen[bytes]] = {}
         self._jobs: list[subprocess.Popen[str]] = []
-        # The compiled kernels of the user who runs the tests: a new home would have them compiled anew.
+        # Keeps the user's compiled kernels: with a new home they would be compiled again.
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         passed = {
             "GLOO_SOCKET_IFNAME": "eth0",
@@ -174,7 +182,7 @@ class Hosts:
             self.close()
             raise
 
-    # --- making and ending them -------------------------------------------------------------------------------------
+    # --- start and removal -------------------------------------------------------------------------------------
 
     def write_hostfile(self, path: Path, hosts: Any, slots: int = 1) -> Path:
         path.write_text("".join(f"{self.names[i]} slots={slots}\n" for i in hosts))
@@ -189,7 +197,7 @@ class Hosts:
             "127.0.0.1 localhost\n"
             + "".join(f"{address} {name}\n" for address, name in zip(self.addresses, self.names, strict=True))
         )
-        # DeepSpeed and pdsh call plain `ssh`, which looks for its configuration in the home of the user as in passwd.
+        # DeepSpeed and pdsh call plain `ssh`, which reads its configuration from the home in passwd, not from $HOME.
         options = (
             f"-F none -i {ssh / 'id'} -p {SSH_PORT} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null "
             "-o LogLevel=ERROR -o ConnectTimeout=5"
@@ -230,10 +238,10 @@ class Hosts:
         self._ip(i, "link", "set", "lo", "up")
 
     def boot(self, host: int) -> None:
-        """Start a host's first process, its ssh server; also after `crash`."""
+        """Start a host's first process, the ssh server; also after `crash`."""
         Path("/run/sshd").mkdir(exist_ok=True)
-        of_all = " ".join(f"{key}={value}" for key, value in {"HOME": self.home, **self.own[host]}.items())
-        sshd = f"{_tool('sshd')} -D -e -f {self.home}/.ssh/sshd_config -o 'SetEnv {of_all}'"
+        variables = " ".join(f"{key}={value}" for key, value in {"HOME": self.home, **self.own[host]}.items())
+        sshd = f"{_tool('sshd')} -D -e -f {self.home}/.ssh/sshd_config -o 'SetEnv {variables}'"
         started = f"hostname {self.names[host]}; mount --bind {self.home}/etc-hosts /etc/hosts; exec {sshd}"
         argv = [_tool("ip"), "netns", "exec", self._namespace(host), _tool("unshare")]
         argv += ["--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "sh", "-c", started]
@@ -244,18 +252,18 @@ class Hosts:
         listening = ["ss", "-Hltn", f"sport = :{SSH_PORT}"]
         while not _call("ip", "netns", "exec", self._namespace(host), *listening).strip():
             if init.poll() is not None or time.monotonic() > deadline:
-                said = (self.home / f"{self.names[host]}.log").read_text()
-                raise RuntimeError(f"sshd of {self.names[host]} does not start: {said}")
+                log_text = (self.home / f"{self.names[host]}.log").read_text()
+                raise RuntimeError(f"sshd of {self.names[host]} does not start: {log_text}")
             time.sleep(0.02)
 
     def _first(self, host: int) -> int:
-        """The process that is number 1 on the host."""
+        """The process with number 1 on the host."""
         init = self._inits[host]
         assert init is not None, f"{self.names[host]} is not running"
         return int(Path(f"/proc/{init.pid}/task/{init.pid}/children").read_text().split()[0])
 
     def crash(self, host: int) -> None:
-        """SIGKILL for every process of a host, its first one included."""
+        """Kill every process of a host with SIGKILL."""
         init = self._inits[host]
         if init is not None:
             init.kill()
@@ -263,7 +271,7 @@ class Hosts:
             self._inits[host] = None
 
     def replace(self, host: int, path: Path, other: Path) -> None:
-        """Until it crashes the host alone finds at `path` what is at `other`, a file or a folder as `path` is."""
+        """Show this host `other` at `path` until it crashes; both are files, or both folders."""
         _call("nsenter", "--target", str(self._first(host)), "--mount", "mount", "--bind", str(other), str(path))
 
     def close(self) -> None:
@@ -293,7 +301,7 @@ class Hosts:
     # --- work -------------------------------------------------------------------------------------------------------
 
     def run(self, host: int, argv: list[str], **environment: str) -> subprocess.Popen[str]:
-        """Start a process on a host; its output, stderr with it, is text. The session is its own (see `send`)."""
+        """Start a process on a host, in its own session (see `send`), with stdout and stderr as one text stream."""
         target = [_tool("nsenter"), "--target", str(self._first(host)), "--mount", "--uts", "--net", "--pid"]
         full = {**self.environment, **self.own[host], **environment}
         full["PATH"] = f"{self.home}/bin:{full['PATH']}"
@@ -304,28 +312,28 @@ class Hosts:
 
     @staticmethod
     def send(job: subprocess.Popen[str], number: int) -> None:
-        """As Ctrl-C in a terminal, or a scheduler, sends it: to the job's process group on its host."""
+        """Signal the job's process group on its host, as Ctrl-C in a terminal or a scheduler does."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, number)
 
     def launcher(self, *options: str, port: int = 29500) -> list[str]:
-        """The `deepspeed` command up to the script; `options` are the launcher's own."""
+        """The `deepspeed` command up to the script; `options` are the launcher's."""
         line = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(self.hostfile)]
         return [*line, "--master_addr", self.addresses[0], "--master_port", str(port), *options]
 
     def deepspeed(self, script: str | Path, *argv: str, host: int = 0, **environment: str) -> subprocess.Popen[str]:
-        """`deepspeed --hostfile ... script argv` on a host, by pdsh over ssh."""
+        """Start `deepspeed --hostfile ... script argv` on a host, which uses pdsh over ssh."""
         return self.run(host, [*self.launcher(), str(ROOT / script), *argv], **environment)
 
     def processes(self, host: int) -> dict[int, str]:
-        """Outside numbers and commands of what runs on a host, but for its ssh server and for what started them."""
-        found = {}
+        """Commands on a host by process number outside it, without the ssh server and the tools that start it."""
+        commands = {}
         for pid in _pids(self._namespace(host)):
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
                 if command and not Path(command.split()[0]).name.startswith(("sshd", "unshare", "nsenter")):
-                    found[pid] = command
-        return found
+                    commands[pid] = command
+        return commands
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -334,25 +342,25 @@ class Hosts:
     # --- the network ------------------------------------------------------------------------------------------------
 
     def link(self, host: int, up: bool) -> None:
-        """Plug a host's cable in or out: packets vanish, and neither side is told."""
+        """Connect or disconnect a host's link: packets are dropped, and neither side gets an error."""
         self._ip(None, "link", "set", f"s{host}", "up" if up else "down")
 
     def limit(self, host: int, megabits: float | None) -> None:
-        """Bandwidth of a host's link in both directions, in 10^6 bits per second; None: none."""
+        """Limit a host's link to so many 10^6 bits per second in each direction; None: no limit."""
         for where, device in ((host, "eth0"), (None, f"s{host}")):
             tc = ["tc", "-n", self._namespace(where), "qdisc"]
             if megabits is None:
                 _call(*tc, "del", "dev", device, "root")
             else:
-                # A bucket of 10 ms, and never below what one segmentation offload hands over at once.
+                # A bucket of 10 ms, and at least one segment of segmentation offload.
                 burst = max(65536, int(megabits * 1e6 / 8 * 0.01))
                 rate = ["rate", f"{round(megabits * 1e6)}bit", "burst", str(burst), "latency", "200ms"]
                 _call(*tc, "replace", "dev", device, "root", "tbf", *rate)
 
     def slow(self, host: int, delay: float, loss: float) -> None:
-        """What a host sends arrives `delay` seconds later, and a share `loss` of its packets never.
+        """Delay what a host sends by `delay` seconds, and drop a share `loss` of its packets.
 
-        By a process that passes them on (relay.py): not every kernel has tc's netem.
+        A process (relay.py) forwards them, because not every kernel has tc's netem.
         """
         a, b, bridge = f"t{host}a", f"t{host}b", f"br{host}"
         for tap in (a, b):
@@ -370,7 +378,7 @@ class Hosts:
         self._ip(None, "link", "set", f"s{host}", "master", bridge)
 
     def fast(self, host: int) -> None:
-        """The end of `slow`."""
+        """Undo `slow`."""
         self._ip(None, "link", "set", f"s{host}", "master", "lan")
         relay = self._relays.pop(host)
         relay.kill()
@@ -379,6 +387,6 @@ class Hosts:
             self._ip(None, "link", "del", device)
 
     def traffic(self, host: int) -> tuple[int, int]:
-        """Bytes that a host's eth0 has received and sent so far, with all headers."""
+        """Bytes that a host's eth0 has received and sent, with all headers."""
         record = json.loads(self._ip(host, "-s", "-j", "link", "show", "eth0"))[0]["stats64"]
         return record["rx"]["bytes"], record["tx"]["bytes"]

@@ -1,13 +1,13 @@
 """One rank of the multi-process tests: trains a list of cases and writes each one's weights.
 
-    python ranks.py CASES.json OUT
+    python ranks.py [--engine=torch] CASES.json OUT
 
-started by a launcher's variables (or without them, as one process). Each case is {"name", "variant", "flags", "steps"};
-the weights and optimizer state after its steps go to OUT/NAME.safetensors, written by the first rank. A case with
-"stop" is run by the loop in OUT/NAME until the last rank, once so many images were seen, gets SIGTERM; then each rank R
-writes its weights and averages to OUT/NAME-R.safetensors.
+The launcher's environment variables make it a rank; without them it is one process. Each case is {"name", "variant",
+"flags", "steps"}. Rank 0 writes the weights and optimizer state after these steps to OUT/NAME.safetensors. A case with
+"stop" runs the training loop in OUT/NAME until the last rank has seen so many images and gets SIGTERM; then each rank R
+writes its weights and moving average to OUT/NAME-R.safetensors.
 
-`launch`, `case` and `assert_same_weights` are what the tests share that compare many ranks with one process.
+The tests that compare several ranks with one process share `launch`, `case` and `assert_same_weights`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from fastgan import data
 from fastgan.cli.train import parse
-from fastgan.training.distributed import process_group as processes
+from fastgan.training.distributed import rendezvous
+from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.trainer import Trainer
 
 STEPS = {"wgan-gp": 10, "dcgan": 10, "pggan": 16}
@@ -47,7 +48,7 @@ FLAGS = {
 
 
 def case(name: str, variant: str, zero: int, accumulation: int) -> dict[str, Any]:
-    # One layout for all: convolutions round differently in another, and Adam with beta1 = 0 amplifies that.
+    # One memory format for all: convolutions round differently in another, and Adam with beta1 = 0 amplifies that.
     flags = [*FLAGS[variant].split(), "--memory-format", "contiguous", "--zero", str(zero)]
     return {
         "name": name,
@@ -87,22 +88,20 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def launch(script: Path, cases: list[dict], out: Path, world: int) -> None:
-    """Run `script CASES.json OUT` in `world` processes."""
+def launch(script: Path, cases: Any, out: Path, world: int, engine: str = "auto") -> None:
+    """Run `script --engine=ENGINE CASES.json OUT` in `world` processes, as a launcher would."""
     file = out / f"cases{world}.json"
     file.write_text(json.dumps(cases))
-    # Tests that are scripts themselves find the helpers.
+    # Test files that are scripts import the helpers.
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     if world > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
+    line = [sys.executable, str(script), f"--engine={engine}", str(file), str(out)]
     processes = []
     for rank in range(world):
         own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
-        processes.append(
-            subprocess.Popen([sys.executable, str(script), str(file), str(out)], env=own, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True)
-        )  # fmt: skip
+        processes.append(subprocess.Popen(line, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
 
@@ -125,7 +124,7 @@ def stop(case: dict[str, Any], trainer: Trainer, out: Path) -> None:
     _write({**tensors, "ema.steps": trainer.stage.ema.steps}, out / f"{case['name']}-{world.rank}.safetensors")
 
 
-def train(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> None:
+def train(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
     request = parse(["--variant", case["variant"], *case["flags"]])
     source = data.open_source("digits", request.config.schedule.resolution)
     trainer = Trainer(request.config, request.variant, world, source, out / case["name"])
@@ -148,11 +147,12 @@ def train(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> Non
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     torch.set_num_threads(1)
-    world = processes.start("auto", "cpu")
+    engine = next((flag.partition("=")[2] for flag in sys.argv if flag.startswith("--engine=")), "auto")
+    world = rendezvous.start(engine, "cpu")
     for case in cases:
         train(case, world, out)
     world.done()
-    processes.stop()
+    rendezvous.stop()
 
 
 if __name__ == "__main__":

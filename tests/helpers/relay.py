@@ -1,8 +1,8 @@
-"""A cable between two tap devices: what enters the first leaves the second later, or not at all; and back at once.
+"""A link between two tap devices: the first one's packets are delayed or lost, the second one's pass at once.
 
     python relay.py TAP TAP SECONDS SHARE
 
-A tap device gives packets out whole, with their checksums, however the sender's offloads would have left them.
+A tap device delivers whole packets with checksums, whatever the sender's offloads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _open(name: str) -> int:
 
 
 def _pass_on(device: int, packet: bytes) -> None:
-    with contextlib.suppress(OSError):  # the other side is down
+    with contextlib.suppress(OSError):  # the other device is down
         os.write(device, packet)
 
 
@@ -43,7 +43,7 @@ def main() -> None:
             for _ in range(64):
                 try:
                     packet = os.read(device, 65536)
-                except OSError:  # nothing more, or not yet up
+                except OSError:  # no more packets, or the device is not up yet
                     break
                 if device == far:
                     _pass_on(near, packet)

@@ -1,9 +1,9 @@
-"""One rank of the tests that move a run to another number of ranks: goes on with checkpoints, and writes new ones.
+"""One rank of the tests that move a run to another number of ranks: resumes checkpoints and writes new ones.
 
     python resumes.py CASES.json OUT
 
-as ranks.py. Each case is {"from": run or null, "to": run, "variant", "flags", "steps"}: the run `from` is gone on with,
-as `fastgan train --resume` would, for so many steps, and its checkpoint is written into the run `to`; paths are in OUT.
+as ranks.py. Each case is {"from": run or null, "to": run, "variant", "flags", "steps"}: the run `from` is resumed, as
+by `fastgan train --resume`, for so many steps, and its checkpoint is written to the run `to`; paths are in OUT.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from torch import Tensor
 
 from fastgan import checkpoint, data
 from fastgan.cli.train import parse
-from fastgan.training.distributed import process_group as processes
+from fastgan.training.distributed import rendezvous
+from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.run_setup import keep_batch_cut
 from fastgan.training.trainer import Trainer
 
 
 def case(before: str | None, to: str, variant: str, zero: int, steps: int) -> dict[str, Any]:
     flags = ranks.case(to, variant, zero, 1)["flags"]
-    flags = flags[: flags.index("--accumulation")]  # which is what keeps the cut of the batches
+    flags = flags[: flags.index("--accumulation")]  # chosen at the resume, to keep the cut of the batches
     return {"from": before, "to": to, "variant": variant, "flags": flags, "steps": steps}
 
 
-def go_on(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> None:
+def resume(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
     request = parse(["--variant", case["variant"], *case["flags"]])
     config, stored = request.config, None
     if case["from"] is not None:
@@ -48,17 +49,17 @@ def go_on(case: dict[str, Any], world: processes.ProcessGroup, out: Path) -> Non
 
 
 def stored(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a run's checkpoint holds but for torch's own random state, which is each rank's: tensors, and values."""
-    found = checkpoint.read(run, "--resume")
-    tensors = {f"ema:{name}": tensor for name, tensor in found.generator().items()}
-    everything = load_file(found.path / "training.safetensors")
+    """Tensors and values of a run's checkpoint, without torch's random state, which differs between ranks."""
+    saved = checkpoint.read(run, "--resume")
+    tensors = {f"ema:{name}": tensor for name, tensor in saved.generator().items()}
+    everything = load_file(saved.path / "training.safetensors")
     tensors |= {name: tensor for name, tensor in everything.items() if not name.startswith("random:")}
-    values = {key: found.meta[key] for key in ("images", "steps", "ema_steps", "resolution", "data", "seed")}
+    values = {key: saved.meta[key] for key in ("images", "steps", "ema_steps", "resolution", "data", "seed")}
     return tensors, values
 
 
 def assert_moved(before: Path, after: Path) -> None:
-    """Weights, moving average, optimizers' state and position in the data are the same, bit for bit."""
+    """Weights, moving average, optimizer state and position in the data are bit-identical."""
     (one, where), (other, there) = stored(before), stored(after)
     assert where == there
     assert one.keys() == other.keys()
@@ -70,11 +71,11 @@ def assert_moved(before: Path, after: Path) -> None:
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     torch.set_num_threads(1)
-    world = processes.start("auto", "cpu")
+    world = rendezvous.start("auto", "cpu")
     for one in cases:
-        go_on(one, world, out)
+        resume(one, world, out)
     world.done()
-    processes.stop()
+    rendezvous.stop()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgan.data import open_source
 from fastgan.evaluation.features import Extracted, Extractor
 from fastgan.evaluation.measure import Evaluation
-from fastgan.training.distributed import process_group as processes
+from fastgan.training.distributed import rendezvous
 from fastgan.utils import counter_rng
 
 ALL = ["fid", "kid", "is", "prdc", "swd", "msssim"]
@@ -53,12 +53,12 @@ def draw(indices: Tensor) -> Tensor:
 
 def main() -> None:
     torch.set_num_threads(1)
-    world = processes.join("cpu")
+    world = rendezvous.join("cpu")
     found = Evaluation(ALL, Stub(), 600)(draw, open_source("digits", 16), 16, lambda text: None)
     if world.main:
         Path(sys.argv[1]).write_text(json.dumps(found))
     assert (found is None) == (world.rank > 0)
-    processes.stop()
+    rendezvous.stop()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar or lines, metrics.jsonl, TensorBoard events, sample grids."""
+"""Progress bar or lines, metrics.jsonl, TensorBoard events and sample grids of a run."""
 
 from __future__ import annotations
 
@@ -19,28 +19,33 @@ from fastgan.utils.text import readable_duration
 
 
 def save_grid(images: Tensor, path: Path, *, size: int | None = None, columns: int | None = None) -> None:
-    """Write images [N, C, R, R] in [-1, 1] as one PNG, near-square, row by row, replacing `path` atomically.
+    """Write images as one PNG, row by row; `path` is replaced atomically.
 
-    `size` enlarges each image to that many pixels by repetition, so that grids of a growing network compare.
+    Args:
+        images: [N, C, R, R] in [-1, 1].
+        path: of the PNG.
+        size: enlarge each image to so many pixels by repetition, so that grids of a growing network are comparable.
+        columns: of the grid; None: near-square.
     """
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     save_sheet(pixels.numpy(), path, size=size, columns=columns)
 
 
 def _without_events(error: threading.ExceptHookArgs, default: Callable[..., object] = threading.excepthook) -> None:
-    """TensorBoard's thread that could not write: its next call raises that error, which is then told in one line."""
+    """Hook of threads that hides an OSError of TensorBoard's writer: its next call raises the same error."""
     ours = isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")
     if not ours:
         default(error)
 
 
 class Log:
-    """Progress and metrics of a run; silent on every rank but the first.
+    """Progress and metrics of a run; does nothing on ranks other than 0.
 
     Args:
         run: the run directory.
-        active: whether this rank speaks.
-        total: images of the whole run; seen: images already seen when this process starts.
+        active: whether this rank logs.
+        total: images of the whole run.
+        seen: images seen before this process started.
     """
 
     def __init__(self, run: Path, *, active: bool, total: int, seen: int) -> None:
@@ -72,7 +77,7 @@ class Log:
             self._events = SummaryWriter(str(run / "tensorboard"), purge_step=seen)
 
     def _drop_rows_after(self, seen: int) -> None:
-        """A run that goes on from an older checkpoint writes the rows after it again."""
+        """Drop the rows after the checkpoint that is resumed: the run writes them again."""
         if not self._path.exists():
             return
         rows = self._path.read_text().splitlines(keepends=True)
@@ -82,14 +87,14 @@ class Log:
                 if row.endswith("\n") and json.loads(row)["images"] <= seen:
                     kept.append(row)
             except (ValueError, KeyError, TypeError):
-                continue  # the row a kill cut short
+                continue  # cut short when the process was killed
         if len(kept) != len(rows):
             partial = self._path.with_suffix(".part")
             partial.write_text("".join(kept))
             os.replace(partial, self._path)
 
     def line(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Print a line, above the progress bar if there is one."""
         if not self._active:
             return
         if self._bar is not None:
@@ -98,12 +103,16 @@ class Log:
             print(text, flush=True)
 
     def advance(self, images: int) -> None:
-        """Move the bar to `images` seen; cheap, called at every step."""
+        """Move the progress bar to `images` seen; cheap enough for every step."""
         if self._bar is not None:
             self._bar.update(images / 1000 - self._bar.n)
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """Log one interval; `row` has images, resolution, alpha, images_per_second and the losses."""
+        """Log one interval.
+
+        Args:
+            row: a line of metrics.jsonl, with images, resolution, alpha, images_per_second and the losses.
+        """
         if not self._active:
             return
         with self._path.open("a") as file:
@@ -128,7 +137,12 @@ class Log:
             )
 
     def evaluation(self, seen: int, record: dict[str, Any]) -> None:
-        """Log what an evaluation at `seen` images found; `record` is a line of evaluation.jsonl."""
+        """Log the result of an evaluation.
+
+        Args:
+            seen: images seen.
+            record: a line of evaluation.jsonl.
+        """
         if not self._active:
             return
         names = {f"evaluation/{name}": value for name, value in record["metrics"].items()}
@@ -141,12 +155,14 @@ class Log:
         self.line(f"{seen / 1000:9.1f}/{self._total / 1000:.0f} kimg  {record['features']} features: {shown}")
 
     def images(self, images: Tensor, path: Path, seen: int, size: int) -> None:
+        """Write a sample grid; see `save_grid`."""
         if not self._active:
             return
         path.parent.mkdir(exist_ok=True)
         save_grid(images, path, size=size)
 
     def close(self) -> None:
+        """Close the progress bar and the event file."""
         if self._bar is not None:
             self._bar.close()
         if self._events is not None:

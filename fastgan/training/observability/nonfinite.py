@@ -1,4 +1,4 @@
-"""Notices the first loss or gradient that is not finite, without waiting for the device."""
+"""Detects the first loss or gradient that is NaN or infinite, without device-to-host synchronization."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ _NEVER = 2**31 - 1
 
 
 class NonFiniteDetector:
-    """Remembers on the device, for each watched tensor, the first step at which it was not finite.
+    """Stores on the device, for each watched tensor, the first step at which it was not finite.
 
-    Gradients are seen by hooks on the parameters, before any engine reduces, partitions or frees them.
+    Hooks on the parameters see the gradients, before an engine reduces, partitions or frees them.
 
-    Usage: `watch` the networks, `loss` each loss, `close_step` after each backward, `first_bad` when reading is due.
+    `watch` the networks once; in each step call `begin_step`, `loss` for each loss, and `close_step` after each
+    backward; call `first_bad` when the host reads from the device anyway.
+
+    Args:
+        device: of the losses and gradients.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,22 +55,28 @@ class NonFiniteDetector:
         self._largest[self._names.index(name)] = value.detach().float()
 
     def begin_step(self, step: int) -> None:
+        """Set the number of the step that later calls belong to."""
         self._step.fill_(step)
 
     def close_step(self) -> None:
-        """Fold what this step's backward recorded into the memory; what was not recorded again counts as finite."""
+        """Update the first bad steps from the losses and gradients recorded so far."""
         if self._names:
             bad = ~torch.isfinite(torch.stack(self._largest))
             self._first = torch.minimum(self._first, torch.where(bad, self._step, _NEVER).to(torch.int32))
 
     def pending(self) -> Tensor:
-        """First bad step of every watched tensor, int32 [names]: to be reduced over ranks by minimum."""
+        """First bad step of every watched tensor, int32 [names]; ranks combine theirs by the minimum."""
         return self._first
 
     def first_bad(self, first: Tensor) -> tuple[int, str] | None:
-        """(step, name) of the earliest tensor that was not finite, or None. Reads from the device.
+        """The first tensor that was not finite; reads from the device.
 
-        Among tensors that went bad in the same step, losses come before gradients: they are nearer to the cause.
+        Args:
+            first: of `pending`, combined over ranks.
+
+        Returns:
+            (step, name), or None if all were finite. In one step losses come before gradients: they are closer to the
+            cause.
         """
         steps = first.tolist()
         bad = [(step, name.startswith("gradient"), name) for step, name in zip(steps, self._names, strict=True)]

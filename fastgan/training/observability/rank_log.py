@@ -1,7 +1,7 @@
-"""What each rank has to say, in a file of its own: RUN/logs/rank-0003.log.
+"""The log file of each rank, RUN/logs/rank-0003.log.
 
-It is the logger `LOGGER` of Python's logging, so that any thread may speak; warnings of this process and of its
-libraries go there too, besides where they went before. A rank that was killed has no last line.
+It takes what is logged to `LOGGER`, and warnings of this process and its libraries in addition to where they went
+before. A rank that was killed has no last line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOGGER = logging.getLogger("fastgan.rank")
 
 
 class _File(logging.FileHandler):
-    """A disk that is full is said once, and stops nobody."""
+    """Reports a write error, such as a full disk, once on stderr and does not raise it."""
 
     failed = False
 
@@ -40,41 +40,50 @@ class _File(logging.FileHandler):
             print(f"fastgan: {self.baseFilename}: {sys.exc_info()[1]}; its next lines may be missing", file=sys.stderr)
 
 
-def _versions() -> str:
-    versions = [f"fastgan {__version__}", f"torch {torch.__version__}"]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions.append(f"deepspeed {importlib.metadata.version('deepspeed')}")
-    return ", ".join([*versions, f"Python {platform.python_version()}"])
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what is computed; "not installed" if DeepSpeed is not."""
+    try:
+        deepspeed = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        deepspeed = "not installed"
+    return {"fastgan": __version__, "torch": str(torch.__version__), "deepspeed": deepspeed}
 
 
 @contextlib.contextmanager
 def rank_log(run: Path, world: ProcessGroup) -> Iterator[None]:
-    """Log into the run directory inside: a first line of who this is, and a last one if an exception ends it."""
+    """Context in which `LOGGER` writes to the run directory.
+
+    The first line identifies the rank; an exception that leaves the context is logged as the last one.
+
+    Args:
+        run: the run directory.
+        world: this process among the ranks.
+    """
     path = run / "logs" / f"rank-{world.rank:04d}.log"
     handler: logging.Handler
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = _File(path, encoding="utf-8")
     except OSError as error:
-        print(f"fastgan: rank {world.rank} has no log: {error}", file=sys.stderr, flush=True)
+        print(f"fastgan: rank {world.rank} cannot write its log: {error}", file=sys.stderr, flush=True)
         handler = logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # Libraries' loggers hang on the root; ours stops there, or its lines would reach the terminal of every rank.
+    # Libraries log through the root logger. Ours does not propagate to it, or every rank would print its lines.
     root, level, propagate = logging.getLogger(), LOGGER.level, LOGGER.propagate
     handler.addFilter(lambda record: record.name == LOGGER.name or record.levelno >= logging.WARNING)
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
     for logger in (LOGGER, root):
         logger.addHandler(handler)
-    shown = warnings.showwarning
+    showwarning = warnings.showwarning
 
     def show(message: Any, category: Any, filename: str, lineno: int, *rest: Any, **named: Any) -> None:
         LOGGER.warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
-        shown(message, category, filename, lineno, *rest, **named)
+        showwarning(message, category, filename, lineno, *rest, **named)
 
     warnings.showwarning = show
     LOGGER.info(
-        "rank %d of %d on %s, process %d, %s (%s), engine %s; %s",
+        "rank %d of %d on %s, process %d, %s (%s), engine %s; %s, Python %s",
         world.rank,
         world.size,
         socket.gethostname(),
@@ -82,7 +91,8 @@ def rank_log(run: Path, world: ProcessGroup) -> Iterator[None]:
         world.device,
         device_name(world.device),
         world.engine,
-        _versions(),
+        ", ".join(f"{package} {version}" for package, version in versions().items()),
+        platform.python_version(),
     )
     try:
         yield
@@ -90,7 +100,7 @@ def rank_log(run: Path, world: ProcessGroup) -> Iterator[None]:
         LOGGER.error("ended by %s: %s", type(error).__name__, error)
         raise
     finally:
-        warnings.showwarning = shown
+        warnings.showwarning = showwarning
         for logger in (LOGGER, root):
             logger.removeHandler(handler)
         LOGGER.setLevel(level)

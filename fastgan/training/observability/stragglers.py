@@ -1,4 +1,4 @@
-"""How fast each rank is by itself: who holds the others up."""
+"""Straggler detection: step times of each rank without its waiting for others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from fastgan.training.observability.rank_log import LOGGER
 from fastgan.utils.timers import Stopwatch
@@ -18,12 +17,17 @@ from fastgan.utils.timers import Stopwatch
 if TYPE_CHECKING:
     from fastgan.training.distributed.process_group import ProcessGroup
 
-_SLOW = 2.0
+_STRAGGLER_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
-class Report:
-    """Seconds of a step on each rank at work, without waiting for others, over a log interval; `hosts` are theirs."""
+class RankStepTimes:
+    """Mean step times over a log interval.
+
+    Attributes:
+        seconds: of a step on each active rank, without waiting for other ranks.
+        hosts: of the ranks.
+    """
 
     seconds: list[float]
     hosts: list[str]
@@ -34,16 +38,16 @@ class Report:
 
     @property
     def median(self) -> float:
-        """The lower one of two: of two ranks, the slower one is measured against the other."""
+        """The lower median: of two ranks, the slower one is compared with the faster one."""
         return statistics.median_low(self.seconds)
 
     @property
     def stragglers(self) -> list[int]:
         """Ranks whose step takes more than twice the median."""
-        return [rank for rank, own in enumerate(self.seconds) if own > _SLOW * self.median]
+        return [rank for rank, own in enumerate(self.seconds) if own > _STRAGGLER_FACTOR * self.median]
 
     def row(self) -> dict[str, Any]:
-        """For metrics.jsonl; stragglers are in it only if there are any."""
+        """Entries of a row in metrics.jsonl; "stragglers" only if there are any."""
         slow = [{"rank": r, "host": self.hosts[r], "step_seconds": self.seconds[r]} for r in self.stragglers]
         return {
             "step_seconds": self.median,
@@ -52,7 +56,8 @@ class Report:
             **({"stragglers": slow} if slow else {}),
         }
 
-    def say(self, rank: int) -> str:
+    def describe(self, rank: int) -> str:
+        """A log line about a straggler."""
         return (
             f"straggler: rank {rank} on {self.hosts[rank]} takes {1000 * self.seconds[rank]:.0f} ms for its own part "
             f"of a step, {self.seconds[rank] / self.median:.1f} times the median"
@@ -60,9 +65,13 @@ class Report:
 
 
 class StragglerDetector:
-    """Times a rank's steps, less what it spends waiting for others. Nothing is read back before `report`.
+    """Times a rank's steps, less the time in which it waits for other ranks.
 
-    What is left is its own: computing, waiting for data, and on a CPU the copying of what is sent.
+    What remains is computing, waiting for data, and on a CPU copying what is sent. Nothing is read from the device
+    between two calls of `report`.
+
+    Attributes:
+        waiting: runs while this rank waits for others.
     """
 
     def __init__(self, world: ProcessGroup) -> None:
@@ -70,45 +79,51 @@ class StragglerDetector:
         self._step = Stopwatch(world.device)
         self.waiting = Stopwatch(world.device)
         self._steps = 0
-        self._slow: list[int] = []
-        self._hosts = [socket.gethostname()]
-        if world.size > 1:
-            self._hosts = [""] * world.size
-            dist.all_gather_object(self._hosts, socket.gethostname())
+        self._stragglers: list[int] = []
+        self._hosts = world.gather(socket.gethostname())
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        with self.rest():
+        """Context of a step."""
+        with self.continue_step():
             yield
         self._steps += 1
 
     @contextlib.contextmanager
-    def rest(self) -> Iterator[None]:
-        """What belongs to the last step and is done after it."""
+    def continue_step(self) -> Iterator[None]:
+        """Context of work that belongs to the last step and is done after it, such as a deferred update."""
         if self._world.size == 1:
             yield
             return
         with self._step():
             yield
 
-    def report(self, working: int | None = None) -> Report:
-        """Of the steps since the last one, for the first `working` ranks or all; a collective, called when the device
-        is read anyway."""
+    def report(self, active: int | None = None) -> RankStepTimes:
+        """Step times since the last call; a collective that reads from the device.
+
+        Args:
+            active: report the first so many ranks; None: all.
+        """
         own = torch.zeros(self._world.size, device=self._world.device)
         own[self._world.rank] = max(self._step.read() - self.waiting.read(), 0.0) / max(self._steps, 1)
         self._steps = 0
-        return Report(self._world.sum(own).tolist()[:working], self._hosts)
+        return RankStepTimes(self._world.sum(own).tolist()[:active], self._hosts)
 
-    def row(self, working: int, say: Callable[[str], None]) -> dict[str, Any]:
-        """What metrics.jsonl says of the ranks' speeds, if there are several; a collective. A straggler is named to
-        `say` when it turns up, and in its own log each time."""
+    def row(self, active: int, log: Callable[[str], None]) -> dict[str, Any]:
+        """Entries of the next row in metrics.jsonl; empty for one rank. A collective.
+
+        Args:
+            active: see `report`.
+            log: called with a line for each rank that has become a straggler since the last call. A straggler also
+                warns in its own log, every time.
+        """
         if self._world.size == 1:
             return {}
-        report = self.report(working)
-        for rank in report.stragglers:
-            if rank not in self._slow:
-                say(report.say(rank))
-            if rank not in self._slow or rank == self._world.rank:
-                LOGGER.warning(report.say(rank))
-        self._slow = report.stragglers
-        return report.row()
+        times = self.report(active)
+        for rank in times.stragglers:
+            if rank not in self._stragglers:
+                log(times.describe(rank))
+            if rank not in self._stragglers or rank == self._world.rank:
+                LOGGER.warning(times.describe(rank))
+        self._stragglers = times.stragglers
+        return times.row()

@@ -1,10 +1,18 @@
-"""Who of the ranks is alive: a rank or a host that fails is named by all others, and none waits for it longer than
-`--timeout`, whatever its main thread is waiting for.
+"""Detects ranks that fail: all other ranks name the failed rank and end within `--timeout`, whatever they wait for.
 
-Each rank has a thread that holds a connection to rank 0's and says every few seconds that it is there. A connection
-that closes without a goodbye is a process that died, and known at once; silence is a host or a link that did. Rank 0
-tells the others its verdict; who hears nothing from rank 0 comes to one about it. The verdict is one line, and the
-process ends with `FAULT`: the main thread may sit in a collective, or in a library's destructor, that never returns.
+Every rank other than 0 has a thread with a TCP connection to rank 0, and both sides send a heartbeat every few seconds:
+
+- A connection that closes without a "bye" is a process that died. It is noticed at once.
+- No heartbeat for three quarters of the timeout is a host or a link that failed.
+- A rank that fails with an exception reports it before it ends.
+- A rank whose collective breaks reports that; rank 0 then collects reports for 3 seconds and decides who is the cause.
+
+Rank 0 sends its verdict to all ranks. A rank that loses rank 0 reaches its own. A verdict is one line on each host, and
+the process ends with `EXIT_RANK_FAULT` by `os._exit`: its main thread may be in a collective that never returns.
+
+Messages are lines: "." is a heartbeat, anything else is JSON: {"token", "rank", "host"} first, then {"lost": error},
+{"failed": error, "code": exit code} or {"bye": true} to rank 0, and the verdict {"failed": rank, "host", "what",
+"code"} or {"bye": true} from it.
 """
 
 from __future__ import annotations
@@ -21,49 +29,60 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastgan.errors import ArgumentError
 
-FAULT = 75
-"""Exit code of ranks that end because another rank, its host or the network failed: `sysexits.h` calls it temporary."""
+EXIT_RANK_FAULT = 75
+"""Exit code of ranks that end because another rank, its host or the network failed; EX_TEMPFAIL in `sysexits.h`."""
 
-_START = 30.0  # seconds by which one host may start later than another, its packages read from a cold disk
-_LOST = re.compile(r"gloo|nccl|connection|timed? ?out|socket|store|broken pipe|peer|process ?group", re.IGNORECASE)
+_DIED = "its connection closed: the process died"
+_HEARTBEAT, _BYE = b".\n", b'{"bye": true}\n'
+_START = 30.0  # seconds by which one host may start later than another, which reads its packages from a cold disk
+_COLLECT = 3.0  # seconds in which ranks report after the first report of a fault
+_COMMUNICATION_ERROR = re.compile(
+    r"gloo|nccl|connection|timed? ?out|socket|store|broken pipe|peer|process ?group", re.IGNORECASE
+)
 
 
-def host() -> str:
-    return socket.gethostname()
-
-
-def joining(timeout: float) -> float:
-    """Seconds that a rank waits for the others to come, from its own start on."""
+def join_timeout(timeout: float) -> float:
+    """Seconds from its own start that a rank waits for the others to connect."""
     return timeout + _START
 
 
+def _silent(seconds: float) -> str:
+    return f"no heartbeat for {seconds:.0f} s"
+
+
+def _encode(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
 class _Peer:
-    """Rank 0's side of a connection."""
+    """Rank 0's side of a connection; `rank` is None until the other side has introduced itself."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self.buffer = b""
         self.rank: int | None = None
-        self.host = "?"
-        self.heard = time.monotonic()
+        self.last_heard = time.monotonic()
 
 
 class Heartbeat:
-    """The watch of one rank over the others; made before they join in anything else, closed by each when it is done.
+    """One rank's watch over the others. Created before the ranks join any process group, closed when the work is done.
 
     Args:
-        rank, size, local_rank: this process among all, and on its host.
-        address: of rank 0's host.
-        timeout: seconds; a rank that is silent for three quarters of it is given up.
-        broadcast: gives every rank the first one's value; used once, here.
-        expected: the host of each rank, where it is known before the rank has come.
+        rank: number of this process.
+        size: number of ranks.
+        local_rank: number of this process on its host.
+        address: address of rank 0's host.
+        timeout: seconds; a rank without a heartbeat for three quarters of it has failed.
+        broadcast: gives every rank the value of rank 0; called once.
+        expected: host of each rank, if known; names a rank that never connects.
 
     Attributes:
-        run: the run directory, for the command to go on with; last_good: the last checkpoint.
+        run: the run directory, for the --resume flag in a verdict's line; None: there is nothing to resume.
+        last_good: the last checkpoint, for a verdict's line.
     """
 
     def __init__(
@@ -79,30 +98,37 @@ class Heartbeat:
         self.rank, self.size, self.local_rank, self.timeout = rank, size, local_rank, timeout
         self.run: Path | None = None
         self.last_good: Path | None = None
-        self._beat = min(max(timeout / 20, 0.25), 10.0)
-        self._silence = 0.75 * timeout
+        self._interval = min(max(timeout / 20, 0.25), 10.0)
+        self._max_silence = 0.75 * timeout
         self._leaving = threading.Event()
-        self._failed: dict[int, tuple[str, int]] = {}
-        self._lost: dict[int, str] = {}
-        self._decide: float | None = None
-        self._together = 0.0
+        self._failures: dict[int, tuple[str, int]] = {}  # by rank: error and exit code
+        self._broken: dict[int, str] = {}  # by rank: error of its collective
+        self._decide_at: float | None = None
+        self._last_collective = 0.0
+        # Rank 0's connections, and the ranks that have left or died.
+        self._peers: list[_Peer] = []
+        self._gone: set[int] = set()
         self._hosts, self._expected = {0: address}, dict(enumerate(expected))
         listener = socket.create_server(("", 0), backlog=max(size, 16)) if rank == 0 else None
-        told = (listener.getsockname()[1], secrets.token_hex(16), host()) if listener else None
-        port, self._token, self._hosts[0] = broadcast(told)
+        own = (listener.getsockname()[1], secrets.token_hex(16), socket.gethostname()) if listener else None
+        port, self._token, self._hosts[0] = broadcast(own)
         if listener is not None:
             target: Callable[..., None] = self._serve
             argument = listener
         else:
-            target, argument = self._follow, socket.create_connection((address, port), timeout=joining(timeout))
+            target = self._follow
+            argument = socket.create_connection((address, port), timeout=join_timeout(timeout))
         self._thread = threading.Thread(target=target, args=(argument,), name="fastgan-heartbeat", daemon=True)
         self._thread.start()
 
-    # --- what the main thread says ----------------------------------------------------------------------------------
+    # --- called by the main thread ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Around a rank's work: its failure becomes known to the others, and that of another ends it with one line."""
+        """Context of a rank's work: reports an exception to the other ranks.
+
+        If a collective broke because another rank failed, the process ends here with the verdict's line instead.
+        """
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -111,7 +137,7 @@ class Heartbeat:
             self.fail(str(error), code=2)
             raise
         except RuntimeError as error:
-            if _LOST.search(str(error)):
+            if _COMMUNICATION_ERROR.search(str(error)):
                 self._wait_for_verdict(str(error).splitlines()[0])
             self.fail(f"{type(error).__name__}: {str(error).splitlines()[0]}")
             raise
@@ -119,77 +145,83 @@ class Heartbeat:
             self.fail(f"{type(error).__name__}: {error}")
             raise
 
-    def fail(self, what: str, code: int = FAULT) -> None:
-        """Tell the others that this rank ends, why, and with which code they may; they end too, if they go on."""
-        self._failed[self.rank] = (what, code)
+    def fail(self, error: str, code: int = EXIT_RANK_FAULT) -> None:
+        """Report that this rank ends with `error`; the other ranks then end with exit code `code`."""
+        self._failures[self.rank] = (error, code)
         self._leaving.set()
         self._thread.join(timeout=5)
 
-    def together(self) -> None:
-        """All ranks have just met in a collective, so that silence before now was the watch's own connections: after a
-        break TCP may wait twice as long as the break was before it tries again."""
-        self._together = time.monotonic()
+    def note_collective(self) -> None:
+        """Note that all ranks have just met in a collective, and so are alive.
+
+        After a break of the link TCP may wait twice as long as the break before it sends again, so that heartbeats can
+        be late although collectives already work.
+        """
+        self._last_collective = time.monotonic()
 
     def close(self) -> None:
-        """The work is done: what happens to the others is no longer this rank's concern."""
+        """End the watch: this rank's work is done, and later faults of other ranks do not concern it."""
         self._leaving.set()
         self._thread.join(timeout=5)
 
     def _wait_for_verdict(self, error: str) -> None:
-        """A collective broke, and the thread finds out why: it ends the process. Returns if it finds nothing."""
-        self._lost[self.rank] = error
-        self._decide = self._decide or time.monotonic() + 3
-        time.sleep(self.timeout + 3 * self._beat)
+        """Report a broken collective and wait for the thread to end the process; returns if there is no verdict."""
+        self._broken[self.rank] = error
+        self._decide_at = self._decide_at or time.monotonic() + _COLLECT
+        time.sleep(self.timeout + 3 * self._interval)
 
-    # --- rank 0 -----------------------------------------------------------------------------------------------------
+    # --- the thread of rank 0 ---------------------------------------------------------------------------------------
 
     def _serve(self, listener: socket.socket) -> None:
         listener.setblocking(False)
-        chosen = selectors.DefaultSelector()
-        chosen.register(listener, selectors.EVENT_READ, None)
-        peers: list[_Peer] = []
-        gone: set[int] = set()  # said goodbye
-        began = beaten = time.monotonic()
+        selector = selectors.DefaultSelector()
+        selector.register(listener, selectors.EVENT_READ, None)
+        started = last_sent = time.monotonic()
         while True:
-            for key, _ in chosen.select(timeout=min(self._beat, 0.25)):
+            for key, _ in selector.select(timeout=min(self._interval, 0.25)):
                 if key.data is None:
-                    with contextlib.suppress(OSError):
-                        connection, _ = listener.accept()
-                        connection.setblocking(False)
-                        peer = _Peer(connection)
-                        peers.append(peer)
-                        chosen.register(connection, selectors.EVENT_READ, peer)
-                elif not self._hear(key.data, gone):
-                    chosen.unregister(key.data.socket)
-                    peers.remove(key.data)
-                    rank = key.data.rank
-                    if rank is not None and rank not in gone:
-                        if rank not in self._failed:
-                            self._verdict(peers, rank, "its connection closed: the process died", FAULT)
-                        gone.add(rank)
+                    self._accept(listener, selector)
+                elif not self._receive(key.data):
+                    selector.unregister(key.data.socket)
+                    self._disconnected(key.data)
             now = time.monotonic()
             if self._leaving.is_set():
-                if self.rank in self._failed:
-                    self._announce(peers, self.rank, *self._failed[self.rank])
+                if self.rank in self._failures:
+                    self._announce(self.rank, *self._failures[self.rank])
                 else:
-                    self._tell(peers, b'{"bye": true}\n')
+                    self._send_all(_BYE)
                 return
-            if now - beaten >= self._beat:
-                beaten = now
-                self._tell(peers, b".\n")
-            for peer in peers:
-                silent = now - max(peer.heard, self._together)
-                if peer.rank is not None and peer.rank not in gone and silent > self._silence:
-                    self._verdict(peers, peer.rank, f"no sign of life for {silent:.0f} s", FAULT)
-            known = {peer.rank for peer in peers} | gone | {0}
+            if now - last_sent >= self._interval:
+                last_sent = now
+                self._send_all(_HEARTBEAT)
+            for peer in self._peers:
+                silence = now - max(peer.last_heard, self._last_collective)
+                if peer.rank is not None and peer.rank not in self._gone and silence > self._max_silence:
+                    self._end_all(peer.rank, _silent(silence))
+            known = {peer.rank for peer in self._peers} | self._gone | {0}
             missing = [rank for rank in range(self.size) if rank not in known]
-            if missing and now - began > joining(self.timeout):
-                self._verdict(peers, missing[0], f"it did not come within {now - began:.0f} s", FAULT)
-            if self._decide is not None and now > self._decide:
-                self._settle(peers, gone, now)
+            if missing and now - started > join_timeout(self.timeout):
+                self._end_all(missing[0], f"it did not connect within {now - started:.0f} s")
+            if self._decide_at is not None and now > self._decide_at:
+                self._decide(now)
 
-    def _hear(self, peer: _Peer, gone: set[int]) -> bool:
-        """Read what a rank says; False when its connection is at its end."""
+    def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            peer = _Peer(connection)
+            self._peers.append(peer)
+            selector.register(connection, selectors.EVENT_READ, peer)
+
+    def _disconnected(self, peer: _Peer) -> None:
+        self._peers.remove(peer)
+        if peer.rank is not None and peer.rank not in self._gone:
+            if peer.rank not in self._failures:
+                self._end_all(peer.rank, _DIED)
+            self._gone.add(peer.rank)
+
+    def _receive(self, peer: _Peer) -> bool:
+        """Read a rank's messages; False if its connection has closed or is not one of this run's."""
         try:
             data = peer.socket.recv(65536)
         except BlockingIOError:
@@ -198,137 +230,142 @@ class Heartbeat:
             return False
         if not data:
             return False
-        peer.heard = time.monotonic()
+        peer.last_heard = time.monotonic()
         *lines, peer.buffer = (peer.buffer + data).split(b"\n")
-        for line in lines:
-            if line in (b".", b""):
-                continue
-            try:
-                said = json.loads(line)
-                if peer.rank is None:
-                    if not secrets.compare_digest(said["token"], self._token):
-                        return False
-                    peer.rank, peer.host = int(said["rank"]), str(said["host"])
-                    self._hosts[peer.rank] = peer.host
-                elif "bye" in said:
-                    gone.add(peer.rank)
-                elif "failed" in said:
-                    self._failed[peer.rank] = (str(said["failed"]), int(said["code"]))
-                elif "lost" in said:
-                    self._lost[peer.rank] = str(said["lost"])
-                # A moment, in which others may say more, or this rank's main thread end for the same reason.
-                if self._decide is None and ("failed" in said or "lost" in said):
-                    self._decide = time.monotonic() + 3
-            except (ValueError, KeyError, TypeError):
-                return False  # none of ours
+        try:
+            if not all(self._handle(peer, json.loads(line)) for line in lines if line not in (b".", b"")):
+                return False
+        except (ValueError, KeyError, TypeError):
+            return False
         return len(peer.buffer) < 65536
 
-    def _settle(self, peers: list[_Peer], gone: set[int], now: float) -> None:
-        """Something broke some moments ago: say what is behind it."""
-        self._decide = None
-        if self._failed:
-            rank = min(self._failed)
-            self._verdict(peers, rank, *self._failed[rank])
-            return
-        quiet = [p for p in peers if p.rank is not None and p.rank not in gone and now - p.heard > 2.5 * self._beat]
-        if quiet:
-            worst = max(quiet, key=lambda p: now - p.heard)
-            assert worst.rank is not None
-            self._verdict(peers, worst.rank, f"no sign of life for {now - worst.heard:.0f} s", FAULT)
-        elsewhere = [rank for rank in self._hosts if rank not in self._lost and rank not in gone]
-        if elsewhere:
-            what = f"alive, but not where the others waited for it ({next(iter(self._lost.values()))})"
-            self._verdict(peers, min(elsewhere), what, FAULT)
-        rank, error = next(iter(self._lost.items()))
-        self._verdict(peers, rank, f"all ranks are alive, but what they exchange is lost ({error})", FAULT)
+    def _handle(self, peer: _Peer, message: dict[str, Any]) -> bool:
+        """Take one message of a rank; False if its token is wrong."""
+        if peer.rank is None:
+            if not secrets.compare_digest(message["token"], self._token):
+                return False
+            peer.rank = int(message["rank"])
+            self._hosts[peer.rank] = str(message["host"])
+        elif "bye" in message:
+            self._gone.add(peer.rank)
+        elif "failed" in message:
+            self._failures[peer.rank] = (str(message["failed"]), int(message["code"]))
+        elif "lost" in message:
+            self._broken[peer.rank] = str(message["lost"])
+        # Other ranks may report too, or this rank's main thread may fail for the same reason.
+        if self._decide_at is None and ("failed" in message or "lost" in message):
+            self._decide_at = time.monotonic() + _COLLECT
+        return True
 
-    def _tell(self, peers: list[_Peer], line: bytes) -> None:
-        for peer in peers:
+    def _decide(self, now: float) -> None:
+        """Reach the verdict on a reported fault: an exception, else a silent rank, else one that did not take part."""
+        self._decide_at = None
+        if self._failures:
+            rank = min(self._failures)
+            self._end_all(rank, *self._failures[rank])
+        silence = {
+            peer.rank: now - peer.last_heard
+            for peer in self._peers
+            if peer.rank is not None and peer.rank not in self._gone and now - peer.last_heard > 2.5 * self._interval
+        }
+        if silence:
+            rank = max(silence, key=silence.__getitem__)
+            self._end_all(rank, _silent(silence[rank]))
+        rank, error = next(iter(self._broken.items()))
+        absent = [rank for rank in self._hosts if rank not in self._broken and rank not in self._gone]
+        if absent:
+            self._end_all(min(absent), f"alive, but not in the collective that the others waited in ({error})")
+        self._end_all(rank, f"all ranks are alive, but their collective failed ({error})")
+
+    def _send_all(self, line: bytes) -> None:
+        for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.socket.send(line)
 
-    def _verdict(self, peers: list[_Peer], rank: int, what: str, code: int) -> None:
-        self._end(self._announce(peers, rank, what, code))
+    def _end_all(self, rank: int, what: str, code: int = EXIT_RANK_FAULT) -> NoReturn:
+        self._end(self._announce(rank, what, code))
 
-    def _announce(self, peers: list[_Peer], rank: int, what: str, code: int) -> dict[str, Any]:
-        on = self._hosts.get(rank) or self._expected.get(rank, "a host not known")
-        verdict = {"failed": rank, "host": on, "what": what, "code": code}
-        self._tell(peers, json.dumps(verdict).encode() + b"\n")
-        # A process that ends with something unread resets its connections, and what it said last may be dropped.
+    def _announce(self, rank: int, what: str, code: int) -> dict[str, Any]:
+        """Send the verdict to all ranks, and return it."""
+        host = self._hosts.get(rank) or self._expected.get(rank, "an unknown host")
+        verdict = {"failed": rank, "host": host, "what": what, "code": code}
+        self._send_all(_encode(verdict))
+        # A process that ends with unread data resets its connections, which may drop what it sent last.
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
-            for peer in peers:
+            for peer in self._peers:
                 with contextlib.suppress(OSError):
                     peer.socket.recv(65536)
             time.sleep(0.05)
         return verdict
 
-    # --- the other ranks --------------------------------------------------------------------------------------------
+    # --- the thread of every other rank -----------------------------------------------------------------------------
 
     def _follow(self, connection: socket.socket) -> None:
-        connection.settimeout(min(self._beat, 0.25))
-        hello = {"token": self._token, "rank": self.rank, "host": host()}
-        buffer, heard, beaten, lost = b"", time.monotonic(), 0.0, False
+        connection.settimeout(min(self._interval, 0.25))
+        buffer, last_heard, last_sent, reported = b"", time.monotonic(), 0.0, False
 
-        def say(line: bytes) -> None:
-            with contextlib.suppress(OSError):  # silence is noticed below
+        def send(line: bytes) -> None:
+            with contextlib.suppress(OSError):  # a lost connection is noticed below, as silence
                 connection.sendall(line)
 
-        say(json.dumps(hello).encode() + b"\n")
+        send(_encode({"token": self._token, "rank": self.rank, "host": socket.gethostname()}))
         while True:
             if self._leaving.is_set():
-                if self.rank in self._failed:
-                    what, code = self._failed[self.rank]
-                    say(json.dumps({"failed": what, "code": code}).encode() + b"\n")
+                if self.rank in self._failures:
+                    error, code = self._failures[self.rank]
+                    send(_encode({"failed": error, "code": code}))
                 else:
-                    say(b'{"bye": true}\n')
+                    send(_BYE)
                 connection.close()
                 return
             now = time.monotonic()
-            if now - beaten >= self._beat:
-                beaten = now
-                say(b".\n")
-            if self._lost and not lost:
-                lost = True
-                say(json.dumps({"lost": self._lost[self.rank]}).encode() + b"\n")
+            if now - last_sent >= self._interval:
+                last_sent = now
+                send(_HEARTBEAT)
+            if self._broken and not reported:
+                reported = True
+                send(_encode({"lost": self._broken[self.rank]}))
+            lines: list[bytes] = []
             closed = False
             try:
                 data = connection.recv(65536)
                 closed = not data
-                heard = time.monotonic() if data else heard
+                last_heard = time.monotonic() if data else last_heard
                 *lines, buffer = (buffer + data).split(b"\n")
             except TimeoutError:
-                lines = []
+                pass
             except OSError:
-                lines, closed = [], True
+                closed = True
             for line in lines:
                 if line != b".":
-                    said = json.loads(line)
-                    if "bye" in said:
+                    message = json.loads(line)
+                    if "bye" in message:
                         return
-                    self._end(said)
-            silent = time.monotonic() - max(heard, self._together)
-            if not self._leaving.is_set() and (closed or silent > self._silence):
-                what = "its connection closed: the process died" if closed else f"no sign of life for {silent:.0f} s"
-                self._end({"failed": 0, "host": self._hosts[0], "what": what, "code": FAULT})
+                    self._end(message)
+            silence = time.monotonic() - max(last_heard, self._last_collective)
+            if not self._leaving.is_set() and (closed or silence > self._max_silence):
+                what = _DIED if closed else _silent(silence)
+                self._end({"failed": 0, "host": self._hosts[0], "what": what, "code": EXIT_RANK_FAULT})
 
-    # --- the end ----------------------------------------------------------------------------------------------------
+    # --- the end of this process ------------------------------------------------------------------------------------
 
-    def _end(self, verdict: dict[str, Any]) -> None:
-        """Say it, once on each host, and leave without waiting for anything."""
+    def _end(self, verdict: dict[str, Any]) -> NoReturn:
+        """Print the verdict, once on each host, and exit without waiting for anything."""
         rank = verdict["failed"]
-        beside = self.local_rank == 1 and rank == self.rank - 1  # the first of this host is the one that is gone
-        if (self.local_rank == 0 or beside) and rank != self.rank:
+        # Local rank 0 prints; if it is the failed rank, the next one on its host does.
+        prints = self.local_rank == 0 or (self.local_rank == 1 and rank == self.rank - 1)
+        if prints and rank != self.rank:
             good = f"the last checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint yet"
-            on = f"; go on with --resume {shlex.quote(str(self.run))}" if self.run else ""
-            line = f"fastgan: rank {rank} on {verdict['host']}: {verdict['what']}; {good}{on}\n"
-            # A launcher behind a dead link reads nothing, and its pipe is full: that must not hold this process up.
-            saying = threading.Thread(target=self._say, args=(line,), daemon=True)
-            saying.start()
-            saying.join(timeout=2)
+            resume = f"; resume with --resume {shlex.quote(str(self.run))}" if self.run else ""
+            line = f"fastgan: rank {rank} on {verdict['host']}: {verdict['what']}; {good}{resume}\n"
+            # In a thread: writing blocks if a launcher behind a dead link no longer empties its pipe.
+            printing = threading.Thread(target=self._print, args=(line,), daemon=True)
+            printing.start()
+            printing.join(timeout=2)
         os._exit(verdict["code"])
 
     @staticmethod
-    def _say(line: str) -> None:
+    def _print(line: str) -> None:
         with contextlib.suppress(OSError):
             os.write(2, line.encode())

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM, and nobody left to read what is said: requests to stop after the step."""
+"""Requests to stop after the current step: SIGINT, SIGTERM, and an output that its reader has closed."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ from fastgan.training.observability.rank_log import LOGGER
 if TYPE_CHECKING:
     from fastgan.training.distributed.process_group import ProcessGroup
 
-_READER_GONE = threading.Event()
+_OUTPUT_CLOSED = threading.Event()
 
 
-class _Outlet:
-    """A text stream that is not broken by its reader: what nobody reads is dropped."""
+class _Output:
+    """A text stream that drops what it is given once its reader has closed it, and requests a stop then."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with self._reader():
+        with self._drop_if_closed():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._reader():
+        with self._drop_if_closed():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[None]:
+    def _drop_if_closed(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe's other end, or a terminal
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a closed terminal
                 raise
-            # What the stream still holds is written again at its end, and must find a place then.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-            if not _READER_GONE.is_set():
-                _READER_GONE.set()
-                LOGGER.warning("nobody reads this process's output any more: it stops after the step")
+            # The stream writes its buffer again when it is closed, which must not fail.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+            if not _OUTPUT_CLOSED.is_set():
+                _OUTPUT_CLOSED.set()
+                LOGGER.warning("the reader of this process's output has closed it: stopping after this step")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
-def readers_may_go() -> Iterator[None]:
-    """Inside, a pipe or terminal under stdout or stderr that is gone is a request to stop, no error in mid-step.
+def stop_on_closed_output() -> Iterator[None]:
+    """Context in which a closed pipe or terminal under stdout or stderr requests a stop, and is no error.
 
-    So a launcher that is killed, and whose ranks only lose their output, leaves no run behind that nobody watches.
+    A killed launcher closes its ranks' output and sends no signal; without this the run would train on unattended.
     """
-    _READER_GONE.clear()
+    _OUTPUT_CLOSED.clear()
     out, err = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Outlet(out), _Outlet(err)
+    sys.stdout, sys.stderr = _Output(out), _Output(err)
     try:
         yield
     finally:
@@ -73,10 +73,17 @@ def readers_may_go() -> Iterator[None]:
 
 
 class SignalHandler:
-    """SIGINT and SIGTERM as a request to stop after the step, agreed on by all ranks without stalling any.
+    """Turns SIGINT and SIGTERM into a stop after the same step on all ranks.
 
-    Each step's agreement is collected at the next one, so that its all-reduce (over gloo, of one host integer)
-    overlaps the step. A second SIGINT interrupts at once.
+    `should_stop` starts an all-reduce of one integer over gloo and reads its result at the next step, so that it
+    overlaps the step and no rank waits. A second SIGINT raises KeyboardInterrupt at once.
+
+    Args:
+        world: the ranks.
+        timeout: seconds that the all-reduce may take.
+
+    Attributes:
+        signal: the signal that this rank received, or None.
     """
 
     def __init__(self, world: ProcessGroup, timeout: float) -> None:
@@ -88,19 +95,19 @@ class SignalHandler:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         self._flag = torch.zeros((), dtype=torch.int32)
         self._work: Any = None
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._work is not None and kind is None:
             self._work.wait()
-        for number, handler in self._before.items():
-            # A launcher repeats its signal; what follows one that was obeyed must not cut the way out short.
+        for number, handler in self._previous.items():
+            # Ignored after a stop: a launcher repeats its signal, which must not interrupt the shutdown.
             signal.signal(number, signal.SIG_IGN if self._stopping or self.signal is not None else handler)
 
     def _receive(self, number: int, _: object) -> None:
@@ -108,18 +115,18 @@ class SignalHandler:
             raise KeyboardInterrupt
         self.signal = number
 
-    def agreed(self) -> bool:
-        """Whether the ranks agreed at the step before to stop now; called by all at every step."""
-        asked = self.signal is not None or _READER_GONE.is_set()
+    def should_stop(self) -> bool:
+        """Whether any rank had a request to stop at the step before; every rank calls it at every step."""
+        requested = self.signal is not None or _OUTPUT_CLOSED.is_set()
         if self._group is None:
-            self._stopping = asked
-            return asked
+            self._stopping = requested
+            return requested
         stop = False
         if self._work is not None:
             self._work.wait()
             if self._heartbeat is not None:
-                self._heartbeat.together()
+                self._heartbeat.note_collective()
             stop = self._stopping = bool(self._flag.item())
-        self._flag.fill_(int(asked))
+        self._flag.fill_(int(requested))
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return stop

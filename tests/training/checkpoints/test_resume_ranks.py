@@ -20,7 +20,7 @@ def test_a_run_moves_to_one_rank_and_back(tmp_path: Path) -> None:
     ranks.launch(SCRIPT, [resumes.case(None, "two", "pggan", 2, 12)], tmp_path, 2)
     world = ProcessGroup(0, 1, torch.device("cpu"), "torch", "alone")
     for case in (resumes.case("two", "moved", "pggan", 0, 0), resumes.case("two", "alone", "pggan", 0, 4)):
-        resumes.go_on(case, world, tmp_path)
+        resumes.resume(case, world, tmp_path)
     resumes.assert_moved(tmp_path / "two", tmp_path / "moved")
     back = [resumes.case("alone", "back", "pggan", 1, 0), resumes.case("two", "stayed", "pggan", 2, 4)]
     ranks.launch(SCRIPT, back, tmp_path, 2)

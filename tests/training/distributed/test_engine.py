@@ -1,4 +1,4 @@
-"""Engines: accumulation, state by name, DeepSpeed's configuration, and who may use which."""
+"""Engines: accumulation, optimizer state by name, DeepSpeed's configuration, and the choice of the engine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,10 @@ from torch import Tensor, nn
 
 from fastgan.config import Config, replace
 from fastgan.errors import ArgumentError
-from fastgan.training.distributed import process_group as processes
-from fastgan.training.distributed.engine import (
-    Fragment,
-    TorchEngine,
-    _collect,
-    _restore,
-    deepspeed_config,
-    uses_own_reducer,
-)
+from fastgan.training.distributed import rendezvous
+from fastgan.training.distributed.deepspeed_engine import deepspeed_config, uses_own_reducer
+from fastgan.training.distributed.engine import Fragment, collect_optimizer_state, restore_optimizer_state
+from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.factory import rates
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,7 +33,7 @@ def network() -> nn.Module:
 
 
 def test_accumulated_micro_batches_equal_the_batch() -> None:
-    """By SGD, whose step is as large as the gradient: Adam's would hide a sum in place of a mean."""
+    """With SGD, whose step is proportional to the gradient: Adam would hide a sum in place of a mean."""
 
     def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.1)
@@ -60,7 +55,7 @@ def test_accumulated_micro_batches_equal_the_batch() -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_a_rate_is_that_of_the_next_step() -> None:
+def test_learning_rate_applies_from_the_next_step() -> None:
     engine = TorchEngine(network(), lambda parameters: torch.optim.SGD(parameters, lr=0.1), 1)
     for rate in (0.25, 0.0):
         before = [p.detach().clone() for p in engine.module.parameters()]
@@ -72,7 +67,7 @@ def test_a_rate_is_that_of_the_next_step() -> None:
             torch.testing.assert_close(p.detach(), old - rate * gradient)
 
 
-def test_rates_fall_over_the_end_of_a_run() -> None:
+def test_learning_rates_decay_at_the_end_of_a_run() -> None:
     config = replace(Config(), optimizer={"lr_g": 1.0, "lr_d": 0.5, "lr_decay": 0.25}, schedule={"kimg": 8.0})
     assert [rates(config, n) for n in (0, 6000, 7000, 7900)] == [
         (1.0, 0.5),
@@ -84,7 +79,7 @@ def test_rates_fall_over_the_end_of_a_run() -> None:
     assert rates(constant, 7999) == (1.0, 0.5)
 
 
-def test_state_goes_on_in_another_engine() -> None:
+def test_another_engine_restores_the_state() -> None:
     x = torch.randn(8, 3)
 
     def steps(engine: TorchEngine, n: int) -> None:
@@ -105,11 +100,11 @@ def test_state_goes_on_in_another_engine() -> None:
     steps(second, 3)
     for a, b in zip(straight.module.parameters(), second.module.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert all(value == 2 for key, value in state.items() if key.endswith("/step"))  # it is the caller's still
+    assert all(value == 2 for key, value in state.items() if key.endswith("/step"))  # load_state copies it
 
 
-def test_state_of_a_rank_that_holds_pieces() -> None:
-    """As under ZeRO: the optimizer knows one flat tensor, of parts of parameters; what others hold is theirs to add."""
+def test_partitioned_optimizer_state() -> None:
+    """As under ZeRO: the optimizer updates one flat tensor of parts of parameters; other ranks have the rest."""
     module = nn.ParameterDict({"a": torch.zeros(2, 3), "b": torch.zeros(4), "c": torch.zeros(2)})
     holder = torch.zeros(9)
     fragments = [Fragment("a", module["a"], holder, 3, 1, 5), Fragment("b", module["b"], holder, 0, 2, 2)]
@@ -120,11 +115,11 @@ def test_state_of_a_rank_that_holds_pieces() -> None:
         "b/step": torch.tensor(4.0),
     }
     optimizer = torch.optim.Adam([holder])
-    _restore(fragments, optimizer, whole)
+    restore_optimizer_state(fragments, optimizer, whole)
     assert optimizer.state[holder]["exp_avg"].tolist() == [9, 10, 0, 2, 3, 4, 5, 6, 0]
     assert optimizer.state[holder]["step"] == 4
-    found = _collect(module, fragments, optimizer, shared=False)
-    assert {key: value.tolist() for key, value in found.items()} == {
+    collected = collect_optimizer_state(module, fragments, optimizer, partitioned=False)
+    assert {key: value.tolist() for key, value in collected.items()} == {
         "a/exp_avg": [[0, 2, 3], [4, 5, 6]],
         "b/exp_avg": [0, 0, 9, 10],
         "a/step": 4,
@@ -132,15 +127,15 @@ def test_state_of_a_rank_that_holds_pieces() -> None:
     }
 
 
-def test_weights_have_moved_once_for_a_batch() -> None:
-    moved: list[Tensor] = []
+def test_weights_are_updated_once_for_a_batch() -> None:
+    updates: list[Tensor] = []
     module = network()
-    parts = TorchEngine(module, adam, 2, moved=lambda: moved.append(module[0].bias.detach().clone()))
+    parts = TorchEngine(module, adam, 2, on_update=lambda: updates.append(module[0].bias.detach().clone()))
     before = module[0].bias.detach().clone()
     for _ in range(4):
         parts.backward(parts.module(torch.ones(4, 3)).square().mean())
         parts.step()
-    assert len(moved) == 2 and not moved[0].equal(before) and moved[1].equal(module[0].bias)
+    assert len(updates) == 2 and not updates[0].equal(before) and updates[1].equal(module[0].bias)
 
 
 def test_parameters_without_gradient_count_as_zero() -> None:
@@ -173,7 +168,7 @@ def test_built_configuration() -> None:
     ],
 )
 def test_who_averages_gradients(config: dict[str, object], ours: bool) -> None:
-    """DeepSpeed where a user's file says how, or under ZeRO 1 and 2; else this package."""
+    """DeepSpeed if the user's file configures the reduction, or under ZeRO 1 and 2; else this package."""
     assert uses_own_reducer(config) is ours
 
 
@@ -185,7 +180,7 @@ def test_who_averages_gradients(config: dict[str, object], ours: bool) -> None:
         *[({key: {"enabled": True}}, 0, "--precision") for key in ("fp16", "bf16", "torch_autocast")],
         ({"train_batch_size": 7}, 0, "train_batch_size"),
         ({"zero_optimization": {"stage": 2}}, 1, "--zero"),
-        ({"zero_optimization": {"stage": 3}}, 0, "stage may be 0, 1 or 2"),
+        ({"zero_optimization": {"stage": 3}}, 0, "stage must be 0, 1 or 2"),
         ([], 0, "JSON object"),
         ("not json", 0, "readable JSON"),
     ],
@@ -206,7 +201,7 @@ def test_file_is_honored(tmp_path: Path) -> None:
     assert config["train_batch_size"] == 16
 
 
-def test_file_given_to_the_command(tmp_path: Path) -> None:
+def test_file_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     flags = "--variant wgan-gp --width 8 --max-width 8 --latent 4 --batch 8 --resolution 8 --kimg 0.064 --samples 4"
@@ -216,15 +211,40 @@ def test_file_given_to_the_command(tmp_path: Path) -> None:
     assert "engine deepspeed (--deepspeed-config)" in result.stdout
 
 
-def test_torch_engine_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ArgumentError, match=r"--engine.*2 processes"):
-        processes.start("torch", "cpu")
+@pytest.mark.parametrize(
+    ("preference", "needs", "launched", "missing", "chosen"),
+    [
+        ("auto", None, False, None, ("torch", "one process without a launcher")),
+        ("auto", None, True, None, ("deepspeed", "started by a launcher")),
+        ("auto", None, True, "no deepspeed here", ("torch", "no deepspeed here")),
+        ("auto", "--zero", False, None, ("deepspeed", "--zero")),
+        ("auto", "--zero", True, "no deepspeed here", "--engine 'auto': --zero needs DeepSpeed, and no deepspeed here"),
+        ("torch", None, True, None, ("torch", "--engine")),
+        ("torch", None, False, "no deepspeed here", ("torch", "--engine")),
+        ("deepspeed", None, False, None, ("deepspeed", "--engine")),
+        ("deepspeed", None, True, "no deepspeed here", "--engine must be torch, got 'deepspeed'; no deepspeed here"),
+    ],
+)
+def test_choice_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+    preference: str,
+    needs: str | None,
+    launched: bool,
+    missing: str | None,
+    chosen: tuple[str, str] | str,
+) -> None:
+    """`chosen`: the engine and the reason, or the error."""
+    monkeypatch.setattr(rendezvous, "launched", lambda: launched)
+    monkeypatch.setattr(rendezvous, "deepspeed_missing", lambda: missing)
+    if isinstance(chosen, tuple):
+        assert rendezvous._choose_engine(preference, needs) == chosen
+    else:
+        with pytest.raises(ArgumentError) as refused:
+            rendezvous._choose_engine(preference, needs)
+        assert str(refused.value) == chosen
 
 
-def test_missing_deepspeed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "deepspeed_missing", lambda: "deepspeed is not installed")
-    with pytest.raises(ArgumentError, match="deepspeed is not installed"):
-        processes.start("deepspeed", "cpu")
-    assert processes.start("auto", "cpu").engine == "torch"
+def test_deepspeed_that_cannot_be_imported_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert "deepspeed is not installed" in str(rendezvous.deepspeed_missing())
+    assert rendezvous.start("auto", "cpu").engine == "torch"

@@ -1,4 +1,4 @@
-"""A run that is done is done on every rank, whichever leaves first, and leaves nothing that could end it badly."""
+"""Every rank of a finished run exits with success, whichever exits first, and without threads of its process group."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ FLAGS = "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --resolution 8 -
 FLAGS += "--fade-kimg 0.016 --stable-kimg 0.016 --kimg 0.064".split()
 
 
-@pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_run_that_is_done_is_done_on_every_rank(tmp_path: Path, late: int) -> None:
-    """Also where one rank still works (the first saves and evaluates alone) when the other has left."""
-    ranks.launch(Path(__file__), {"late": late}, tmp_path, 2)
+@pytest.mark.parametrize(
+    ("late", "engine"), [(0, "deepspeed"), (0, "torch"), pytest.param(1, "deepspeed", marks=pytest.mark.slow)]
+)
+def test_every_rank_of_a_finished_run_exits_with_success(tmp_path: Path, late: int, engine: str) -> None:
+    """Also if one rank still works when the other has left: rank 0 saves and evaluates alone."""
+    ranks.launch(Path(__file__), {"late": late}, tmp_path, 2, engine)
     threads = [json.loads((tmp_path / f"threads-{rank}.json").read_text()) for rank in range(2)]
     # A thread of torch's process group that outlives it may abort the process while the interpreter ends.
     assert threads == [{"before": True, "after": False}] * 2
 
 
 def _connected() -> bool:
-    """Whether this process has threads of gloo; torch names them so."""
+    """Whether this process has threads of gloo, by the names that torch gives them."""
     return any("gloo" in name.read_text() for name in Path("/proc/self/task").glob("*/comm"))
 
 
@@ -43,7 +45,7 @@ def main() -> None:
         return stopped
 
     Trainer.run = run  # type: ignore[method-assign]
-    code = train.main([*FLAGS, "--out", str(out / "run")])
+    code = train.main([*FLAGS, sys.argv[1], "--out", str(out / "run")])
     (out / f"threads-{threads.pop('rank')}.json").write_text(json.dumps({**threads, "after": _connected()}))
     sys.exit(code)
 

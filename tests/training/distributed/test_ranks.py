@@ -1,4 +1,4 @@
-"""Two processes under DeepSpeed end with the weights of one process on the same global batch."""
+"""Several ranks, under DeepSpeed or plain torch, end with the weights of one process on the same global batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fastgan import checkpoint
 SCRIPT = Path(ranks.__file__)
 CASES = [(variant, zero, a) for variant in ("wgan-gp", "pggan") for zero in (0, 1, 2) for a in (1, 2)]
 CASES += [("dcgan", 0, 1), ("dcgan", 2, 2)]  # with batch norm in the critic and a penalty on real images alone
-# At 8 px a batch that one of the two ranks takes alone, in one micro-batch or two.
+TORCH = [(variant, a) for variant in ("wgan-gp", "pggan") for a in (1, 2)]
+# At 8 px one of the two ranks takes the whole batch, in one micro-batch or two.
 IDLE = [(zero, a) for zero in (0, 1, 2) for a in (1, 2)]
 
 
@@ -29,7 +30,7 @@ def _channels_last(name: str, variant: str, accumulation: int) -> dict:
     return {**case, "flags": [*case["flags"], "--memory-format", "channels_last"]}
 
 
-# Of four ranks all share the batches at 4 and 16 px, and two of them those of two images at 8 px.
+# All of four ranks share the batches at 4 and 16 px; two of them share those of two images at 8 px.
 FOUR = "--batch 16 --batch-at 8 2 --resolution 16 --fade-kimg 0.008 --stable-kimg 0.032 --kimg 0.112".split()
 FOUR += "--lr-g 1e-4 --lr-d 1e-4".split()
 STOPPED = "--log-kimg 0.002 --checkpoint-kimg 0.01 --evaluate-kimg 0.016 --evaluate-n 16".split()
@@ -52,6 +53,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     two += [_idle(f"two-idle-{z}-{a}", z, a) for z, a in IDLE]
     two += [_channels_last(f"two-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
     ranks.launch(SCRIPT, two, out, 2)
+    torch_cases = [ranks.case(f"torch-{v}-{a}", v, 0, a) for v, a in TORCH]
+    torch_cases += [_idle(f"torch-idle-{a}", 0, a) for a in (1, 2)]
+    torch_cases += [_channels_last(f"torch-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
+    ranks.launch(SCRIPT, torch_cases, out, 2, engine="torch")
     return {file.stem: load_file(file) for file in out.glob("*.safetensors")}
 
 
@@ -64,6 +69,11 @@ def test_two_ranks_equal_one_process(weights: dict, variant: str, zero: int, acc
         assert "g.to_rgb.8.weight" in one  # the run has grown
 
 
+@pytest.mark.parametrize(("variant", "accumulation"), TORCH)
+def test_two_ranks_of_plain_torch_equal_one_process(weights: dict, variant: str, accumulation: int) -> None:
+    ranks.assert_same_weights(weights[f"one-{variant}-{accumulation}"], weights[f"torch-{variant}-{accumulation}"])
+
+
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("four")
@@ -74,25 +84,31 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize("engine", ["two", "torch"])
 @pytest.mark.parametrize("variant", ["wgan-gp", "pggan"])
-def test_channels_last(weights: dict, variant: str) -> None:
-    ranks.assert_same_weights(weights[f"one-last-{variant}"], weights[f"two-last-{variant}"])
+def test_channels_last(weights: dict, variant: str, engine: str) -> None:
+    ranks.assert_same_weights(weights[f"one-last-{variant}"], weights[f"{engine}-last-{variant}"])
 
 
 @pytest.mark.parametrize(("zero", "accumulation"), IDLE)
-def test_ranks_without_a_share_change_nothing(weights: dict, zero: int, accumulation: int) -> None:
+def test_idle_rank_changes_nothing(weights: dict, zero: int, accumulation: int) -> None:
     ranks.assert_same_weights(weights[f"one-idle-{accumulation}"], weights[f"two-idle-{zero}-{accumulation}"])
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_idle_rank_of_plain_torch_changes_nothing(weights: dict, accumulation: int) -> None:
+    ranks.assert_same_weights(weights[f"one-idle-{accumulation}"], weights[f"torch-idle-{accumulation}"])
+
+
 @pytest.mark.slow
-def test_ranks_that_wait_for_a_stage_go_on_after_it(four: Path) -> None:
-    """And two that share a batch average among themselves."""
+def test_idle_ranks_rejoin_at_the_next_stage(four: Path) -> None:
+    """Meanwhile the two ranks that share a batch average among themselves."""
     ranks.assert_same_weights(load_file(four / "one.safetensors"), load_file(four / "four.safetensors"))
 
 
 @pytest.mark.slow
-def test_ranks_that_wait_have_the_weights_at_a_save(four: Path) -> None:
-    """Stopped by a signal to a rank that waited, at 8 px, after logs, an evaluation and a checkpoint."""
+def test_idle_ranks_have_the_weights_at_a_save(four: Path) -> None:
+    """Stopped by a signal to an idle rank, at 8 px, after logs, an evaluation and a checkpoint."""
     first = load_file(four / "stopped-0.safetensors")
     assert "0.to_rgb.8.weight" in first and first["ema.steps"] > 15
     for rank in (1, 2, 3):

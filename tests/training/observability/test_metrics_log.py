@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on."""
+"""Progress lines, metrics.jsonl and TensorBoard events of a run."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ import pytest
 from fastgan.training.observability.metrics_log import Log, _without_events
 
 
-def test_a_last_batch_that_reaches_beyond_the_end_leaves_no_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_time_is_left_after_a_last_batch_beyond_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = Log(tmp_path, active=True, total=1000, seen=0)
     row = {"images": 1024, "step": 8, "resolution": 16, "alpha": 1.0, "images_per_second": 100.0}
     log.metrics({**row, "loss_g": 0.5, "loss_d": 1.5})
     log.close()
-    said = capsys.readouterr().out
-    assert "1.0/1 kimg" in said and said.rstrip().endswith("  0m00s left"), said
+    output = capsys.readouterr().out
+    assert "1.0/1 kimg" in output and output.rstrip().endswith("  0.0 s left"), output
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["images"] == 1024
 
 
-def test_events_that_cannot_be_written_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_event_file_that_cannot_be_written_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    told: list[object] = []
-    monkeypatch.setattr(threading, "excepthook", told.append)
+    reported: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", reported.append)
     log = Log(tmp_path, active=True, total=1000, seen=0)
 
     def full(*_: object) -> None:
@@ -39,15 +37,15 @@ def test_events_that_cannot_be_written_are_told_once(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         log.metrics(row)
         log.close()
-    deadline = time.monotonic() + 20  # a thread's hook runs after the error is known
+    deadline = time.monotonic() + 20  # the thread's hook runs after its error is raised here
     while any(type(thread).__module__.startswith("tensorboard.") for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert told == []
+    assert reported == []
 
 
-def test_errors_of_other_threads_are_told_as_ever() -> None:
-    told: list[object] = []
+def test_errors_of_other_threads_are_reported_as_before() -> None:
+    reported: list[object] = []
     error = threading.ExceptHookArgs((OSError, OSError("x"), None, threading.current_thread()))
-    _without_events(error, told.append)
-    assert told == [error]
+    _without_events(error, reported.append)
+    assert reported == [error]
