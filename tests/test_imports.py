@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "data.loading": {"data", "errors", "ops", "utils"},
     "data.preparation": {"data", "errors", "utils"},
     "evaluation": {"data", "errors", "utils"},
-    "export": {"errors", "models", "utils"},
+    "export": {"", "config", "errors", "models", "utils"},
     "generator": {"checkpoint", "errors", "export", "models", "utils"},
     "training.observability": {"", "data", "errors", "utils"},
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
