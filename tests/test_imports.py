@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "data.preparation": {"data", "errors", "utils"},
     "evaluation": {"data", "errors", "utils"},
     "export": {"", "config", "errors", "models", "utils"},
+    "explorer": {"errors", "generator", "utils"},
     "generator": {"checkpoint", "errors", "export", "models", "utils"},
     "training.observability": {"", "data", "errors", "utils"},
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
@@ -44,8 +45,17 @@ ARROWS: dict[str, set[str]] = {
     },
     # Commands put everything together, and nothing imports them but the files that start them.
     "cli": {
-        *("", "checkpoint", "config", "data", "data.loading", "data.preparation", "errors", "evaluation", "export"),
-        *("generator", "models", "ops", "planning", "training", "training.checkpoints", "training.distributed"),
+        *("", "checkpoint", "config", "data", "data.loading", "data.preparation", "errors", "evaluation", "explorer"),
+        *(
+            "export",
+            "generator",
+            "models",
+            "ops",
+            "planning",
+            "training",
+            "training.checkpoints",
+            "training.distributed",
+        ),
         *("training.observability", "training.resilience", "utils"),
     },
     "__main__": {"cli"},

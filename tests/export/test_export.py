@@ -43,10 +43,10 @@ def exported(run: Path) -> dict[str, Path]:
 def opened(file: Path) -> TrainedGenerator:
     """An export that this test has written, in any format; `fastgan.load` refuses those that hold a program."""
     format = next(format for format in formats.FORMATS.values() if format.suffix == file.suffix)
+    if format.loadable:
+        return fastgan.load(file)
     content = file.read_bytes()
-    return (
-        fastgan.load(file) if format.loadable else TrainedGenerator(format.open(content, "cpu"), format.meta(content))
-    )
+    return TrainedGenerator(format.open(content, "cpu"), format.meta(content))
 
 
 def content(path: Path) -> list[Path]:
