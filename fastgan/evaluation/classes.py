@@ -1,4 +1,4 @@
-"""Metrics of what a classifier says of generated images: inception score, and modes."""
+"""Metrics from the classes of generated images: inception score, and modes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class ClassScore:
-    """Inception score (Salimans et al. 2016, section 4): exp of the mean KL(p(y|x) || p(y)), over 10 parts of the set.
+    """Inception score: exp of the mean KL(p(y|x) || p(y)), over 10 parts of the set (Salimans et al. 2016, section 4).
 
-    Image i belongs to part i mod 10; sums over each part are kept, in float64, so that memory does not grow with their
-    number and ranks add up.
+    Image i belongs to part i mod 10. Only sums over each part are stored, in float64: memory does not grow with the
+    number of images, and the sums of several ranks can be added.
     """
 
     PARTS = 10
@@ -21,7 +21,7 @@ class ClassScore:
         self.negentropy = torch.zeros(self.PARTS, dtype=torch.float64)
 
     def update(self, indices: Tensor, logits: Tensor) -> None:
-        """Take in images `indices` (int64 [N]) with logits [N, classes]."""
+        """Add images `indices` (int64 [N]) with logits [N, classes]."""
         part = indices % self.PARTS
         log_p = logits.cpu().double().log_softmax(dim=1)
         p = log_p.exp()
@@ -35,7 +35,7 @@ class ClassScore:
         self.negentropy += other.negentropy
 
     def result(self) -> tuple[float, float]:
-        """Mean and standard deviation over the parts that have images; 1 to the number of classes."""
+        """Mean and standard deviation over the parts that have images; the score is 1 to the number of classes."""
         used = self.count > 0
         p = self.probability[used] / self.count[used, None]
         divergence = self.negentropy[used] / self.count[used] - torch.special.xlogy(p, p).sum(dim=1)
@@ -54,53 +54,57 @@ class ClassScore:
 
 
 class ModeCounts:
-    """Which modes images are of, and how surely.
+    """Number of images in each mode.
 
-    A mode is a class, or with C channels classified one by one a C-tuple of classes.
+    A mode is a class, or for images whose C channels are classified separately a C-tuple of classes.
 
     Attributes:
-        said: int64 [modes], images given each mode; sure: those among them whose every channel has a class of
-        probability `CONFIDENT` or more.
+        counts: images in each mode, int64 [modes].
+        confident: of these, images whose channels all have a class with a probability of at least `CONFIDENT`.
     """
 
     CONFIDENT = 0.9
 
     def __init__(self, classes: int, channels: int) -> None:
         self.classes, self.channels = classes, channels
-        self.said = torch.zeros(classes**channels, dtype=torch.int64)
-        self.sure = torch.zeros(classes**channels, dtype=torch.int64)
+        self.counts = torch.zeros(classes**channels, dtype=torch.int64)
+        self.confident = torch.zeros(classes**channels, dtype=torch.int64)
 
     def update(self, probability: Tensor) -> None:
-        """Take in class probabilities [N, channels, classes]."""
+        """Add images with class probabilities [N, channels, classes]."""
         top = probability.cpu().max(dim=2)
         place = self.classes ** torch.arange(self.channels - 1, -1, -1)
         mode = (top.indices * place).sum(dim=1)
-        self.said += torch.bincount(mode, minlength=len(self.said))
-        sure = mode[(top.values >= self.CONFIDENT).all(dim=1)]
-        self.sure += torch.bincount(sure, minlength=len(self.sure))
+        self.counts += torch.bincount(mode, minlength=len(self.counts))
+        confident = mode[(top.values >= self.CONFIDENT).all(dim=1)]
+        self.confident += torch.bincount(confident, minlength=len(self.confident))
 
     def merge(self, other: ModeCounts) -> None:
-        self.said += other.said
-        self.sure += other.sure
+        self.counts += other.counts
+        self.confident += other.confident
 
     def result(self, expected: Tensor) -> dict[str, float]:
-        """Against the real modes' probabilities `expected` [modes].
+        """Metrics against the probabilities of the modes in real images.
 
-        modes: number of modes with a confident image; confident: share of images that are; kl: KL(generated ||
-        expected) of the modes that images were given, in nats (Metz et al. 2017). There every image counts, confident
-        or not: a generator cannot improve it by failing.
+        Args:
+            expected: probabilities [modes].
+
+        Returns:
+            "modes": number of modes with a confident image; "confident": share of confident images; "kl": KL(generated
+            || expected), in nats (Metz et al. 2017). All images count in the last, so that images which belong to no
+            class cannot improve it.
         """
-        total = int(self.said.sum())
-        q = self.said.double() / total
+        total = int(self.counts.sum())
+        q = self.counts.double() / total
         kl = (torch.special.xlogy(q, q) - torch.special.xlogy(q, expected.double())).sum().item()
-        return {"modes": int((self.sure > 0).sum()), "confident": int(self.sure.sum()) / total, "kl": kl}
+        return {"modes": int((self.confident > 0).sum()), "confident": int(self.confident.sum()) / total, "kl": kl}
 
     def state(self) -> dict[str, Tensor]:
         shape = torch.tensor([self.classes, self.channels])
-        return {"shape": shape, "said": self.said, "sure": self.sure}
+        return {"shape": shape, "said": self.counts, "sure": self.confident}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> ModeCounts:
-        counts = cls(*state["shape"].tolist())
-        counts.said, counts.sure = state["said"].clone(), state["sure"].clone()
-        return counts
+        mode_counts = cls(*state["shape"].tolist())
+        mode_counts.counts, mode_counts.confident = state["said"].clone(), state["sure"].clone()
+        return mode_counts

@@ -33,6 +33,7 @@ from torch.nn.utils import parametrize
 from fastgan import models
 from fastgan.errors import ArgumentError
 from fastgan.utils.old_names import current_names
+from fastgan.utils.text import first_line
 
 Meta = dict[str, Any]
 KEY = "fastgan"
@@ -390,11 +391,6 @@ def read_meta(file: Path) -> Meta:
 
 def _format_of(file: Path) -> Format:
     return next(format for format in FORMATS.values() if format.suffix == file.suffix)
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's text, at most 150 characters; its class if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from fastgan.config import read_yaml
 from fastgan.errors import ArgumentError
 from fastgan.export import formats, model_card
 from fastgan.utils.files import AtomicFile
+from fastgan.utils.text import first_line
 
 if TYPE_CHECKING:
     from fastgan.generator import TrainedGenerator
@@ -76,7 +77,7 @@ def largest_difference(content: bytes, format: str, trained: TrainedGenerator, m
     except ModuleNotFoundError:
         raise
     except Exception as error:  # each library has its own
-        raise ExportMismatch(f"the exported file cannot be opened ({formats.first_line(error)})") from None
+        raise ExportMismatch(f"the exported file cannot be opened ({first_line(error)})") from None
     if json.loads(json.dumps(meta)) != stored:
         raise ExportMismatch("the metadata in the exported file are not those that were written")
     largest = 0.0

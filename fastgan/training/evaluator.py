@@ -16,7 +16,7 @@ from fastgan import __version__
 from fastgan.data import Source
 from fastgan.errors import ArgumentError
 from fastgan.evaluation.features import open_extractor
-from fastgan.evaluation.measure import Evaluation, choose, default_extractor
+from fastgan.evaluation.measure import Evaluation, choose_metrics, default_extractor
 from fastgan.generator import device_of, generate
 from fastgan.utils import counter_rng
 from fastgan.utils.files import write_atomic
@@ -106,16 +106,17 @@ class Evaluator:
             self.extractor = open_extractor(features or default_extractor(source), source.channels, device)
         except ArgumentError as error:
             if error.argument == "--features":
-                raise ArgumentError("--evaluate-features", features, str(error).partition("; ")[2]) from None
+                raise error.renamed("--evaluate-features") from None
             raise
         try:
-            self._evaluation(source.resolution).check(source)  # at the target all metrics are that are below it
+            # The last resolution has all metrics of the lower ones.
+            self._evaluation(source.resolution).require_enough_images(source)
         except ArgumentError as error:
             raise error.renamed("--evaluate-n" if error.argument == "--n" else error.argument) from None
 
     def _evaluation(self, resolution: int) -> Evaluation:
         # Patches of real images are not cached, and cutting and sorting them takes longer than all the rest.
-        metrics = [name for name in choose(None, self.extractor, self.source, resolution) if name != "swd"]
+        metrics = [name for name in choose_metrics(None, self.extractor, self.source, resolution) if name != "swd"]
         return Evaluation(metrics, self.extractor, self.n, self.seed, cache=cache_folder("evaluation"))
 
     def __call__(self, generator: nn.Module, meta: dict[str, Any]) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from fastgan.evaluation.classes import ClassScore, ModeCounts
 
 
 def test_inception_score_is_that_of_torch_fidelity() -> None:
-    """Its parts are runs of the set; ours are the images with the same index mod 10."""
+    """torch-fidelity splits the set into runs; here a part has the images with the same index mod 10."""
     logits = 3 * torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
     score, other = ClassScore(12), ClassScore(12)
     for i, part in enumerate(torch.arange(500).split(33)):
@@ -40,7 +40,7 @@ def probabilities(classes: list[tuple[int, ...]], top: float) -> torch.Tensor:
     return p
 
 
-def test_a_mode_counts_when_all_three_channels_are_sure() -> None:
+def test_a_mode_counts_if_all_three_channels_are_confident() -> None:
     counts = ModeCounts(10, 3)
     counts.update(probabilities([(0, 0, 7), (9, 9, 9)], top=0.95))
     unsure = probabilities([(1, 2, 3)], top=0.95)
@@ -49,12 +49,12 @@ def test_a_mode_counts_when_all_three_channels_are_sure() -> None:
     other.update(unsure)
     other.update(probabilities([(0, 0, 7)], top=0.95))
     counts.merge(ModeCounts.from_state(other.state()))
-    assert counts.said.nonzero().flatten().tolist() == [7, 123, 999] and counts.said[7] == 2
+    assert counts.counts.nonzero().flatten().tolist() == [7, 123, 999] and counts.counts[7] == 2
     uniform = torch.full((1000,), 1e-3)
-    found = counts.result(uniform)
-    assert found["modes"] == 2 and found["confident"] == 0.75
+    result = counts.result(uniform)
+    assert result["modes"] == 2 and result["confident"] == 0.75
     direct = 0.5 * math.log(500) + 2 * 0.25 * math.log(250)
-    assert found["kl"] == pytest.approx(direct, rel=1e-6)
+    assert result["kl"] == pytest.approx(direct, rel=1e-6)
 
 
 def test_modes_at_exactly_the_limit_and_kl_of_the_expected_distribution() -> None:

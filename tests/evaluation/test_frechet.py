@@ -75,7 +75,7 @@ def test_a_singular_covariance_is_still_a_distance() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="count 1: a covariance needs 2 or more"):
+    with pytest.raises(ValueError, match="count must be at least 2 for a covariance, got 1"):
         frechet_distance(moments(features(1, 3, 0), 1), moments(features(9, 3, 0), 9))
-    with pytest.raises(ValueError, match="b must have 3, as a, got 4 features"):
+    with pytest.raises(ValueError, match="b must have 3 features, as a has, got 4"):
         frechet_distance(moments(features(9, 3, 0), 9), moments(features(9, 4, 0), 9))

@@ -94,5 +94,5 @@ def test_a_copy_of_few_is_precise_and_covers_little() -> None:
 
 
 def test_density_needs_neighbors() -> None:
-    with pytest.raises(ValueError, match="real: had 5 vectors; 6 or more have 5 neighbors"):
+    with pytest.raises(ValueError, match="real must have at least 6 vectors for 5 neighbors, got 5"):
         density_coverage(normal(9, 2, 0), normal(5, 2, 0))

@@ -61,12 +61,12 @@ def test_equal_pairs_are_one_and_sets_add_up() -> None:
     assert one.result() == pytest.approx(1, abs=1e-5)
     two = PairSimilarity()
     two.update(images(6, 32, seed=1))
-    apart = two.result()
-    assert apart < 0.7
+    other = two.result()
+    assert other < 0.7
     one.merge(PairSimilarity.from_state(two.state()))
-    assert one.result() == pytest.approx((1 + apart) / 2, abs=1e-5)
+    assert one.result() == pytest.approx((1 + other) / 2, abs=1e-5)
 
 
 def test_too_small() -> None:
-    with pytest.raises(ValueError, match="images: were 8 px; they may be 11 px or more"):
+    with pytest.raises(ValueError, match="images must have at least 11 px, got 8"):
         PairSimilarity().update(images(2, 8))

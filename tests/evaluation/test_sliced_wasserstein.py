@@ -66,7 +66,7 @@ def test_images_are_flattened_and_any_dtype_is_taken() -> None:
 
 
 def test_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"b must be \(4, 2\), as a, got shape \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"b must have shape \(4, 2\), as a has, got \(3, 2\)"):
         sliced_wasserstein(torch.zeros(4, 2), torch.zeros(3, 2))
 
 
