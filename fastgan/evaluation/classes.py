@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from fastgan.evaluation.statistic import Sums
 
-class ClassScore:
+
+class ClassScore(Sums):
     """Inception score: exp of the mean KL(p(y|x) || p(y)), over 10 parts of the set (Salimans et al. 2016, section 4).
 
     Image i belongs to part i mod 10. Only sums over each part are stored, in float64: memory does not grow with the
@@ -15,9 +19,11 @@ class ClassScore:
 
     PARTS = 10
 
-    def __init__(self, classes: int) -> None:
+    FIELDS: ClassVar = {"count": "count", "probability": "probability", "negentropy": "negentropy"}
+
+    def __init__(self) -> None:
         self.count = torch.zeros(self.PARTS, dtype=torch.float64)
-        self.probability = torch.zeros(self.PARTS, classes, dtype=torch.float64)
+        self.probability = torch.zeros(self.PARTS, 0, dtype=torch.float64)  # the number of classes is not known yet
         self.negentropy = torch.zeros(self.PARTS, dtype=torch.float64)
 
     def update(self, indices: Tensor, logits: Tensor) -> None:
@@ -25,14 +31,17 @@ class ClassScore:
         part = indices % self.PARTS
         log_p = logits.cpu().double().log_softmax(dim=1)
         p = log_p.exp()
+        if not self.probability.shape[1]:
+            self.probability = torch.zeros(self.PARTS, p.shape[1], dtype=torch.float64)
         self.count.index_add_(0, part, torch.ones_like(log_p[:, 0]))
         self.probability.index_add_(0, part, p)
         self.negentropy.index_add_(0, part, torch.special.xlogy(p, p).sum(dim=1))
 
     def merge(self, other: ClassScore) -> None:
-        self.count += other.count
-        self.probability += other.probability
-        self.negentropy += other.negentropy
+        if not self.probability.shape[1]:
+            self.load_state(other.state())
+        elif other.probability.shape[1]:
+            super().merge(other)
 
     def result(self) -> tuple[float, float]:
         """Mean and standard deviation over the parts that have images; the score is 1 to the number of classes."""
@@ -42,18 +51,8 @@ class ClassScore:
         score = divergence.exp()
         return score.mean().item(), score.std(correction=0).item()
 
-    def state(self) -> dict[str, Tensor]:
-        return {"count": self.count, "probability": self.probability, "negentropy": self.negentropy}
 
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> ClassScore:
-        score = cls(0)
-        score.count, score.probability = state["count"].clone(), state["probability"].clone()
-        score.negentropy = state["negentropy"].clone()
-        return score
-
-
-class ModeCounts:
+class ModeCounts(Sums):
     """Number of images in each mode.
 
     A mode is a class, or for images whose C channels are classified separately a C-tuple of classes.
@@ -64,6 +63,7 @@ class ModeCounts:
     """
 
     CONFIDENT = 0.9
+    FIELDS: ClassVar = {"said": "counts", "sure": "confident"}
 
     def __init__(self, classes: int, channels: int) -> None:
         self.classes, self.channels = classes, channels
@@ -78,10 +78,6 @@ class ModeCounts:
         self.counts += torch.bincount(mode, minlength=len(self.counts))
         confident = mode[(top.values >= self.CONFIDENT).all(dim=1)]
         self.confident += torch.bincount(confident, minlength=len(self.confident))
-
-    def merge(self, other: ModeCounts) -> None:
-        self.counts += other.counts
-        self.confident += other.confident
 
     def result(self, expected: Tensor) -> dict[str, float]:
         """Metrics against the probabilities of the modes in real images.
@@ -100,11 +96,4 @@ class ModeCounts:
         return {"modes": int((self.confident > 0).sum()), "confident": int(self.confident.sum()) / total, "kl": kl}
 
     def state(self) -> dict[str, Tensor]:
-        shape = torch.tensor([self.classes, self.channels])
-        return {"shape": shape, "said": self.counts, "sure": self.confident}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> ModeCounts:
-        mode_counts = cls(*state["shape"].tolist())
-        mode_counts.counts, mode_counts.confident = state["said"].clone(), state["sure"].clone()
-        return mode_counts
+        return {"shape": torch.tensor([self.classes, self.channels]), **super().state()}

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fastgan.evaluation.features import Extractor
 from fastgan.evaluation.frechet import Moments
 from fastgan.evaluation.similarity import PairSimilarity
 from fastgan.evaluation.sliced_wasserstein import Patches
+from fastgan.evaluation.statistic import IndexedRows
 from fastgan.utils.files import write_atomic
 
 MAX_FEATURE_ROWS = 10_000  # feature vectors for the metrics in memory (neighbors.py)
@@ -26,36 +28,19 @@ MAX_PAIRED = 20_000  # images in the pairs of MS-SSIM
 _SAVE_SECONDS = 10.0
 
 
-class FeatureRows:
+class FeatureRows(IndexedRows):
     """Feature vectors of the images with an index below `limit`."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._indices: list[Tensor] = []
-        self._rows: list[Tensor] = []
+    KEY = "rows"
 
     def update(self, indices: Tensor, features: Tensor) -> None:
         used = indices < self.limit
         self._indices.append(indices[used])
-        self._rows.append(features.cpu()[used])
-
-    def merge(self, other: FeatureRows) -> None:
-        self._indices += other._indices
-        self._rows += other._rows
+        self._tensors.append([features.cpu()[used]])
 
     def rows(self) -> Tensor:
         """float32 [N, D], in the order of the images."""
-        return torch.cat(self._rows)[torch.cat(self._indices).argsort()]
-
-    def state(self) -> dict[str, Tensor]:
-        if not self._rows:
-            return {}
-        self._indices, self._rows = [torch.cat(self._indices)], [torch.cat(self._rows)]
-        return {"indices": self._indices[0], "rows": self._rows[0]}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        if state:
-            self._indices, self._rows = [state["indices"]], [state["rows"]]
+        return self.tensors()[0]
 
 
 class ImageStatistics:
@@ -87,7 +72,7 @@ class ImageStatistics:
         self.similarity = PairSimilarity() if "msssim" in metrics else None
         stream = "generated" if generated else "real"
         self.patches = Patches(seed, stream, swd_images) if "swd" in metrics else None
-        self.score = ClassScore(0) if "is" in metrics and generated else None
+        self.score = ClassScore() if "is" in metrics and generated else None
         self.modes = ModeCounts(10, channels) if "modes" in metrics and generated else None
 
     def update(self, indices: Tensor, images: Tensor) -> None:
@@ -101,8 +86,6 @@ class ImageStatistics:
                 self.rows.update(indices, features)
             if self.score is not None:
                 assert logits is not None
-                if not self.score.probability.shape[1]:
-                    self.score = ClassScore(logits.shape[2])
                 self.score.update(indices, logits[:, 0])
             if self.modes is not None:
                 assert logits is not None
@@ -114,7 +97,7 @@ class ImageStatistics:
             self.similarity.update(images[: 2 * pairs])
         self.count += len(indices)
 
-    def _parts(self) -> dict[str, object]:
+    def _parts(self) -> dict[str, Any]:
         names = ("moments", "rows", "similarity", "patches", "score", "modes")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -122,27 +105,19 @@ class ImageStatistics:
         """All statistics as tensors by name."""
         state = {"count": torch.tensor(self.count)}
         for name, part in self._parts().items():
-            state |= {f"{name}.{key}": value for key, value in part.state().items()}  # type: ignore[attr-defined]
+            state |= {f"{name}.{key}": value for key, value in part.state().items()}
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Replace all statistics by those of `state`."""
         self.count = int(state["count"])
         for name, part in self._parts().items():
-            stored = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")}
-            if isinstance(part, FeatureRows | Patches):
-                part.load_state(stored)
-            else:
-                setattr(self, name, type(part).from_state(stored))  # type: ignore[attr-defined]
+            part.load_state({key.removeprefix(f"{name}."): state[key] for key in state if key.startswith(f"{name}.")})
 
     def merge(self, other: ImageStatistics) -> None:
         """Add the images of another rank."""
-        if other.score is not None and self.score is not None and not self.score.probability.shape[1]:
-            self.score = ClassScore(other.score.probability.shape[1])
         for name, part in self._parts().items():
-            addition = getattr(other, name)
-            if not (isinstance(addition, ClassScore) and not addition.probability.shape[1]):  # a rank without images
-                part.merge(addition)  # type: ignore[attr-defined]
+            part.merge(getattr(other, name))
         self.count += other.count
 
 

@@ -69,11 +69,6 @@ class Extractor(ABC):
     fingerprint: str
     has_class_score: bool = False
 
-    @property
-    def is_inception(self) -> bool:
-        """Whether a Frechet distance of its features is the published FID."""
-        return self.name == INCEPTION
-
     @abstractmethod
     def __call__(self, images: Tensor) -> Extracted:
         """images: uint8 [N, C, R, R], C 1 or 3."""
@@ -89,7 +84,6 @@ class DigitsExtractor(Extractor):
         from fastgan.evaluation import digits
 
         self._features_and_logits = digits.features_and_logits
-        self.accuracy = digits.classifier()[1]
         self.dimension = 1024 * channels
         self.fingerprint = _fingerprint(digits.classifier()[0].state_dict())
         self.has_class_score = channels == 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from fastgan.evaluation.statistic import Sums
 
-class Moments:
+
+class Moments(Sums):
     """Count, mean and scatter of feature vectors, in float64; memory does not grow with their number.
 
     Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979). It subtracts the mean of each batch
@@ -18,6 +22,8 @@ class Moments:
         mean: float64 [D].
         scatter: sum of outer products of deviations from `mean`, float64 [D, D].
     """
+
+    FIELDS: ClassVar = {"count": "count", "mean": "mean", "scatter": "scatter"}
 
     def __init__(self, dimension: int) -> None:
         self.count = 0
@@ -57,16 +63,9 @@ class Moments:
             raise ValueError(f"count must be at least 2 for a covariance, got {self.count}")
         return self.scatter / (self.count - 1)
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors for `from_state`."""
-        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> Moments:
-        moments = cls(0)
-        moments.count = int(state["count"])
-        moments.mean, moments.scatter = state["mean"].clone(), state["scatter"].clone()
-        return moments
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
+        self.count = int(self.count)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

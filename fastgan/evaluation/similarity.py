@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
+
+from fastgan.evaluation.statistic import Sums
 
 # Exponents of the scales, finest first (Wang, Simoncelli and Bovik 2003).
 _BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -15,12 +19,14 @@ def scales(resolution: int) -> int:
     return sum(resolution // 2**i >= _KERNEL for i in range(len(_BETAS)))
 
 
-class PairSimilarity:
+class PairSimilarity(Sums):
     """Mean MS-SSIM over the pairs of images 2i and 2i + 1, by torchmetrics.
 
     It is high if a generator repeats itself (Odena et al. 2017, section 4.2). With fewer than 5 scales, the exponents
     are scaled to the sum of all five.
     """
+
+    FIELDS: ClassVar = {"total": "total", "count": "count"}
 
     def __init__(self) -> None:
         self.total = torch.zeros((), dtype=torch.float64)
@@ -45,18 +51,5 @@ class PairSimilarity:
         self.total += similarities.double().sum().cpu()
         self.count += len(similarities)
 
-    def merge(self, other: PairSimilarity) -> None:
-        self.total += other.total
-        self.count += other.count
-
     def result(self) -> float:
         return (self.total / self.count).item()
-
-    def state(self) -> dict[str, Tensor]:
-        return {"total": self.total, "count": self.count}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> PairSimilarity:
-        similarity = cls()
-        similarity.total, similarity.count = state["total"].clone(), state["count"].clone()
-        return similarity

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgan.evaluation.statistic import IndexedRows
 from fastgan.utils import counter_rng
 
 PATCH = 7
@@ -79,7 +80,7 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     return [*levels, image]
 
 
-class Patches:
+class Patches(IndexedRows):
     """Random 7 x 7 patches of images: 128 at each level of the Laplacian pyramid of each image.
 
     Their positions depend only on (seed, stream, image index), and so not on the number of ranks.
@@ -90,10 +91,11 @@ class Patches:
         limit: images with a larger or equal index are ignored.
     """
 
+    KEY = "level{}"
+
     def __init__(self, seed: int, stream: str, limit: int) -> None:
-        self.seed, self.stream, self.limit = seed, stream, limit
-        self._indices: list[Tensor] = []
-        self._levels: list[list[Tensor]] = []
+        super().__init__(limit)
+        self.seed, self.stream = seed, stream
 
     def update(self, indices: Tensor, images: Tensor) -> None:
         """Add images `indices` (int64 [N]), uint8 [N, C, R, R], R at least 7."""
@@ -102,7 +104,7 @@ class Patches:
             return
         indices, images = indices[use], images[use.to(images.device)]
         self._indices.append(indices)
-        self._levels.append([self._cut(level, indices) for level in laplacian_pyramid(images)])
+        self._tensors.append([self._cut(level, indices) for level in laplacian_pyramid(images)])
 
     def _cut(self, level: Tensor, indices: Tensor) -> Tensor:
         """Patches [N, 128, C, 7, 7] of one level, on the CPU."""
@@ -117,26 +119,9 @@ class Patches:
         patches = level.flatten(2).gather(2, pixel).view(n, c, PATCHES, PATCH, PATCH)
         return patches.transpose(1, 2).contiguous().cpu()
 
-    def merge(self, other: Patches) -> None:
-        self._indices += other._indices
-        self._levels += other._levels
-
     def levels(self) -> list[Tensor]:
         """Patches [images, 128, C, 7, 7] of each level, finest first, in the order of the images."""
-        order = torch.cat(self._indices).argsort()
-        return [torch.cat(level)[order] for level in zip(*self._levels, strict=True)]
-
-    def state(self) -> dict[str, Tensor]:
-        if not self._indices:
-            return {}
-        self._levels = [[torch.cat(level) for level in zip(*self._levels, strict=True)]]
-        self._indices = [torch.cat(self._indices)]
-        return {"indices": self._indices[0], **{f"level{i}": level for i, level in enumerate(self._levels[0])}}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        if state:
-            self._indices = [state["indices"]]
-            self._levels = [[state[f"level{i}"] for i in range(len(state) - 1)]]
+        return self.tensors()
 
 
 def bytes_of_patches(resolution: int, channels: int) -> int:

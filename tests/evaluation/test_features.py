@@ -78,7 +78,7 @@ def test_digits_are_described_channel_by_channel() -> None:
         assert one.logits is not None
         assert torch.allclose(one.features, whole.features[:, 1024 * channel : 1024 * (channel + 1)], atol=1e-5)
         assert torch.allclose(one.logits[:, 0], whole.logits[:, channel], atol=1e-4)
-    assert not gray.is_inception and len(gray.fingerprint) == 16
+    assert gray.name == "digits" and len(gray.fingerprint) == 16
 
 
 def test_digit_features_are_the_last_layers_input() -> None:
@@ -94,7 +94,7 @@ def test_inception_from_a_file_of_its_layout(inception: Path, tmp_path: Path) ->
     extractor = open_extractor("inception", 3, weights=str(inception))
     images = pictures(2, 3, 32)
     found = extractor(images)
-    assert extractor.is_inception and extractor.dimension == 2048 and extractor.has_class_score
+    assert extractor.name == features.INCEPTION and extractor.dimension == 2048 and extractor.has_class_score
     assert tuple(found.features.shape) == (2, 2048) and found.features.std() > 0
     assert found.logits is not None and tuple(found.logits.shape) == (2, 1, 1008)
     # Inception scores are published of logits without the last layer's bias.
@@ -221,7 +221,7 @@ def test_a_fingerprint_is_of_every_weight_by_its_name() -> None:
 
 def test_weights_in_the_home_folder(inception: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(inception.parent))
-    assert open_extractor("inception", 3, weights=f"~/{inception.name}").is_inception
+    assert open_extractor("inception", 3, weights=f"~/{inception.name}").dimension == 2048
 
 
 def test_names() -> None:

@@ -41,7 +41,8 @@ def test_merged_moments_and_stored_ones() -> None:
     merged.merge(Moments(5))
     merged.update(x[:0])
     merged.merge(moments(x[30:], 9))
-    stored = Moments.from_state({k: v.clone() for k, v in merged.state().items()})
+    stored = Moments(5)
+    stored.load_state({k: v.clone() for k, v in merged.state().items()})
     assert stored.count == 100
     assert torch.allclose(stored.covariance, moments(x, 100).covariance, rtol=1e-12)
 

@@ -63,7 +63,9 @@ def test_equal_pairs_are_one_and_sets_add_up() -> None:
     two.update(images(6, 32, seed=1))
     other = two.result()
     assert other < 0.7
-    one.merge(PairSimilarity.from_state(two.state()))
+    stored = PairSimilarity()
+    stored.load_state(two.state())
+    one.merge(stored)
     assert one.result() == pytest.approx((1 + other) / 2, abs=1e-5)
 
 
