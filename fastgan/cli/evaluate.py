@@ -18,7 +18,6 @@ from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fastgan.data import Source
-    from fastgan.evaluation.features import Extractor
     from fastgan.training.distributed.process_group import ProcessGroup
 
 
@@ -95,17 +94,10 @@ def _open_data(args: Evaluate, config: Config, networks: dict[str, Any]) -> Sour
     return source
 
 
-def _partial_file(
-    run: Path,
-    args: Evaluate,
-    checkpoint: dict[str, Any],
-    source: Source,
-    extractor: Extractor | None,
-    metrics: list[str],
-) -> Path:
+def _partial_file(run: Path, args: Evaluate, files: Any, source: Source, extractor: Any, metrics: list[str]) -> Path:
     """File from which an interrupted evaluation resumes, named by a hash of all that its statistics depend on."""
     weights = extractor and extractor.fingerprint
-    key = [checkpoint["files"], args.seed, args.n, source.fingerprint, len(source), weights, metrics]
+    key = [files, args.seed, args.n, source.fingerprint, len(source), weights, metrics]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return run / f".evaluation-{digest}"
 
@@ -129,7 +121,7 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path, config: Config
         extractor = open_extractor(features, source.channels, group.device, args.feature_weights)
     metrics = choose_metrics(names, extractor, source, networks["resolution"])
     fault = evaluator.unwritable(run)
-    partial = None if fault else _partial_file(run, args, trained.meta, source, extractor, metrics)
+    partial = None if fault else _partial_file(run, args, trained.meta["files"], source, extractor, metrics)
     if group.main and fault:
         print(f"warning: {run} cannot be written ({fault}): the numbers are only printed", file=sys.stderr)
     if group.main:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +49,22 @@ class ImageStatistics:
     Args:
         metrics: as in `--metrics`.
         extractor: source of the features; not called, and may be None, if no metric needs any.
-        generated: whether the images are generated; "is" and "modes" need statistics of these only.
         channels: channels of the images.
         swd_images: number of images whose patches are stored.
         seed: seed of the patches' positions.
+        generated: whether the images are generated; "is" and "modes" need statistics of these only.
     """
 
     def __init__(
         self,
-        metrics: set[str],
+        metrics: Iterable[str],
         extractor: Extractor | None,
-        *,
-        generated: bool,
         channels: int,
         swd_images: int,
         seed: int,
+        generated: bool,
     ) -> None:
+        metrics = self.metrics = set(metrics)
         self._extractor = extractor
         self.count = 0
         self.moments = Moments(extractor.dimension) if extractor is not None and "fid" in metrics else None

@@ -45,6 +45,7 @@ _SWD_IMAGES = 16_384
 _SWD_BYTES = 2**31
 
 Draw = Callable[[Tensor], Tensor]
+Empty = Callable[..., ImageStatistics]
 
 
 def default_extractor(source: Source) -> str:
@@ -129,13 +130,13 @@ class Evaluation:
         """
         self.require_enough_images(source)
         swd_images = min(self.n, len(source), _SWD_IMAGES, _SWD_BYTES // bytes_of_patches(resolution, source.channels))
-        real = self._real_statistics(source, resolution, swd_images)
-        new = functools.partial(self._empty_statistics, self.metrics, source, swd_images, generated=True)
-        generated = self._collect("generated images", new, draw, self.n, resolution, self.partial)
-        if generated is None:
-            return None
-        assert real is not None
-        return compare(generated, real, source, self.metrics, self.seed, warn)
+        new = functools.partial(
+            ImageStatistics, extractor=self.extractor, channels=source.channels, swd_images=swd_images, seed=self.seed
+        )
+        real = self._real_statistics(functools.partial(new, generated=False), source, resolution, swd_images)
+        empty = functools.partial(new, self.metrics, generated=True)
+        generated = self._collect("generated images", empty, draw, self.n, resolution, self.partial)
+        return None if generated is None else compare(generated, real, source, self.metrics, self.seed, warn)
 
     def require_enough_images(self, source: Source) -> None:
         """Raises ArgumentError for --n or --data if there are too few images for a metric."""
@@ -149,54 +150,29 @@ class Evaluation:
     def _batch_size(self, resolution: int) -> int:
         return 256 if resolution <= 64 else 64
 
-    def _empty_statistics(
-        self, metrics: Iterable[str], source: Source, swd_images: int, *, generated: bool
-    ) -> ImageStatistics:
-        return ImageStatistics(
-            set(metrics),
-            self.extractor,
-            generated=generated,
-            channels=source.channels,
-            swd_images=swd_images,
-            seed=self.seed,
-        )
-
     def _collect(
-        self,
-        name: str,
-        new: Callable[[], ImageStatistics],
-        images: Draw,
-        total: int,
-        resolution: int,
-        partial: Path | None,
+        self, name: str, new: Empty, images: Draw, total: int, resolution: int, partial: Path | None
     ) -> ImageStatistics | None:
         batch = self._batch_size(resolution)
         with self._progress_bar(name, total) as advance:
             return collect_statistics(new, images, total, batch=batch, partial=partial, progress=advance)
 
-    def _real_statistics(self, source: Source, resolution: int, swd_images: int) -> ImageStatistics | None:
-        """Statistics of the real images on the first rank: from the cache, except for patches, which are not cached."""
+    def _real_statistics(self, new: Empty, source: Source, resolution: int, swd_images: int) -> ImageStatistics:
+        """Statistics of the real images, complete on the first rank: from the cache, except for patches."""
         metrics = set(self.metrics) - {"is", "modes"}
-        new = functools.partial(self._empty_statistics, source=source, swd_images=swd_images, generated=False)
         with _reader(source, resolution) as images:
-            real = self._cached_statistics(metrics - {"swd"}, new, images, source, resolution)
+            real = self._cached_statistics(functools.partial(new, metrics - {"swd"}), images, source, resolution)
             if "swd" in metrics:
-                name = "patches of real images"
-                collected = self._collect(name, lambda: new({"swd"}), images, swd_images, resolution, None)
+                empty = functools.partial(new, {"swd"})
+                collected = self._collect("patches of real images", empty, images, swd_images, resolution, None)
                 if collected is not None:
                     real.patches = collected.patches
-        return real if ranks.rank_and_size()[0] == 0 else None
+        return real
 
-    def _cached_statistics(
-        self,
-        metrics: set[str],
-        new: Callable[[set[str]], ImageStatistics],
-        images: Draw,
-        source: Source,
-        resolution: int,
-    ) -> ImageStatistics:
-        """Statistics of the real images on the first rank, which are cached; empty ones on others."""
-        real = new(metrics)
+    def _cached_statistics(self, new: Empty, images: Draw, source: Source, resolution: int) -> ImageStatistics:
+        """Statistics of the real images that are cached, complete on the first rank."""
+        real = new()
+        metrics = real.metrics
         if not metrics:
             return real
         total = len(source) if "fid" in metrics else min(len(source), max(MAX_FEATURE_ROWS, MAX_PAIRED))
@@ -207,7 +183,7 @@ class Evaluation:
                 real.load_state(stored)
             return real
         partial = None if file is None else file.with_name(f".{file.name}.collecting")
-        collected = self._collect("real images", lambda: new(metrics), images, total, resolution, partial)
+        collected = self._collect("real images", new, images, total, resolution, partial)
         if collected is not None and file is not None:
             _write_cache(collected, file)
         remove_partial(partial)

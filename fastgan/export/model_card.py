@@ -75,23 +75,16 @@ def _front_matter(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "tags": sorted({"gan", "image-generation", name, networks["model"]}),
     }
     if rows:
-        data = meta.get("data") or "unknown"
-        values["model-index"] = [
-            {
-                "name": f"{name} {networks['resolution']} px",
-                "results": [
-                    {
-                        "task": {"type": task},
-                        "dataset": {"name": row["other"] or data, "type": row["other"] or data},
-                        "metrics": [
-                            {"type": metric, "value": value, "name": f"{metric}, {row['features'] or 'no'} features"}
-                            for metric, value in row["metrics"].items()
-                        ],
-                    }
-                    for row in rows
-                ],
-            }
-        ]
+        results = []
+        for row in rows:
+            data = row["other"] or meta.get("data") or "unknown"
+            features = row["features"] or "no"
+            metrics = [
+                {"type": metric, "value": value, "name": f"{metric}, {features} features"}
+                for metric, value in row["metrics"].items()
+            ]
+            results.append({"task": {"type": task}, "dataset": {"name": data, "type": data}, "metrics": metrics})
+        values["model-index"] = [{"name": f"{name} {networks['resolution']} px", "results": results}]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -303,7 +303,7 @@ def test_an_evaluation_does_not_resume_another(run: Path) -> None:
     argv, source = evaluate.Evaluate(str(run)), open_source("digits", 16)
     other = open_source("digits", 16)
     other.fingerprint = "f" * 16
-    checkpoints: list[dict[str, Any]] = [{"files": {"generator": size}} for size in (1, 2)]
+    checkpoints: list[dict[str, Any]] = [{"generator": size} for size in (1, 2)]
     extractors: list[Any] = [None, SimpleNamespace(fingerprint="a"), SimpleNamespace(fingerprint="b")]
     others = [dataclasses.replace(argv, seed=1), dataclasses.replace(argv, n=7)]
     given = [

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +282,8 @@ def test_the_first_rank_decides_on_the_cache_and_reports_progress(
     monkeypatch.setattr(measure.ranks, "rank_and_size", lambda: (1, 2))
     monkeypatch.setattr(measure.ranks, "broadcast", lambda value: True)
     evaluation = Evaluation(["fid"], Stub(), 12, cache=tmp_path, progress=True)
-    assert evaluation._real_statistics(source, 16, 0) is None and source.reads == 0
+    new = partial(collect.ImageStatistics, extractor=Stub(), channels=1, swd_images=0, seed=0, generated=False)
+    assert evaluation._real_statistics(new, source, 16, 0).count == 0 and source.reads == 0
     with evaluation._progress_bar("images", 12) as advance:
         advance(12)
     assert not capsys.readouterr().err
