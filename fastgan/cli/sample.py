@@ -38,7 +38,7 @@ class Sample:
 
 @contextlib.contextmanager
 def _enough_memory(n: int, image_bytes: int) -> Iterator[None]:
-    """Raises ArgumentError of --n if `n` images of at least `image_bytes` each do not fit in memory, inside or before."""
+    """Raises ArgumentError of --n if `n` images of at least `image_bytes` each do not fit in memory."""
     try:
         # All memory, not the free part: the system can free what it uses for caches, but not say how much.
         most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // image_bytes

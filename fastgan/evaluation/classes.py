@@ -18,7 +18,6 @@ class ClassScore(Sums):
     """
 
     PARTS = 10
-
     FIELDS: ClassVar = {"count": "count", "probability": "probability", "negentropy": "negentropy"}
 
     def __init__(self) -> None:
@@ -63,6 +62,7 @@ class ModeCounts(Sums):
     """
 
     CONFIDENT = 0.9
+    # Names in stored files are those of an earlier version.
     FIELDS: ClassVar = {"said": "counts", "sure": "confident"}
 
     def __init__(self, classes: int, channels: int) -> None:
