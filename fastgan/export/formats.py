@@ -38,7 +38,7 @@ from fastgan.utils.text import first_line
 Meta = dict[str, Any]
 KEY = "fastgan"
 _MAX_META_BYTES = 2**20  # the metadata take a few hundred
-# Operations that torch.onnx.export emits for our networks, and similar ones: all are functions of their inputs alone.
+# Operations that torch.onnx.export emits for our networks, and similar ones: all depend on their inputs only.
 _ONNX_OPERATIONS = frozenset(
     """
     Add AveragePool BatchNormalization Cast Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Div Einsum Elu

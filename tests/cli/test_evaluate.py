@@ -65,11 +65,11 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str], *words: str) ->
 def test_a_run_is_evaluated_and_the_record_grows(run: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["evaluate", str(run), "--n", "64", "--metrics", "fid,is, prdc,modes"]
     assert main.main(argv) == 0
-    said = capsys.readouterr()
-    assert "dcgan at 0.064 kimg: 64 images of 16 px against 1,797 real ones of digits" in said.out
-    assert "Frechet distance (digits features)" in said.out and "FID" not in said.out and "KID" not in said.out
-    assert "of 10;" in said.out and "k = 3, 64 images of each" in said.out
-    assert "warning: fid: 64 generated images for 1,024 features: their covariance is singular" in said.err
+    output = capsys.readouterr()
+    assert "dcgan at 0.064 kimg: 64 images of 16 px against 1,797 real ones of digits" in output.out
+    assert "Frechet distance (digits features)" in output.out and "FID" not in output.out and "KID" not in output.out
+    assert "of 10;" in output.out and "k = 3, 64 images of each" in output.out
+    assert "warning: fid: 64 generated images for 1,024 features: their covariance is singular" in output.err
     (line,) = lines(run)
     names = "frechet_distance precision recall density coverage class_score class_score_std modes confident kl modes_of"
     assert sorted(line["metrics"]) == sorted(names.split())
@@ -79,8 +79,7 @@ def test_a_run_is_evaluated_and_the_record_grows(run: Path, cache: Path, capsys:
     assert line["fingerprint"] == open_source("digits", 16).fingerprint and line["version"]
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
     assert not list(run.glob(".evaluation*"))
-    # Again, the real images from the cache; a line that a crash cut short, or a bad disk changed, does not swallow the
-    # new one.
+    # Again, with the real images from the cache. An incomplete line in the record does not affect the new one.
     with (run / "evaluation.jsonl").open("ab") as file:
         file.write(b'{"kimg": \xff')
     assert main.main(argv) == 0
@@ -88,27 +87,27 @@ def test_a_run_is_evaluated_and_the_record_grows(run: Path, cache: Path, capsys:
     assert len(rows) == 3 and json.loads(rows[0]) == json.loads(rows[2]) == line
 
 
-def test_numbers_are_printed_where_the_record_cannot_be_written(
+def test_numbers_are_printed_if_the_record_cannot_be_written(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = ["evaluate", str(run), "--n", "16", "--metrics", "msssim"]
-    # In the way of the record, but not of a look at the folder before.
+    # Makes the record unwritable, but not the folder, which is checked before.
     (run / f".evaluation.jsonl.{os.getpid()}.part").mkdir()
     assert main.main(argv) == 2
-    said = capsys.readouterr()
-    table, line = said.out.strip().splitlines()[-2:]
+    output = capsys.readouterr()
+    table, line = output.out.strip().splitlines()[-2:]
     assert "MS-SSIM of pairs" in table and json.loads(line)["images"]["generated"] == 16
-    assert said.err.strip().splitlines()[-1].startswith(f"fastgan: RUN '{run}': its record cannot be written (")
+    assert output.err.strip().splitlines()[-1].startswith(f"fastgan: RUN '{run}': its record cannot be written (")
     monkeypatch.setattr("fastgan.training.evaluator.unwritable", lambda run: "Read-only file system")
     assert main.main(argv) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith(
+    output = capsys.readouterr()
+    assert output.err.startswith(
         f"warning: {run} cannot be written (Read-only file system): the numbers are only printed"
     )
-    assert "MS-SSIM of pairs" in said.out
+    assert "MS-SSIM of pairs" in output.out
 
 
-def test_metrics_of_pixels_need_no_features(
+def test_pixel_metrics_need_no_features(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a network the weights of Inception, the default for most data, cannot be downloaded."""
@@ -129,7 +128,7 @@ def test_metrics_of_pixels_need_no_features(
     assert "--features 'inception-v3-compat': its weights" in capsys.readouterr().err
 
 
-def test_the_table_by_features() -> None:
+def test_names_in_the_table_depend_on_the_features() -> None:
     numbers = {
         "frechet_distance": 12.345, "kernel_distance": 0.0125, "kernel_distance_std": 0.001, "class_score": 7.5,
         "class_score_std": 0.25, "precision": 0.75, "recall": 0.5, "density": 1.25, "coverage": 0.875,
@@ -159,7 +158,7 @@ def test_the_table_by_features() -> None:
     ]
 
 
-def test_unwritable_says_why(tmp_path: Path) -> None:
+def test_unwritable_gives_the_reason(tmp_path: Path) -> None:
     assert unwritable(tmp_path) == "" and not list(tmp_path.iterdir())
     assert unwritable(tmp_path / "nothing") == "No such file or directory"
 
@@ -189,7 +188,7 @@ def test_the_card_of_an_export_has_the_numbers(run: Path, capsys: pytest.Capture
     )
 
 
-def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = str(run)
     refused(
         capsys, [name, "--metrics", "fid,lpips"], "--metrics must be fid, kid, is, prdc, swd, msssim, modes", "'lpips'"
@@ -213,13 +212,13 @@ def test_what_it_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_data_smaller_than_the_runs_images(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a prepared set of 8 px is: what it stores cannot be enlarged."""
+    """For example a prepared set of 8 px: its images cannot be enlarged."""
     small = open_source("digits", 8)
     monkeypatch.setattr("fastgan.data.open_source", lambda *_: small)
     refused(capsys, [str(run), "--data", "small"], "--data 'small': the run's images have 16 px", "4 to 8")
 
 
-def test_data_of_the_runs_seed_and_of_as_many_classes(
+def test_data_is_opened_with_the_runs_seed_and_needs_its_classes(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run / "config.yaml"
@@ -260,8 +259,8 @@ def test_an_interrupt_before_anything_is_stored(
     monkeypatch.setattr("fastgan.training.evaluator.drawer", lambda *_: interrupted)
     monkeypatch.setattr("fastgan.training.distributed.process_group.stop", lambda: stopped.append(True))
     assert evaluate.main([str(run), "--n", "64", "--metrics", "msssim"]) == 130
-    said = capsys.readouterr().err
-    assert said.endswith("fastgan: interrupted\n") and "resumes" not in said and stopped == [True]
+    output = capsys.readouterr().err
+    assert output.endswith("fastgan: interrupted\n") and "resumes" not in output and stopped == [True]
 
 
 def test_an_interrupted_command_resumes(
@@ -326,9 +325,9 @@ def test_an_image_depends_on_its_index(run: Path) -> None:
     assert torch.equal(whole, ((trained.sample(10, seed=3) + 1) * 127.5).round().to(torch.uint8))
 
 
-def test_classes_are_drawn_as_often_as_the_data_has_them() -> None:
+def test_labels_have_the_frequencies_of_the_data() -> None:
     class Echo(torch.nn.Module):
-        """Paints the label."""
+        """Images whose pixels are the label."""
 
         latent = 2
 
@@ -342,8 +341,8 @@ def test_classes_are_drawn_as_often_as_the_data_has_them() -> None:
     source = open_source("digits", 4)
     source.labels[source.labels > 3] = 3
     draw = drawer(Echo(), {"num_classes": 10, "resolution": 4, "latent": 2}, source, 0)
-    said = draw(torch.arange(2000))[:, 0, 0, 0]
-    share = torch.bincount(said, minlength=10) / 2000
+    labels = draw(torch.arange(2000))[:, 0, 0, 0]
+    share = torch.bincount(labels, minlength=10) / 2000
     assert share[:4].tolist() == pytest.approx([0.099, 0.101, 0.099, 0.701], abs=0.04) and share[4:].sum() == 0
     source.labels = None
     assert draw(torch.arange(12))[:, 0, 0, 0].tolist() == [*range(10), 0, 1]

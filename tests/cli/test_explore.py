@@ -142,7 +142,7 @@ def test_uploads_are_refused(path: str, client: Any) -> None:
 
 
 def test_refused_requests_do_not_reach_the_application() -> None:
-    """Websockets as well; the messages of a server's own start do."""
+    """Neither HTTP requests nor websockets. Lifespan messages, from the server, do."""
     seen: list[str] = []
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
@@ -190,7 +190,7 @@ print(folder)
     assert other.name.startswith("fastgan-explore-") and other != folder and not other.exists()
 
 
-def test_truncation_is_off_where_it_would_do_nothing(tmp_path: Path) -> None:
+def test_truncation_is_disabled_if_it_has_no_effect(tmp_path: Path) -> None:
     trained = fastgan.load(make_run(tmp_path / "run", "pggan-4"))
     sliders = {block.label: block for block in explorer.page(trained).blocks.values() if getattr(block, "label", None)}
     assert sliders["truncation"].interactive is False and "normalizes" in sliders["truncation"].info

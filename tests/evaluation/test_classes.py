@@ -17,7 +17,7 @@ def reloaded(stored: Sums, empty: Any) -> Any:
     return empty
 
 
-def test_inception_score_is_that_of_torch_fidelity() -> None:
+def test_inception_score_equals_torch_fidelity() -> None:
     """torch-fidelity splits the set into runs; here a part has the images with the same index mod 10."""
     logits = 3 * torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
     score, other = ClassScore(), ClassScore()
@@ -29,7 +29,7 @@ def test_inception_score_is_that_of_torch_fidelity() -> None:
     assert score.result() == pytest.approx((theirs[KEY_METRIC_ISC_MEAN], theirs[KEY_METRIC_ISC_STD]), rel=1e-10)
 
 
-def test_inception_score_is_one_for_one_class_and_their_number_for_all() -> None:
+def test_inception_score_is_one_for_one_class_and_four_for_four() -> None:
     sure = torch.eye(4).repeat(20, 1) * 1000
     score = ClassScore()
     score.update(torch.arange(80) // 4, sure)

@@ -52,13 +52,13 @@ def rank_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 def test_two_processes_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace, tensors = os.replace, {"a": torch.ones(2)}
 
-    def beside(one: Path, other: Path) -> None:
+    def concurrently(one: Path, other: Path) -> None:
         monkeypatch.undo()
         monkeypatch.setattr(os, "getpid", lambda: 1)
         write_tensors(tensors, tmp_path / "cache")
         replace(one, other)
 
-    monkeypatch.setattr(os, "replace", beside)
+    monkeypatch.setattr(os, "replace", concurrently)
     write_tensors(tensors, tmp_path / "cache")
     assert read_tensors(tmp_path / "cache") is not None
     assert [file.name for file in tmp_path.iterdir()] == ["cache"]

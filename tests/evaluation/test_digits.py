@@ -17,7 +17,7 @@ def real() -> tuple[Tensor, np.ndarray]:
     return torch.from_numpy(pixels).float() / 127.5 - 1, source.labels[::4]
 
 
-def test_classifier_is_accurate_and_leaves_the_random_state_alone() -> None:
+def test_classifier_is_accurate_and_does_not_change_the_random_state() -> None:
     classifier.cache_clear()
     torch.manual_seed(123)
     state = torch.get_rng_state()
@@ -62,7 +62,7 @@ def test_large_images_are_averaged_not_sampled() -> None:
     assert _resize(lines)[0, 0, 1:-1] == pytest.approx(torch.full((14, 16), 0.25), abs=0.05)
 
 
-def test_it_is_trained_from_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hash of its weights is in the name of the cache file of real images' statistics."""
     first: list[Tensor] = []
 
@@ -87,7 +87,7 @@ def test_noise_is_not_classified_as_all_digits_with_confidence() -> None:
     assert result.confident < 0.9 or max(result.counts) > 200
 
 
-def test_report_reads_as_a_line() -> None:
+def test_report_as_text() -> None:
     assert str(DigitReport([5, 0, 1, 0, 0, 0, 0, 0, 0, 2], 0.875)) == (
         "3 of 10 digits, 87.5% confident, counts [5, 0, 1, 0, 0, 0, 0, 0, 0, 2]"
     )

@@ -26,7 +26,7 @@ def pictures(n: int, channels: int, size: int) -> Tensor:
 
 
 def random_like(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """Weights of a size at which a signal survives the layers."""
+    """Random weights scaled so that the signal does not vanish."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for key, value in state.items():
@@ -66,7 +66,7 @@ def _empty() -> io.BytesIO:
     return file
 
 
-def test_digits_are_described_channel_by_channel() -> None:
+def test_digit_features_are_computed_for_each_channel() -> None:
     gray, color = open_extractor("digits", 1), open_extractor("digits", 3)
     images = pictures(4, 3, 16)
     whole = color(images)
@@ -85,21 +85,21 @@ def test_digit_features_are_the_last_layers_input() -> None:
     from fastgan.evaluation.digits import classifier
 
     network = classifier()[0]
-    found = open_extractor("digits", 1)(pictures(3, 1, 32))
-    assert found.logits is not None
-    assert torch.allclose(network[-1](found.features), found.logits[:, 0], atol=1e-5)  # type: ignore[index, operator]
+    result = open_extractor("digits", 1)(pictures(3, 1, 32))
+    assert result.logits is not None
+    assert torch.allclose(network[-1](result.features), result.logits[:, 0], atol=1e-5)  # type: ignore[index, operator]
 
 
 def test_inception_from_a_file_of_its_layout(inception: Path, tmp_path: Path) -> None:
     extractor = open_extractor("inception", 3, weights=str(inception))
     images = pictures(2, 3, 32)
-    found = extractor(images)
+    result = extractor(images)
     assert extractor.name == features.INCEPTION and extractor.dimension == 2048 and extractor.has_class_score
-    assert tuple(found.features.shape) == (2, 2048) and found.features.std() > 0
-    assert found.logits is not None and tuple(found.logits.shape) == (2, 1, 1008)
+    assert tuple(result.features.shape) == (2, 2048) and result.features.std() > 0
+    assert result.logits is not None and tuple(result.logits.shape) == (2, 1, 1008)
     # Inception scores are published of logits without the last layer's bias.
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(inception))
-    for ours, expected in zip((found.features, found.logits[:, 0]), theirs(images), strict=True):
+    for ours, expected in zip((result.features, result.logits[:, 0]), theirs(images), strict=True):
         assert torch.allclose(ours, expected, rtol=1e-5)
     # The same weights as safetensors, and a gray image as three equal channels.
     save_file(torch.load(inception, weights_only=True), tmp_path / "w.safetensors")
@@ -109,7 +109,7 @@ def test_inception_from_a_file_of_its_layout(inception: Path, tmp_path: Path) ->
     assert torch.equal(again(gray).features, extractor(gray.repeat(1, 3, 1, 1)).features)
 
 
-def test_weights_of_another_network_or_no_weights(inception: Path, tmp_path: Path) -> None:
+def test_files_without_the_weights_of_the_network(inception: Path, tmp_path: Path) -> None:
     state = torch.load(inception, weights_only=True)
     del state["fc.bias"]
     torch.save(state, tmp_path / "less.pth")
@@ -212,7 +212,7 @@ def test_a_connection_without_data_is_closed(tmp_path: Path, monkeypatch: pytest
     assert waits == [20.0] and socket.getdefaulttimeout() is None
 
 
-def test_a_fingerprint_is_of_every_weight_by_its_name() -> None:
+def test_fingerprint_depends_on_names_and_values() -> None:
     a, b = torch.zeros(3), torch.ones(3)
     made = features._fingerprint({"a": a, "b": b})
     assert made == features._fingerprint({"b": b, "a": a}) and len(made) == 16
@@ -224,7 +224,7 @@ def test_weights_in_the_home_folder(inception: Path, monkeypatch: pytest.MonkeyP
     assert open_extractor("inception", 3, weights=f"~/{inception.name}").dimension == 2048
 
 
-def test_names() -> None:
+def test_unknown_extractor_and_weights_that_are_not_needed() -> None:
     with pytest.raises(ArgumentError, match=r"--features must be digits, inception-v3-compat, .*dinov2, got 'resnet'"):
         open_extractor("resnet", 3)
     with pytest.raises(ArgumentError, match="--feature-weights 'x': is not needed with --features digits: remove it"):
@@ -285,9 +285,9 @@ def test_dinov2_from_a_file_of_its_layout(tmp_path: Path) -> None:
     extractor = open_extractor("dinov2-vit-s-14", 3, weights=str(tmp_path / "dinov2_vits14_pretrain.pth"))
     assert extractor.dimension == 384 and not extractor.has_class_score
     images = pictures(2, 3, 224)  # the network's own size: nothing is resized on the way
-    found = extractor(images).features
-    assert torch.allclose(found, dino_forward(state, images.float()), atol=2e-3 * found.std().item())
-    assert np.isfinite(found.numpy()).all()
+    result = extractor(images).features
+    assert torch.allclose(result, dino_forward(state, images.float()), atol=2e-3 * result.std().item())
+    assert np.isfinite(result.numpy()).all()
     del state["blocks.3.ls1.gamma"]
     torch.save(state, tmp_path / "less.pth")
     with pytest.raises(ArgumentError, match=r"it does not have the weights of dinov2-vit-s-14 \(.*blocks.3.ls1.gamma"):
@@ -296,11 +296,11 @@ def test_dinov2_from_a_file_of_its_layout(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_vgg16_from_a_file_of_its_layout(tmp_path: Path) -> None:
-    """Half a gigabyte is written and read."""
+    """Writes and reads half a gigabyte."""
     import torchvision
 
     torch.save(random_like(torchvision.models.vgg16().state_dict()), tmp_path / "vgg16.pth")
     extractor = open_extractor("vgg16", 1, weights=str(tmp_path / "vgg16.pth"))
-    found = extractor(pictures(2, 1, 32))
-    assert tuple(found.features.shape) == (2, 4096) and found.logits is None and found.features.min() == 0
-    assert found.features.std() > 0
+    result = extractor(pictures(2, 1, 32))
+    assert tuple(result.features.shape) == (2, 4096) and result.logits is None and result.features.min() == 0
+    assert result.features.std() > 0

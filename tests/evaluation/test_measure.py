@@ -43,14 +43,14 @@ def digits() -> Source:
 def evaluate(source: Source, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"metrics": ALL, "extractor": Stub(), "n": 300, **changes}
     images = settings.pop("draw", draw)
-    found = Evaluation(**settings)(images, source, 16, silent)
-    assert found is not None
-    return found
+    result = Evaluation(**settings)(images, source, 16, silent)
+    assert result is not None
+    return result
 
 
-def test_the_whole_against_each_part(digits: Source) -> None:
-    found = evaluate(digits)
-    assert found["images"] == {"generated": 300, "real": 1797, "neighbors": 300, "swd": 300, "ms_ssim_pairs": 150}
+def test_an_evaluation_equals_its_parts(digits: Source) -> None:
+    result = evaluate(digits)
+    assert result["images"] == {"generated": 300, "real": 1797, "neighbors": 300, "swd": 300, "ms_ssim_pairs": 150}
     extractor = Stub()
     fake = extractor(draw(torch.arange(300))).features
     order = np.random.default_rng(0).permutation(1797)
@@ -58,7 +58,7 @@ def test_the_whole_against_each_part(digits: Source) -> None:
     a, b = Moments(12), Moments(12)
     a.update(fake)
     b.update(real)
-    m = found["metrics"]
+    m = result["metrics"]
     assert m["frechet_distance"] == pytest.approx(frechet_distance(a, b), rel=1e-6)
     assert (m["precision"], m["recall"]) == pytest.approx(precision_recall(fake, real[:300]))
     assert (m["density"], m["coverage"]) == pytest.approx(density_coverage(fake, real[:300]))
@@ -66,7 +66,7 @@ def test_the_whole_against_each_part(digits: Source) -> None:
     assert 1 < m["class_score"] < 3 and m["swd"] == m["swd_level0"] > 0.05 and m["ms_ssim"] != m["ms_ssim_real"]
 
 
-def test_real_images_are_as_good_as_real_images(digits: Source) -> None:
+def test_real_images_against_themselves(digits: Source) -> None:
     def copy(indices: Tensor) -> Tensor:
         return torch.from_numpy(np.stack([digits.read(int(i), 16) for i in indices]))
 
@@ -75,9 +75,9 @@ def test_real_images_are_as_good_as_real_images(digits: Source) -> None:
     assert metrics == list(measure.METRICS)
     # The other two cost half a minute at this size.
     metrics = [name for name in metrics if name not in ("kid", "swd")]
-    found = Evaluation(metrics, extractor, 1797)(copy, digits, 16, silent)
-    assert found is not None
-    m = found["metrics"]
+    result = Evaluation(metrics, extractor, 1797)(copy, digits, 16, silent)
+    assert result is not None
+    m = result["metrics"]
     assert m["frechet_distance"] == pytest.approx(0, abs=1e-3)
     assert (m["precision"], m["recall"], m["coverage"]) == (1, 1, 1) and 0.9 < m["density"] < 1.3
     assert m["class_score"] > 9 and m["modes"] == m["modes_of"] == 10 and m["confident"] > 0.95 and m["kl"] < 1e-3
@@ -126,7 +126,7 @@ class Interrupted(Exception):
 def test_an_interrupted_evaluation_resumes(
     after: int, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bits as one that was not, and no image is drawn twice but those of the batch under way."""
+    """The result is the same to the bit, and only images of the interrupted batch are drawn twice."""
     monkeypatch.setattr(collect, "_SAVE_SECONDS", 0.0)
     monkeypatch.setattr(collect.time, "monotonic", iter(range(10_000)).__next__)  # every batch is stored
     whole = evaluate(digits)
@@ -167,7 +167,7 @@ def test_a_damaged_partial_file_is_ignored(digits: Source, tmp_path: Path) -> No
 
 
 class Counting(Source):
-    """Digits that count what is read, with a fingerprint of choice."""
+    """Digits that count reads, with a given fingerprint."""
 
     def __init__(self, inner: Source, fingerprint: str) -> None:
         super().__init__("counting", resolution=16, channels=1, labels=None, num_classes=0, fingerprint=fingerprint)
@@ -250,7 +250,7 @@ def test_statistics_of_other_real_images_have_another_name(digits: Source, tmp_p
         *(name(of="extractor", **change) for change in ({"name": "x"}, {"resize": "x"}, {"fingerprint": "f" * 16})),
     ]
     assert len(set(names)) == len(names) == 12 and name() == names[0]
-    assert name(metrics=("msssim",)) == name(metrics=("msssim",), of="extractor", name="x")  # of pixels alone
+    assert name(metrics=("msssim",)) == name(metrics=("msssim",), of="extractor", name="x")  # compares pixels only
 
 
 def test_reading_real_images_resumes_where_it_was_interrupted(
@@ -316,8 +316,8 @@ def test_a_full_disk_costs_only_the_cache(
 
     monkeypatch.setattr(os, "fsync", full)
     assert evaluate(digits, cache=tmp_path, **settings) == plain
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "cannot be written (No space left on device)" in said[0]
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 1 and "cannot be written (No space left on device)" in output[0]
     assert not list(tmp_path.iterdir())
 
 
@@ -341,11 +341,11 @@ def test_the_seed_is_used_everywhere_and_levels_are_averaged(digits: Source, mon
     monkeypatch.setattr(neighbors, "kernel_distance", kernel)
     monkeypatch.setattr(collect, "Patches", Seen)
     monkeypatch.setattr(measure, "_SWD_IMAGES", 9)
-    found = evaluate(digits, metrics=["kid", "swd"], n=12, seed=7)
+    result = evaluate(digits, metrics=["kid", "swd"], n=12, seed=7)
     assert set(seen) == {("directions", 7), ("subsets", 7, 12, 1797), ("generated", 7, 9), ("real", 7, 9)}
-    assert found["images"]["swd"] == 9
+    assert result["images"]["swd"] == 9
     kid = {"kernel_distance": 0.5, "kernel_distance_std": 0.25}
-    assert found["metrics"] == {**kid, "swd": 2.0, "swd_level0": 1.0, "swd_level1": 3.0}
+    assert result["metrics"] == {**kid, "swd": 2.0, "swd_level0": 1.0, "swd_level1": 3.0}
     few = Counting(digits, "a" * 16)
     monkeypatch.setattr(Counting, "__len__", lambda self: 6)
     assert evaluate(few, metrics=["swd"], n=12)["images"]["swd"] == 6
@@ -355,8 +355,8 @@ def test_the_seed_is_used_everywhere_and_levels_are_averaged(digits: Source, mon
 
 def test_numbers_of_images_are_as_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    said = [row.split("|")[2:] for row in text.splitlines() if re.match(r"\| `(kid|prdc|swd|msssim)` ", row)]
-    kid, prdc, swd, msssim = (" ".join(cells) for cells in said)
+    documented = [row.split("|")[2:] for row in text.splitlines() if re.match(r"\| `(kid|prdc|swd|msssim)` ", row)]
+    kid, prdc, swd, msssim = (" ".join(cells) for cells in documented)
     assert f"subsets of {neighbors.SUBSET:,} " in kid and f"{collect.MAX_FEATURE_ROWS:,} of each" in kid
     assert f"{collect.MAX_FEATURE_ROWS:,} of each" in prdc and f"{collect.MAX_PAIRED:,} of each" in msssim
     assert f"{measure._SWD_IMAGES:,} of each" in swd and "over 2 GB" in swd and measure._SWD_BYTES == 2 * 2**30
@@ -374,7 +374,7 @@ def test_the_number_of_pairs_does_not_depend_on_the_batch(batch: int, monkeypatc
     assert kept.similarity.result() == pytest.approx(direct.result(), rel=1e-6)
 
 
-def test_no_features_are_computed_for_metrics_of_pixels(digits: Source) -> None:
+def test_pixel_metrics_compute_no_features(digits: Source) -> None:
     extractor = Stub()
     assert set(evaluate(digits, extractor=extractor, metrics=["msssim"])["metrics"]) == {"ms_ssim", "ms_ssim_real"}
     assert extractor.images == 0
@@ -416,17 +416,17 @@ def test_expected_modes() -> None:
     assert expected[273].item() == pytest.approx(thousands[0][2] * thousands[1][7] * thousands[2][3])
 
 
-def test_two_ranks_find_what_one_process_finds(digits: Source, tmp_path: Path) -> None:
+def test_two_ranks_give_the_numbers_of_one_process(digits: Source, tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, stubs.__file__, str(tmp_path / "found.json")]
+    command = [sys.executable, stubs.__file__, str(tmp_path / "result.json")]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
     ]
     assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
-    two = json.loads((tmp_path / "found.json").read_text())
+    two = json.loads((tmp_path / "result.json").read_text())
     one = evaluate(digits, n=600)
     assert two["images"] == one["images"]
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-8, abs=1e-10)

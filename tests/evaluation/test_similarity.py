@@ -54,7 +54,7 @@ def test_against_a_direct_computation(size: int) -> None:
     assert similarity.result() == pytest.approx(direct, abs=2e-4) and 0.2 < direct < 0.99
 
 
-def test_equal_pairs_are_one_and_sets_add_up() -> None:
+def test_equal_pairs_give_one_and_sets_merge() -> None:
     same = images(3, 32).repeat_interleave(2, dim=0)
     one = PairSimilarity()
     one.update(same)

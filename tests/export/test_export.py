@@ -77,7 +77,9 @@ def test_every_format_gives_the_images_of_every_model(case: str, tmp_path: Path)
     assert (expected[0] - expected[1]).abs().max() > 1e-3  # and they are not all the same
 
 
-def test_load_and_commands_take_a_run_a_folder_and_files(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
+def test_load_and_commands_accept_a_run_a_folder_and_files(
+    exported: dict[str, Path], run: Path, tmp_path: Path
+) -> None:
     expected = fastgan.load(run).sample(3, seed=2)
     assert sorted(p.name for p in (run / "export").iterdir()) == sorted(
         ["README.md", "config.json", *(p.name for p in exported.values())]
@@ -88,28 +90,28 @@ def test_load_and_commands_take_a_run_a_folder_and_files(exported: dict[str, Pat
         torch.testing.assert_close(fastgan.load(path).sample(3, seed=2), expected, atol=1e-4, rtol=0)
         walk = fastgan.load(path).interpolate(1, 3, seed=2)
         torch.testing.assert_close(walk[[0, 2]], expected[:2], atol=1e-4, rtol=0)
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(exported["onnx"], alone / "digits.onnx")
-    torch.testing.assert_close(fastgan.load(alone).sample(3, seed=2), expected, atol=1e-4, rtol=0)
-    assert sample.main([str(alone / "digits.onnx"), "--n", "4", "--truncation", "0.5"]) == 0
-    assert (alone / "sample-seed0.png").is_file()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(exported["onnx"], folder / "digits.onnx")
+    torch.testing.assert_close(fastgan.load(folder).sample(3, seed=2), expected, atol=1e-4, rtol=0)
+    assert sample.main([str(folder / "digits.onnx"), "--n", "4", "--truncation", "0.5"]) == 0
+    assert (folder / "sample-seed0.png").is_file()
     again = tmp_path / "again.torchscript"
     assert export.main([str(exported["safetensors"]), "--format", "torchscript", "--out", str(again)]) == 0
     torch.testing.assert_close(opened(again).sample(3, seed=2), expected, atol=1e-4, rtol=0)
 
 
-def test_files_open_in_others_tools(exported: dict[str, Path], run: Path) -> None:
+def test_files_open_with_other_tools(exported: dict[str, Path], run: Path) -> None:
     import onnxruntime
 
     latent = torch.randn(4, 6)
     expected = fastgan.load(run).module(latent)
     session = onnxruntime.InferenceSession(exported["onnx"], providers=["CPUExecutionProvider"])
     assert [(i.name, i.shape[1:]) for i in session.get_inputs()] == [("latent", [6])]
-    found = [torch.from_numpy(session.run(["images"], {"latent": latent.numpy()})[0])]
-    found.append(torch.export.load(exported["torch-export"]).module()(latent))
-    found.append(torch.jit.load(exported["torchscript"])(latent))
-    for images in found:
+    results = [torch.from_numpy(session.run(["images"], {"latent": latent.numpy()})[0])]
+    results.append(torch.export.load(exported["torch-export"]).module()(latent))
+    results.append(torch.jit.load(exported["torchscript"])(latent))
+    for images in results:
         torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
 
 
@@ -126,7 +128,7 @@ def test_a_fixed_batch(name: str, run: Path, tmp_path: Path) -> None:
         assert [d.dim_value for d in shape.dim] == [4, 6]
 
 
-def test_truncation_draws_nearer_to_the_average(run: Path, tmp_path: Path) -> None:
+def test_truncation_reduces_variation(run: Path, tmp_path: Path) -> None:
     trained = fastgan.load(run)
     spread = [trained.sample(32, truncation=t).std(dim=0).mean() for t in (1.0, 0.5, 0.1)]
     assert spread[0] > spread[1] > spread[2]
@@ -137,7 +139,7 @@ def test_truncation_draws_nearer_to_the_average(run: Path, tmp_path: Path) -> No
         fastgan.load(growing).sample(1, truncation=0.5)
 
 
-def test_the_way_between_two_latents() -> None:
+def test_great_circle() -> None:
     start, end, t = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]]), torch.tensor([[0.0], [0.5], [1.0]])
     torch.testing.assert_close(
         great_circle(start, end, t), torch.tensor([[3.0, 0.0], [4.5**0.5, 4.5**0.5], [0.0, 3.0]])
@@ -147,7 +149,7 @@ def test_the_way_between_two_latents() -> None:
     torch.testing.assert_close(great_circle(start, start, t), start.expand(3, 2))
 
 
-def test_the_card(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
+def test_model_card(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
     text = (run / "export" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "cc0-1.0" and front["library_name"] == "fastgan" and "dcgan" in front["tags"]
@@ -183,7 +185,7 @@ def test_the_card(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
     assert (measured / "export" / "README.md").read_text() == "mine"
 
 
-def test_a_file_that_differs_gets_no_name(
+def test_a_file_that_differs_is_not_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def wrong(generator: nn.Module, meta: dict[str, Any], batch: int | None) -> bytes:
@@ -244,7 +246,7 @@ def test_refused(run: Path, tmp_path: Path, exported: dict[str, Path], capsys: p
         assert content(tmp_path) == before
 
 
-def test_a_config_of_the_users_own_is_not_replaced(
+def test_a_config_of_another_tool_is_not_replaced(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.json"
@@ -269,7 +271,7 @@ def test_a_new_folder_may_have_a_dot_in_its_name(run: Path, tmp_path: Path, caps
     assert (tmp_path / "my.run" / "model.safetensors").is_file()
 
 
-def test_a_section_of_the_settings_that_is_empty(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_section_in_config_yaml(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = Path(shutil.copytree(run, tmp_path / "run"))
     settings = yaml.safe_load((broken / "config.yaml").read_text())
     (broken / "config.yaml").write_text(yaml.safe_dump({**settings, "data": None}))
@@ -278,25 +280,23 @@ def test_a_section_of_the_settings_that_is_empty(run: Path, tmp_path: Path, caps
     assert error == f"fastgan: {broken / 'config.yaml'}: data must be a mapping of keys to values, got None\n"
 
 
-def test_a_run_whose_checkpoint_training_drops_while_it_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_training_removes_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path)
     (old,) = checkpoint.existing(run)
     newer = shutil.copytree(old, tmp_path / "newer")
     stored = checkpoint.Checkpoint.generator
 
-    def dropped(found: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
+    def dropped(stored_checkpoint: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
         if newer.exists():
             newer.rename(old.with_name("kimg-000013.000"))
             shutil.rmtree(old)
-        return stored(found)
+        return stored(stored_checkpoint)
 
     monkeypatch.setattr(checkpoint.Checkpoint, "generator", dropped)
     assert fastgan.load(run).sample(1).shape == (1, 2, 8, 8)
 
 
-def test_a_run_that_may_not_be_read(
+def test_a_run_without_permission_to_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(file: Path) -> None:
@@ -308,7 +308,7 @@ def test_a_run_that_may_not_be_read(
         assert f"RUN must be readable (Permission denied), got '{tmp_path}'" in capsys.readouterr().err
 
 
-def test_python_names_the_argument(run: Path) -> None:
+def test_errors_in_python_name_the_argument(run: Path) -> None:
     trained = fastgan.load(run)
     for rows, columns, name, got in ((0, 3, "rows", 0), (2, 0, "columns", 0), (-1, 3, "rows", -1)):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got {got}"):
@@ -403,7 +403,7 @@ def test_an_onnx_graph_with_more_than_known_operations_is_refused(
 
 
 def test_shapes_are_compared_before_a_network_is_built(exported: dict[str, Path], tmp_path: Path) -> None:
-    """A small file that describes a network of terabytes is refused without asking for memory."""
+    """A small file that describes a network of terabytes is refused before memory is allocated."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
