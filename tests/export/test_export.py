@@ -77,9 +77,7 @@ def test_every_format_gives_the_images_of_every_model(case: str, tmp_path: Path)
     assert (expected[0] - expected[1]).abs().max() > 1e-3  # and they are not all the same
 
 
-def test_load_and_commands_accept_a_run_a_folder_and_files(
-    exported: dict[str, Path], run: Path, tmp_path: Path
-) -> None:
+def test_load_and_commands_accept_runs_folders_and_files(exported: dict[str, Path], run: Path, tmp_path: Path) -> None:
     expected = fastgan.load(run).sample(3, seed=2)
     assert sorted(p.name for p in (run / "export").iterdir()) == sorted(
         ["README.md", "config.json", *(p.name for p in exported.values())]
