@@ -1,12 +1,14 @@
-"""For torch.hub: `torch.hub.load("OWNER/fastgan", "generator", path="RUN")`; see docs/export.md."""
+"""Entry points of torch.hub: `torch.hub.load("OWNER/fastgan", "generator", path="RUN")`; see docs/export.md."""
 
 dependencies = ["torch", "numpy", "safetensors"]
 
 
 def trained(path, device="cpu"):
-    """What `fastgan.load(path)` gives, with `.sample(n, seed)` and `.interpolate(rows, columns, seed)`.
+    """A `fastgan.generator.TrainedGenerator`, with `.sample(n, seed)` and `.interpolate(rows, columns, seed)`.
 
-    path: a run, a checkpoint, an exported .safetensors or .onnx file, or a folder with one.
+    Args:
+        path: a run, a checkpoint, an exported .safetensors or .onnx file, or a folder with one.
+        device: "cpu", "cuda" or "cuda:1".
     """
     import fastgan
 
@@ -14,5 +16,5 @@ def trained(path, device="cpu"):
 
 
 def generator(path, device="cpu"):
-    """The network of such a path as a module: latent [N, latent] (and labels int64 [N]) -> images [N, C, R, R]."""
+    """The network of `path` as a module: latent [N, latent] (and labels int64 [N]) -> images [N, C, R, R]."""
     return trained(path, device).module

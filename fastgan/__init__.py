@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
-    """The generator of a run or an exported file, see `fastgan.generator.load`: `fastgan.load("RUN").sample(16)`."""
+    """The generator of a run or an exported file, as in `fastgan.load("RUN").sample(16)`: `fastgan.generator.load`."""
     from fastgan.generator import load
 
     return load(path, device)

@@ -1,4 +1,4 @@
-"""A trained generator to draw images from, wherever it is stored: `fastgan.load("RUN").sample(16, seed=0)`."""
+"""A trained generator from a run or an exported file: `fastgan.load("RUN").sample(16, seed=0)`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class TrainedGenerator:
     """The averaged generator of a run or of an exported file, in evaluation mode.
 
     Attributes:
-        module: latent [N, latent] (and labels int64 [N] when `num_classes`) -> images [N, C, R, R]; the network itself,
-            or what runs an exported file.
-        meta: what its file says of it: variant, networks, images seen.
+        module: latent [N, latent] (and labels int64 [N] if `num_classes` > 0) -> images [N, C, R, R]; the network, or
+            a `fastgan.export.formats.ExportedModule`.
+        meta: metadata of its file: "networks" (arguments of `fastgan.models.build`), and if known "variant", "images"
+            (real images seen) and others.
     """
 
     def __init__(self, module: nn.Module, meta: dict[str, Any]) -> None:
@@ -26,7 +27,7 @@ class TrainedGenerator:
         self.meta = meta
 
     def __str__(self) -> str:
-        """`pggan at 150 kimg`, or what is known of it."""
+        """As in `pggan at 150 kimg`; without the second part if it is not known."""
         name = self.meta.get("variant") or self.meta["networks"]["model"]
         seen = self.meta.get("images")
         return f"{name} at {seen / 1000:g} kimg" if seen else name
@@ -42,71 +43,69 @@ class TrainedGenerator:
 
     @property
     def truncates(self) -> bool:
-        """Whether the length of a latent matters to the images: pggan normalizes it away."""
+        """Whether truncation has an effect: not for pggan, which normalizes its latents."""
         return self.meta["networks"]["model"] != "pggan"
 
     def sample(self, n: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
-        """`n` images, float32 [n, C, R, R] in [-1, 1]; sample i depends on (seed, i) alone.
+        """`n` images, float32 [n, C, R, R] in [-1, 1]. Sample i depends only on (seed, i).
 
         Args:
-            truncation: factor of the latents; below 1 images are nearer to the average one, and vary less.
+            truncation: factor of the latents, in (0, 1]; a smaller one gives images that vary less.
 
         Raises:
-            ValueError: `n` is below 1 or `seed` below 0, or this generator does not see how long a latent is.
+            ValueError: an argument is out of its range, or `truncation` is below 1 and `truncates` is False.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        self._check(seed, truncation)
+        self._require_valid(seed, truncation, n=n)
         return sample_images(self.module, n, seed, self.meta["networks"], truncation)
 
     def interpolate(self, rows: int, columns: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
-        """`rows` walks of `columns` images each between two random latents, float32 [rows * columns, C, R, R].
+        """`rows` interpolations of `columns` images between two random latents, float32 [rows * columns, C, R, R].
 
-        The walk is along the great circle, on which Gaussian latents of high dimension lie (White 2016).
+        They follow the great circle: Gaussian latents of high dimension lie near a sphere (White 2016).
 
         Raises:
-            ValueError: `rows` or `columns` is below 1, or as `sample` does.
+            ValueError: as for `sample`.
         """
-        for name, value in (("rows", rows), ("columns", columns)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self._check(seed, truncation)
+        self._require_valid(seed, truncation, rows=rows, columns=columns)
         device = device_of(self.module)
-        ends = counter_rng.normal(seed, "sample", torch.arange(2 * rows, device=device), self.latent)
+        latents = counter_rng.normal(seed, "sample", torch.arange(2 * rows, device=device), self.latent)
         t = torch.linspace(0, 1, columns, device=device)
-        walk = great_circle(ends[:rows, None], ends[rows:, None], t[None, :, None]).flatten(0, 1)
+        walk = great_circle(latents[:rows, None], latents[rows:, None], t[None, :, None]).flatten(0, 1)
         labels = None
         if self.num_classes:
             labels = (torch.arange(rows, device=device) % self.num_classes).repeat_interleave(columns)
         return generate(self.module, truncation * walk, labels, self.meta["networks"]["resolution"])
 
-    def _check(self, seed: int, truncation: float) -> None:
+    def _require_valid(self, seed: int, truncation: float, **counts: int) -> None:
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
         if not 0 < truncation <= 1:
-            raise ValueError(f"truncation must be above 0 and up to 1, got {truncation}")
+            raise ValueError(f"truncation must be above 0 and at most 1, got {truncation}")
         if truncation < 1 and not self.truncates:
-            raise ValueError(f"truncation: was {truncation}; pggan normalizes its latents, for it it may be 1")
+            raise ValueError(f"truncation must be 1 for pggan, which normalizes its latents, got {truncation}")
 
 
 def great_circle(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
-    """The latents at share `t` of the way from `start` to `end`, all broadcast against each other, [..., latent]."""
+    """Spherical interpolation from `start` (t = 0) to `end` (t = 1); all are broadcast to [..., latent]."""
     unit = torch.nn.functional.normalize
     angle = torch.acos((unit(start, dim=-1) * unit(end, dim=-1)).sum(-1, keepdim=True).clamp(-1, 1))
     circle = (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
-    # Between latents on one line, as all of one number are, no circle is the great one.
+    # Parallel latents (always, if the latent has one number) define no circle: interpolate linearly.
     return torch.where(torch.sin(angle) < 1e-5, (1 - t) * start + t * end, circle)
 
 
 def device_of(generator: nn.Module) -> torch.device:
-    """Where its latents belong."""
-    found = getattr(generator, "device", None)
-    return found if isinstance(found, torch.device) else next(generator.parameters()).device
+    """The device of a generator's inputs."""
+    device = getattr(generator, "device", None)
+    return device if isinstance(device, torch.device) else next(generator.parameters()).device
 
 
 @torch.no_grad()
 def generate(generator: nn.Module, latent: Tensor, labels: Tensor | None, resolution: int) -> Tensor:
-    """Images of latents [N, latent]: float32 [N, C, R, R] in [-1, 1] on the CPU, made few at a time if large."""
+    """Images of latents [N, latent], float32 [N, C, R, R] in [-1, 1] on the CPU, in batches that fit their size."""
     batch = max(1, min(64, 2**20 // resolution**2))
     parts = []
     for i in range(0, len(latent), batch):
@@ -116,10 +115,12 @@ def generate(generator: nn.Module, latent: Tensor, labels: Tensor | None, resolu
 
 
 def sample_images(generator: nn.Module, n: int, seed: int, networks: dict[str, Any], truncation: float = 1.0) -> Tensor:
-    """`n` images [n, C, R, R], float32 in [-1, 1] on the CPU; sample i depends on (seed, i) alone.
+    """`n` images, float32 [n, C, R, R] in [-1, 1] on the CPU. Sample i depends only on (seed, i).
 
-    `networks` are the `network_values` of the generator. With classes, labels go round: sample i has label
-    i mod `num_classes`. `truncation` scales the latents.
+    Args:
+        networks: the generator's arguments of `fastgan.models.build`. With classes, sample i has label
+            i mod `num_classes`.
+        truncation: factor of the latents.
     """
     index = torch.arange(n, device=device_of(generator))
     latent = counter_rng.normal(seed, "sample", index, networks["latent"]) * truncation
@@ -127,34 +128,37 @@ def sample_images(generator: nn.Module, n: int, seed: int, networks: dict[str, A
     return generate(generator, latent, labels, networks["resolution"])
 
 
-def _check_device(device: str) -> None:
+def _require_device(name: str) -> None:
     try:
-        asked = torch.device(device)
+        device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise ArgumentError("device", device, "must be cpu, cuda or cuda:N") from None
-    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
-        gpus = torch.cuda.device_count()
-        here = f"cuda:0 to cuda:{gpus - 1}, or cpu" if gpus else "cpu: torch sees no GPU here"
-        raise ArgumentError("device", device, f"must be {here}")
+        raise ArgumentError("device", name, "must be cpu, cuda or cuda:N") from None
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        available = f"cuda:0 to cuda:{gpus - 1}, or cpu" if gpus else "cpu; torch sees no GPU here"
+        raise ArgumentError("device", name, f"must be {available}")
 
 
 def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
-    """The averaged generator of a run's newest checkpoint, of one checkpoint folder, or of an exported file.
+    """The averaged generator of a run's newest checkpoint, of one checkpoint, or of an exported file.
+
+    Nothing in the file is executed.
 
     Args:
-        path: a run, a checkpoint, a file that `fastgan export` or `save_pretrained` wrote, or a folder with one.
+        path: a run, a checkpoint, a .safetensors or .onnx file that `fastgan export` or `save_pretrained` wrote, or a
+            folder with one.
         device: "cpu", "cuda" or "cuda:1"; an ONNX file runs on the CPU.
 
     Raises:
-        ArgumentError (a ValueError): there is none, it is damaged, or it holds what loading would have to execute; or
-            there is no such device.
+        ArgumentError: `path` has no generator, is damaged or holds a program, or there is no such device. (It is a
+            ValueError.)
     """
     from fastgan import checkpoint, models
     from fastgan.export import formats
 
-    _check_device(device)
+    _require_device(device)
     path = Path(path)
-    file = formats.find(path)
+    file = formats.find_export(path)
     if file is not None:
         return TrainedGenerator(*formats.read(file, device))
     stored = checkpoint.read(path, "RUN")
@@ -162,5 +166,5 @@ def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
     try:
         generator.load_state_dict(stored.generator())
     except FileNotFoundError:
-        return load(path, device)  # who trains dropped it for a newer one since it was verified
+        return load(path, device)  # training has replaced this checkpoint by a newer one since it was verified
     return TrainedGenerator(generator.to(device).eval().requires_grad_(False), stored.meta)

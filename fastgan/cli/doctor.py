@@ -1,4 +1,4 @@
-"""What is here and what is not: `fastgan doctor`."""
+"""Print versions, devices, backends and missing packages: `fastgan doctor`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import platform
 
 from fastgan import __version__
 from fastgan.cli.main import command
+from fastgan.utils.text import first_line
 
-# distribution -> (what it is for, the command that installs it)
+# Distribution -> (purpose, command that installs it)
 _PACKAGES = {
     "torch": ("everything", "pip install torch"),
     "triton": ("GPU kernels", "pip install triton"),
@@ -42,64 +43,73 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _torchvision_fault() -> str | None:
-    """A torchvision built for another torch installs but does not import."""
+def _torchvision_error() -> str | None:
+    """Why torchvision does not import: it installs with, but does not import with, a torch it was not built for."""
     try:
         import torchvision  # noqa: F401
     except Exception as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
 
 
-@command
-def main(argv: list[str]) -> int:
-    argparse.ArgumentParser(prog="fastgan doctor", description=__doc__).parse_args(argv)
-    print(f"fastgan {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+def _print_packages() -> list[str]:
+    """Print the version of each package; the missing ones with the commands that install them."""
     missing = []
     for name, (purpose, install) in _PACKAGES.items():
         version = _version(name)
         print(f"  {name:15} {version or 'missing':14} {purpose}")
         if version is None and not (name == "triton" and platform.system() != "Linux"):
             missing.append(f"{name} ({purpose}): {install}")
+    error = _torchvision_error() if _version("torchvision") else None
+    if error:
+        missing.append(
+            f"torchvision is installed but does not import ({error}): pip install --force-reinstall torchvision"
+        )
+    return missing
+
+
+def _print_devices() -> None:
     import torch
 
-    fault = _torchvision_fault() if _version("torchvision") else None
-    if fault:
-        missing.append(
-            f"torchvision is installed but does not import ({fault}): pip install --force-reinstall torchvision"
-        )
+    print("devices")
+    print(f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        print(f"  cuda:{i}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
+    if not torch.cuda.is_available():
+        built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch has no CUDA"
+        print(f"  no GPU: {built}, and finds no device")
+
+
+def _print_kernels() -> None:
+    from fastgan import ops
+    from fastgan.ops import extension
+    from fastgan.ops.backend import OPS
+
+    print("compiled kernels")
+    for library, problem in (("cpu", extension.cpu()), ("cuda", extension.cuda())):
+        print(f"  {library}: {problem or extension.file(library)}")
+    print("ops")
+    for op in OPS:
+        name, reason = next(iter(ops.backends(op).items()))
+        print(f"  {op:29} {name}: {reason}")
+
+
+@command
+def main(argv: list[str]) -> int:
+    argparse.ArgumentParser(prog="fastgan doctor", description=__doc__).parse_args(argv)
+    print(f"fastgan {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    missing = _print_packages()
     from fastgan.data.loading import dali
 
     no_dali = dali.missing()
     if no_dali and platform.system() == "Linux":
-        missing.append(f"DALI (--pipeline dali, image files decoded faster): {no_dali}")
+        missing.append(f"DALI (--pipeline dali, faster decoding of image files): {no_dali}")
     print("data pipelines")
     print("  cache, torch: everywhere")
     print(f"  dali: {no_dali or f'DALI {dali.version()}'}")
-    print("devices")
-    print(f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(i)
-            print(
-                f"  cuda:{i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
-                f"sm_{properties.major}{properties.minor}"
-            )
-    else:
-        built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch has no CUDA"
-        print(f"  no GPU: {built}, and finds no device")
-    from fastgan import ops
-    from fastgan.ops import extension
-
-    print("compiled kernels")
-    for library, state in (("cpu", extension.cpu()), ("cuda", extension.cuda())):
-        print(f"  {library}: {state or extension.file(library)}")
-    print("ops")
-    from fastgan.ops.backend import OPS
-
-    for op in OPS:
-        name, reason = next(iter(ops.backends(op).items()))
-        print(f"  {op:29} {name}: {reason}")
+    _print_devices()
+    _print_kernels()
     print("missing" if missing else "nothing is missing")
     for line in missing:
         print(f"  {line}")

@@ -1,4 +1,4 @@
-"""Draw images from a trained generator: `fastgan sample RUN`, or `fastgan.load("RUN").sample(16, seed=0)`."""
+"""Draw images from a trained generator: `fastgan sample RUN` (in Python: `fastgan.load("RUN").sample(16)`)."""
 
 from __future__ import annotations
 
@@ -25,65 +25,65 @@ class Sample:
     n: int = 64
     """Number of images."""
     seed: int = 0
-    """Of the latents; sample i depends on (seed, i) alone."""
+    """Seed of the latents; sample i depends only on (seed, i)."""
     interpolate: bool = False
-    """Each row walks between two latents; rows are filled, so that there may be a few images more."""
+    """Each row interpolates between two latents. --n is rounded up to fill the last row."""
     truncation: float = 1.0
-    """Factor of the latents, up to 1: smaller makes images that vary less (not for pggan, which normalizes them)."""
+    """Factor of the latents, at most 1: smaller gives images that vary less (not for pggan, which normalizes them)."""
     out: str | None = None
-    """File to write; None: RUN/sample-seed0.png and the like, beside an exported file."""
+    """PNG file to write; None: sample-seed0.png or interpolation-seed0.png in RUN, or beside an exported file."""
     device: str = "cpu"
     """cpu or cuda."""
 
 
 @contextlib.contextmanager
-def _fitting(n: int, each: int) -> Iterator[None]:
-    """Around the making of `n` images of `each` bytes at least, all in memory at once: too many are --n's fault."""
+def _enough_memory(n: int, image_bytes: int) -> Iterator[None]:
+    """Raises ArgumentError of --n if `n` images of at least `image_bytes` each do not fit in memory."""
     try:
-        # Of all memory: the system gives back what it keeps of files, and how much it can is not known.
-        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // each
+        # All memory, not the free part: the system can free what it uses for caches, but not say how much.
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // image_bytes
     except (ValueError, OSError, AttributeError):
         most = n
     if n > most:
-        raise ArgumentError("--n", n, f"must be {most} or fewer: all are held in this machine's memory at once")
+        raise ArgumentError("--n", n, f"must be at most {most}; all images are in this machine's memory at once")
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):  # torch's CPU allocator has no class of its own
-            raise ArgumentError("--n", n, "must be less; there is too little memory for all at once") from None
+        if isinstance(error, MemoryError) or "memory" in str(error):  # torch's CPU allocator raises RuntimeError
+            raise ArgumentError("--n", n, "must be smaller; there is too little memory for all images") from None
         raise
 
 
 @command
 def main(argv: list[str]) -> int:
-    asked = tyro.cli(Sample, args=argv, prog="fastgan sample")
-    if asked.n < 1:
-        raise ArgumentError("--n", asked.n, "must be at least 1")
-    if asked.seed < 0:
-        raise ArgumentError("--seed", asked.seed, "must be at least 0")
-    if not 0 < asked.truncation <= 1:
-        raise ArgumentError("--truncation", asked.truncation, "must be above 0 and up to 1")
-    check_device(asked.device)
+    args = tyro.cli(Sample, args=argv, prog="fastgan sample")
+    if args.n < 1:
+        raise ArgumentError("--n", args.n, "must be at least 1")
+    if args.seed < 0:
+        raise ArgumentError("--seed", args.seed, "must be at least 0")
+    if not 0 < args.truncation <= 1:
+        raise ArgumentError("--truncation", args.truncation, "must be above 0 and at most 1")
+    check_device(args.device)
     from fastgan.generator import load
     from fastgan.training.observability.metrics_log import save_grid
 
-    trained = load(asked.run, asked.device)
-    kind = "interpolation" if asked.interpolate else "sample"
-    if asked.truncation < 1 and not trained.truncates:
-        raise ArgumentError("--truncation", asked.truncation, "must be 1 here; pggan normalizes its latents")
-    run = Path(asked.run) if Path(asked.run).is_dir() else Path(asked.run).parent
+    trained = load(args.run, args.device)
+    if args.truncation < 1 and not trained.truncates:
+        raise ArgumentError("--truncation", args.truncation, "must be 1 for pggan, which normalizes its latents")
+    run = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     folder = next((p for p in (run, run.parent.parent) if (p / "config.yaml").is_file()), run)
-    out = Path(asked.out) if asked.out else folder / f"{kind}-seed{asked.seed}.png"
+    kind = "interpolation" if args.interpolate else "sample"
+    out = Path(args.out) if args.out else folder / f"{kind}-seed{args.seed}.png"
     check_picture(out)
     networks = trained.meta["networks"]
-    image = 4 * (networks["channels"] * networks["resolution"] ** 2 + networks["latent"])
-    with _fitting(asked.n, 2 * image):
-        if asked.interpolate:
-            columns = max(2, math.ceil(asked.n**0.5))  # whole walks: --n is rounded up to fill the last row
-            images = trained.interpolate(math.ceil(asked.n / columns), columns, asked.seed, asked.truncation)
+    image_bytes = 4 * (networks["channels"] * networks["resolution"] ** 2 + networks["latent"])
+    with _enough_memory(args.n, 2 * image_bytes):
+        columns = None
+        if args.interpolate:
+            columns = max(2, math.ceil(args.n**0.5))
+            images = trained.interpolate(math.ceil(args.n / columns), columns, args.seed, args.truncation)
         else:
-            columns = None
-            images = trained.sample(asked.n, asked.seed, asked.truncation)
+            images = trained.sample(args.n, args.seed, args.truncation)
         with writing(out):
             save_grid(images, out, columns=columns)
     print(f"{len(images)} images of {images.shape[-1]} px, {trained}: {out}")

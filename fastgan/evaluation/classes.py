@@ -1,106 +1,99 @@
-"""Metrics of what a classifier says of generated images: inception score, and modes."""
+"""Metrics from the classes of generated images: inception score, and modes."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastgan.evaluation.statistic import Sums
 
-class ClassScore:
-    """Inception score (Salimans et al. 2016, section 4): exp of the mean KL(p(y|x) || p(y)), over 10 parts of the set.
 
-    Image i belongs to part i mod 10; sums over each part are kept, in float64, so that memory does not grow with their
-    number and ranks add up.
+class ClassScore(Sums):
+    """Inception score: exp of the mean KL(p(y|x) || p(y)), over 10 parts of the set (Salimans et al. 2016, section 4).
+
+    Image i belongs to part i mod 10. Only sums over each part are stored, in float64: memory does not grow with the
+    number of images, and the sums of several ranks can be added.
     """
 
     PARTS = 10
+    FIELDS: ClassVar = {"count": "count", "probability": "probability", "negentropy": "negentropy"}
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self) -> None:
         self.count = torch.zeros(self.PARTS, dtype=torch.float64)
-        self.probability = torch.zeros(self.PARTS, classes, dtype=torch.float64)
+        self.probability = torch.zeros(self.PARTS, 0, dtype=torch.float64)  # the number of classes is not known yet
         self.negentropy = torch.zeros(self.PARTS, dtype=torch.float64)
 
     def update(self, indices: Tensor, logits: Tensor) -> None:
-        """Take in images `indices` (int64 [N]) with logits [N, classes]."""
+        """Add images `indices` (int64 [N]) with logits [N, classes]."""
         part = indices % self.PARTS
         log_p = logits.cpu().double().log_softmax(dim=1)
         p = log_p.exp()
+        if not self.probability.shape[1]:
+            self.probability = torch.zeros(self.PARTS, p.shape[1], dtype=torch.float64)
         self.count.index_add_(0, part, torch.ones_like(log_p[:, 0]))
         self.probability.index_add_(0, part, p)
         self.negentropy.index_add_(0, part, torch.special.xlogy(p, p).sum(dim=1))
 
     def merge(self, other: ClassScore) -> None:
-        self.count += other.count
-        self.probability += other.probability
-        self.negentropy += other.negentropy
+        if not self.probability.shape[1]:
+            self.load_state(other.state())
+        elif other.probability.shape[1]:
+            super().merge(other)
 
     def result(self) -> tuple[float, float]:
-        """Mean and standard deviation over the parts that have images; 1 to the number of classes."""
+        """Mean and standard deviation over the parts that have images; the score is 1 to the number of classes."""
         used = self.count > 0
         p = self.probability[used] / self.count[used, None]
         divergence = self.negentropy[used] / self.count[used] - torch.special.xlogy(p, p).sum(dim=1)
         score = divergence.exp()
         return score.mean().item(), score.std(correction=0).item()
 
-    def state(self) -> dict[str, Tensor]:
-        return {"count": self.count, "probability": self.probability, "negentropy": self.negentropy}
 
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> ClassScore:
-        score = cls(0)
-        score.count, score.probability = state["count"].clone(), state["probability"].clone()
-        score.negentropy = state["negentropy"].clone()
-        return score
+class ModeCounts(Sums):
+    """Number of images in each mode.
 
-
-class ModeCounts:
-    """Which modes images are of, and how surely.
-
-    A mode is a class, or with C channels classified one by one a C-tuple of classes.
+    A mode is a class, or for images whose C channels are classified separately a C-tuple of classes.
 
     Attributes:
-        said: int64 [modes], images given each mode; sure: those among them whose every channel has a class of
-        probability `CONFIDENT` or more.
+        counts: images in each mode, int64 [modes].
+        confident: of these, images whose channels all have a class with a probability of at least `CONFIDENT`.
     """
 
     CONFIDENT = 0.9
+    # Names in stored files are those of an earlier version.
+    FIELDS: ClassVar = {"said": "counts", "sure": "confident"}
 
     def __init__(self, classes: int, channels: int) -> None:
         self.classes, self.channels = classes, channels
-        self.said = torch.zeros(classes**channels, dtype=torch.int64)
-        self.sure = torch.zeros(classes**channels, dtype=torch.int64)
+        self.counts = torch.zeros(classes**channels, dtype=torch.int64)
+        self.confident = torch.zeros(classes**channels, dtype=torch.int64)
 
     def update(self, probability: Tensor) -> None:
-        """Take in class probabilities [N, channels, classes]."""
+        """Add images with class probabilities [N, channels, classes]."""
         top = probability.cpu().max(dim=2)
         place = self.classes ** torch.arange(self.channels - 1, -1, -1)
         mode = (top.indices * place).sum(dim=1)
-        self.said += torch.bincount(mode, minlength=len(self.said))
-        sure = mode[(top.values >= self.CONFIDENT).all(dim=1)]
-        self.sure += torch.bincount(sure, minlength=len(self.sure))
-
-    def merge(self, other: ModeCounts) -> None:
-        self.said += other.said
-        self.sure += other.sure
+        self.counts += torch.bincount(mode, minlength=len(self.counts))
+        confident = mode[(top.values >= self.CONFIDENT).all(dim=1)]
+        self.confident += torch.bincount(confident, minlength=len(self.confident))
 
     def result(self, expected: Tensor) -> dict[str, float]:
-        """Against the real modes' probabilities `expected` [modes].
+        """Metrics against the probabilities of the modes in real images.
 
-        modes: number of modes with a confident image; confident: share of images that are; kl: KL(generated ||
-        expected) of the modes that images were given, in nats (Metz et al. 2017). There every image counts, confident
-        or not: a generator cannot improve it by failing.
+        Args:
+            expected: probabilities [modes].
+
+        Returns:
+            "modes": number of modes with a confident image; "confident": share of confident images; "kl": KL(generated
+            || expected), in nats (Metz et al. 2017). All images count in the last, so that images which belong to no
+            class cannot improve it.
         """
-        total = int(self.said.sum())
-        q = self.said.double() / total
+        total = int(self.counts.sum())
+        q = self.counts.double() / total
         kl = (torch.special.xlogy(q, q) - torch.special.xlogy(q, expected.double())).sum().item()
-        return {"modes": int((self.sure > 0).sum()), "confident": int(self.sure.sum()) / total, "kl": kl}
+        return {"modes": int((self.confident > 0).sum()), "confident": int(self.confident.sum()) / total, "kl": kl}
 
     def state(self) -> dict[str, Tensor]:
-        shape = torch.tensor([self.classes, self.channels])
-        return {"shape": shape, "said": self.said, "sure": self.sure}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> ModeCounts:
-        counts = cls(*state["shape"].tolist())
-        counts.said, counts.sure = state["said"].clone(), state["sure"].clone()
-        return counts
+        return {"shape": torch.tensor([self.classes, self.channels]), **super().state()}

@@ -1,14 +1,15 @@
-"""Sums over a stream of images: everything the metrics need of one set, real or generated, in bounded memory.
+"""Statistics of a stream of images: what the metrics need of one set, real or generated, in bounded memory.
 
-What images leave behind can be stored and taken up again, and joined with what other ranks have seen.
+They can be stored, loaded, and merged with those of other ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,79 +20,63 @@ from fastgan.evaluation.features import Extractor
 from fastgan.evaluation.frechet import Moments
 from fastgan.evaluation.similarity import PairSimilarity
 from fastgan.evaluation.sliced_wasserstein import Patches
+from fastgan.evaluation.statistic import IndexedRows
 from fastgan.utils.files import write_atomic
 
-# Feature vectors that are kept for the metrics of neighbors, and images in the pairs of MS-SSIM.
-KEPT = 10_000
-PAIRED = 20_000
+MAX_FEATURE_ROWS = 10_000  # feature vectors for the metrics in memory (neighbors.py)
+MAX_PAIRED = 20_000  # images in the pairs of MS-SSIM
 _SAVE_SECONDS = 10.0
 
 
-class FeatureRows:
+class FeatureRows(IndexedRows):
     """Feature vectors of the images with an index below `limit`."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._indices: list[Tensor] = []
-        self._rows: list[Tensor] = []
+    KEY = "rows"
 
     def update(self, indices: Tensor, features: Tensor) -> None:
-        use = indices < self.limit
-        self._indices.append(indices[use])
-        self._rows.append(features.cpu()[use])
-
-    def merge(self, other: FeatureRows) -> None:
-        self._indices += other._indices
-        self._rows += other._rows
+        used = indices < self.limit
+        self._indices.append(indices[used])
+        self._tensors.append([features.cpu()[used]])
 
     def rows(self) -> Tensor:
-        """float32 [kept, D], in the order of the images."""
-        return torch.cat(self._rows)[torch.cat(self._indices).argsort()]
-
-    def state(self) -> dict[str, Tensor]:
-        if not self._rows:
-            return {}
-        self._indices, self._rows = [torch.cat(self._indices)], [torch.cat(self._rows)]
-        return {"indices": self._indices[0], "rows": self._rows[0]}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        if state:
-            self._indices, self._rows = [state["indices"]], [state["rows"]]
+        """float32 [N, D], in the order of the images."""
+        return self.tensors()[0]
 
 
-class Collected:
+class ImageStatistics:
     """What `metrics` need of one set of images.
 
     Args:
         metrics: as in `--metrics`.
-        extractor: gives the features; it is not called, and may be None, where no metric needs any.
-        generated: whether the set is; classes are asked of generated images alone.
-        channels: of the images.
-        swd_images: images whose patches are kept; seed, stream: where those are cut.
+        extractor: source of the features; not called, and may be None, if no metric needs any.
+        channels: channels of the images.
+        swd_images: number of images whose patches are stored.
+        seed: seed of the patches' positions.
+        generated: whether the images are generated; "is" and "modes" need statistics of these only.
     """
 
     def __init__(
         self,
-        metrics: set[str],
+        metrics: Iterable[str],
         extractor: Extractor | None,
-        *,
-        generated: bool,
         channels: int,
         swd_images: int,
         seed: int,
+        generated: bool,
     ) -> None:
+        metrics = self.metrics = set(metrics)
         self._extractor = extractor
         self.count = 0
         self.moments = Moments(extractor.dimension) if extractor is not None and "fid" in metrics else None
-        self.rows = FeatureRows(KEPT) if metrics & {"kid", "prdc"} else None
+        self.rows = FeatureRows(MAX_FEATURE_ROWS) if metrics & {"kid", "prdc"} else None
         self.similarity = PairSimilarity() if "msssim" in metrics else None
         stream = "generated" if generated else "real"
         self.patches = Patches(seed, stream, swd_images) if "swd" in metrics else None
-        self.score = ClassScore(0) if "is" in metrics and generated else None
+        self.score = ClassScore() if "is" in metrics and generated else None
         self.modes = ModeCounts(10, channels) if "modes" in metrics and generated else None
 
     def update(self, indices: Tensor, images: Tensor) -> None:
-        """Take in images `indices` (int64 [N], even ones first of each pair), uint8 [N, C, R, R] on any device."""
+        """Add images `indices` (int64 [N], pairs together, even index first), uint8 [N, C, R, R] on any device."""
         if self.moments or self.rows or self.score or self.modes:
             assert self._extractor is not None
             features, logits = self._extractor(images)
@@ -101,53 +86,43 @@ class Collected:
                 self.rows.update(indices, features)
             if self.score is not None:
                 assert logits is not None
-                if not self.score.probability.shape[1]:
-                    self.score = ClassScore(logits.shape[2])
                 self.score.update(indices, logits[:, 0])
             if self.modes is not None:
                 assert logits is not None
                 self.modes.update(logits.softmax(dim=2))
         if self.patches is not None:
             self.patches.update(indices, images)
-        pairs = int((indices < PAIRED).sum()) // 2
+        pairs = int((indices < MAX_PAIRED).sum()) // 2
         if self.similarity is not None and pairs:
             self.similarity.update(images[: 2 * pairs])
         self.count += len(indices)
 
-    def _parts(self) -> dict[str, object]:
+    def _parts(self) -> dict[str, Any]:
         names = ("moments", "rows", "similarity", "patches", "score", "modes")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def state(self) -> dict[str, Tensor]:
-        """All sums as tensors by name."""
-        found = {"count": torch.tensor(self.count)}
+        """All statistics as tensors by name."""
+        state = {"count": torch.tensor(self.count)}
         for name, part in self._parts().items():
-            found |= {f"{name}.{key}": value for key, value in part.state().items()}  # type: ignore[attr-defined]
-        return found
+            state |= {f"{name}.{key}": value for key, value in part.state().items()}
+        return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Replace all sums by stored ones."""
+        """Replace all statistics by those of `state`."""
         self.count = int(state["count"])
         for name, part in self._parts().items():
-            own = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")}
-            if isinstance(part, FeatureRows | Patches):
-                part.load_state(own)
-            else:
-                setattr(self, name, type(part).from_state(own))  # type: ignore[attr-defined]
+            part.load_state({key.removeprefix(f"{name}."): state[key] for key in state if key.startswith(f"{name}.")})
 
-    def merge(self, other: Collected) -> None:
-        """Add what another rank has seen."""
-        if other.score is not None and self.score is not None and not self.score.probability.shape[1]:
-            self.score = ClassScore(other.score.probability.shape[1])
+    def merge(self, other: ImageStatistics) -> None:
+        """Add the images of another rank."""
         for name, part in self._parts().items():
-            theirs = getattr(other, name)
-            if not (isinstance(theirs, ClassScore) and not theirs.probability.shape[1]):
-                part.merge(theirs)  # type: ignore[attr-defined]
+            part.merge(getattr(other, name))
         self.count += other.count
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
@@ -158,7 +133,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file that `write_tensors` wrote; None if there is none, or it is damaged."""
+    """The tensors of a file of `write_tensors`; None if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -168,73 +143,83 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def _of_rank(partial: Path) -> Path:
+def _file_of_rank(partial: Path) -> Path:
     rank, size = ranks.rank_and_size()
     return partial.with_name(f"{partial.name}.rank{rank}of{size}")
 
 
-def discard(partial: Path | None) -> None:
-    """Remove what `stream` stored on this rank."""
+def remove_partial(partial: Path | None) -> None:
+    """Remove what `collect_statistics` stored on this rank."""
     if partial is not None:
-        _of_rank(partial).unlink(missing_ok=True)
+        _file_of_rank(partial).unlink(missing_ok=True)
 
 
-def stream(
-    new: Callable[[], Collected],
+def collect_statistics(
+    new: Callable[[], ImageStatistics],
     images: Callable[[Tensor], Tensor],
     total: int,
     *,
     batch: int,
     partial: Path | None,
-    progress: Callable[[int], None],
-) -> Collected | None:
-    """Pass images 0 to `total` - 1 by, on each rank its own batches, and join what all saw on the first. A collective.
+    progress: Callable[[int], object],
+) -> ImageStatistics | None:
+    """Statistics of images 0 to `total` - 1; each rank reads its share of the batches. A collective.
 
     Args:
-        new: makes empty sums.
-        images: the images of indices int64 [n], uint8 [n, C, R, R].
-        batch: images of a batch, even; the same batches are made however often a stream is interrupted.
-        partial: file to which the sums go now and then, and from which an interrupted stream goes on; each rank
-            adds an ending of its own. It stays until `discard`. None: nothing is stored.
-        progress: called with the number of images that were done, over all ranks as far as this one knows.
+        new: makes empty statistics.
+        images: indices int64 [n] -> images, uint8 [n, C, R, R].
+        batch: batch size, even. Batches are the same however often the work is interrupted.
+        partial: file to which the statistics are written from time to time, and from which interrupted work resumes;
+            each rank appends a suffix. It stays until `remove_partial`. None: nothing is stored.
+        progress: called with the number of images done since the last call, on all ranks (estimated from this one).
 
     Returns:
-        The sums on the first rank, None on the others.
+        The statistics of all ranks on the first rank, None on others.
     """
     rank, size = ranks.rank_and_size()
-    collected, done = new(), rank
+    statistics, next_batch = new(), rank
     if partial is not None:
-        partial = _of_rank(partial)
+        partial = _file_of_rank(partial)
         stored = read_tensors(partial)
         if stored is not None:
-            done = int(stored.pop("done"))
-            collected.load_state(stored)
+            next_batch = int(stored.pop("done"))
+            statistics.load_state(stored)
     batches = -(-total // batch)
-    saved, wait = time.monotonic(), _SAVE_SECONDS
-
-    def save(position: int, partial: Path) -> None:
-        nonlocal saved, wait
-        began = time.monotonic()
-        with contextlib.suppress(OSError):  # on a full disk an interrupt costs more, but the numbers are still had
-            write_tensors({"done": torch.tensor(position), **collected.state()}, partial)
-        saved = time.monotonic()
-        wait = max(_SAVE_SECONDS, 20 * (saved - began))  # writing takes a twentieth of the time at most
-
-    progress(min(total, (done - rank) * batch))
-    for i in range(done, batches, size):
+    save = _Saver(statistics, partial)
+    progress(min(total, (next_batch - rank) * batch))
+    for i in range(next_batch, batches, size):
         indices = torch.arange(i * batch, min((i + 1) * batch, total))
-        collected.update(indices, images(indices))
+        statistics.update(indices, images(indices))
         progress(len(indices) if size == 1 else min(total - i * batch, size * batch))
-        if partial is not None and time.monotonic() - saved > wait:
-            save(i + size, partial)
+        save.if_due(i + size)
     if partial is not None and partial.exists():
-        save(max(done, batches + rank), partial)  # what follows may be interrupted too
-    states = ranks.gather(collected.state())
+        save(max(next_batch, batches + rank))  # what follows may be interrupted too
+    states = ranks.gather(statistics.state())
     if states is None:
         return None
-    whole = new()
+    merged = new()
     for state in states:
         other = new()
         other.load_state(state)
-        whole.merge(other)
-    return whole
+        merged.merge(other)
+    return merged
+
+
+class _Saver:
+    """Writes statistics at most every ten seconds, and so that writing takes at most a twentieth of the time."""
+
+    def __init__(self, statistics: ImageStatistics, file: Path | None) -> None:
+        self._statistics, self._file = statistics, file
+        self._saved, self._interval = time.monotonic(), _SAVE_SECONDS
+
+    def if_due(self, next_batch: int) -> None:
+        if self._file is not None and time.monotonic() - self._saved > self._interval:
+            self(next_batch)
+
+    def __call__(self, next_batch: int) -> None:
+        assert self._file is not None
+        started = time.monotonic()
+        with contextlib.suppress(OSError):  # a full disk costs the ability to resume, not the result
+            write_tensors({"done": torch.tensor(next_batch), **self._statistics.state()}, self._file)
+        self._saved = time.monotonic()
+        self._interval = max(_SAVE_SECONDS, 20 * (self._saved - started))

@@ -1,4 +1,4 @@
-"""A small classifier of scikit-learn's digits, to ask of generated digits which one they are and how surely."""
+"""A small classifier of scikit-learn's digits: features and classes of generated digits without a download."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ _SIZE = 16
 
 @dataclass(frozen=True)
 class DigitReport:
-    """What the classifier says of a set of images.
+    """Classes of a set of images.
 
-    counts: images given each class, [10]; confident: share of images whose class has a probability above 0.9.
+    Attributes:
+        counts: number of images of each class, [10].
+        confident: share of images whose class has a probability above 0.9.
     """
 
     counts: list[int]
     confident: float
 
     def __str__(self) -> str:
-        present = sum(count > 0 for count in self.counts)
-        return f"{present} of 10 digits, {100 * self.confident:.1f}% confident, counts {self.counts}"
+        classes = sum(count > 0 for count in self.counts)
+        return f"{classes} of 10 digits, {100 * self.confident:.1f}% confident, counts {self.counts}"
 
 
 def _resize(images: Tensor) -> Tensor:
@@ -36,7 +38,7 @@ def _resize(images: Tensor) -> Tensor:
     return F.interpolate(images, size=(_SIZE, _SIZE), mode="bilinear", antialias=True, align_corners=False)
 
 
-def _real() -> tuple[Tensor, Tensor]:
+def _training_images() -> tuple[Tensor, Tensor]:
     source = open_source("digits", _SIZE)
     pixels = np.stack([source.read(i, _SIZE) for i in range(len(source))])
     return torch.from_numpy(pixels).float() / 127.5 - 1, torch.from_numpy(np.asarray(source.labels))
@@ -44,9 +46,9 @@ def _real() -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def classifier() -> tuple[nn.Module, float]:
-    """The trained classifier and its accuracy on a held-out fifth of the digits.
+    """The classifier and its accuracy on a held-out fifth of the digits.
 
-    Trained from a fixed seed in a few seconds, without touching the caller's random state.
+    Training takes a few seconds, is seeded, and does not change the caller's random state.
     """
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -55,7 +57,7 @@ def classifier() -> tuple[nn.Module, float]:
             nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 10),
         )  # fmt: skip
-        images, labels = _real()
+        images, labels = _training_images()
         order = torch.randperm(len(images))
         held_out, train = order[: len(order) // 5], order[len(order) // 5 :]
         optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
@@ -72,21 +74,22 @@ def classifier() -> tuple[nn.Module, float]:
 
 
 @torch.no_grad()
-def describe(images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the classifier sees in each channel of images [N, C, R, R] in [-1, 1], taken one by one.
+def features_and_logits(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The classifier applied to each channel of images [N, C, R, R] in [-1, 1].
 
-    Returns: its last layer's input, float32 [N, C, 1024], and its logits, float32 [N, C, 10].
+    Returns:
+        The input of its last layer, float32 [N, C, 1024], and its logits, float32 [N, C, 10].
     """
     network = classifier()[0].to(images.device)
     assert isinstance(network, nn.Sequential)
     n, c = images.shape[:2]
-    inside = network[:-1](_resize(images.flatten(0, 1)[:, None]))
-    return inside.unflatten(0, (n, c)), network[-1](inside).unflatten(0, (n, c))
+    features = network[:-1](_resize(images.flatten(0, 1)[:, None]))
+    return features.unflatten(0, (n, c)), network[-1](features).unflatten(0, (n, c))
 
 
 @torch.no_grad()
 def report(images: Tensor) -> DigitReport:
-    """Classify images [N, C, R, R] in [-1, 1]."""
+    """Classify images [N, C, R, R] in [-1, 1], averaged over channels."""
     probability = torch.cat([F.softmax(classifier()[0](_resize(part)), dim=1) for part in images.split(256)])
     top = probability.max(dim=1)
     counts = torch.bincount(top.indices, minlength=10).tolist()

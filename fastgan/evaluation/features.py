@@ -1,7 +1,7 @@
-"""What stands between images and the metrics of features: networks that turn an image into a vector.
+"""Feature extractors: networks that turn an image into a vector.
 
-`digits` is a classifier of scikit-learn's digits, trained here in seconds; the others are torch-fidelity's, with
-published weights from torch's cache of downloads or from a file. Weights are read without unpickling anything.
+`digits` is a classifier of scikit-learn's digits, trained here in seconds. The others are torch-fidelity's, with
+published weights from torch's download cache or from a file. Weights are read without unpickling anything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import math
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan.errors import ArgumentError
+from fastgan.utils.text import first_line
 
 INCEPTION = "inception-v3-compat"
 DINO = "dinov2-vit-l-14"
 ALIASES = {"inception": INCEPTION, "dinov2": DINO}
-# timm's name of the network; the name of the published file.
+# Name of the network in timm, name of the published file.
 _DINO = {
     "dinov2-vit-s-14": ("vit_small_patch14_dinov2", "dinov2_vits14"),
     "dinov2-vit-b-14": ("vit_base_patch14_dinov2", "dinov2_vitb14"),
@@ -39,9 +40,12 @@ _DINO_SIDE, _DINO_PATCH = 224, 14
 
 
 class Extracted(NamedTuple):
-    """features: float32 [N, D]; logits: float32 [N, groups, classes], or None from a network that classifies nothing.
+    """Output of an extractor.
 
-    There is one group for a whole image, or one for each channel.
+    Attributes:
+        features: float32 [N, D].
+        logits: float32 [N, groups, classes], one group for the image or one for each channel; None from a network that
+            is no classifier.
     """
 
     features: Tensor
@@ -49,23 +53,21 @@ class Extracted(NamedTuple):
 
 
 class Extractor(ABC):
-    """Images to features.
+    """A network from images to features.
 
     Attributes:
-        name: as in `--features`; dimension: D; resize: how images reach the network's size, in words; fingerprint: 16
-        hex digits of the weights; scores: whether `logits` can be asked for a class score.
+        name: as in `--features`.
+        dimension: number of features, D.
+        resize: how images are resized to the network's input, in words.
+        fingerprint: hash of the weights, 16 hexadecimal digits.
+        has_class_score: whether an inception score of `logits` makes sense.
     """
 
     name: str
     dimension: int
     resize: str
     fingerprint: str
-    scores: bool = False
-
-    @property
-    def is_inception(self) -> bool:
-        """Whether a Frechet distance of its features is the published FID."""
-        return self.name == INCEPTION
+    has_class_score: bool = False
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Extracted:
@@ -73,7 +75,7 @@ class Extractor(ABC):
 
 
 class DigitsExtractor(Extractor):
-    """The digit classifier's last hidden layer, of each channel by itself: D is 1024 for each of `channels`."""
+    """The last hidden layer of the digit classifier, applied to each channel: D is 1024 times `channels`."""
 
     name = "digits"
     resize = "bilinear, antialiased, to 16 px"
@@ -81,26 +83,25 @@ class DigitsExtractor(Extractor):
     def __init__(self, channels: int) -> None:
         from fastgan.evaluation import digits
 
-        self._describe = digits.describe
-        self.accuracy = digits.classifier()[1]
+        self._features_and_logits = digits.features_and_logits
         self.dimension = 1024 * channels
         self.fingerprint = _fingerprint(digits.classifier()[0].state_dict())
-        self.scores = channels == 1
+        self.has_class_score = channels == 1
 
     def __call__(self, images: Tensor) -> Extracted:
-        inside, logits = self._describe(images.float() / 127.5 - 1)
-        return Extracted(inside.flatten(1).float(), logits.float())
+        features, logits = self._features_and_logits(images.float() / 127.5 - 1)
+        return Extracted(features.flatten(1).float(), logits.float())
 
 
 class FidelityExtractor(Extractor):
-    """A network of torch-fidelity's; gray images are given to it three times over."""
+    """A network of torch-fidelity. The channel of gray images is repeated three times."""
 
     def __init__(self, name: str, network: nn.Module, dimension: int, side: int, fingerprint: str) -> None:
         self.name = name
         self.dimension = dimension
         self.fingerprint = fingerprint
         self.resize = f"bilinear, not antialiased, as TensorFlow 1, to {side} px"
-        self.scores = name == INCEPTION
+        self.has_class_score = name == INCEPTION
         self._network = network
 
     def to(self, device: torch.device | str) -> None:
@@ -110,14 +111,14 @@ class FidelityExtractor(Extractor):
     def __call__(self, images: Tensor) -> Extracted:
         device = next(self._network.parameters()).device
         features = self._network(images.to(device).expand(-1, 3, -1, -1))
-        return Extracted(features[0].float(), features[1].float()[:, None] if self.scores else None)
+        return Extracted(features[0].float(), features[1].float()[:, None] if self.has_class_score else None)
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """The full name of an extractor.
 
     Raises:
-        ArgumentError: there is none of that name.
+        ArgumentError: there is no such extractor.
     """
     name = ALIASES.get(name, name)
     if name not in EXTRACTORS:
@@ -128,45 +129,47 @@ def canonical(name: str) -> str:
 def open_extractor(
     name: str, channels: int, device: torch.device | str = "cpu", weights: str | None = None
 ) -> Extractor:
-    """The extractor `name` for images of `channels`, on `device`.
+    """An extractor by name.
 
-    weights: file with its weights (.pth as published, or .safetensors); None: torch's cache of downloads, or the
-    network.
+    Args:
+        name: as in `--features`.
+        channels: channels of the images, 1 or 3.
+        weights: file with the weights (.pth as published, or .safetensors); None: torch's download cache, or a
+            download.
 
     Raises:
-        ArgumentError: no such extractor, weights that cannot be had, or a file that does not hold them.
+        ArgumentError: there is no such extractor, its weights cannot be downloaded, or the file has other content.
     """
-    name = canonical(name)
+    name = canonical_name(name)
     if name == "digits":
         if weights is not None:
-            raise ArgumentError("--feature-weights", weights, "it may be left out: --features digits trains its own")
+            raise ArgumentError("--feature-weights", weights, "is not needed with --features digits: remove it")
         return DigitsExtractor(channels)
     fidelity = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    path = Path(weights).expanduser() if weights is not None else _published(name, fidelity.URL_INCEPTION_V3)
+    path = Path(weights).expanduser() if weights is not None else _published_weights(name, fidelity.URL_INCEPTION_V3)
     try:
         extractor = _from_file(path, name, fidelity)
     except ArgumentError as error:
         if weights is not None:
             raise
-        # torch takes a download that was cut short for whole.
-        reason = f"{path} cannot be used: {error.problem}; delete it, and it is fetched again"
-        raise ArgumentError("--features", name, reason) from None
+        # torch does not notice that an earlier download was cut short.
+        problem = f"{path} cannot be used: {error.problem}; delete it to download it again"
+        raise ArgumentError("--features", name, problem) from None
     extractor.to(device)
     return extractor
 
 
 def _from_file(path: Path, name: str, fidelity: Any) -> FidelityExtractor:
-    state = _read(path, name)
-    flag = str(path)
+    state = _read_weights(path, name)
     if name == INCEPTION:
         layers = ["2048", "logits_unbiased"]
-        network = _load(lambda: fidelity.FeatureExtractorInceptionV3(name, layers, _file_of(state)), name, flag)
+        network = _build(lambda: fidelity.FeatureExtractorInceptionV3(name, layers, _as_file(state)), name, path)
         return FidelityExtractor(name, network, 2048, 299, _fingerprint(state))
     if name == "vgg16":
         vgg16 = importlib.import_module("torch_fidelity.feature_extractor_vgg16").FeatureExtractorVGG16
-        network = _load(lambda: vgg16(name, ["fc2_relu"], _file_of(state)), name, flag)
+        network = _build(lambda: vgg16(name, ["fc2_relu"], _as_file(state)), name, path)
         return FidelityExtractor(name, network, 4096, 224, _fingerprint(state))
-    network = _load(lambda: _dino(name, state), name, flag)
+    network = _build(lambda: _dino(name, state), name, path)
     return FidelityExtractor(name, network, network.model.num_features, _DINO_SIDE, _fingerprint(state))  # type: ignore[union-attr, arg-type]
 
 
@@ -179,25 +182,25 @@ def _url(name: str, inception: str) -> str:
     return f"https://dl.fbaipublicfiles.com/dinov2/{file}/{file}_pretrain.pth"
 
 
-def _published(name: str, inception: str) -> Path:
-    """The published weights in torch's cache of downloads, where torch-fidelity looks too, fetched if need be."""
+def _published_weights(name: str, inception: str) -> Path:
+    """The published weights in torch's download cache, which torch-fidelity uses too; downloaded if missing."""
     url = _url(name, inception)
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.is_file():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _patience(20.0):
-            torch.hub.download_url_to_file(url, str(path))  # to another name first, then renamed
+        with _socket_timeout(20.0):
+            torch.hub.download_url_to_file(url, str(path))  # renames the file when it is complete
     except (OSError, RuntimeError, HTTPException) as error:  # no network, no such file, a full disk, half an answer
-        where = f"download {url} to {path}, or name the file with --feature-weights"
-        raise ArgumentError("--features", name, f"its weights could not be fetched ({error}); {where}") from None
+        advice = f"download {url} to {path}, or name the file with --feature-weights"
+        raise ArgumentError("--features", name, f"its weights cannot be downloaded ({error}); {advice}") from None
     return path
 
 
 @contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    """A connection that says nothing for `seconds` is given up."""
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """A connection without data for `seconds` is closed with an error."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -206,7 +209,7 @@ def _patience(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _read(path: Path, name: str) -> dict[str, Tensor]:
+def _read_weights(path: Path, name: str) -> dict[str, Tensor]:
     """The tensors of a weights file."""
     try:
         if path.suffix == ".safetensors":
@@ -216,36 +219,35 @@ def _read(path: Path, name: str) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        may_be = f"must be a readable file with the weights of {name} ({error.strerror or error})"
-        raise ArgumentError("--feature-weights", str(path), may_be) from None
+        problem = f"must be a readable file with the weights of {name} ({error.strerror or error})"
+        raise ArgumentError("--feature-weights", str(path), problem) from None
     except Exception as error:  # zip, pickle and safetensors errors of many kinds; nothing was executed
-        reason = f"it is no weights file that can be read without running code ({_first(error)})"
-        raise ArgumentError("--feature-weights", str(path), reason) from None
+        problem = f"it cannot be read as weights without running code ({first_line(error)})"
+        raise ArgumentError("--feature-weights", str(path), problem) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ArgumentError(
-            "--feature-weights", str(path), f"must hold the weights of {name} by name, and nothing else"
-        )
+        problem = f"must have the weights of {name} by name, and nothing else"
+        raise ArgumentError("--feature-weights", str(path), problem)
     return state
 
 
-def _file_of(state: dict[str, Tensor]) -> io.BytesIO:
-    """What was read, as a file again: torch-fidelity's loaders unpickle, so they are given what was written here."""
+def _as_file(state: dict[str, Tensor]) -> io.BytesIO:
+    """Weights as a file that was written here: torch-fidelity's loaders unpickle what they are given."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     return file
 
 
-def _load(build: Any, name: str, path: str) -> nn.Module:
+def _build(build: Callable[[], nn.Module], name: str, path: Path) -> nn.Module:
     try:
         return build()
-    except RuntimeError as error:  # load_state_dict: keys or shapes that differ
-        reason = f"it does not hold the weights of {name} ({' '.join(str(error).split())[:200]})"
-        raise ArgumentError("--feature-weights", path, reason) from None
+    except RuntimeError as error:  # from load_state_dict: other keys or shapes
+        problem = f"it does not have the weights of {name} ({' '.join(str(error).split())[:200]})"
+        raise ArgumentError("--feature-weights", str(path), problem) from None
 
 
 def _dino(name: str, state: dict[str, Tensor]) -> nn.Module:
-    """torch-fidelity's extractor around timm's network: its own loader runs code from the network."""
+    """torch-fidelity's extractor around timm's network. (torch-fidelity's own loader runs downloaded code.)"""
     fidelity = importlib.import_module("torch_fidelity.feature_extractor_dinov2")
     timm = importlib.import_module("timm")
 
@@ -256,23 +258,23 @@ def _dino(name: str, state: dict[str, Tensor]) -> nn.Module:
             self.model = model.eval().requires_grad_(False)
 
     model = timm.create_model(_DINO[name][0], pretrained=False, img_size=_DINO_SIDE, num_classes=0)
-    state = {key: value for key, value in state.items() if key != "mask_token"}  # of pre-training alone
+    state = {key: value for key, value in state.items() if key != "mask_token"}  # used in pre-training only
     if "pos_embed" in state:
-        state["pos_embed"] = _at_side(state["pos_embed"], _DINO_SIDE // _DINO_PATCH)
+        state["pos_embed"] = _resize_positions(state["pos_embed"], _DINO_SIDE // _DINO_PATCH)
     model.load_state_dict(state)
     return Extractor(model)
 
 
-def _at_side(embedding: Tensor, side: int) -> Tensor:
-    """Position embeddings [1, 1 + s^2, D] for side^2 patches: bicubic, to a tenth of a patch more, as DINOv2 does."""
+def _resize_positions(embedding: Tensor, side: int) -> Tensor:
+    """Position embeddings [1, 1 + s^2, D] for side^2 patches: bicubic, with an offset of 0.1 patches, as in DINOv2."""
     old = math.isqrt(embedding.shape[1] - 1)
     if old == side:
         return embedding
-    first, rest = embedding[:, :1], embedding[:, 1:]
-    grid = rest.unflatten(1, (old, old)).permute(0, 3, 1, 2).float()
+    class_token, patches = embedding[:, :1], embedding[:, 1:]
+    grid = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2).float()
     scale = (side + 0.1) / old
     grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
-    return torch.cat([first, grid.permute(0, 2, 3, 1).flatten(1, 2).to(first)], dim=1)
+    return torch.cat([class_token, grid.permute(0, 2, 3, 1).flatten(1, 2).to(class_token)], dim=1)
 
 
 def _fingerprint(state: dict[str, Tensor]) -> str:
@@ -281,8 +283,3 @@ def _fingerprint(state: dict[str, Tensor]) -> str:
         digest.update(key.encode())
         digest.update(state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _first(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,21 +1,29 @@
-"""Frechet distance between two sets of features, from means and covariances that are kept while features stream by."""
+"""Frechet distance between two sets of features, from a streaming mean and covariance."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastgan.evaluation.statistic import Sums
 
-class Moments:
+
+class Moments(Sums):
     """Count, mean and scatter of feature vectors, in float64; memory does not grow with their number.
 
-    Batches are joined by the pairwise update of Chan, Golub and LeVeque (1979), which subtracts each batch's own mean
-    first and so does not lose digits where features lie far from zero. Joining is the same whether batches follow one
-    another or come from other ranks.
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979). It subtracts the mean of each batch
+    first, so that features far from zero lose no digits. Batches of one rank and results of several ranks are merged
+    in the same way.
 
     Attributes:
-        count: int; mean: float64 [D]; scatter: float64 [D, D], the sum of outer products of deviations from `mean`.
+        count: number of vectors.
+        mean: float64 [D].
+        scatter: sum of outer products of deviations from `mean`, float64 [D, D].
     """
+
+    FIELDS: ClassVar = {"count": "count", "mean": "mean", "scatter": "scatter"}
 
     def __init__(self, dimension: int) -> None:
         self.count = 0
@@ -23,20 +31,20 @@ class Moments:
         self.scatter = torch.zeros(dimension, dimension, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
-        """Take in features [N, D] of any floating dtype, on any device."""
+        """Add features [N, D] of any floating dtype, on any device."""
         if len(features) == 0:
             return
         features = features.to(device=self.mean.device, dtype=torch.float64)
         mean = features.mean(dim=0)
         deviations = features - mean
-        self._join(len(features), mean, deviations.T @ deviations)
+        self._add(len(features), mean, deviations.T @ deviations)
 
     def merge(self, other: Moments) -> None:
-        """Take in what `other` has seen."""
+        """Add the vectors of `other`."""
         if other.count:
-            self._join(other.count, other.mean, other.scatter)
+            self._add(other.count, other.mean, other.scatter)
 
-    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total = self.count + count
         shift = mean - self.mean
         self.scatter += scatter
@@ -49,36 +57,29 @@ class Moments:
         """Unbiased covariance, float64 [D, D].
 
         Raises:
-            ValueError: fewer than two vectors were seen.
+            ValueError: there are fewer than two vectors.
         """
         if self.count < 2:
-            raise ValueError(f"count: was {self.count}; a covariance needs 2 or more")
+            raise ValueError(f"count must be at least 2 for a covariance, got {self.count}")
         return self.scatter / (self.count - 1)
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that `from_state` makes it from again."""
-        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> Moments:
-        moments = cls(0)
-        moments.count = int(state["count"])
-        moments.mean, moments.scatter = state["mean"].clone(), state["scatter"].clone()
-        return moments
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
+        self.count = int(self.count)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Dowson and Landau 1982; Heusel et al. 2017).
 
-    The trace of the root is the sum of the root eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric and has the
-    eigenvalues of C_a C_b: two symmetric eigenproblems, whose rounding cannot make them complex. Directions in which a
-    covariance is singular have eigenvalue zero up to rounding, and negative ones are taken for that.
+    The trace of the root is the sum of the square roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is
+    symmetric and has the eigenvalues of C_a C_b. Two symmetric eigenproblems give it, whose results are real whatever
+    the rounding. A singular covariance has eigenvalues that rounding makes negative: they count as zero.
 
     Raises:
-        ValueError: the sizes differ, or one has seen fewer than two vectors.
+        ValueError: the numbers of features differ, or one of the two has fewer than two vectors.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"b must have {len(a.mean)}, as a, got {len(b.mean)} features")
+        raise ValueError(f"b must have {len(a.mean)} features, as a has, got {len(b.mean)}")
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root @ b.covariance @ root

@@ -1,12 +1,13 @@
-"""From a way to draw images and a set of real ones to numbers: which metrics, over how many images, how cached."""
+"""Evaluation of a generator against real images: which metrics, over how many images, with what cached."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,64 +20,88 @@ from torch import Tensor
 
 from fastgan.data import Source
 from fastgan.errors import ArgumentError
-from fastgan.evaluation import neighbors, ranks
-from fastgan.evaluation.collect import KEPT, PAIRED, Collected, discard, read_tensors, stream, write_tensors
+from fastgan.evaluation import ranks
+from fastgan.evaluation.collect import (
+    MAX_FEATURE_ROWS,
+    MAX_PAIRED,
+    ImageStatistics,
+    collect_statistics,
+    read_tensors,
+    remove_partial,
+    write_tensors,
+)
+from fastgan.evaluation.compare import compare
 from fastgan.evaluation.features import INCEPTION, Extractor
-from fastgan.evaluation.frechet import frechet_distance
 from fastgan.evaluation.similarity import scales
-from fastgan.evaluation.sliced_wasserstein import PATCH, bytes_of_patches, patch_distances
+from fastgan.evaluation.sliced_wasserstein import PATCH, bytes_of_patches
 
 METRICS = ("fid", "kid", "is", "prdc", "swd", "msssim", "modes")
-OF_PIXELS = ("swd", "msssim")
+PIXEL_METRICS = ("swd", "msssim")
 DIGITS = ("digits", "stacked-digits")
+_MIN_IMAGES = {"fid": 2, "kid": 2, "prdc": 6, "msssim": 2, "swd": 1, "is": 1, "modes": 1}
 _SCHEMA = 2
-# Karras et al. 2018 compare 16,384 images; patches of more pixels than these bytes hold are of fewer images.
+# Karras et al. 2018 compare 16,384 images. Fewer are used if their patches would need more than _SWD_BYTES.
 _SWD_IMAGES = 16_384
 _SWD_BYTES = 2**31
 
+Draw = Callable[[Tensor], Tensor]
+Empty = Callable[..., ImageStatistics]
+
 
 def default_extractor(source: Source) -> str:
-    """The features that a set of images asks for."""
+    """Name of the default features for a set of images."""
     return "digits" if source.name in DIGITS else INCEPTION
 
 
-def needs_features(asked: Sequence[str] | None) -> bool:
-    """Whether an extractor must be had for the metrics asked for, None being all."""
-    return asked is None or not set(asked) <= set(OF_PIXELS)
+def needs_features(metrics: Iterable[str] | None) -> bool:
+    """Whether any of `metrics` (None: all) is computed from features."""
+    return metrics is None or not set(metrics) <= set(PIXEL_METRICS)
 
 
-def choose(asked: Sequence[str] | None, extractor: Extractor | None, source: Source, resolution: int) -> list[str]:
-    """The metrics to compute: those asked for, or all that mean something here. extractor: None for `OF_PIXELS` alone.
+def choose_metrics(
+    requested: Sequence[str] | None, extractor: Extractor | None, source: Source, resolution: int
+) -> list[str]:
+    """The metrics to compute, in the order of `METRICS`.
+
+    Args:
+        requested: metrics by name; None: all that can be computed.
+        extractor: source of the features; None if only `PIXEL_METRICS` are requested.
 
     Raises:
-        ArgumentError: one that does not exist, or means nothing here.
+        ArgumentError: a metric does not exist or cannot be computed.
     """
-    cannot = {}
-    if extractor is not None and not extractor.scores:
-        cannot["is"] = f"--features {extractor.name} gives no classes of an image"
+    unsupported = {}
+    if extractor is not None and not extractor.has_class_score:
+        unsupported["is"] = f"--features {extractor.name} does not classify whole images"
     if resolution < PATCH:
-        cannot["swd"] = f"its patches need images of {PATCH} px or more, and these have {resolution}"
+        unsupported["swd"] = f"its patches need images of at least {PATCH} px, these have {resolution} px"
     if not scales(resolution):
-        cannot["msssim"] = f"its window needs images of 11 px or more, and these have {resolution}"
+        unsupported["msssim"] = f"its window needs images of at least 11 px, these have {resolution} px"
     if extractor is None or extractor.name != "digits" or source.name not in DIGITS:
-        cannot["modes"] = f"it needs --features digits and --data {' or '.join(DIGITS)}, whose modes are known"
-    if asked is None:
-        return [name for name in METRICS if name not in cannot]
-    for name in asked:
+        unsupported["modes"] = f"it needs --features digits and --data {' or '.join(DIGITS)}, whose modes are known"
+    if requested is None:
+        return [name for name in METRICS if name not in unsupported]
+    for name in requested:
         if name not in METRICS:
             raise ArgumentError("--metrics", name, f"must be {', '.join(METRICS)}, separated by commas")
-        if name in cannot:
-            raise ArgumentError("--metrics", name, f"it may be left out: {cannot[name]}")
-    return [name for name in METRICS if name in asked]
+        if name in unsupported:
+            raise ArgumentError("--metrics", name, f"cannot be computed here: {unsupported[name]}")
+    return [name for name in METRICS if name in requested]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How images are compared.
+    """Settings of an evaluation; a call performs it.
 
-    metrics, extractor: as for `choose`. n: generated images. seed: of subsets, patches and projections. cache: folder
-    for the statistics of real images, or None. partial: file in which an interrupted evaluation is stored, or None;
-    whoever names it makes sure that it stands for one generator and one seed of its images. progress: show bars.
+    Attributes:
+        metrics: as returned by `choose_metrics`.
+        extractor: source of the features; None if `metrics` are all `PIXEL_METRICS`.
+        n: number of generated images.
+        seed: seed of subsets, patches and projections.
+        cache: folder for the statistics of real images; None: no cache.
+        partial: file from which an interrupted evaluation resumes, of one generator and one seed of its images; None:
+            not stored.
+        progress: show progress bars.
     """
 
     metrics: Sequence[str]
@@ -88,100 +113,90 @@ class Evaluation:
     progress: bool = False
 
     def __call__(
-        self, draw: Callable[[Tensor], Tensor], source: Source, resolution: int, warn: Callable[[str], None]
+        self, draw: Draw, source: Source, resolution: int, warn: Callable[[str], None]
     ) -> dict[str, Any] | None:
-        """Compare generated with real images. A collective: every rank calls it, with the same arguments.
+        """Compare generated with real images. A collective: all ranks call it with the same arguments.
 
         Args:
-            draw: the generated images of indices int64 [n], uint8 [n, C, resolution, resolution].
-            source: the real images, of the same channels; all of them are used.
-            warn: is told, on the first rank, what makes a number say less.
+            draw: indices int64 [n] -> generated images, uint8 [n, C, resolution, resolution].
+            source: the real images, with C channels; all of them are used.
+            warn: called on the first rank with each reason why a number is less reliable.
 
         Returns:
-            {"metrics": {name: number}, and with how many images each was made} on the first rank; None on others.
+            {"metrics": {name: value}, "images": {name: number of images used}} on the first rank, None on others.
 
         Raises:
             ArgumentError: there are too few images for a metric.
         """
-        self.check(source)
+        self.require_enough_images(source)
         swd_images = min(self.n, len(source), _SWD_IMAGES, _SWD_BYTES // bytes_of_patches(resolution, source.channels))
-        real = self._real(source, resolution, swd_images)
-        generated = self._generated(draw, source, resolution, swd_images)
-        if generated is None:
-            return None
-        assert real is not None
-        return self._compare(generated, real, source, swd_images, warn)
+        new = functools.partial(
+            ImageStatistics, extractor=self.extractor, channels=source.channels, swd_images=swd_images, seed=self.seed
+        )
+        real = self._real_statistics(functools.partial(new, generated=False), source, resolution, swd_images)
+        empty = functools.partial(new, self.metrics, generated=True)
+        generated = self._collect("generated images", empty, draw, self.n, resolution, self.partial)
+        return None if generated is None else compare(generated, real, source, self.metrics, self.seed, warn)
 
-    def check(self, source: Source) -> None:
-        """Raises ArgumentError, of --n or --data, if there are too few images for a metric."""
-        least = {"fid": 2, "kid": 2, "prdc": 6, "msssim": 2, "swd": 1, "is": 1, "modes": 1}
+    def require_enough_images(self, source: Source) -> None:
+        """Raises ArgumentError for --n or --data if there are too few images for a metric."""
         for name in self.metrics:
-            if self.n < least[name]:
-                raise ArgumentError("--n", self.n, f"must be at least {least[name]} for {name}")
-            if len(source) < least[name]:
-                may_be = f"it has {len(source):,} images, and {name} needs {least[name]} or more"
-                raise ArgumentError("--data", source.name, may_be)
+            if self.n < _MIN_IMAGES[name]:
+                raise ArgumentError("--n", self.n, f"must be at least {_MIN_IMAGES[name]} for {name}")
+            if len(source) < _MIN_IMAGES[name]:
+                problem = f"it has {len(source):,} images, and {name} needs at least {_MIN_IMAGES[name]}"
+                raise ArgumentError("--data", source.name, problem)
 
-    def _batch(self, resolution: int) -> int:
+    def _batch_size(self, resolution: int) -> int:
         return 256 if resolution <= 64 else 64
 
-    def _real(self, source: Source, resolution: int, swd_images: int) -> Collected | None:
-        """What the metrics need of the real images: from the cache, except for patches, which it does not keep."""
-        wanted = set(self.metrics) - {"is", "modes"}
+    def _collect(
+        self, name: str, new: Empty, images: Draw, total: int, resolution: int, partial: Path | None
+    ) -> ImageStatistics | None:
+        batch = self._batch_size(resolution)
+        with self._progress_bar(name, total) as advance:
+            return collect_statistics(new, images, total, batch=batch, partial=partial, progress=advance)
 
-        def new(metrics: set[str]) -> Collected:
-            return Collected(
-                metrics,
-                self.extractor,
-                generated=False,
-                channels=source.channels,
-                swd_images=swd_images,
-                seed=self.seed,
-            )
+    def _real_statistics(self, new: Empty, source: Source, resolution: int, swd_images: int) -> ImageStatistics:
+        """Statistics of the real images, complete on the first rank: from the cache, except for patches."""
+        metrics = set(self.metrics) - {"is", "modes"}
+        with _reader(source, resolution) as images:
+            real = self._cached_statistics(functools.partial(new, metrics - {"swd"}), images, source, resolution)
+            if "swd" in metrics:
+                empty = functools.partial(new, {"swd"})
+                collected = self._collect("patches of real images", empty, images, swd_images, resolution, None)
+                if collected is not None:
+                    real.patches = collected.patches
+        return real
 
-        # Files may be sorted by class: whatever uses some of the images takes them from a shuffled order.
-        order = np.random.default_rng(0).permutation(len(source))
-        with ThreadPoolExecutor(4) as pool:
-
-            def images(indices: Tensor) -> Tensor:
-                read = pool.map(lambda i: source.read(int(i), resolution), order[indices.numpy()])
-                return torch.from_numpy(np.stack(list(read)))
-
-            def collect(metrics: set[str], total: int, name: str, partial: Path | None) -> Collected | None:
-                with self._bar(name, total) as advance:
-                    batch = self._batch(resolution)
-                    return stream(lambda: new(metrics), images, total, batch=batch, partial=partial, progress=advance)
-
-            kept = new(wanted - {"swd"})
-            if wanted - {"swd"}:
-                total = len(source) if "fid" in wanted else min(len(source), max(KEPT, PAIRED))
-                file = self._cache_file(source, resolution, wanted - {"swd"}, total)
-                stored = read_tensors(file) if file is not None and ranks.rank_and_size()[0] == 0 else None
-                if ranks.broadcast(stored is not None):
-                    if stored is not None:
-                        kept.load_state(stored)
-                else:
-                    partial = None if file is None else file.with_name(f".{file.name}.collecting")
-                    found = collect(wanted - {"swd"}, total, "real images", partial)
-                    if found is not None:
-                        kept = found
-                        if file is not None:
-                            self._keep(kept, file)
-                    discard(partial)
-            if "swd" in wanted:
-                found = collect({"swd"}, swd_images, "patches of real images", None)
-                if found is not None:
-                    kept.patches = found.patches
-        return kept if ranks.rank_and_size()[0] == 0 else None
+    def _cached_statistics(self, new: Empty, images: Draw, source: Source, resolution: int) -> ImageStatistics:
+        """Statistics of the real images that are cached, complete on the first rank."""
+        real = new()
+        metrics = real.metrics
+        if not metrics:
+            return real
+        total = len(source) if "fid" in metrics else min(len(source), max(MAX_FEATURE_ROWS, MAX_PAIRED))
+        file = self._cache_file(source, resolution, metrics, total)
+        stored = read_tensors(file) if file is not None and ranks.rank_and_size()[0] == 0 else None
+        if ranks.broadcast(stored is not None):
+            if stored is not None:
+                real.load_state(stored)
+            return real
+        partial = None if file is None else file.with_name(f".{file.name}.collecting")
+        collected = self._collect("real images", new, images, total, resolution, partial)
+        if collected is not None and file is not None:
+            _write_cache(collected, file)
+        remove_partial(partial)
+        return real if collected is None else collected
 
     def _cache_file(self, source: Source, resolution: int, metrics: set[str], total: int) -> Path | None:
         if self.cache is None:
             return None
-        of = self.extractor if needs_features(sorted(metrics)) else None
+        extractor = self.extractor if needs_features(metrics) else None
         key = {
             "schema": _SCHEMA,
             "data": [source.name, source.fingerprint, len(source), source.channels, source.resolution, resolution],
-            "features": None if of is None else [of.name, of.fingerprint, of.resize],
+            "features": None if extractor is None else [extractor.name, extractor.fingerprint, extractor.resize],
             "metrics": sorted(metrics),
             "images": total,
         }
@@ -190,42 +205,15 @@ class Evaluation:
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             if not file.is_file():
-                tempfile.TemporaryFile(dir=self.cache).close()  # what the real images told is written at the end
+                tempfile.TemporaryFile(dir=self.cache).close()  # the file is written only after all images are read
         except OSError as error:
-            may_be = f"it may name a folder that can be written ({error.strerror})"
-            raise ArgumentError("XDG_CACHE_HOME", str(self.cache.parent.parent), may_be) from None
+            problem = f"must name a writable folder ({error.strerror})"
+            raise ArgumentError("XDG_CACHE_HOME", str(self.cache.parent.parent), problem) from None
         return file
 
-    def _keep(self, real: Collected, file: Path) -> None:
-        try:
-            write_tensors(real.state(), file)
-        except OSError as error:  # the disk has filled up since; the sums are at hand
-            said = f"warning: {file} cannot be written ({error.strerror}): the real images will be read again next time"
-            print(said, file=sys.stderr, flush=True)
-
-    def _generated(
-        self, draw: Callable[[Tensor], Tensor], source: Source, resolution: int, swd_images: int
-    ) -> Collected | None:
-        with self._bar("generated images", self.n) as advance:
-            return stream(
-                lambda: Collected(
-                    set(self.metrics),
-                    self.extractor,
-                    generated=True,
-                    channels=source.channels,
-                    swd_images=swd_images,
-                    seed=self.seed,
-                ),
-                draw,
-                self.n,
-                batch=self._batch(resolution),
-                partial=self.partial,
-                progress=advance,
-            )
-
     @contextmanager
-    def _bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar on a terminal, lines elsewhere; on the first rank."""
+    def _progress_bar(self, name: str, total: int) -> Iterator[Callable[[int], object]]:
+        """On the first rank: a bar on a terminal, a line elsewhere."""
         if not self.progress or ranks.rank_and_size()[0] != 0:
             yield lambda count: None
             return
@@ -234,76 +222,25 @@ class Evaluation:
         if not sys.stderr.isatty():
             print(f"{name}: {total:,}", file=sys.stderr, flush=True)
         with tqdm(total=total, desc=name, unit="img", dynamic_ncols=True, disable=None, unit_scale=True) as bar:
-
-            def advance(count: int) -> None:
-                bar.update(count)
-
-            yield advance
-
-    def _compare(
-        self, generated: Collected, real: Collected, source: Source, swd_images: int, warn: Callable[[str], None]
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        used: dict[str, Any] = {"generated": self.n, "real": len(source)}
-        if generated.moments is not None and real.moments is not None:
-            assert self.extractor is not None
-            dimension = self.extractor.dimension
-            for moments, name in ((real.moments, "real"), (generated.moments, "generated")):
-                if moments.count <= dimension:
-                    warn(
-                        f"fid: {moments.count:,} {name} images for {dimension:,} features: their covariance is "
-                        "singular, and the distance is biased upwards"
-                    )
-            found["frechet_distance"] = frechet_distance(generated.moments, real.moments)
-        if generated.rows is not None and real.rows is not None:
-            fake_rows, real_rows = generated.rows.rows(), real.rows.rows()
-            # Precision, recall and the rest depend on how densely each set lies: both are of one size.
-            same = min(len(fake_rows), len(real_rows))
-            used["neighbors"] = same
-            if "kid" in self.metrics:
-                for rows, name in ((real_rows, "real"), (fake_rows, "generated")):
-                    if len(rows) == min(neighbors.SUBSET, len(fake_rows), len(real_rows)):
-                        warn(
-                            f"kid: every subset holds all {len(rows):,} {name} images: the deviation over subsets does "
-                            f"not say how they vary; more than {neighbors.SUBSET:,} of each make it do so"
-                        )
-                mean, deviation = neighbors.kernel_distance(fake_rows, real_rows, seed=self.seed)
-                found |= {"kernel_distance": mean, "kernel_distance_std": deviation}
-            if "prdc" in self.metrics:
-                names = ("precision", "recall", "density", "coverage")
-                pair = (fake_rows[:same], real_rows[:same])
-                values = (*neighbors.precision_recall(*pair), *neighbors.density_coverage(*pair))
-                found |= dict(zip(names, values, strict=True))
-        if generated.score is not None:
-            classes, part = generated.score.probability.shape[1], self.n // generated.score.PARTS
-            if part < classes:
-                warn(
-                    f"is: {self.n:,} generated images, {part:,} in a tenth, for {classes:,} classes: the score is "
-                    "biased downwards, as a tenth cannot show them all"
-                )
-            found["class_score"], found["class_score_std"] = generated.score.result()
-        if generated.patches is not None and real.patches is not None:
-            levels = generated.patches.levels()
-            distances = patch_distances(levels, real.patches.levels(), self.seed)
-            found["swd"] = sum(distances.values()) / len(distances)
-            used["swd"] = swd_images
-            # A level's side is not in its patches; the finest is the images'.
-            found |= {f"swd_level{i}": distance for i, distance in distances.items()}
-        if generated.similarity is not None and real.similarity is not None:
-            found["ms_ssim"], found["ms_ssim_real"] = generated.similarity.result(), real.similarity.result()
-            used["ms_ssim_pairs"] = int(generated.similarity.count)
-        if generated.modes is not None:
-            expected = expected_modes(source)
-            found |= {**generated.modes.result(expected), "modes_of": len(expected)}
-        return {"metrics": found, "images": used}
+            yield bar.update
 
 
-def expected_modes(source: Source) -> Tensor:
-    """Probability of each mode of digits, float64 [10^C]: the product of each channel's share of each digit."""
-    assert source.labels is not None
-    expected = torch.ones(1, dtype=torch.float64)
-    for channel in range(source.channels):
-        digit = source.labels // 10 ** (source.channels - 1 - channel) % 10
-        share = torch.from_numpy(np.bincount(digit, minlength=10) / len(digit))
-        expected = (expected[:, None] * share).flatten()
-    return expected
+@contextmanager
+def _reader(source: Source, resolution: int) -> Iterator[Draw]:
+    """Real images by index, in a fixed shuffled order: files may be sorted by class, and some metrics use a part."""
+    order = np.random.default_rng(0).permutation(len(source))
+    with ThreadPoolExecutor(4) as pool:
+
+        def images(indices: Tensor) -> Tensor:
+            pixels = pool.map(lambda i: source.read(int(i), resolution), order[indices.numpy()])
+            return torch.from_numpy(np.stack(list(pixels)))
+
+        yield images
+
+
+def _write_cache(statistics: ImageStatistics, file: Path) -> None:
+    try:
+        write_tensors(statistics.state(), file)
+    except OSError as error:  # the disk has filled up since `_cache_file`; the statistics are in memory
+        reason = f"{file} cannot be written ({error.strerror})"
+        print(f"warning: {reason}: the next evaluation reads the real images again", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Evaluation shared by the processes of a launcher: each takes every world-th batch, the first puts them together."""
+"""Communication of an evaluation on several ranks. Without a process group there is one rank."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def gather(value: Any) -> list[Any] | None:
-    """Every rank's `value`, by rank, on the first; None on the others. A collective."""
+    """The values of all ranks, by rank, on the first; None on the others. A collective."""
     rank, size = rank_and_size()
     if size == 1:
         return [value]
-    found: list[Any] = [None] * size
+    values: list[Any] = [None] * size
     if dist.get_backend() == "gloo":
-        dist.gather_object(value, found if rank == 0 else None)
+        dist.gather_object(value, values if rank == 0 else None)
     else:
-        dist.all_gather_object(found, value)  # NCCL gathers nothing to one rank alone
-    return found if rank == 0 else None
+        dist.all_gather_object(values, value)  # NCCL cannot gather to one rank
+    return values if rank == 0 else None
 
 
 def broadcast(value: Any) -> Any:

@@ -1,16 +1,17 @@
-"""Files that a generator leaves in: what each format is, how it is written, and how it is read without trusting it.
+"""File formats of an exported generator: how each is written, and how it is read without trusting the file.
 
-    model.safetensors   the weights, for `fastgan.load` and `Generator.from_pretrained` (with config.json)
+    model.safetensors   weights, for `fastgan.load` and `Generator.from_pretrained` (with config.json)
     model.pt2           a graph of ATen operations and its weights, for torch.export.load
     model.onnx          a graph of ONNX operations and its weights, for onnxruntime and others
     model.torchscript   a TorchScript program, for torch.jit.load and libtorch
 
-fastgan itself loads safetensors and ONNX. The other two hold programs, and torch's loaders of them trust the file: they
-compile, import or unpickle what it names. So `fastgan.load` refuses them, whoever wrote them, and names torch's loader.
+fastgan itself loads safetensors and ONNX. The other two hold programs, and torch's loaders trust such a file: they
+compile, import or unpickle what it names. `fastgan.load` therefore refuses them, whoever wrote them, and names torch's
+loader.
 
-Inputs are `latent`, float32 [N, latent], and `labels`, int64 [N], where the generator has classes; the output is
-`images`, float32 [N, C, R, R], as the network gives them: -1 is black and 1 white, and pggan's may go beyond. Each file
-carries what is known of the generator as JSON under the key "fastgan".
+Inputs are `latent`, float32 [N, latent], and for a conditional generator `labels`, int64 [N]. The output is `images`,
+float32 [N, C, R, R], as the network gives them: -1 is black, 1 is white, and pggan's values may lie beyond. Each file
+stores the generator's metadata as JSON under the key "fastgan".
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from torch.nn.utils import parametrize
 from fastgan import models
 from fastgan.errors import ArgumentError
 from fastgan.utils.old_names import current_names
+from fastgan.utils.text import first_line
 
 Meta = dict[str, Any]
 KEY = "fastgan"
-_META_BYTES = 2**20  # of a description: it has a few hundred
-# What torch.onnx.export makes of our networks, and operations near to that: functions of their inputs alone.
+_MAX_META_BYTES = 2**20  # the metadata take a few hundred
+# Operations that torch.onnx.export emits for our networks, and similar ones: all depend on their inputs only.
 _ONNX_OPERATIONS = frozenset(
     """
     Add AveragePool BatchNormalization Cast Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Div Einsum Elu
@@ -52,29 +54,30 @@ _ONNX_OPERATIONS = frozenset(
 class Format:
     """How a generator is stored.
 
-    Args:
-        suffix: of its files.
-        write: (generator in evaluation mode, meta, batch or None for any) -> the file's content.
-        open: (file's content, device) -> the module that computes images. Where `loads` is False the library behind it
-            trusts the content: only content that this process has just written may be passed.
-        meta: file's content -> what it says of its generator; nothing but JSON is parsed.
-        loads: whether `read` loads files of this format.
-        opened_with: the expression that opens `{file!r}` in Python.
+    Attributes:
+        suffix: suffix of the files.
+        write: (generator in evaluation mode, meta, batch or None for any) -> content of the file.
+        open: (content of a file, device) -> module that computes images. If `loadable` is False, the library behind it
+            trusts the content: pass only content that this process has just written.
+        meta: content of a file -> metadata; parses nothing but JSON.
+        loadable: whether `read` loads files of this format.
+        opened_with: Python expression that opens `{file!r}`.
     """
 
     suffix: str
     write: Callable[[nn.Module, Meta, int | None], bytes]
     open: Callable[[bytes, str], nn.Module]
     meta: Callable[[bytes], Meta]
-    loads: bool
+    loadable: bool
     opened_with: str
 
 
-class Foreign(nn.Module):
-    """A generator that is no network of ours: `run` takes and gives tensors on `device`.
+class ExportedModule(nn.Module):
+    """A generator that another library runs.
 
     Args:
-        batch: the only one that `run` takes, or None; others are cut and filled up to it.
+        run: latents (and labels) on `device` -> images on `device`.
+        batch: the only batch size that `run` takes, or None for any; other batches are split and padded.
     """
 
     def __init__(self, run: Callable[..., Tensor], device: str, batch: int | None) -> None:
@@ -95,17 +98,17 @@ class Foreign(nn.Module):
         return torch.cat(parts)[: len(latent)]
 
 
-def inputs_of(meta: Meta, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
-    """Latents, and labels where there are classes, for one call: random, for tracing and for comparing."""
+def example_inputs(meta: Meta, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random latents (and labels of a conditional generator) for one call, to trace and to compare with."""
     networks, random = meta["networks"], torch.Generator().manual_seed(seed)
     latent = torch.randn(batch, networks["latent"], generator=random)
     classes = networks["num_classes"]
     return (latent, torch.arange(batch) % classes) if classes else (latent,)
 
 
-def plain(generator: nn.Module, meta: Meta) -> nn.Module:
-    """A copy for inference alone: spectral norm is divided into the weights once, not in every call."""
-    # Built anew: parametrized modules share their class with a deep copy, and removing would break the original.
+def inference_copy(generator: nn.Module, meta: Meta) -> nn.Module:
+    """A copy for inference: spectral norm is divided into the weights once instead of in every call."""
+    # Not deepcopy: a parametrized module shares its class with its copy, and removal would break the original.
     copy, _ = models.build(**meta["networks"])
     copy.load_state_dict(generator.state_dict())
     for module in list(copy.modules()):
@@ -130,14 +133,14 @@ def _safetensors_meta(content: bytes) -> Meta:
 
 
 def _open_safetensors(content: bytes, device: str) -> nn.Module:
-    return _built(content, _safetensors_meta(content), device)
+    return _build_network(content, _safetensors_meta(content), device)
 
 
-def _built(content: bytes, meta: Meta, device: str) -> nn.Module:
+def _build_network(content: bytes, meta: Meta, device: str) -> nn.Module:
     """The network that `meta` describes, with the weights in `content`.
 
     Raises:
-        Unsafe: shapes of the weights are not the network's. They are compared before any memory is taken for it.
+        UntrustedFile: shapes of the weights are not the network's. They are compared before memory is allocated.
     """
     from safetensors.torch import load
 
@@ -145,11 +148,10 @@ def _built(content: bytes, meta: Meta, device: str) -> nn.Module:
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in models.build(**meta["networks"])[0].state_dict().items()}
     for name in sorted(expected.keys() | weights.keys()):
-        found, shape = (
-            list(x[name]) if name in x else None for x in ({k: w.shape for k, w in weights.items()}, expected)
-        )
-        if found != shape:
-            raise Unsafe(f"its weight {name[:60]!r} has shape {found}, the network that it describes {shape}")
+        shape = list(weights[name].shape) if name in weights else None
+        expected_shape = list(expected[name]) if name in expected else None
+        if shape != expected_shape:
+            raise UntrustedFile(f"weight {name[:60]!r} has shape {shape}, its network needs {expected_shape}")
     generator, _ = models.build(**meta["networks"])
     generator.load_state_dict(weights)
     return generator.to(device).eval().requires_grad_(False)
@@ -159,10 +161,10 @@ def _built(content: bytes, meta: Meta, device: str) -> nn.Module:
 
 
 def _program(generator: nn.Module, meta: Meta, batch: int | None) -> torch.export.ExportedProgram:
-    inputs = inputs_of(meta, batch or 2)
+    inputs = example_inputs(meta, batch or 2)
     sizes = None if batch else tuple({0: torch.export.Dim("N", min=1)} for _ in inputs)
-    program = torch.export.export(plain(generator, meta), inputs, dynamic_shapes=sizes)
-    for node in program.graph.nodes:  # paths of this machine
+    program = torch.export.export(inference_copy(generator, meta), inputs, dynamic_shapes=sizes)
+    for node in program.graph.nodes:  # has paths of this machine
         node.meta.pop("stack_trace", None)
     return program
 
@@ -173,21 +175,21 @@ def _write_torch_export(generator: nn.Module, meta: Meta, batch: int | None) -> 
     return file.getvalue()
 
 
-class Unsafe(Exception):
-    """A file that would have to be trusted to be loaded."""
+class UntrustedFile(Exception):
+    """A file that cannot be loaded without trusting it."""
 
 
 def _open_torch_export(content: bytes, device: str) -> nn.Module:
     program = torch.export.load(io.BytesIO(content))
-    return Foreign(program.module(check_guards=False), device, _archive_meta(content).get("batch"))
+    return ExportedModule(program.module(check_guards=False), device, _archive_meta(content).get("batch"))
 
 
 def _archive_meta(content: bytes) -> Meta:
-    """What torch.export and TorchScript archives say of themselves, in the member NAME/extra/fastgan."""
+    """Metadata of a torch.export or TorchScript archive, in its member NAME/extra/fastgan."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        (member,) = [it for it in archive.infolist() if it.filename.partition("/")[2] == f"extra/{KEY}"]
-        if member.file_size > _META_BYTES:
-            raise Unsafe(f"its description has {member.file_size} bytes, at most {_META_BYTES} are read")
+        (member,) = [info for info in archive.infolist() if info.filename.partition("/")[2] == f"extra/{KEY}"]
+        if member.file_size > _MAX_META_BYTES:
+            raise UntrustedFile(f"its metadata have {member.file_size} bytes; at most {_MAX_META_BYTES} are read")
         return current_names(json.loads(archive.read(member)))
 
 
@@ -196,20 +198,19 @@ def _archive_meta(content: bytes) -> Meta:
 
 def _write_onnx(generator: nn.Module, meta: Meta, batch: int | None) -> bytes:
     import onnx
-    import onnxscript  # noqa: F401  (its absence is named here, and not inside torch)
+    import onnxscript  # noqa: F401  (if it is missing, the error must name it; torch's would not)
 
-    # torch and onnxscript announce what they deprecate among themselves.
-    with _silent():
+    with _no_warnings():  # of deprecations inside torch and onnxscript
         program = torch.onnx.export(
             _program(generator, meta, batch),
             dynamo=True,
-            input_names=["latent", "labels"][: len(inputs_of(meta, 1))],
+            input_names=["latent", "labels"][: len(example_inputs(meta, 1))],
             output_names=["images"],
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
-    # Without them the file has the source's text and paths of this machine in it.
+    # These have source code and paths of this machine in them.
     for node in proto.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -228,38 +229,38 @@ def _onnx_meta(content: bytes) -> Meta:
 def _onnx_model(content: bytes) -> Any:
     import onnx
 
-    return onnx.load_model_from_string(content)  # protobuf alone: files that it names are not opened
+    return onnx.load_model_from_string(content)  # parses protobuf only: does not open files that it names
 
 
 def _messages(message: Any) -> Iterator[Any]:
     """A protobuf message and all messages in it, at any depth."""
     pending = [message]
     while pending:
-        it = pending.pop()
-        yield it
-        for field, value in it.ListFields():
+        current = pending.pop()
+        yield current
+        for field, value in current.ListFields():
             if field.message_type is not None:
                 pending.extend([value] if hasattr(value, "ListFields") else value)
 
 
-def _check_onnx(model: Any) -> None:
-    """Refuse what a graph written by `fastgan export` does not have.
+def _require_known_onnx(model: Any) -> None:
+    """Refuse a graph with anything that `fastgan export` does not write.
 
     Raises:
-        Unsafe: tensors in other files, operations of other domains, functions, training, control flow.
+        UntrustedFile: the graph has tensors in other files, unknown operations, functions, training or control flow.
     """
     for message in _messages(model):
         kind = message.DESCRIPTOR.name
         if kind in ("FunctionProto", "TrainingInfoProto", "SparseTensorProto", "StringStringEntryProto"):
             if kind == "StringStringEntryProto" and message.key == KEY:
                 continue
-            raise Unsafe(f"it has a {kind}, which no file of fastgan export has")
+            raise UntrustedFile(f"it has a {kind}, which no file of fastgan export has")
         if kind == "TensorProto" and message.data_location:
-            raise Unsafe("it names another file, external_data, to read weights from")
+            raise UntrustedFile("it reads weights from another file (external_data)")
         if kind == "AttributeProto" and (message.HasField("g") or message.graphs):
-            raise Unsafe(f"its attribute {message.name[:60]!r} holds a graph")
+            raise UntrustedFile(f"its attribute {message.name[:60]!r} holds a graph")
         if kind == "NodeProto" and (message.domain or message.op_type not in _ONNX_OPERATIONS):
-            raise Unsafe(f"it calls {message.domain[:30]}{':' * bool(message.domain)}{message.op_type[:60]}")
+            raise UntrustedFile(f"it calls {message.domain[:30]}{':' * bool(message.domain)}{message.op_type[:60]}")
 
 
 def _open_onnx(content: bytes, device: str) -> nn.Module:
@@ -267,7 +268,7 @@ def _open_onnx(content: bytes, device: str) -> nn.Module:
 
     if device != "cpu":
         raise ArgumentError("--device", device, "must be cpu for an ONNX file; other formats run on a GPU")
-    _check_onnx(_onnx_model(content))
+    _require_known_onnx(_onnx_model(content))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -277,14 +278,14 @@ def _open_onnx(content: bytes, device: str) -> nn.Module:
         given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(["images"], given)[0])
 
-    return Foreign(run, device, _onnx_meta(content).get("batch"))
+    return ExportedModule(run, device, _onnx_meta(content).get("batch"))
 
 
 # --- TorchScript ------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -292,16 +293,16 @@ def _silent() -> Iterator[None]:
 
 def _write_torchscript(generator: nn.Module, meta: Meta, batch: int | None) -> bytes:
     file = io.BytesIO()
-    with _silent(), torch.no_grad():  # torch deprecates TorchScript; the format is for those who still need it
-        script = torch.jit.trace(plain(generator, meta), inputs_of(meta, batch or 2), check_trace=False)
+    with _no_warnings(), torch.no_grad():  # TorchScript is deprecated
+        script = torch.jit.trace(inference_copy(generator, meta), example_inputs(meta, batch or 2), check_trace=False)
         torch.jit.save(torch.jit.freeze(script.eval()), file, _extra_files={KEY: json.dumps(meta)})
     return file.getvalue()
 
 
 def _open_torchscript(content: bytes, device: str) -> nn.Module:
-    with _silent():
+    with _no_warnings():
         script = torch.jit.load(io.BytesIO(content), map_location=device)
-    return Foreign(script, device, _archive_meta(content).get("batch"))
+    return ExportedModule(script, device, _archive_meta(content).get("batch"))
 
 
 FORMATS = {
@@ -318,64 +319,68 @@ FORMATS = {
 }
 
 
-def find(path: Path) -> Path | None:
-    """The exported file that `path` is or holds; None where it is no such thing: a run, a checkpoint, nothing.
+def find_export(path: Path) -> Path | None:
+    """The exported file that `path` is or holds; None if it is anything else: a run, a checkpoint, nothing.
 
     Raises:
-        ArgumentError: a file of another kind, a folder with several, or what may not be read.
+        ArgumentError: `path` is a file of another kind, a folder with several exports, or not readable.
     """
-    suffixes = [it.suffix for it in FORMATS.values()]
     try:
-        return _find(path, suffixes)
+        return _find_export(path)
     except PermissionError as error:
-        raise ArgumentError("RUN", str(path), f"must be one that can be read ({error.strerror})") from None
+        raise ArgumentError("RUN", str(path), f"must be readable ({error.strerror})") from None
 
 
-def _find(path: Path, suffixes: list[str]) -> Path | None:
+def _find_export(path: Path) -> Path | None:
+    suffixes = [format.suffix for format in FORMATS.values()]
     if path.is_file():
         if path.suffix not in suffixes:
             raise ArgumentError("RUN", str(path), f"must be a run, or a file that ends in {', '.join(suffixes)}")
         return path
     if not path.is_dir() or (path / "checkpoint.json").is_file() or (path / "checkpoints").is_dir():
         return None
-    loaded = [it.suffix for it in FORMATS.values() if it.loads]
-    for suffix in loaded:
-        if (path / f"model{suffix}").is_file():  # of several formats in one folder any does
+    loadable = [format.suffix for format in FORMATS.values() if format.loadable]
+    for suffix in loadable:
+        if (path / f"model{suffix}").is_file():  # the formats in one folder have the same generator
             return path / f"model{suffix}"
-    files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.name[0] != ".")
-    found = [file for file in files if file.suffix in loaded] or files
-    if len(found) > 1:
-        raise ArgumentError("RUN", str(path), f"must be one of its files; {', '.join(file.name for file in found)}")
-    return found[0] if found else None
+    exports = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.name[0] != ".")
+    candidates = [file for file in exports if file.suffix in loadable] or exports
+    if len(candidates) > 1:
+        names = ", ".join(file.name for file in candidates)
+        raise ArgumentError("RUN", str(path), f"must be one file; this folder has several ({names})")
+    return candidates[0] if candidates else None
 
 
 def read(file: Path, device: str = "cpu") -> tuple[nn.Module, Meta]:
-    """The module that computes images (see `Foreign`), and what the file says of it. Nothing in the file is executed.
+    """The module that computes images (`ExportedModule` or the network), and the metadata. No code is executed.
 
     Raises:
         ArgumentError: the file is damaged, was not written by fastgan, holds a program, or holds more than weights and
             a graph of known operations.
     """
-    it = _format_of(file)
-    if not it.loads:
-        loads = ", ".join(other.suffix for other in FORMATS.values() if other.loads)
-        use = it.opened_with.format(file=file.name)
-        why = f"a {it.suffix} file holds a program, which fastgan does not run. It may be a run, or a {loads} file"
-        raise ArgumentError("RUN", str(file), f"{why}; {use} opens this one, if you trust who made it")
+    format = _format_of(file)
+    if not format.loadable:
+        loadable = ", ".join(other.suffix for other in FORMATS.values() if other.loadable)
+        expression = format.opened_with.format(file=file.name)
+        problem = (
+            f"a {format.suffix} file holds a program, which fastgan does not run; use a run or a {loadable} file, or "
+            f"open this one with {expression} if you trust who made it"
+        )
+        raise ArgumentError("RUN", str(file), problem)
     with _described_errors(file):
         content = file.read_bytes()
         config = file.with_name("config.json")
-        if it.suffix == ".safetensors" and KEY.encode() not in content[: 8 + int.from_bytes(content[:8], "little")]:
+        if format.suffix == ".safetensors" and KEY.encode() not in content[: 8 + int.from_bytes(content[:8], "little")]:
             if config.is_file():  # written by save_pretrained
-                meta = _meta_of(json.loads(config.read_text()))
-                return _built(content, meta, device), meta
+                meta = _meta_of_config(json.loads(config.read_text()))
+                return _build_network(content, meta, device), meta
             if file.with_name("checkpoint.json").is_file():
-                raise ArgumentError("RUN", str(file), f"must be the checkpoint it belongs to, {file.parent}")
-        return it.open(content, device), it.meta(content)
+                raise ArgumentError("RUN", str(file), f"must be the checkpoint, {file.parent}, not a file in it")
+        return format.open(content, device), format.meta(content)
 
 
 def read_meta(file: Path) -> Meta:
-    """What an exported file of any format says of its generator; nothing but that description is parsed.
+    """The metadata of an exported file of any format; parses nothing else.
 
     Raises:
         ArgumentError: the file is damaged or was not written by fastgan.
@@ -384,39 +389,27 @@ def read_meta(file: Path) -> Meta:
         return _format_of(file).meta(file.read_bytes())
 
 
-def reopen(file: Path) -> tuple[nn.Module, Meta]:
-    """A file that this process has just written, opened by the library that its users open it with.
-
-    Raises:
-        ArgumentError: that library cannot.
-    """
-    it = _format_of(file)
-    with _described_errors(file):
-        content = file.read_bytes()
-        return it.open(content, "cpu"), it.meta(content)
-
-
 def _format_of(file: Path) -> Format:
-    return next(it for it in FORMATS.values() if it.suffix == file.suffix)
+    return next(format for format in FORMATS.values() if format.suffix == file.suffix)
 
 
 @contextlib.contextmanager
 def _described_errors(file: Path) -> Iterator[None]:
-    """Errors of a format's library as one line that names the file."""
-    name = next(name for name, it in FORMATS.items() if it.suffix == file.suffix)
+    """Turn errors of a format's library into one line that names the file."""
+    name = next(name for name, format in FORMATS.items() if format.suffix == file.suffix)
     try:
         yield
     except (ArgumentError, ModuleNotFoundError):
         raise
-    except Unsafe as error:
-        raise ArgumentError("RUN", str(file), f"it is not loaded, since it may not be trusted: {error}") from None
-    except Exception as error:  # each format's library has exceptions of its own for what is no file of it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArgumentError("RUN", str(file), f"must be a {name} file from fastgan export ({reason[:150]})") from None
+    except UntrustedFile as error:
+        raise ArgumentError("RUN", str(file), f"the file is not loaded, because it is not safe: {error}") from None
+    except Exception as error:  # each library has its own exceptions for a damaged file
+        problem = f"must be a {name} file from fastgan export ({first_line(error)})"
+        raise ArgumentError("RUN", str(file), problem) from None
 
 
-def is_config(file: Path) -> bool:
-    """Whether `file`, a config.json, is missing or a generator's, as `fastgan export` and `save_pretrained` write."""
+def may_replace_config(file: Path) -> bool:
+    """Whether config.json `file` is missing, or describes a generator as `fastgan export` and `save_pretrained` do."""
     if not file.exists():
         return True
     try:
@@ -425,9 +418,9 @@ def is_config(file: Path) -> bool:
         return False
     if not isinstance(config, dict) or not {"resolution", "latent"} <= config.keys():
         return False
-    return config.get("model") in list(models.MODELS)  # others' files have a "model" too
+    return config.get("model") in list(models.MODELS)  # other tools' files have a "model" too
 
 
-def _meta_of(config: dict[str, Any]) -> Meta:
-    """What a config.json of `save_pretrained` says."""
+def _meta_of_config(config: dict[str, Any]) -> Meta:
+    """Metadata from a config.json that `save_pretrained` wrote."""
     return {"networks": {"num_classes": 0, **config, "norm_g": config.get("norm", "batch")}}

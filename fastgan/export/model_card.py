@@ -24,19 +24,23 @@ _PAPERS = {
 
 
 def data_name(data: str) -> str:
-    """What a card may say of `--data`: its kind and the last part of its path, not where it lies on this machine."""
+    """`--data` as a card may show it: the kind and the last part of the path, without folders of this machine."""
     kind, colon, path = data.partition(":")
     return f"{kind}{colon}{Path(path).name}" if colon else Path(kind).name  # a prepared set may be a bare path
 
 
 def evaluations(run: Path, images: int | None, fingerprint: str | None = None) -> list[dict[str, Any]]:
-    """Rows of RUN/evaluation.jsonl that measured the generator at `images`: "metrics", "features" or None, n and other.
+    """Evaluations in RUN/evaluation.jsonl of the generator at `images` images seen.
 
-    other: the kind of the real images where they are not the training data, whose `fingerprint` is given; else None.
-    A later row of the same features, samples and real images replaces an earlier one; what is no such row is passed
-    over, as a line that a kill cut short.
+    Args:
+        fingerprint: fingerprint of the training data, if it is known.
+
+    Returns:
+        Dictionaries with "metrics", "features" (or None), "n" and "other", which names the real images if they were
+        not the training data, else None. Of rows with the same features, samples and real images the last one counts.
+        Lines that cannot be read, such as one cut short by a kill, are skipped.
     """
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     try:
         lines = (run / "evaluation.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -49,17 +53,20 @@ def evaluations(run: Path, images: int | None, fingerprint: str | None = None) -
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
         if metrics and seen == images:
-            features, beside = row.get("features"), row.get("fingerprint")
-            other = str(row.get("data")) if fingerprint and beside and beside != fingerprint else None
-            key = f"{features} {n} {sorted(metrics)} {beside}"
-            found[key] = {"metrics": metrics, "features": features, "n": n, "other": other}
-    return list(found.values())
+            features, real = row.get("features"), row.get("fingerprint")
+            other = str(row.get("data")) if fingerprint and real and real != fingerprint else None
+            key = f"{features} {n} {sorted(metrics)} {real}"
+            rows[key] = {"metrics": metrics, "features": features, "n": n, "other": other}
+    return list(rows.values())
 
 
-def _front(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The YAML block at the top."""
-    networks = meta["networks"]
-    name = meta.get("variant") or networks["model"]
+def _name(meta: dict[str, Any]) -> str:
+    return meta.get("variant") or meta["networks"]["model"]
+
+
+def _front_matter(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The YAML block at the top, with the evaluations as the hub's model-index."""
+    networks, name = meta["networks"], _name(meta)
     task = "unconditional-image-generation"
     values: dict[str, Any] = {
         "library_name": "fastgan",
@@ -68,85 +75,83 @@ def _front(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "tags": sorted({"gan", "image-generation", name, networks["model"]}),
     }
     if rows:
-        data = meta.get("data") or "unknown"
-        values["model-index"] = [
-            {
-                "name": f"{name} {networks['resolution']} px",
-                "results": [
-                    {
-                        "task": {"type": task},
-                        "dataset": {"name": row["other"] or data, "type": row["other"] or data},
-                        "metrics": [
-                            {"type": metric, "value": value, "name": f"{metric}, {row['features'] or 'no'} features"}
-                            for metric, value in row["metrics"].items()
-                        ],
-                    }
-                    for row in rows
-                ],
-            }
-        ]
+        results = []
+        for row in rows:
+            data = row["other"] or meta.get("data") or "unknown"
+            features = row["features"] or "no"
+            metrics = [
+                {"type": metric, "value": value, "name": f"{metric}, {features} features"}
+                for metric, value in row["metrics"].items()
+            ]
+            results.append({"task": {"type": task}, "dataset": {"name": data, "type": data}, "metrics": metrics})
+        values["model-index"] = [{"name": f"{name} {networks['resolution']} px", "results": results}]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _facts(meta: dict[str, Any]) -> list[tuple[str, str]]:
-    networks, images = meta["networks"], meta.get("images")
-    name = meta.get("variant") or networks["model"]
+    networks, images, name = meta["networks"], meta.get("images"), _name(meta)
     side = networks["resolution"]
     size = f"{side} x {side} pixels, " + ("gray" if networks["channels"] == 1 else "color")
     alpha = meta.get("alpha", 1.0)
     if alpha < 1:
-        size += f", in the middle of a growth: {alpha:.0%} of the newest level"
-    facts = [
+        size += f", fading in: the newest level has a weight of {alpha:.0%}"
+    return [
         ("Variant", f"{name} ({_PAPERS[name]})" if name in _PAPERS else name),
         ("Images", size),
         ("Latent", f"{networks['latent']} numbers, standard normal"),
         ("Classes", str(networks["num_classes"] or "none")),
         ("Trained on", meta.get("data") or "not recorded"),
         ("Trained for", f"{images / 1000:g} kimg (thousands of real images shown)" if images else "not recorded"),
-        ("Weights", meta.get("weights", "moving average of the generator's")),
+        ("Weights", meta.get("weights", "moving average of the generator's weights")),
         ("Batch", str(meta.get("batch") or "any")),
         ("License of the weights", meta.get("license") or "not stated; the training data may restrict their use"),
         ("Written by", f"fastgan {meta.get('version', '')}".strip()),
     ]
-    return facts
 
 
-def text(meta: dict[str, Any], files: list[str], rows: list[dict[str, Any]]) -> str:
-    """The card of the exported `files`, which lie beside it."""
+def render(meta: dict[str, Any], files: list[str], rows: list[dict[str, Any]]) -> str:
+    """The card, in Markdown, of the exported `files` beside it; `rows` as `evaluations` returns them."""
     networks = meta["networks"]
-    name = meta.get("variant") or networks["model"]
-    out = ["---", _front(meta, rows) + "---", "", _MARK, "", f"# {name}, {networks['resolution']} px", ""]
-    out += ["A generator of images, trained with fastgan.", "", "| | |", "| --- | --- |"]
-    out += [f"| {what} | {value} |" for what, value in _facts(meta)]
-    out += ["", "## Metrics", ""]
-    if rows:
-        out += ["| metric | value | features | samples |", "| --- | --- | --- | --- |"]
-        for row in rows:
-            beside = f", beside {row['other']}, not the training data" if row["other"] else ""
-            for metric, value in row["metrics"].items():
-                out.append(f"| {metric}{beside} | {value:.4g} | {row['features'] or ''} | {row['n']} |")
-        out += ["", "Measured by `fastgan evaluate`."]
-    else:
-        out.append("Not measured.")
-    out += ["", "## Use", "", "| file | opened with |", "| --- | --- |"]
-    formats = {it.suffix: it for it in FORMATS.values()}
-    for file in files:
-        out.append(f"| `{file}` | `{formats[Path(file).suffix].opened_with.format(file=file)}` |")
-    labels = ", and `labels`, int64 [N]" if networks["num_classes"] else ""
-    loaded = [file for file in files if formats[Path(file).suffix].loads]
-    if loaded:
-        images = f"images = fastgan.load({loaded[0]!r}).sample(16, seed=0)   # float32 [16, C, R, R] in [-1, 1]"
-        out += ["", "    import fastgan", f"    {images}"]
-    out += [
+    lines = [
+        "---",
+        _front_matter(meta, rows) + "---",
         "",
-        f"In other tools the inputs are `latent`, float32 [N, {networks['latent']}]{labels}; the output is `images`,",
-        "float32 [N, C, R, R], where -1 is black and 1 white"
-        + ("; clamp it, values may lie beyond." if networks["model"] == "pggan" else "."),
+        _MARK,
+        "",
+        f"# {_name(meta)}, {networks['resolution']} px",
         "",
     ]
-    return "\n".join(out)
+    lines += ["A generator of images, trained with fastgan.", "", "| | |", "| --- | --- |"]
+    lines += [f"| {label} | {value} |" for label, value in _facts(meta)]
+    lines += ["", "## Metrics", ""]
+    if rows:
+        lines += ["| metric | value | features | samples |", "| --- | --- | --- | --- |"]
+        for row in rows:
+            against = f" against {row['other']}, not the training data" if row["other"] else ""
+            for metric, value in row["metrics"].items():
+                lines.append(f"| {metric}{against} | {value:.4g} | {row['features'] or ''} | {row['n']} |")
+        lines += ["", "Measured by `fastgan evaluate`."]
+    else:
+        lines.append("Not measured.")
+    lines += ["", "## Use", "", "| file | opened with |", "| --- | --- |"]
+    formats = {format.suffix: format for format in FORMATS.values()}
+    for file in files:
+        lines.append(f"| `{file}` | `{formats[Path(file).suffix].opened_with.format(file=file)}` |")
+    labels = ", and `labels`, int64 [N]" if networks["num_classes"] else ""
+    loadable = [file for file in files if formats[Path(file).suffix].loadable]
+    if loadable:
+        images = f"images = fastgan.load({loadable[0]!r}).sample(16, seed=0)   # float32 [16, C, R, R] in [-1, 1]"
+        lines += ["", "    import fastgan", f"    {images}"]
+    lines += [
+        "",
+        f"In other tools, the inputs are `latent`, float32 [N, {networks['latent']}]{labels}; the output is `images`,",
+        "float32 [N, C, R, R], where -1 is black and 1 is white."
+        + (" Values may lie beyond: clamp them." if networks["model"] == "pggan" else ""),
+        "",
+    ]
+    return "\n".join(lines)
 
 
-def replaceable(path: Path) -> bool:
-    """Whether there is no file at `path`, or one of ours."""
+def may_replace(path: Path) -> bool:
+    """Whether `path` is missing, or is a card that fastgan wrote."""
     return not path.exists() or _MARK in path.read_text(encoding="utf-8", errors="replace")

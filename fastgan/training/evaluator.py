@@ -17,7 +17,7 @@ from fastgan.config import Config
 from fastgan.data import Source
 from fastgan.errors import ArgumentError
 from fastgan.evaluation.features import open_extractor
-from fastgan.evaluation.measure import Evaluation, choose, default_extractor
+from fastgan.evaluation.measure import Evaluation, choose_metrics, default_extractor
 from fastgan.generator import device_of, generate
 from fastgan.utils import counter_rng
 from fastgan.utils.files import write_atomic
@@ -111,10 +111,11 @@ class Evaluator:
             self.extractor = open_extractor(features or default_extractor(source), source.channels, device)
         except ArgumentError as error:
             if error.argument == "--features":
-                raise ArgumentError("--evaluate-features", features, error.problem) from None
+                raise error.renamed("--evaluate-features") from None
             raise
         try:
-            self._evaluation(source.resolution).check(source)  # every metric of a lower resolution is among these
+            # The last resolution has all metrics of the lower ones.
+            self._evaluation(source.resolution).require_enough_images(source)
         except ArgumentError as error:
             raise error.renamed("--evaluate-n" if error.argument == "--n" else error.argument) from None
 
@@ -125,8 +126,8 @@ class Evaluator:
         return cls(source, run.evaluate_n, run.evaluate_features, run.seed, device)
 
     def _evaluation(self, resolution: int) -> Evaluation:
-        # Sliced Wasserstein distances take longer than all other metrics together: patches are not cached.
-        metrics = [name for name in choose(None, self.extractor, self.source, resolution) if name != "swd"]
+        # Patches of real images are not cached, and cutting and sorting them takes longer than all the rest.
+        metrics = [name for name in choose_metrics(None, self.extractor, self.source, resolution) if name != "swd"]
         return Evaluation(metrics, self.extractor, self.n, self.seed, cache=cache_folder("evaluation"))
 
     def __call__(self, generator: nn.Module, meta: dict[str, Any]) -> dict[str, Any] | None:

@@ -43,10 +43,15 @@ class AtomicFile:
         self._digest.update(content)
         self.bytes += len(content)
 
-    def finish(self) -> File:
+    def flush(self) -> None:
+        """Force what was written to the disk, still under the hidden name."""
         with self._named():
             self._stream.flush()
             os.fsync(self._stream.fileno())
+
+    def finish(self) -> File:
+        self.flush()
+        with self._named():
             self._stream.close()
             os.replace(self._partial, self._file)
         self._finished = True

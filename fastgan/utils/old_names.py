@@ -1,4 +1,4 @@
-"""Names that flags and keys of files had in earlier versions; what has them stays readable."""
+"""Flags and keys of files whose names changed: files and command lines of earlier versions stay readable."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ RENAMED = {
 
 
 def current_names(content: Any) -> Any:
-    """A copy of what a JSON or YAML file holds, with keys of mappings, at any depth, as this version calls them."""
+    """A copy of the content of a JSON or YAML file, with the current names of all keys, at any depth."""
     if isinstance(content, dict):
         return {RENAMED.get(key, key): current_names(value) for key, value in content.items()}
     return [current_names(value) for value in content] if isinstance(content, list) else content
 
 
 def current_flags(argv: list[str]) -> list[str]:
-    """A command line with its flags, `--NAME` or `--NAME=VALUE`, as this version calls them."""
-    found = []
+    """A command line with the current names of its flags, `--NAME` or `--NAME=VALUE`."""
+    words = []
     for word in argv:
         flag, equals, value = word.partition("=")
         name = RENAMED.get(flag.removeprefix("--")) if flag.startswith("--") else None
-        found.append(f"--{name.replace('_', '-')}{equals}{value}" if name else word)
-    return found
+        words.append(f"--{name.replace('_', '-')}{equals}{value}" if name else word)
+    return words

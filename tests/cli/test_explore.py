@@ -1,11 +1,14 @@
-"""The page of `fastgan explore`: over HTTP, and in a real browser where there is one."""
+"""The page of `fastgan explore`: over HTTP, whom it refuses, and in a browser if there is one."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
+import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from PIL import Image
 from runs import make_run
 
 import fastgan
+from fastgan import explorer
 from fastgan.cli import explore
 
 pytest.importorskip("gradio", reason="extra explore: pip install 'fastgan[explore]'")
@@ -27,13 +31,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(run: Path) -> Iterator[Any]:
-    blocks = explore.launch(fastgan.load(run), explore._free_port(None))
-    yield blocks
-    blocks.close()
+def page(run: Path) -> Iterator[explorer.Server]:
+    server = explorer.Server(fastgan.load(run), explore._free_port(None))
+    yield server
+    server.close()
 
 
-def test_the_page_over_http(page: Any, run: Path) -> None:
+def test_the_page_over_http(page: explorer.Server, run: Path) -> None:
     from gradio_client import Client
 
     def ask(*values: float) -> np.ndarray:
@@ -41,7 +45,7 @@ def test_the_page_over_http(page: Any, run: Path) -> None:
             return np.asarray(image.convert("L"))
 
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
-    client = Client(page.local_url, verbose=False, analytics_enabled=False)
+    client = Client(page.url, verbose=False, analytics_enabled=False)
     first = ask(2, 5, 6, 0, 1, -1)
     # 2 x 2 images of 8 px, enlarged 32 times; the first channel, since two make no color.
     expected = ((fastgan.load(run).sample(4, seed=5)[:, 0] + 1) * 127.5).round().numpy()
@@ -53,14 +57,16 @@ def test_the_page_over_http(page: Any, run: Path) -> None:
     assert first.shape == (512, 512) and np.array_equal(ask(2, 5, 6, 0, 1, -1), first)
 
 
-def test_the_page_is_local_and_the_port_is_checked(page: Any, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert page.local_url.startswith("http://127.0.0.1:")
+def test_the_page_is_local_and_arguments_are_checked(
+    page: explorer.Server, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert page.url.startswith("http://127.0.0.1:")
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
     taken.listen()
     for argv, word in (
         ([str(run), "--port", "0"], "--port"),
-        ([str(run), "--port", str(taken.getsockname()[1])], "taken"),
+        ([str(run), "--port", str(taken.getsockname()[1])], "in use"),
         ([str(run), "--device", "tpu"], "--device"),
         ([str(run / "samples")], "RUN"),
     ):
@@ -70,24 +76,138 @@ def test_the_page_is_local_and_the_port_is_checked(page: Any, run: Path, capsys:
     taken.close()
 
 
-def test_truncation_is_off_where_it_would_do_nothing(tmp_path: Path) -> None:
+PORT = 7861
+
+
+@pytest.fixture(scope="module")
+def client(run: Path) -> Iterator[Any]:
+    from starlette.testclient import TestClient
+
+    with TestClient(explorer.application(fastgan.load(run), PORT), base_url=f"http://127.0.0.1:{PORT}") as client:
+        yield client
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "LocalHost"])
+def test_requests_of_this_machine_are_answered(host: str, client: Any) -> None:
+    address = f"{host}:{PORT}"
+    for headers in ({"Host": address}, {"Host": address, "Origin": f"http://{address}"}):
+        for path in ("/", "/config", "/gradio_api/info", "/theme.css"):
+            assert client.get(path, headers=headers).status_code == 200, (path, headers)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": f"attacker.example:{PORT}"},  # as after DNS rebinding
+        {"Host": f"localhost.attacker.example:{PORT}"},
+        {"Host": f"127.0.0.1.attacker.example:{PORT}"},
+        {"Host": f"user@localhost:{PORT}"},
+        {"Host": f"0.0.0.0:{PORT}"},
+        {"Host": "localhost"},
+        {"Host": f"localhost:{PORT + 1}"},
+        {"Host": ""},
+        {"Origin": "http://attacker.example"},
+        {"Origin": f"http://attacker.example:{PORT}"},
+        {"Origin": f"http://localhost:{PORT + 1}"},
+        {"Origin": f"https://localhost:{PORT}"},
+        {"Origin": "http://localhost"},
+        {"Origin": "null"},
+        {"Origin": ""},
+    ],
+    ids=str,
+)
+def test_requests_of_other_sites_are_refused(headers: dict[str, str], client: Any) -> None:
+    for method, path in (("GET", "/"), ("GET", "/config"), ("HEAD", "/"), ("POST", "/gradio_api/queue/join")):
+        assert client.request(method, path, headers=headers).status_code == 403, (method, path)
+    preflight = {**headers, "Access-Control-Request-Method": "POST"}
+    answer = client.options("/gradio_api/queue/join", headers=preflight)
+    assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+    assert client.get("/no/such/path", headers=headers).status_code == 403
+
+
+def test_two_host_headers_are_refused(client: Any) -> None:
+    hosts = [("Host", f"localhost:{PORT}"), ("Host", f"attacker.example:{PORT}")]
+    for headers in (hosts, hosts[::-1]):
+        assert client.get("/", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/upload", "/upload/", "/gradio_api/upload", "/gradio_api/upload?upload_id=x"])
+def test_uploads_are_refused(path: str, client: Any) -> None:
+    before = sorted(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"))
+    answer = client.post(path, files={"files": ("x.png", b"content")})
+    assert answer.status_code == 403 and answer.text == "uploads are refused\n"
+    assert client.get(path).status_code == 403
+    assert sorted(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*")) == before
+    assert client.post("/gradio_api/process_recording", files={"file": b"content"}).status_code == 403
+
+
+def test_refused_requests_do_not_reach_the_application() -> None:
+    """Neither HTTP requests nor websockets. Lifespan messages, from the server, do."""
+    seen: list[str] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["type"])
+
+    def sent(**scope: Any) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "websocket.connect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            messages.append(message)
+
+        asyncio.run(explorer.LocalOnly(inner, PORT)({"headers": [], "path": "/", **scope}, receive, send))
+        return messages
+
+    assert sent(type="websocket", headers=[(b"host", b"attacker.example")]) == [
+        {"type": "websocket.close", "code": 1008}
+    ]
+    assert sent(type="http")[0]["status"] == 403 and not seen
+    for kind in ("lifespan", "websocket", "http"):
+        assert not sent(type=kind, headers=[(b"host", b"localhost:7861")])
+    assert seen == ["lifespan", "websocket", "http"]
+    port_80 = explorer.LocalOnly(inner, 80)
+    assert "localhost" in port_80.hosts and "localhost:80" in port_80.hosts
+
+
+def test_temporary_pictures_are_private_and_removed_at_exit(run: Path, client: Any) -> None:
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and list(folder.rglob("*.png"))
+    code = f"""
+import os
+import fastgan
+from fastgan import explorer
+explorer.page(fastgan.load({str(run)!r}))
+folder = os.environ["GRADIO_TEMP_DIR"]
+assert [name for _, _, files in os.walk(folder) for name in files]
+print(folder)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(fastgan.__file__).parents[1]
+    )
+    other = Path(done.stdout.split()[-1])
+    assert other.name.startswith("fastgan-explore-") and other != folder and not other.exists()
+
+
+def test_truncation_is_disabled_if_it_has_no_effect(tmp_path: Path) -> None:
     trained = fastgan.load(make_run(tmp_path / "run", "pggan-4"))
-    sliders = {block.label: block for block in explore.page(trained).blocks.values() if getattr(block, "label", None)}
+    sliders = {block.label: block for block in explorer.page(trained).blocks.values() if getattr(block, "label", None)}
     assert sliders["truncation"].interactive is False and "normalizes" in sliders["truncation"].info
     assert sliders["class (-1: all)"].visible is False
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(page: Any, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(page: explorer.Server, tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on this machine: apt install chromium")
     flags = f"--headless --no-sandbox --disable-gpu --user-data-dir={tmp_path} --virtual-time-budget=20000".split()
-    done = subprocess.run([chromium, *flags, "--dump-dom", page.local_url], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([chromium, *flags, "--dump-dom", page.url], capture_output=True, text=True, timeout=120)
     for words in ("sagan at 12 kimg", "interpolation towards the second seed", "truncation", "second seed", "<img"):
         assert words in done.stdout, done.stderr[-500:]
     shot = tmp_path / "page.png"
     window = "--window-size=1200,900"
-    subprocess.run([chromium, *flags, window, f"--screenshot={shot}", page.local_url], timeout=120, check=True)
+    subprocess.run([chromium, *flags, window, f"--screenshot={shot}", page.url], timeout=120, check=True)
     with Image.open(shot) as image:
         assert image.size == (1200, 900) and len(image.convert("L").getcolors() or []) > 20

@@ -469,7 +469,7 @@ def test_sample_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     for argv, word in (
         ([str(tmp_path)], "RUN"),
         ([str(run), "--n", "0"], "--n"),
-        ([str(run), "--n", "1000000000000"], "or fewer: all are held in this machine's memory at once"),
+        ([str(run), "--n", "1000000000000"], "all images are in this machine's memory at once"),
         ([str(run), "--out", str(tmp_path / "x" / "y.png")], "--out"),
         ([str(run), "--out", "picture.jpg"], "--out"),
     ):
@@ -491,7 +491,7 @@ def test_more_samples_than_memory_holds(
     monkeypatch.setattr("fastgan.generator.generate", full)
     assert sample.main([str(run), "--n", "5"]) == 2
     said = capsys.readouterr().err
-    assert said == "fastgan: --n must be less, got 5; there is too little memory for all at once\n"
+    assert said == "fastgan: --n must be smaller, got 5; there is too little memory for all images\n"
 
 
 def test_a_run_that_ends_below_its_resolution_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -12,28 +12,35 @@ from stubs import Stub, draw
 from torch import Tensor
 
 from fastgan.evaluation import collect, ranks
-from fastgan.evaluation.collect import Collected, FeatureRows, discard, read_tensors, stream, write_tensors
+from fastgan.evaluation.collect import (
+    FeatureRows,
+    ImageStatistics,
+    collect_statistics,
+    read_tensors,
+    remove_partial,
+    write_tensors,
+)
 
 
-def empty(*metrics: str) -> Collected:
-    return Collected(set(metrics), Stub(), generated=True, channels=1, swd_images=8, seed=0)
+def empty(*metrics: str) -> ImageStatistics:
+    return ImageStatistics(set(metrics), Stub(), generated=True, channels=1, swd_images=8, seed=0)
 
 
-def collected(images: Callable[[Tensor], Tensor] = draw, total: int = 10, **changes: Any) -> Collected | None:
+def collected(images: Callable[[Tensor], Tensor] = draw, total: int = 10, **changes: Any) -> ImageStatistics | None:
     """Images in batches of 4."""
     settings: dict[str, Any] = {"batch": 4, "partial": None, "progress": lambda count: None, **changes}
-    return stream(lambda: empty("fid", "is"), images, total, **settings)
+    return collect_statistics(lambda: empty("fid", "is"), images, total, **settings)
 
 
 @pytest.fixture
 def every_batch_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock on which so much passes between two looks that writing has never taken a twentieth of it."""
+    """By a clock that advances so fast that writing never takes a twentieth of the time."""
     monkeypatch.setattr(collect.time, "monotonic", (100.0**i for i in itertools.count()).__next__)
 
 
 @pytest.fixture
 def rank_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Makes this process one rank of several, which finds the sums of the first alone."""
+    """Makes this process one rank of several; the first gets its own statistics only."""
 
     def be(rank: int, size: int) -> None:
         monkeypatch.setattr(ranks, "rank_and_size", lambda: (rank, size))
@@ -42,22 +49,22 @@ def rank_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return be
 
 
-def test_two_that_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace, tensors = os.replace, {"a": torch.ones(2)}
 
-    def beside(one: Path, other: Path) -> None:
+    def concurrently(one: Path, other: Path) -> None:
         monkeypatch.undo()
         monkeypatch.setattr(os, "getpid", lambda: 1)
         write_tensors(tensors, tmp_path / "cache")
         replace(one, other)
 
-    monkeypatch.setattr(os, "replace", beside)
+    monkeypatch.setattr(os, "replace", concurrently)
     write_tensors(tensors, tmp_path / "cache")
     assert read_tensors(tmp_path / "cache") is not None
     assert [file.name for file in tmp_path.iterdir()] == ["cache"]
 
 
-def test_what_cannot_be_read_is_none(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     write_tensors({"a": torch.arange(6).view(2, 3).T}, tmp_path / "whole")
     whole = read_tensors(tmp_path / "whole")
     assert whole is not None and torch.equal(whole["a"], torch.arange(6).view(2, 3).T)
@@ -67,7 +74,7 @@ def test_what_cannot_be_read_is_none(tmp_path: Path) -> None:
         assert read_tensors(tmp_path / name) is None
 
 
-def test_rows_are_those_of_the_first_images_in_their_order() -> None:
+def test_rows_are_of_the_first_images_in_order() -> None:
     one, other = FeatureRows(5), FeatureRows(5)
     one.update(torch.tensor([4, 5, 0]), torch.tensor([[4.0], [5.0], [0.0]]))
     other.update(torch.tensor([3, 6, 1, 2]), torch.tensor([[3.0], [6.0], [1.0], [2.0]]))
@@ -75,12 +82,12 @@ def test_rows_are_those_of_the_first_images_in_their_order() -> None:
     assert one.rows().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_either_metric_of_neighbors_keeps_rows() -> None:
+def test_kid_and_prdc_store_rows() -> None:
     assert empty("kid").rows is not None and empty("prdc").rows is not None and empty("fid").rows is None
 
 
-def test_ranks_that_had_no_images_add_nothing() -> None:
-    """Where there are fewer batches than ranks: how many classes there are is seen only with an image."""
+def test_ranks_without_images_add_nothing() -> None:
+    """With fewer batches than ranks: the number of classes is known only after an image."""
     for first in (True, False):
         one, other, whole = (empty("fid", "is", "kid", "swd") for _ in range(3))
         for kept in (one if first else other, whole):
@@ -92,32 +99,32 @@ def test_ranks_that_had_no_images_add_nothing() -> None:
 
 
 @pytest.mark.usefixtures("every_batch_is_stored")
-def test_progress_is_told_of_all_images_once(tmp_path: Path, rank_of: Callable[[int, int], None]) -> None:
-    told: list[int] = []
+def test_progress_counts_each_image_once(tmp_path: Path, rank_of: Callable[[int, int], None]) -> None:
+    counts: list[int] = []
 
     def failing(indices: Tensor) -> Tensor:
-        if len(told) == 3:
+        if len(counts) == 3:
             raise KeyboardInterrupt
         return draw(indices)
 
     with pytest.raises(KeyboardInterrupt):
-        collected(failing, partial=tmp_path / "p", progress=told.append)
-    assert told == [0, 4, 4]
-    told.clear()
-    assert collected(partial=tmp_path / "p", progress=told.append) is not None
-    assert told == [8, 2]
-    told.clear()
-    assert collected(partial=tmp_path / "p", progress=told.append) is not None  # the numbers were interrupted
-    assert told == [10]
-    told.clear()
+        collected(failing, partial=tmp_path / "p", progress=counts.append)
+    assert counts == [0, 4, 4]
+    counts.clear()
+    assert collected(partial=tmp_path / "p", progress=counts.append) is not None
+    assert counts == [8, 2]
+    counts.clear()
+    assert collected(partial=tmp_path / "p", progress=counts.append) is not None  # the metrics were interrupted
+    assert counts == [10]
+    counts.clear()
     rank_of(0, 2)
-    collected(progress=told.append)
-    assert told == [0, 8, 2]
+    collected(progress=counts.append)
+    assert counts == [0, 8, 2]
 
 
 @pytest.mark.usefixtures("every_batch_is_stored")
-def test_sums_of_other_ranks_are_not_taken_up(tmp_path: Path, rank_of: Callable[[int, int], None]) -> None:
-    """A rank of two has every other batch, whoever goes on."""
+def test_a_rank_does_not_resume_from_files_of_other_ranks(tmp_path: Path, rank_of: Callable[[int, int], None]) -> None:
+    """With two ranks each has every other batch; a run on one rank needs them all."""
     for rank, images in ((0, 6), (1, 4)):
         rank_of(rank, 2)
         drawn: list[int] = []
@@ -129,8 +136,8 @@ def test_sums_of_other_ranks_are_not_taken_up(tmp_path: Path, rank_of: Callable[
         collected(counting, partial=tmp_path / "p")
         assert len(drawn) == images
     assert sorted(file.name for file in tmp_path.iterdir()) == ["p.rank0of2", "p.rank1of2"]
-    discard(tmp_path / "p")
-    discard(tmp_path / "p")  # and where there is nothing
+    remove_partial(tmp_path / "p")
+    remove_partial(tmp_path / "p")  # and where there is nothing
     assert [file.name for file in tmp_path.iterdir()] == ["p.rank0of2"]
     rank_of(0, 1)
     whole = collected(partial=tmp_path / "p")

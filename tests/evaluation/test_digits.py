@@ -17,13 +17,13 @@ def real() -> tuple[Tensor, np.ndarray]:
     return torch.from_numpy(pixels).float() / 127.5 - 1, source.labels[::4]
 
 
-def test_classifier_is_accurate_and_leaves_the_random_state_alone() -> None:
+def test_classifier_is_accurate_and_does_not_change_the_random_state() -> None:
     classifier.cache_clear()
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    with torch.no_grad():  # as `report` calls it
+    with torch.no_grad():  # as in `report`
         network, accuracy = classifier()
-    assert 0.97 <= accuracy < 1  # as on what it was trained on
+    assert 0.97 <= accuracy < 1  # 1 would mean that it was trained on these
     assert torch.equal(torch.get_rng_state(), state)
     assert not network.training
     assert classifier()[0] is network  # trained once
@@ -31,20 +31,20 @@ def test_classifier_is_accurate_and_leaves_the_random_state_alone() -> None:
 
 def test_real_digits(real: tuple[Tensor, np.ndarray]) -> None:
     images, labels = real
-    said = report(images)
-    assert sum(said.counts) == len(images) and len(said.counts) == 10
-    assert said.confident > 0.9
+    result = report(images)
+    assert sum(result.counts) == len(images) and len(result.counts) == 10
+    assert result.confident > 0.9
     truth = np.bincount(labels, minlength=10)
-    assert np.abs(truth - said.counts).sum() <= 0.04 * len(images)
-    assert min(said.counts) > 0
-    assert str(said).startswith("10 of 10 digits, 9")
+    assert np.abs(truth - result.counts).sum() <= 0.04 * len(images)
+    assert min(result.counts) > 0
+    assert str(result).startswith("10 of 10 digits, 9")
 
 
 @pytest.mark.parametrize("digit", [0, 7])
 def test_one_digit(real: tuple[Tensor, np.ndarray], digit: int) -> None:
     images, labels = real
-    said = report(images[labels == digit])
-    assert said.counts[digit] >= 0.95 * (labels == digit).sum() and len(said.counts) == 10
+    result = report(images[labels == digit])
+    assert result.counts[digit] >= 0.95 * (labels == digit).sum() and len(result.counts) == 10
 
 
 def test_other_sizes_and_channels(real: tuple[Tensor, np.ndarray]) -> None:
@@ -52,18 +52,18 @@ def test_other_sizes_and_channels(real: tuple[Tensor, np.ndarray]) -> None:
     expected = report(images).counts
     large = torch.nn.functional.interpolate(images, scale_factor=2, mode="bilinear").expand(-1, 3, -1, -1)
     assert report(images.expand(-1, 3, -1, -1)) == report(images)
-    said = report(large)
-    assert sum(abs(a - b) for a, b in zip(said.counts, expected, strict=True)) <= 0.04 * len(images)
+    result = report(large)
+    assert sum(abs(a - b) for a, b in zip(result.counts, expected, strict=True)) <= 0.04 * len(images)
 
 
 def test_large_images_are_averaged_not_sampled() -> None:
     lines = torch.zeros(1, 1, 64, 64)
-    lines[:, :, ::4] = 1  # of four, between which one of sixteen would fall
+    lines[:, :, ::4] = 1  # one line of four; nearest-neighbor sampling would miss them
     assert _resize(lines)[0, 0, 1:-1] == pytest.approx(torch.full((14, 16), 0.25), abs=0.05)
 
 
-def test_it_is_trained_from_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are part of the name under which real images' sums are kept."""
+def test_training_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hash of its weights is in the name of the cache file of real images' statistics."""
     first: list[Tensor] = []
 
     class Stop(Exception):
@@ -81,13 +81,13 @@ def test_it_is_trained_from_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(first[0], first[1])
 
 
-def test_noise_is_not_taken_for_all_digits_with_confidence() -> None:
+def test_noise_is_not_classified_as_all_digits_with_confidence() -> None:
     images = torch.rand(400, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    said = report(images)
-    assert said.confident < 0.9 or max(said.counts) > 200
+    result = report(images)
+    assert result.confident < 0.9 or max(result.counts) > 200
 
 
-def test_report_reads_as_a_line() -> None:
+def test_report_as_text() -> None:
     assert str(DigitReport([5, 0, 1, 0, 0, 0, 0, 0, 0, 2], 0.875)) == (
         "3 of 10 digits, 87.5% confident, counts [5, 0, 1, 0, 0, 0, 0, 0, 0, 2]"
     )

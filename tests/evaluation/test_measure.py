@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from torch import Tensor
 
 from fastgan.data import Source, open_source
 from fastgan.errors import ArgumentError
-from fastgan.evaluation import collect, measure, neighbors
+from fastgan.evaluation import collect, compare, measure, neighbors
+from fastgan.evaluation.compare import expected_modes
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.frechet import Moments, frechet_distance
-from fastgan.evaluation.measure import Evaluation, choose, expected_modes
+from fastgan.evaluation.measure import Evaluation, choose_metrics
 from fastgan.evaluation.neighbors import density_coverage, precision_recall
 from fastgan.evaluation.similarity import PairSimilarity
+from fastgan.utils.system import cache_folder
 
 
 def silent(text: str) -> None:
-    """No warning, but for the one that `kid` of so few images as here has by right."""
+    """A `warn` that accepts only the warning of `kid` about the few images used here."""
     assert text.startswith("kid: every subset holds all "), text
 
 
@@ -40,14 +43,14 @@ def digits() -> Source:
 def evaluate(source: Source, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"metrics": ALL, "extractor": Stub(), "n": 300, **changes}
     images = settings.pop("draw", draw)
-    found = Evaluation(**settings)(images, source, 16, silent)
-    assert found is not None
-    return found
+    result = Evaluation(**settings)(images, source, 16, silent)
+    assert result is not None
+    return result
 
 
-def test_the_whole_against_each_part(digits: Source) -> None:
-    found = evaluate(digits)
-    assert found["images"] == {"generated": 300, "real": 1797, "neighbors": 300, "swd": 300, "ms_ssim_pairs": 150}
+def test_an_evaluation_equals_its_parts(digits: Source) -> None:
+    result = evaluate(digits)
+    assert result["images"] == {"generated": 300, "real": 1797, "neighbors": 300, "swd": 300, "ms_ssim_pairs": 150}
     extractor = Stub()
     fake = extractor(draw(torch.arange(300))).features
     order = np.random.default_rng(0).permutation(1797)
@@ -55,7 +58,7 @@ def test_the_whole_against_each_part(digits: Source) -> None:
     a, b = Moments(12), Moments(12)
     a.update(fake)
     b.update(real)
-    m = found["metrics"]
+    m = result["metrics"]
     assert m["frechet_distance"] == pytest.approx(frechet_distance(a, b), rel=1e-6)
     assert (m["precision"], m["recall"]) == pytest.approx(precision_recall(fake, real[:300]))
     assert (m["density"], m["coverage"]) == pytest.approx(density_coverage(fake, real[:300]))
@@ -63,29 +66,29 @@ def test_the_whole_against_each_part(digits: Source) -> None:
     assert 1 < m["class_score"] < 3 and m["swd"] == m["swd_level0"] > 0.05 and m["ms_ssim"] != m["ms_ssim_real"]
 
 
-def test_real_images_are_as_good_as_real_images(digits: Source) -> None:
+def test_real_images_against_themselves(digits: Source) -> None:
     def copy(indices: Tensor) -> Tensor:
         return torch.from_numpy(np.stack([digits.read(int(i), 16) for i in indices]))
 
     extractor = open_extractor("digits", 1)
-    metrics = choose(None, extractor, digits, 16)
+    metrics = choose_metrics(None, extractor, digits, 16)
     assert metrics == list(measure.METRICS)
     # The other two cost half a minute at this size.
     metrics = [name for name in metrics if name not in ("kid", "swd")]
-    found = Evaluation(metrics, extractor, 1797)(copy, digits, 16, silent)
-    assert found is not None
-    m = found["metrics"]
+    result = Evaluation(metrics, extractor, 1797)(copy, digits, 16, silent)
+    assert result is not None
+    m = result["metrics"]
     assert m["frechet_distance"] == pytest.approx(0, abs=1e-3)
     assert (m["precision"], m["recall"], m["coverage"]) == (1, 1, 1) and 0.9 < m["density"] < 1.3
     assert m["class_score"] > 9 and m["modes"] == m["modes_of"] == 10 and m["confident"] > 0.95 and m["kl"] < 1e-3
     assert m["ms_ssim"] == pytest.approx(m["ms_ssim_real"], abs=0.02)
 
 
-def test_few_images_are_warned_of(digits: Source) -> None:
-    told: list[str] = []
+def test_few_images_give_a_warning(digits: Source) -> None:
+    warnings: list[str] = []
     few = open_source("digits", 16)
-    Evaluation(["fid"], Stub(), 12)(draw, few, 16, told.append)
-    assert told == [
+    Evaluation(["fid"], Stub(), 12)(draw, few, 16, warnings.append)
+    assert warnings == [
         "fid: 12 generated images for 12 features: their covariance is singular, and the distance is biased upwards"
     ]
 
@@ -95,22 +98,24 @@ def test_few_images_are_warned_of(digits: Source) -> None:
         def __call__(self, images: Tensor) -> Any:
             return super().__call__(images)._replace(features=images.float().flatten(1).repeat(1, 8)[:, :1797])
 
-    told.clear()
-    Evaluation(["fid"], Wide(), 1800)(draw, few, 16, told.append)
-    assert len(told) == 1 and told[0].startswith("fid: 1,797 real images for 1,797 features: their covariance is sing")
+    warnings.clear()
+    Evaluation(["fid"], Wide(), 1800)(draw, few, 16, warnings.append)
+    assert len(warnings) == 1 and warnings[0].startswith(
+        "fid: 1,797 real images for 1,797 features: their covariance is sing"
+    )
 
 
-def test_few_images_for_subsets_and_tenths_are_warned_of(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    Evaluation(["kid", "is"], Stub(), 20)(draw, digits, 16, told.append)
-    assert [text.partition(":")[0] for text in told] == ["kid", "is"]
-    assert told[0].startswith("kid: every subset holds all 20 generated images: the deviation over subsets")
-    assert told[1].startswith("is: 20 generated images, 2 in a tenth, for 3 classes: the score is biased downwards")
-    told.clear()
-    Evaluation(["is"], Stub(), 30)(draw, digits, 16, told.append)
-    monkeypatch.setattr(measure.neighbors, "SUBSET", 10)
-    Evaluation(["kid"], Stub(), 11)(draw, digits, 16, told.append)
-    assert not told
+def test_few_images_for_subsets_and_tenths_give_a_warning(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    Evaluation(["kid", "is"], Stub(), 20)(draw, digits, 16, warnings.append)
+    assert [text.partition(":")[0] for text in warnings] == ["kid", "is"]
+    assert warnings[0].startswith("kid: every subset holds all 20 generated images, so the deviation over subsets")
+    assert warnings[1].startswith("is: 20 generated images, 2 in a tenth, for 3 classes: the score is biased downwards")
+    warnings.clear()
+    Evaluation(["is"], Stub(), 30)(draw, digits, 16, warnings.append)
+    monkeypatch.setattr(neighbors, "SUBSET", 10)
+    Evaluation(["kid"], Stub(), 11)(draw, digits, 16, warnings.append)
+    assert not warnings
 
 
 class Interrupted(Exception):
@@ -118,10 +123,10 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_an_interrupted_evaluation_goes_on(
+def test_an_interrupted_evaluation_resumes(
     after: int, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bits as one that was not, and no image is drawn twice but those of the batch under way."""
+    """The result is the same to the bit, and only images of the interrupted batch are drawn twice."""
     monkeypatch.setattr(collect, "_SAVE_SECONDS", 0.0)
     monkeypatch.setattr(collect.time, "monotonic", iter(range(10_000)).__next__)  # every batch is stored
     whole = evaluate(digits)
@@ -143,7 +148,7 @@ def test_an_interrupted_evaluation_goes_on(
             raise Interrupted
 
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(measure, "frechet_distance", fail)
+            patch.setattr(compare, "frechet_distance", fail)
             evaluate(digits, draw=failing, partial=tmp_path / ".evaluation")
 
     def counting(indices: Tensor) -> Tensor:
@@ -152,17 +157,17 @@ def test_an_interrupted_evaluation_goes_on(
 
     assert evaluate(digits, draw=counting, partial=tmp_path / ".evaluation") == whole
     assert drawn == list(range(300))
-    collect.discard(tmp_path / ".evaluation")
+    collect.remove_partial(tmp_path / ".evaluation")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_leftover_is_as_none(digits: Source, tmp_path: Path) -> None:
+def test_a_damaged_partial_file_is_ignored(digits: Source, tmp_path: Path) -> None:
     (tmp_path / "p.rank0of1").write_bytes(b"half a file")
     assert evaluate(digits, partial=tmp_path / "p") == evaluate(digits)
 
 
 class Counting(Source):
-    """Digits that count what is read, with a fingerprint of choice."""
+    """Digits that count reads, with a given fingerprint."""
 
     def __init__(self, inner: Source, fingerprint: str) -> None:
         super().__init__("counting", resolution=16, channels=1, labels=None, num_classes=0, fingerprint=fingerprint)
@@ -194,10 +199,10 @@ def test_real_images_are_read_once_per_data_features_and_size(digits: Source, tm
     assert source.reads == 2 * 1797
     files[0].write_bytes(files[0].read_bytes()[:1000])
     assert evaluate(source, **settings) == first and source.reads == 3 * 1797
-    assert len(list((tmp_path / "cache").iterdir())) == 3  # nothing half-written is left
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # no partial file is left
 
 
-def test_a_cache_that_cannot_be_written_is_told_before_the_images_are_read(
+def test_a_cache_that_cannot_be_written_is_reported_before_the_images_are_read(
     digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Counting(digits, "a" * 16)
@@ -208,17 +213,17 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_images_are_read(
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     evaluate(source, metrics=["fid"], cache=tmp_path)  # what is there already is used
-    with pytest.raises(ArgumentError, match=r"XDG_CACHE_HOME: was .* can be written \(Read-only file system"):
+    with pytest.raises(ArgumentError, match=r"XDG_CACHE_HOME must name a writable folder \(Read-only file system"):
         evaluate(source, metrics=["prdc"], cache=tmp_path)
     assert source.reads == 1797
 
 
 def test_memory_does_not_grow_with_the_number_of_images(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "KEPT", 50)
-    monkeypatch.setattr(collect, "PAIRED", 60)
+    monkeypatch.setattr(collect, "MAX_FEATURE_ROWS", 50)
+    monkeypatch.setattr(collect, "MAX_PAIRED", 60)
     sizes = []
     for n in (100, 1000):
-        kept = collect.Collected(set(ALL), Stub(), generated=True, channels=1, swd_images=20, seed=0)
+        kept = collect.ImageStatistics(set(ALL), Stub(), generated=True, channels=1, swd_images=20, seed=0)
         for part in torch.arange(n).split(50):
             kept.update(part, draw(part))
         assert kept.rows is not None and len(kept.rows.rows()) == 50
@@ -226,8 +231,8 @@ def test_memory_does_not_grow_with_the_number_of_images(digits: Source, monkeypa
     assert sizes[0] == sizes[1]
 
 
-def test_the_sums_of_other_real_images_have_another_name(digits: Source, tmp_path: Path) -> None:
-    """Of whatever they depend on: numbers of other images would be taken for these."""
+def test_statistics_of_other_real_images_have_another_name(digits: Source, tmp_path: Path) -> None:
+    """The name depends on everything that the statistics depend on."""
 
     def name(
         at: int = 16, metrics: tuple[str, ...] = ("fid",), total: int = 9, of: str = "data", **changes: Any
@@ -245,10 +250,10 @@ def test_the_sums_of_other_real_images_have_another_name(digits: Source, tmp_pat
         *(name(of="extractor", **change) for change in ({"name": "x"}, {"resize": "x"}, {"fingerprint": "f" * 16})),
     ]
     assert len(set(names)) == len(names) == 12 and name() == names[0]
-    assert name(metrics=("msssim",)) == name(metrics=("msssim",), of="extractor", name="x")  # of pixels alone
+    assert name(metrics=("msssim",)) == name(metrics=("msssim",), of="extractor", name="x")  # compares pixels only
 
 
-def test_reading_real_images_goes_on_where_it_was_interrupted(
+def test_reading_real_images_resumes_where_it_was_interrupted(
     digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collect.time, "monotonic", (100.0**i for i in itertools.count()).__next__)
@@ -269,37 +274,38 @@ def test_reading_real_images_goes_on_where_it_was_interrupted(
     assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
 
 
-def test_the_first_rank_says_whether_sums_are_stored_and_how_far_it_is(
+def test_the_first_rank_decides_on_the_cache_and_reports_progress(
     digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The cache may be on its own disk: ranks that looked for themselves would wait for each other."""
+    """The cache may be on a local disk: ranks that looked for themselves could disagree and wait for each other."""
     source = Counting(digits, "a" * 16)
     monkeypatch.setattr(measure.ranks, "rank_and_size", lambda: (1, 2))
     monkeypatch.setattr(measure.ranks, "broadcast", lambda value: True)
     evaluation = Evaluation(["fid"], Stub(), 12, cache=tmp_path, progress=True)
-    assert evaluation._real(source, 16, 0) is None and source.reads == 0
-    with evaluation._bar("images", 12) as advance:
+    new = partial(collect.ImageStatistics, extractor=Stub(), channels=1, swd_images=0, seed=0, generated=False)
+    assert evaluation._real_statistics(new, source, 16, 0).count == 0 and source.reads == 0
+    with evaluation._progress_bar("images", 12) as advance:
         advance(12)
     assert not capsys.readouterr().err
 
 
-def test_real_images_are_read_as_far_as_the_metrics_go(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "KEPT", 50)
-    monkeypatch.setattr(measure, "PAIRED", 60)
+def test_only_as_many_real_images_are_read_as_the_metrics_need(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MAX_FEATURE_ROWS", 50)
+    monkeypatch.setattr(measure, "MAX_PAIRED", 60)
     for metrics, reads in ((["prdc"], 60), (["is"], 0), (["fid"], 1797)):
         source = Counting(digits, "a" * 16)
         evaluate(source, metrics=metrics, n=32)
         assert source.reads == reads
 
 
-def test_where_the_sums_of_real_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", None):  # empty is as not set, by the XDG specification
         monkeypatch.delenv("XDG_CACHE_HOME") if value is None else monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert measure.cache_folder("evaluation") == tmp_path / ".cache" / "fastgan" / "evaluation"
+        assert cache_folder("evaluation") == tmp_path / ".cache" / "fastgan" / "evaluation"
 
 
-def test_a_full_disk_costs_the_cache_alone(
+def test_a_full_disk_costs_only_the_cache(
     digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings: dict[str, Any] = {"metrics": ["prdc"], "n": 20}
@@ -310,12 +316,12 @@ def test_a_full_disk_costs_the_cache_alone(
 
     monkeypatch.setattr(os, "fsync", full)
     assert evaluate(digits, cache=tmp_path, **settings) == plain
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "cannot be written (No space left on device)" in said[0]
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 1 and "cannot be written (No space left on device)" in output[0]
     assert not list(tmp_path.iterdir())
 
 
-def test_the_seed_is_of_every_choice_and_levels_are_averaged(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_is_used_everywhere_and_levels_are_averaged(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
 
     def distances(a: list[Tensor], b: list[Tensor], seed: int = 0) -> dict[int, float]:
@@ -331,15 +337,15 @@ def test_the_seed_is_of_every_choice_and_levels_are_averaged(digits: Source, mon
             seen.append((stream, seed, limit))
             super().__init__(seed, stream, limit)
 
-    monkeypatch.setattr(measure, "patch_distances", distances)
-    monkeypatch.setattr(measure.neighbors, "kernel_distance", kernel)
+    monkeypatch.setattr(compare, "patch_distances", distances)
+    monkeypatch.setattr(neighbors, "kernel_distance", kernel)
     monkeypatch.setattr(collect, "Patches", Seen)
     monkeypatch.setattr(measure, "_SWD_IMAGES", 9)
-    found = evaluate(digits, metrics=["kid", "swd"], n=12, seed=7)
+    result = evaluate(digits, metrics=["kid", "swd"], n=12, seed=7)
     assert set(seen) == {("directions", 7), ("subsets", 7, 12, 1797), ("generated", 7, 9), ("real", 7, 9)}
-    assert found["images"]["swd"] == 9
+    assert result["images"]["swd"] == 9
     kid = {"kernel_distance": 0.5, "kernel_distance_std": 0.25}
-    assert found["metrics"] == {**kid, "swd": 2.0, "swd_level0": 1.0, "swd_level1": 3.0}
+    assert result["metrics"] == {**kid, "swd": 2.0, "swd_level0": 1.0, "swd_level1": 3.0}
     few = Counting(digits, "a" * 16)
     monkeypatch.setattr(Counting, "__len__", lambda self: 6)
     assert evaluate(few, metrics=["swd"], n=12)["images"]["swd"] == 6
@@ -347,19 +353,19 @@ def test_the_seed_is_of_every_choice_and_levels_are_averaged(digits: Source, mon
     assert evaluate(digits, metrics=["swd"], n=12)["images"]["swd"] == 5
 
 
-def test_numbers_of_images_are_the_documented_ones() -> None:
+def test_numbers_of_images_are_as_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    said = [row.split("|")[2:] for row in text.splitlines() if re.match(r"\| `(kid|prdc|swd|msssim)` ", row)]
-    kid, prdc, swd, msssim = (" ".join(cells) for cells in said)
-    assert f"subsets of {neighbors.SUBSET:,} " in kid and f"{collect.KEPT:,} of each" in kid
-    assert f"{collect.KEPT:,} of each" in prdc and f"{collect.PAIRED:,} of each" in msssim
+    documented = [row.split("|")[2:] for row in text.splitlines() if re.match(r"\| `(kid|prdc|swd|msssim)` ", row)]
+    kid, prdc, swd, msssim = (" ".join(cells) for cells in documented)
+    assert f"subsets of {neighbors.SUBSET:,} " in kid and f"{collect.MAX_FEATURE_ROWS:,} of each" in kid
+    assert f"{collect.MAX_FEATURE_ROWS:,} of each" in prdc and f"{collect.MAX_PAIRED:,} of each" in msssim
     assert f"{measure._SWD_IMAGES:,} of each" in swd and "over 2 GB" in swd and measure._SWD_BYTES == 2 * 2**30
 
 
 @pytest.mark.parametrize("batch", [8, 16])
-def test_pairs_are_of_so_many_images_whatever_the_batch(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "PAIRED", 20)
-    kept = collect.Collected({"msssim"}, None, generated=True, channels=1, swd_images=0, seed=0)
+def test_the_number_of_pairs_does_not_depend_on_the_batch(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "MAX_PAIRED", 20)
+    kept = collect.ImageStatistics({"msssim"}, None, generated=True, channels=1, swd_images=0, seed=0)
     for part in torch.arange(41).split(batch):  # one image without a pair
         kept.update(part, draw(part))
     direct = PairSimilarity()
@@ -368,7 +374,7 @@ def test_pairs_are_of_so_many_images_whatever_the_batch(batch: int, monkeypatch:
     assert kept.similarity.result() == pytest.approx(direct.result(), rel=1e-6)
 
 
-def test_no_features_are_computed_for_metrics_of_pixels(digits: Source) -> None:
+def test_pixel_metrics_compute_no_features(digits: Source) -> None:
     extractor = Stub()
     assert set(evaluate(digits, extractor=extractor, metrics=["msssim"])["metrics"]) == {"ms_ssim", "ms_ssim_real"}
     assert extractor.images == 0
@@ -376,21 +382,23 @@ def test_no_features_are_computed_for_metrics_of_pixels(digits: Source) -> None:
 
 def test_choice_of_metrics(digits: Source) -> None:
     stub, faces = Stub(), Counting(digits, "c" * 16)
-    assert choose(None, stub, faces, 16) == ["fid", "kid", "is", "prdc", "swd", "msssim"]
-    assert choose(None, stub, faces, 8) == ["fid", "kid", "is", "prdc", "swd"]
-    assert choose(["prdc", "fid"], stub, faces, 16) == ["fid", "prdc"]
-    assert choose(["swd"], stub, faces, 7) == ["swd"]
-    stub.scores = False
-    assert "is" not in choose(None, stub, faces, 16)
-    for name, resolution, said in (
-        ("is", 16, "--features stub gives no classes of an image"),
-        ("msssim", 8, "images of 11 px or more, and these have 8"),
-        ("swd", 4, "images of 7 px or more, and these have 4"),
+    assert choose_metrics(None, stub, faces, 16) == ["fid", "kid", "is", "prdc", "swd", "msssim"]
+    assert choose_metrics(None, stub, faces, 8) == ["fid", "kid", "is", "prdc", "swd"]
+    assert choose_metrics(["prdc", "fid"], stub, faces, 16) == ["fid", "prdc"]
+    assert choose_metrics(["swd"], stub, faces, 7) == ["swd"]
+    stub.has_class_score = False
+    assert "is" not in choose_metrics(None, stub, faces, 16)
+    for name, resolution, reason in (
+        ("is", 16, "--features stub does not classify whole images"),
+        ("msssim", 8, "images of at least 11 px, these have 8 px"),
+        ("swd", 4, "images of at least 7 px, these have 4 px"),
         ("modes", 16, "it needs --features digits and --data digits or stacked-digits"),
-        ("lpips", 16, "it may be fid, kid, is, prdc, swd, msssim, modes, separated by commas"),
     ):
-        with pytest.raises(ArgumentError, match=f"--metrics '{name}': .*{said}"):
-            choose([name], stub, faces, resolution)
+        with pytest.raises(ArgumentError, match=f"--metrics '{name}': cannot be computed here: .*{reason}"):
+            choose_metrics([name], stub, faces, resolution)
+    known = "fid, kid, is, prdc, swd, msssim, modes, separated by commas"
+    with pytest.raises(ArgumentError, match=f"--metrics must be {known}, got 'lpips'"):
+        choose_metrics(["lpips"], stub, faces, 16)
     for name, least in (("prdc", 6), ("fid", 2), ("kid", 2), ("msssim", 2)):
         with pytest.raises(ArgumentError, match=f"--n must be at least {least} for {name}, got {least - 1}"):
             Evaluation([name], stub, least - 1)(draw, digits, 16, silent)
@@ -408,17 +416,17 @@ def test_expected_modes() -> None:
     assert expected[273].item() == pytest.approx(thousands[0][2] * thousands[1][7] * thousands[2][3])
 
 
-def test_two_ranks_find_what_one_process_finds(digits: Source, tmp_path: Path) -> None:
+def test_two_ranks_give_the_numbers_of_one_process(digits: Source, tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, stubs.__file__, str(tmp_path / "found.json")]
+    command = [sys.executable, stubs.__file__, str(tmp_path / "result.json")]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
     ]
     assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
-    two = json.loads((tmp_path / "found.json").read_text())
+    two = json.loads((tmp_path / "result.json").read_text())
     one = evaluate(digits, n=600)
     assert two["images"] == one["images"]
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-8, abs=1e-10)

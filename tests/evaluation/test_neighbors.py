@@ -35,7 +35,7 @@ def test_kernel_distance_is_the_unbiased_estimate() -> None:
     assert mean == pytest.approx(direct, rel=1e-9) and deviation == pytest.approx(0, abs=1e-9)
 
 
-def test_subsets_of_the_kernel_distance_are_a_hundred_of_a_thousand_or_of_the_smaller_set() -> None:
+def test_kernel_distance_has_100_subsets_of_at_most_1000() -> None:
     x, y = normal(60, 2, 0), normal(40, 2, 1)
     assert kernel_distance(x, y) == kernel_distance(x, y, subsets=100) != kernel_distance(x, y, subsets=10)
     assert kernel_distance(y, x, subsets=10)[1] > 0
@@ -43,7 +43,7 @@ def test_subsets_of_the_kernel_distance_are_a_hundred_of_a_thousand_or_of_the_sm
     assert kernel_distance(x, y, subsets=2)[1] == pytest.approx(0, abs=1e-12)
 
 
-def test_kernel_distance_of_one_distribution_is_about_zero_and_repeats() -> None:
+def test_kernel_distance_of_one_distribution_is_about_zero_and_reproducible() -> None:
     x, y = normal(1500, 4, 2), normal(1300, 4, 3)
     mean, deviation = kernel_distance(x, y, subsets=20)
     assert abs(mean) < 3 * deviation
@@ -69,7 +69,7 @@ def test_density_and_coverage(shift: float) -> None:
     assert 0 < coverage < 1
 
 
-def test_balls_hold_what_lies_on_their_edge() -> None:
+def test_balls_include_their_boundary() -> None:
     """Whole numbers on a line: the fifth neighbor of 0 is at 5, and so is an image that was generated there."""
     real = torch.arange(6.0)[:, None]
     density, coverage = density_coverage(torch.tensor([[-5.0], [99.0]]), real)
@@ -79,13 +79,13 @@ def test_balls_hold_what_lies_on_their_edge() -> None:
 
 
 def test_density_far_from_zero() -> None:
-    """Where float32 would lose the distances."""
+    """float32 would round the distances away."""
     fake, real = ((x * 2**10).round() / 2**10 for x in (normal(60, 3, 9), normal(70, 3, 10)))
     near = density_coverage(fake, real)
     assert density_coverage(fake + 2**12, real + 2**12) == pytest.approx(near, abs=1e-12)
 
 
-def test_a_copy_of_few_is_precise_and_covers_little() -> None:
+def test_copies_of_few_images_are_precise_and_cover_little() -> None:
     real = normal(200, 4, 8)
     fake = real[:5].repeat(40, 1)
     assert precision_recall(fake, real)[0] == 1.0
@@ -93,6 +93,6 @@ def test_a_copy_of_few_is_precise_and_covers_little() -> None:
     assert density_coverage(fake, real)[1] < 0.3
 
 
-def test_density_needs_neighbors() -> None:
-    with pytest.raises(ValueError, match="real: had 5 vectors; 6 or more have 5 neighbors"):
+def test_density_needs_enough_vectors() -> None:
+    with pytest.raises(ValueError, match="real must have at least 6 vectors for 5 neighbors, got 5"):
         density_coverage(normal(9, 2, 0), normal(5, 2, 0))

@@ -53,20 +53,20 @@ def test_symmetric_and_reproducible() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_further_apart_is_larger() -> None:
+def test_distance_grows_with_the_difference() -> None:
     a = random(200, 8)
     distances = [sliced_wasserstein(a, random(200, 8, seed=1) * scale) for scale in (1.0, 2.0, 4.0)]
     assert distances == sorted(distances) and distances[0] < 0.3 * distances[2]
 
 
-def test_images_are_flattened_and_any_dtype_is_taken() -> None:
+def test_images_are_flattened_and_every_dtype_works() -> None:
     a, b = random(10, 3, 2, 2), random(10, 3, 2, 2, seed=1)
     assert sliced_wasserstein(a, b) == sliced_wasserstein(a.flatten(1), b.flatten(1))
     assert sliced_wasserstein(a.double(), b.double()) == pytest.approx(sliced_wasserstein(a, b), rel=1e-6)
 
 
-def test_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"b must be \(4, 2\), as a, got shape \(3, 2\)"):
+def test_shapes_must_be_equal() -> None:
+    with pytest.raises(ValueError, match=r"b must have shape \(4, 2\), as a has, got \(3, 2\)"):
         sliced_wasserstein(torch.zeros(4, 2), torch.zeros(3, 2))
 
 
@@ -103,8 +103,8 @@ def test_levels_and_their_memory(size: int, levels: int) -> None:
     assert sum(level.numel() * 4 for level in cut) == 2 * bytes_of_patches(size, 1)
 
 
-def test_patches_are_cut_from_everywhere_and_belong_to_their_image() -> None:
-    """Images whose pixels say where they are."""
+def test_patches_cover_the_image_and_depend_on_its_index() -> None:
+    """With images whose pixel values are positions."""
     ramp = (torch.arange(16)[:, None] * 16 + torch.arange(16)).to(torch.uint8)
     images = ramp.expand(40, 1, 16, 16).clone()
     patches = Patches(3, "real", limit=100)
@@ -126,8 +126,8 @@ def test_patches_are_cut_from_everywhere_and_belong_to_their_image() -> None:
     assert torch.equal(later.levels()[0], patches.levels()[0])
 
 
-def test_patches_are_cut_elsewhere_for_each_seed_set_level_and_image() -> None:
-    """What two sets have in common would be taken for likeness of their images."""
+def test_positions_differ_between_seeds_streams_levels_and_images() -> None:
+    """Equal positions in two sets would make their images look more alike."""
 
     def left(seed: int, stream: str, size: int) -> torch.Tensor:
         """Left edges of the patches of two images, float32 [2, 128]."""
@@ -141,7 +141,7 @@ def test_patches_are_cut_elsewhere_for_each_seed_set_level_and_image() -> None:
         assert abs(torch.corrcoef(torch.stack([one[0], other]))[0, 1]) < 0.4
 
 
-def test_patches_of_one_color_are_at_no_distance() -> None:
+def test_patches_of_one_color_have_distance_zero() -> None:
     flat, other = torch.full((2, 128, 1, 7, 7), 9.0), torch.full((2, 128, 1, 7, 7), 200.0)
     assert patch_distances([flat], [other]) == {0: 0.0}
 
@@ -158,7 +158,7 @@ def direct_distance(a: np.ndarray, b: np.ndarray, directions: np.ndarray) -> flo
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_distance_of_patches_against_scipy(seed: int) -> None:
-    """No two seeds have a set of directions in common."""
+    """Different seeds use different directions."""
     a, b = random(3, 128, 2, 7, 7) * 5 + 1, random(3, 128, 2, 7, 7, seed=1) ** 3 - 2
     directions = []
     for repeat in range(4):

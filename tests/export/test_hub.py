@@ -37,7 +37,7 @@ def test_save_pretrained_and_from_pretrained(case: str, tmp_path: Path) -> None:
     assert loaded.sample(2).shape == (2, networks["channels"], networks["resolution"], networks["resolution"])
 
 
-def test_from_pretrained_reads_an_export_and_misses_no_weight(tmp_path: Path) -> None:
+def test_from_pretrained_reads_an_export_and_requires_all_weights(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     run = make_run(tmp_path / "run", "pggan-fading")

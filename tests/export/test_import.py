@@ -18,6 +18,7 @@ from torch import Tensor
 import fastgan
 from fastgan.cli import export, import_
 from fastgan.errors import ArgumentError
+from fastgan.export import pytorch_gan_zoo
 
 WIDTHS, LATENT, CHANNELS = [12, 12, 10, 6], 9, 3
 
@@ -39,7 +40,7 @@ def zoo_state(widths: list[int], seed: int, inner: str = "module.") -> dict[str,
 
 
 def zoo_forward(state: dict[str, Tensor], z: Tensor, alpha: float, equalized: bool = True) -> Tensor:
-    """Its generator by hand: `alpha` is the share of the lower resolution."""
+    """Independent implementation of its generator; `alpha` is the share of the lower resolution."""
 
     def apply(name: str, x: Tensor) -> Tensor:
         w, b = (state[f"{name}.module.{part}"] for part in ("weight", "bias"))
@@ -67,7 +68,7 @@ def zoo_forward(state: dict[str, Tensor], z: Tensor, alpha: float, equalized: bo
 
 
 def save(path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool = False, **parts: Any) -> Path:
-    """A checkpoint as that repository saves it: its settings are an object of its class, which is not there later."""
+    """A checkpoint as that repository saves it: its settings are an object of a class that does not exist here."""
     settings = {
         "leakyReluLeak": 0.2,
         "perChannelNormalization": True,
@@ -94,7 +95,7 @@ def save(path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool = False, **pa
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 @pytest.mark.parametrize("equalized", [True, False])
 @pytest.mark.parametrize("widths", [WIDTHS, WIDTHS[:2], WIDTHS[:1]], ids=["32px", "8px", "4px"])
-def test_images_are_those_of_the_original(
+def test_images_equal_the_original(
     alpha: float, equalized: bool, widths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = zoo_state(widths, 2)
@@ -121,22 +122,22 @@ def test_an_import_is_sampled_and_exported(tmp_path: Path, monkeypatch: pytest.M
     assert import_.main([str(file), "--out", str(out)]) == 0
     assert "imported from celeba.pth" in (tmp_path / "README.md").read_text()
     assert export.main([str(out), "--format", "onnx", "--out", str(tmp_path)]) == 0
-    found = [fastgan.load(path).sample(3, seed=1) for path in (out, tmp_path / "model.onnx")]
-    torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+    images = [fastgan.load(path).sample(3, seed=1) for path in (out, tmp_path / "model.onnx")]
+    torch.testing.assert_close(*images, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("inner", ["", "module."])
-def test_names_of_older_files_and_no_average(
+def test_names_in_older_files_and_a_missing_average(
     inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = zoo_state(WIDTHS, 4)
     renamed = {f"module.{name.replace('module.', inner)}": value for name, value in state.items()}
     file = save(tmp_path / "x.pth", monkeypatch, netG=renamed)
     assert import_.main([str(file), "--out", str(tmp_path / "out")]) == 0
-    assert "no average" in capsys.readouterr().err
+    assert "no moving average" in capsys.readouterr().err
     z = torch.randn(2, LATENT)
-    found = fastgan.load(tmp_path / "out").module(z)
-    torch.testing.assert_close(found, zoo_forward(state, z, 0.0), atol=1e-4, rtol=1e-4)
+    images = fastgan.load(tmp_path / "out").module(z)
+    torch.testing.assert_close(images, zoo_forward(state, z, 0.0), atol=1e-4, rtol=1e-4)
 
 
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,14 +167,14 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_of_the_users_own_is_not_replaced(
+def test_a_config_of_another_tool_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
     file = save(tmp_path / "x.pth", monkeypatch)
     assert import_.main([str(file), "--out", str(tmp_path / "out")]) == 2
-    assert "config.json is not fastgan's" in capsys.readouterr().err
+    assert "config.json was not written by fastgan" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
@@ -189,9 +190,9 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     trace = tmp_path / "executed"
     file = save(tmp_path / "x.pth", monkeypatch, tmp=Bomb(trace))
     with pytest.raises(ArgumentError, match="FILE"):
-        import_.load(file)
+        pytorch_gan_zoo.read(file)
     plain = tmp_path / "y.pth"
     plain.write_bytes(pickle.dumps(Bomb(trace)))
     with pytest.raises(ArgumentError, match="FILE"):
-        import_.load(plain)
+        pytorch_gan_zoo.read(plain)
     assert not trace.exists()

@@ -1,4 +1,4 @@
-"""Runs with a checkpoint that nobody trained, for what reads trained generators."""
+"""Runs with the checkpoint of an untrained generator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from fastgan import checkpoint, models
 
 SIZES = {"channels": 2, "latent": 6, "width": 8, "max_width": 16, "fmap_base": 2048, "fmap_max": 32, "num_classes": 0}
-# pggan at its first stage, fading, and grown: 32 px takes the fused form of a change of scale.
+# pggan at its first stage, while fading in, and fully grown: 32 px uses the fused change of scale.
 CASES: dict[str, dict[str, Any]] = {
     "mlp": {"model": "mlp", "resolution": 8},
     "dcgan": {"model": "dcgan", "resolution": 8, "norm_g": "batch"},
@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def build(case: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A generator whose statistics and gains are not those of a new one, and its networks."""
+    """A generator whose statistics and gains differ from their initial values, and its arguments of `models.build`."""
     networks = {**SIZES, **CASES[case]}
     alpha = networks.pop("alpha", 1.0)
     torch.manual_seed(3)
@@ -42,8 +42,8 @@ def build(case: str) -> tuple[nn.Module, dict[str, Any]]:
 
 def make_run(path: Path, case: str = "dcgan", data: str = "folder:/home/me/photos", ema: float = 0.9) -> Path:
     generator, networks = build(case)
-    stood = {"fingerprint": "own"}  # where its pipeline stood
-    meta = {"version": "0", "variant": networks["model"], "networks": networks, "images": 12_000, "data": stood}
+    pipeline = {"fingerprint": "own"}  # state of the data pipeline
+    meta = {"version": "0", "variant": networks["model"], "networks": networks, "images": 12_000, "data": pipeline}
     checkpoint.save(path, meta, dict(generator.state_dict()), {"random": {"rank0": torch.zeros(1)}}, 1)
     config = {"schema": 1, "variant": "dcgan", "data": {"data": data}, "optimizer": {"ema_decay": ema}}
     (path / "config.yaml").write_text(yaml.safe_dump(config))

@@ -1,8 +1,8 @@
-"""A quick extractor, quick images, and one rank of an evaluation, for tests that are about neither.
+"""A fast extractor, fast images, and one rank of an evaluation.
 
     python stubs.py OUT
 
-is one rank of an evaluation that writes its result to OUT.
+runs one rank of an evaluation, whose result is written to OUT.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Stub(Extractor):
     dimension = 12
     resize = "means of blocks, to 4 px"
     fingerprint = "0123456789abcdef"
-    scores = True
+    has_class_score = True
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -46,18 +46,18 @@ class Stub(Extractor):
 
 
 def draw(indices: Tensor) -> Tensor:
-    """Blurred noise, of (0, index) alone: uint8 [n, 1, 16, 16]."""
+    """Blurred noise that depends only on the index: uint8 [n, 1, 16, 16]."""
     small = counter_rng.uniform(0, "test", indices, 64).view(-1, 1, 8, 8)
     return (F.interpolate(small, scale_factor=2.0, mode="bilinear") * 255).round().to(torch.uint8)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    world = rendezvous.join("cpu")
-    found = Evaluation(ALL, Stub(), 600)(draw, open_source("digits", 16), 16, lambda text: None)
-    if world.main:
-        Path(sys.argv[1]).write_text(json.dumps(found))
-    assert (found is None) == (world.rank > 0)
+    group = rendezvous.join("cpu")
+    result = Evaluation(ALL, Stub(), 600)(draw, open_source("digits", 16), 16, lambda text: None)
+    if group.main:
+        Path(sys.argv[1]).write_text(json.dumps(result))
+    assert (result is None) == (group.rank > 0)
     rendezvous.stop()
 
 

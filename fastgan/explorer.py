@@ -1,0 +1,178 @@
+"""A local web page to explore a trained generator, by gradio."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgan.errors import ArgumentError
+from fastgan.generator import TrainedGenerator, device_of, generate, great_circle
+from fastgan.utils import counter_rng
+
+MIN_SIDE = 512  # pixels of the picture's side; small images are enlarged by repetition, without blur
+MAX_SEED = 9999
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_UPLOAD_ROUTES = ("upload", "process_recording")
+
+
+def picture(
+    trained: TrainedGenerator, columns: int, seed: int, other: int, share: float, truncation: float, label: int
+) -> np.ndarray:
+    """A grid of `columns` x `columns` images, uint8 [S, S] or [S, S, 3].
+
+    Args:
+        seed, other: image i lies between latent i of `seed` and latent i of `other`.
+        share: position on the great circle between the two, 0 to 1.
+        truncation: factor of the latents.
+        label: class of all images; -1: image i has class i mod `num_classes`. Not used without classes.
+    """
+    index = torch.arange(columns**2, device=device_of(trained.module))
+    latent = counter_rng.normal(int(seed), "sample", index, trained.latent)
+    if share > 0 and int(other) != int(seed):
+        end = counter_rng.normal(int(other), "sample", index, trained.latent)
+        latent = great_circle(latent, end, torch.tensor(share))
+    if trained.truncates:
+        latent = latent * truncation
+    labels = None
+    if trained.num_classes:
+        labels = index % trained.num_classes if label < 0 else torch.full_like(index, int(label))
+    images = generate(trained.module, latent, labels, trained.meta["networks"]["resolution"])
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+    c, r = pixels.shape[1:3]
+    grid = pixels.view(columns, columns, c, r, r).permute(0, 3, 1, 4, 2).reshape(columns * r, columns * r, c)
+    scale = max(1, MIN_SIDE // (columns * r))
+    grid = grid.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    return (grid if c == 3 else grid[..., 0]).numpy()
+
+
+@functools.cache
+def _gradio() -> Any:
+    """gradio, which contacts no other host, and keeps its pictures in a private folder until this process ends."""
+    # gradio reads these when it is imported.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="fastgan-explore-")
+    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
+    import gradio
+
+    return gradio
+
+
+def page(trained: TrainedGenerator) -> Any:
+    """The page, a `gradio.Blocks`. Its function has the API name `/picture`."""
+    gradio = _gradio()
+
+    def draw(*values: Any) -> np.ndarray:
+        columns, *rest = values
+        return picture(trained, int(columns), *rest)
+
+    networks = trained.meta["networks"]
+    size = networks["resolution"]
+    classes = trained.num_classes
+    with gradio.Blocks(title=f"fastgan: {trained}", analytics_enabled=False) as blocks:
+        gradio.Markdown(f"## {trained}, {size} px")
+        with gradio.Row():
+            with gradio.Column(scale=1):
+                most = max(1, min(8, 1024 // size))
+                columns = gradio.Slider(1, most, min(4, most), step=1, label="columns")
+                seed = gradio.Slider(0, MAX_SEED, 0, step=1, label="seed")
+                other = gradio.Slider(0, MAX_SEED, 1, step=1, label="second seed")
+                share = gradio.Slider(0.0, 1.0, 0.0, step=0.01, label="interpolation towards the second seed")
+                why = None if trained.truncates else "pggan normalizes its latents: truncation has no effect"
+                truncation = gradio.Slider(
+                    0.05, 1.0, 1.0, step=0.05, label="truncation", info=why, interactive=trained.truncates
+                )
+                label = gradio.Slider(-1, max(0, classes - 1), -1, step=1, label="class (-1: all)", visible=classes > 0)
+            with gradio.Column(scale=2):
+                first = draw(min(4, most), 0, 1, 0.0, 1.0, -1)
+                image = gradio.Image(value=first, label="images", format="png", buttons=["download", "fullscreen"])
+        inputs = [columns, seed, other, share, truncation, label]
+        gradio.on([it.change for it in inputs], draw, inputs, image, api_name="picture", show_progress="hidden")
+    return blocks
+
+
+Scope = MutableMapping[str, Any]
+Channel = Callable[..., Awaitable[Any]]
+
+
+class LocalOnly:
+    """ASGI middleware that answers 403 to requests of other sites, and to uploads, before the application sees them.
+
+    A page of another site can make the user's browser send requests to this machine: then Origin names that site, or,
+    after DNS rebinding, Host does.
+    """
+
+    def __init__(self, app: Callable[[Scope, Channel, Channel], Awaitable[None]], port: int) -> None:
+        self.app = app
+        self.hosts = {f"{name}:{port}" for name in _LOCAL_NAMES} | (set(_LOCAL_NAMES) if port == 80 else set())
+
+    async def __call__(self, scope: Scope, receive: Channel, send: Channel) -> None:
+        if scope["type"] == "lifespan" or self._refusal(scope) is None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            headers = [(b"content-type", b"text/plain; charset=utf-8")]
+            await send({"type": "http.response.start", "status": 403, "headers": headers})
+            await send({"type": "http.response.body", "body": f"{self._refusal(scope)}\n".encode()})
+
+    def _refusal(self, scope: Scope) -> str | None:
+        hosts = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
+        origins = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"origin"]
+        if len(hosts) != 1 or hosts[0] not in self.hosts:
+            return "the Host header must name this machine and this port"
+        if not {origin.removeprefix("http://") for origin in origins} <= self.hosts:
+            return "requests of other sites are refused"
+        if scope["path"].rstrip("/").rpartition("/")[2] in _UPLOAD_ROUTES:
+            return "uploads are refused"
+        return None
+
+
+def application(trained: TrainedGenerator, port: int) -> LocalOnly:
+    """The ASGI application of the page, for a server on 127.0.0.1:`port`."""
+    gradio = _gradio()
+    import fastapi
+
+    # gradio's own theme loads its fonts from another host.
+    theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])
+    app = fastapi.FastAPI(openapi_url=None)
+    gradio.mount_gradio_app(app, page(trained), "/", "127.0.0.1", port, ssr_mode=False, theme=theme)
+    return LocalOnly(app, port)
+
+
+class Server:
+    """The page on 127.0.0.1, served by a thread from the start of this object until `close`."""
+
+    def __init__(self, trained: TrainedGenerator, port: int) -> None:
+        import uvicorn
+
+        config = uvicorn.Config(
+            application(trained, port), "127.0.0.1", port, log_level="warning", timeout_graceful_shutdown=1
+        )
+        self.url = f"http://127.0.0.1:{port}/"
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise ArgumentError("--port", port, "must be a free port; the page could not be served")
+            time.sleep(0.02)
+
+    def wait(self) -> None:
+        while self._thread.is_alive():  # a join without a timeout cannot be interrupted on Windows
+            self._thread.join(1)
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
