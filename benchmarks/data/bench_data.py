@@ -41,7 +41,7 @@ from fastgan.config import Config, batch_at, replace
 from fastgan.config.variants import VARIANTS
 from fastgan.data.images import area_average
 from fastgan.data.loading import dali
-from fastgan.data.loading.gather import Rows
+from fastgan.data.loading.gather import RowGatherer
 from fastgan.data.source import Encoded, Source
 from fastgan.training.distributed import process_group
 from fastgan.training.trainer import Trainer
@@ -252,8 +252,8 @@ class Bench:
         array = self.array(resolution, 200)
         whole = np.array(array)
         order = data.Sampler(len(array), seed=0)
-        mapped = Rows(shards(array))
-        memory = Rows([whole])
+        mapped = RowGatherer(shards(array))
+        memory = RowGatherer([whole])
         calls = [order.indices(range(at, at + batch)) for at in range(0, len(array) - batch, batch)]
         at = [0]
 

@@ -65,7 +65,7 @@ def _source(asked: Evaluate, config: Config, networks: dict[str, Any]) -> Source
     channels, resolution = networks["channels"], networks["resolution"]
     try:
         source = open_source(spec, config.schedule.resolution, channels, config.run.seed)
-        source.check_resolution(resolution)
+        source.require_resolution(resolution)
     except ArgumentError as error:
         if error.argument == "--channels":
             mode = "1 channel" if channels == 1 else f"{channels} channels"

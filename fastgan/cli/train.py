@@ -258,7 +258,7 @@ def _open_source(config: Config, world: ProcessGroup) -> Source:
             found = spot_check(source.manifest, config.schedule.resolution)
             if found is not None:
                 path = str(source.manifest.path)
-                raise ArgumentError("--data", path, f"{found.name} {found.what}; copy the set to this host anew")
+                raise ArgumentError("--data", path, f"{found.name} {found.problem}; copy the set to this host anew")
     except ArgumentError as error:
         source, fault = None, error
     same(world, {"--data": str(fault) if source is None else f"{len(source)} images, {source.fingerprint}"})

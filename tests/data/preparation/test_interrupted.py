@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 from published import noise, save, save_broken
 
-from fastgan.data.preparation.archives import Zip
-from fastgan.data.preparation.prepare import Settings, prepare
-from fastgan.data.preparation.unfinished import Unfinished
-from fastgan.data.prepared import is_prepared, read_manifest
+from fastgan.data.preparation.archives import ZipCollection
+from fastgan.data.preparation.prepare import prepare
+from fastgan.data.preparation.settings import Settings
+from fastgan.data.preparation.state import PreparationState
+from fastgan.data.prepared.manifest import is_prepared, read_manifest
 from fastgan.errors import ArgumentError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are followed through /proc, and forked")
@@ -167,12 +168,12 @@ def test_interrupted_by_hand_it_says_how_to_go_on(photos: Path, whole: dict[str,
             break
         shutil.rmtree(dst)
     assert process.returncode == 130
-    assert (tmp_path / "said").read_text().endswith("fastgan: interrupted; the same command goes on\n")
+    assert (tmp_path / "said").read_text().endswith("fastgan: interrupted; run the same command again to continue\n")
     # Other settings, another source and another order are refused, and what was done stays.
     kept = contents(dst / "cache")
     other = run(photos, dst, "--quality", "90")
     assert other.returncode == 2
-    assert f"--quality 90: {dst} was begun with 95; delete it to begin anew" in other.stderr
+    assert f"--quality 90: {dst} was started with 95; delete it to start again" in other.stderr
     new = save(photos / "a" / "new.png", noise(128, 128, 3))
     more = run(photos, dst)
     new.unlink()
@@ -203,7 +204,7 @@ def test_two_at_once_are_refused(photos: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGSTOP)
         second = run(photos, dst)
         assert second.returncode == 2
-        assert f"DST {str(dst)!r}: another prepare is at work on it" in second.stderr
+        assert f"DST {str(dst)!r}: another prepare is writing to it" in second.stderr
     finally:
         process.kill()
         process.wait(timeout=30)
@@ -221,7 +222,7 @@ def test_full_disk(photos: Path, whole: dict[str, bytes], tmp_path: Path) -> Non
         assert failed.returncode == 2
         (line,) = [line for line in failed.stderr.splitlines() if line.startswith("fastgan:")]
         assert line.startswith(f"fastgan: DST {str(dst)!r}: it cannot be written ({dst}/encoded/")
-        assert ".tar: File too large" in line and "the same command goes on" in line
+        assert ".tar: File too large" in line and "run the same command again to continue" in line
         assert not is_prepared(dst)
         assert not list(dst.rglob("0128/*.tar"))
     done = run(photos, dst, "--workers", "2")
@@ -245,16 +246,16 @@ def test_a_source_that_vanishes_is_not_skipped(tmp_path: Path, phase: str, monke
     for i in range(9):
         save(tmp_path / "photos" / f"{i}.png", noise(8, 8, seed=i))
     dst = tmp_path / "set"
-    write = Unfinished.write
+    write = PreparationState.write
 
-    def vanish(state: Unfinished, kind: str, number: int, content: object) -> None:
+    def vanish(state: PreparationState, kind: str, number: int, content: object) -> None:
         write(state, kind, number, content)
         if (kind, number) == (phase, 1):
             (tmp_path / "photos").rename(tmp_path / "away")
             (tmp_path / "photos").mkdir()
 
     with monkeypatch.context() as patched:
-        patched.setattr(Unfinished, "write", vanish)
+        patched.setattr(PreparationState, "write", vanish)
         with pytest.raises(ArgumentError, match=r"6\.png.* cannot be read now .No such file or directory"):
             prepare(str(tmp_path / "photos"), dst, Settings(per_shard=3), workers=1)
     assert not is_prepared(dst)
@@ -266,10 +267,10 @@ def test_a_source_that_vanishes_is_not_skipped(tmp_path: Path, phase: str, monke
 def test_a_source_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK\5\6" + bytes(18))
 
-    def broken(self: Zip) -> Iterator[object]:
+    def broken(self: ZipCollection) -> Iterator[object]:
         raise OSError(5, "Input/output error", str(tmp_path / "a.zip"))
 
-    monkeypatch.setattr(Zip, "_rows", broken)
+    monkeypatch.setattr(ZipCollection, "_members", broken)
     with pytest.raises(ArgumentError, match=r"SRC 'zip a.zip': it cannot be read \(.*a.zip: Input/output error"):
         prepare(str(tmp_path / "a.zip"), tmp_path / "set", workers=1)
     assert not (tmp_path / "set").exists()

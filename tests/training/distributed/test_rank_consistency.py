@@ -99,7 +99,7 @@ def test_a_copy_that_is_not_what_its_manifest_says_is_found(tmp_path: Path) -> N
     content[-1] ^= 1
     file.write_bytes(content)
     found = spot_check(manifest, 8)
-    assert found is not None and manifest.path / found.name == file and "has been changed" in found.what
+    assert found is not None and manifest.path / found.name == file and "has been changed" in found.problem
     assert spot_check(manifest, 4) is None  # what is not read does not matter
     assert spot_check(manifest, 8, limit=file.stat().st_size - 1) is None
 
