@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class Encoded(NamedTuple):
     exact: bool = False
 
 
+@dataclass(eq=False, repr=False)
 class Source(ABC):
     """A fixed set of images, each readable at every power of two from 4 px to the target resolution. Thread-safe.
 
@@ -47,26 +49,15 @@ class Source(ABC):
         skipped: (file, reason) of files that are not usable images.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        resolution: int,
-        channels: int,
-        labels: np.ndarray | None,
-        num_classes: int,
-        fingerprint: str,
-        path: Path | None = None,
-        skipped: Iterable[tuple[str, str]] = (),
-    ) -> None:
-        self.name = name
-        self.path = path
-        self.channels = channels
-        self.resolution = resolution
-        self.labels = labels
-        self.num_classes = num_classes
-        self.fingerprint = fingerprint
-        self.skipped = list(skipped)
+    name: str
+    _: KW_ONLY
+    resolution: int
+    channels: int
+    labels: np.ndarray | None
+    num_classes: int
+    fingerprint: str
+    path: Path | None = None
+    skipped: Sequence[tuple[str, str]] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -85,6 +76,9 @@ class Source(ABC):
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         self.require_resolution(resolution)
+        return self._read(index, resolution)
+
+    def _read(self, index: int, resolution: int) -> np.ndarray:
         return area_average(self._target(index), resolution)
 
     def arrays(self, resolution: int) -> list[np.ndarray] | None:
@@ -173,7 +167,7 @@ class FileSource(Source):
         num_classes: int,
         resolution: int,
         channels: int,
-        skipped: Iterable[tuple[str, str]] = (),
+        skipped: Sequence[tuple[str, str]] = (),
         kinds: dict[tuple[str, str, bool], str] | None = None,
         checksums: dict[str, int] | None = None,
     ) -> None:

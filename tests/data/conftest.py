@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastgan.data.preparation.output import OutputFormat
 from fastgan.data.preparation.shards import ShardWriter, read_index
 from fastgan.data.prepared.manifest import (
     LABELS,
@@ -46,20 +47,11 @@ def write_set(
     if len(ends) > 2:
         ends[1] -= 1
     shards, files = [], {}
+    output = OutputFormat(resolutions, cached, images.shape[1], encoding)
     offsets: dict[int, list[np.ndarray]] = {r: [] for r in resolutions if r not in cached}
     for number, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
         shards.append(Shard(first, end - first))
-        with ShardWriter(
-            folder,
-            number,
-            first,
-            end - first,
-            channels=images.shape[1],
-            resolutions=resolutions,
-            cached=cached,
-            encoding=encoding,
-            quality=95,
-        ) as writer:
+        with ShardWriter(folder, number, first, end - first, output) as writer:
             for i in range(first, end):
                 writer.add(images[i], None if labels is None else int(labels[i]))
             files |= writer.commit()

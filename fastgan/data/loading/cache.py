@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -47,21 +46,12 @@ class MappedStore(PrefetchingStore):
 
     Args:
         arrays: uint8 [n, C, r, r] each, in order.
-        device: of the batches.
-        pool: runs the gathering thread.
-        indices_of: the images of a request.
+        prefetching: the arguments of `PrefetchingStore`.
     """
 
-    def __init__(
-        self,
-        arrays: list[np.ndarray],
-        device: torch.device,
-        pool: Executor,
-        indices_of: Callable[[BatchRequest], np.ndarray],
-    ) -> None:
-        super().__init__(indices_of)
+    def __init__(self, arrays: list[np.ndarray], *prefetching: Any) -> None:
+        super().__init__(*prefetching)
         self._rows = RowGatherer(arrays)
-        self._device, self._pool = device, pool
         self._without_disk = 0  # batches since the last that waited for the disk
 
     def take(self, request: BatchRequest, indices: np.ndarray, device_indices: torch.Tensor) -> torch.Tensor:

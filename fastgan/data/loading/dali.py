@@ -10,8 +10,7 @@ import importlib
 import io
 import sys
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgan.data.images import area_average, decode, decode_problem, first_line
-from fastgan.data.loading.image_store import BatchRequest, PrefetchingStore, counted
+from fastgan.data.loading.image_store import BatchRequest, DecodingStore, counted
 from fastgan.data.source import Encoded, Source
 from fastgan.errors import ArgumentError
 
@@ -67,33 +66,22 @@ def unsupported_reason(source: Source, resolution: int) -> str:
     return missing()
 
 
-class DaliStore(PrefetchingStore):
+class DaliStore(DecodingStore):
     """Decodes the image files of a source with DALI. `unsupported_reason` must be "".
 
     Args:
         source: the images.
         resolution: px.
-        device: of the batches; on CUDA, DALI decodes there.
-        pool: threads that read the files.
         workers: number of DALI's threads.
-        indices_of: the images of a request.
+        prefetching: the arguments of `PrefetchingStore`. The pool reads the files; DALI decodes on the device.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        resolution: int,
-        device: torch.device,
-        pool: Executor,
-        workers: int,
-        indices_of: Callable[[BatchRequest], np.ndarray],
-    ) -> None:
-        super().__init__(indices_of)
+    def __init__(self, source: Source, resolution: int, workers: int, *prefetching: Any) -> None:
+        super().__init__(source, resolution, workers, *prefetching)
+        device = self._device
         files = source.encoded(resolution)
         assert files is not None
         self._files: Encoded = files
-        self._source, self._resolution, self._device = source, resolution, device
-        self._pool, self._workers = pool, workers
         # A DALI pipeline belongs to one thread, whose current device must be set: it is the first GPU otherwise.
         on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._runner = ThreadPoolExecutor(1, "fastgan-dali", *on_device)

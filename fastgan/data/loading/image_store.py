@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from fastgan.data.source import Source
 
 
 class BatchRequest(NamedTuple):
@@ -93,10 +95,17 @@ class Prefetcher:
 
 
 class PrefetchingStore(ImageStore):
-    """A store that prepares the next batch while one is used."""
+    """A store that prepares the next batch while one is used.
 
-    def __init__(self, indices_of: Callable[[BatchRequest], np.ndarray]) -> None:
+    Args:
+        indices_of: the images of a request.
+        pool: runs the work.
+        device: of the batches.
+    """
+
+    def __init__(self, indices_of: Callable[[BatchRequest], np.ndarray], pool: Executor, device: torch.device) -> None:
         self._prefetcher = Prefetcher(self._start, indices_of)
+        self._pool, self._device = pool, device
 
     @abstractmethod
     def _start(self, indices: np.ndarray) -> list[Future[Any]]:
@@ -104,6 +113,21 @@ class PrefetchingStore(ImageStore):
 
     def drop(self) -> None:
         self._prefetcher.drop()
+
+
+class DecodingStore(PrefetchingStore):
+    """A store that decodes the images of each batch.
+
+    Args:
+        source: the images.
+        resolution: px.
+        workers: number of decoding threads.
+        prefetching: the arguments of `PrefetchingStore`.
+    """
+
+    def __init__(self, source: Source, resolution: int, workers: int, *prefetching: Any) -> None:
+        super().__init__(*prefetching)
+        self._source, self._resolution, self._workers = source, resolution, workers
 
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:

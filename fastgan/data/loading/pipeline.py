@@ -46,22 +46,11 @@ class Batch(NamedTuple):
     positions: torch.Tensor
 
 
-def open(
-    source: Source | str,
-    resolution: int,
-    batch: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    *,
-    mirror: bool = False,
-    pipeline: Kind = "auto",
-    workers: int = 0,
-    resident_bytes: int | None = None,
-    target: int | None = None,
-) -> Pipeline:
-    """Open the batches of `source` for one rank.
+class Pipeline:
+    """Batches by position: the same call gives the same batch, whatever was requested before.
+
+    `fastgan.data.open` is another name of this class. Iteration continues from `position` without end, across the ends
+    of epochs.
 
     Args:
         source: from `open_source`, or a value of `--data`.
@@ -83,57 +72,47 @@ def open(
         ArgumentError: the source cannot be opened or does not have the resolution, `pipeline` cannot make its images
             up to the target, or an argument is out of range.
     """
-    if workers < 0:
-        raise ArgumentError("--workers", workers, "must be at least 0; 0 is a share of the cores, at most 8")
-    if resident_bytes is not None and resident_bytes < 0:
-        raise ArgumentError("resident_bytes", resident_bytes, "must be at least 0")
-    if pipeline not in KINDS:
-        raise ArgumentError("--pipeline", pipeline, f"must be {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-    rank_positions(0, max(world, 1) if batch is None else batch, rank, world)  # raises if an argument is out of range
-    if isinstance(source, str):
-        source = open_source(source, target or resolution)
-    source.require_resolution(resolution)
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        # With its index, as the current device of another thread may be another one.
-        device = torch.device("cuda", torch.cuda.current_device())
-    if resident_bytes is None:
-        resident_bytes = 2**30 if device.type != "cuda" else torch.cuda.mem_get_info(device)[0] // 4
-    threads = workers or _decoding_threads()
-    return Pipeline(source, resolution, batch, seed, rank, world, device, mirror, pipeline, threads, resident_bytes)
-
-
-class Pipeline:
-    """Batches by position: the same call gives the same batch, whatever was requested before. See `open`.
-
-    Iteration continues from `position` without end, across the ends of epochs.
-    """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | str,
         resolution: int,
-        batch: int | None,
-        seed: int,
-        rank: int,
-        world: int,
-        device: torch.device,
-        mirror: bool,
-        pipeline: Kind,
-        workers: int,
-        resident_bytes: int,
+        batch: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        *,
+        mirror: bool = False,
+        pipeline: Kind = "auto",
+        workers: int = 0,
+        resident_bytes: int | None = None,
+        target: int | None = None,
     ) -> None:
-        self.source = source
-        self.device = device
-        self.mirror = mirror
-        self.batch_size = batch
-        self.position = 0
+        if workers < 0:
+            raise ArgumentError("--workers", workers, "must be at least 0; 0 is a share of the cores, at most 8")
+        if resident_bytes is not None and resident_bytes < 0:
+            raise ArgumentError("resident_bytes", resident_bytes, "must be at least 0")
+        if pipeline not in KINDS:
+            raise ArgumentError("--pipeline", pipeline, f"must be {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        rank_positions(0, max(world, 1) if batch is None else batch, rank, world)  # raises if one is out of range
+        self.source = open_source(source, target or resolution) if isinstance(source, str) else source
+        self.source.require_resolution(resolution)
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            # With its index, as the current device of another thread may be another one.
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        if resident_bytes is None:
+            resident_bytes = 2**30 if self.device.type != "cuda" else torch.cuda.mem_get_info(self.device)[0] // 4
+        self.mirror, self.batch_size, self.position = mirror, batch, 0
         self._rank, self._world = rank, world
-        self._requested, self._workers, self._resident_bytes = pipeline, workers, resident_bytes
-        self._sampler = Sampler(len(source), seed)
-        self._select(source.resolution)  # refuses now what would fail when the run reaches its target
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fastgan-data")
-        self._labels = None if source.labels is None else torch.from_numpy(source.labels).to(device)
+        self._requested, self._resident_bytes = pipeline, resident_bytes
+        self._sampler = Sampler(len(self.source), seed)
+        self._select(self.source.resolution)  # refuses now what would fail when the run reaches its target
+        self._workers = workers or _decoding_threads()
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fastgan-data")
+        labels = self.source.labels
+        self._labels = None if labels is None else torch.from_numpy(labels).to(self.device)
         # The decoded set at the target resolution, on the host; lower resolutions are computed from it.
         self._decoded: np.ndarray | None = None
         self.resolution = resolution
@@ -287,15 +266,16 @@ class Pipeline:
         source = self.source
         self.kind = self._select(resolution)
         kind = self.kind[0]
+        prefetching = self._indices, self._pool, self.device
         if kind == "dali":
-            return dali.DaliStore(source, resolution, self.device, self._pool, self._workers, self._indices)
+            return dali.DaliStore(source, resolution, self._workers, *prefetching)
         if kind == "torch":
-            return ThreadedStore(source, resolution, self.device, self._pool, self._workers, self._indices)
+            return ThreadedStore(source, resolution, self._workers, *prefetching)
         arrays = source.arrays(resolution)
         if arrays is not None:
             # On the CPU the page cache is in memory already, and shared by all ranks of the machine.
             if self.device.type == "cpu" or self._bytes(resolution) > self._resident_bytes:
-                return MappedStore(arrays, self.device, self._pool, self._indices)
+                return MappedStore(arrays, *prefetching)
             return ResidentStore(upload_all(arrays, self.device))
         if self._decoded is None and self._bytes(source.resolution) <= self._resident_bytes:
             self._decoded = self._decode(source.resolution)
@@ -317,6 +297,9 @@ class Pipeline:
         for _ in self._pool.map(fill, range(len(source))):
             pass
         return out
+
+
+open = Pipeline
 
 
 def fade(images: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:

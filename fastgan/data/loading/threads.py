@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastgan.data.loading.image_store import BatchRequest, PrefetchingStore, counted, upload
-from fastgan.data.source import Source
+from fastgan.data.loading.image_store import BatchRequest, DecodingStore, counted, upload
 
 
-class ThreadedStore(PrefetchingStore):
+class ThreadedStore(DecodingStore):
     """Reads every image from the source when its batch is next.
 
     Threads instead of a DataLoader's processes: Pillow releases the GIL while it decodes and resizes, so threads are
     as fast (docs/data.md has the numbers), start at once, and copy nothing between processes.
     """
-
-    def __init__(
-        self,
-        source: Source,
-        resolution: int,
-        device: torch.device,
-        pool: Executor,
-        workers: int,
-        indices_of: Callable[[BatchRequest], np.ndarray],
-    ) -> None:
-        super().__init__(indices_of)
-        self._source, self._resolution, self._device = source, resolution, device
-        self._pool, self._workers = pool, workers
 
     def take(self, request: BatchRequest, indices: np.ndarray, device_indices: torch.Tensor) -> torch.Tensor:
         return upload(torch.from_numpy(np.concatenate(self._prefetcher.take(request, indices))), self._device)

@@ -8,14 +8,12 @@ from dataclasses import asdict
 
 import numpy as np
 
-from fastgan.data.preparation.collection import InputCollection, printable
+from fastgan.data.preparation.collection import printable
+from fastgan.data.preparation.context import Context
 from fastgan.data.preparation.jobs import renumber_shard
 from fastgan.data.preparation.output import OutputFormat
-from fastgan.data.preparation.progress import progress_bar
-from fastgan.data.preparation.settings import Settings, versions
+from fastgan.data.preparation.settings import versions
 from fastgan.data.preparation.shards import npy_header, read_index
-from fastgan.data.preparation.state import PreparationState
-from fastgan.data.preparation.workers import WorkerPool
 from fastgan.data.prepared.manifest import (
     CLASSES,
     LABELS,
@@ -32,51 +30,18 @@ from fastgan.errors import ArgumentError
 from fastgan.utils.files import AtomicFile, FileRecord, write_atomic
 
 
-def place_shards(
-    collection: InputCollection, state: PreparationState, output: OutputFormat, shards: int, strict: bool
-) -> tuple[list[Shard], list[int]]:
-    """Return where each shard starts, and the shards whose files have other numbers.
-
-    Raises:
-        ArgumentError: no image could be decoded, or with `strict` one could not.
-    """
-    placed, moved, first, late = [], [], 0, 0
-    for shard in range(shards):
-        finished = state.finished(shard)
-        placed.append(Shard(first, finished.count))
-        if finished.first != first and output.encoded:
-            moved.append(shard)
-        first += finished.count
-        late += len(finished.late)
-    if late and strict:
-        problem = f"--strict: {late:,} of its files cannot be decoded; without --strict they are skipped"
-        raise ArgumentError("SRC", collection.title, problem)
-    if not first:
-        state.remove(everything=True)
-        raise ArgumentError("SRC", collection.title, "none of its images can be decoded")
-    return placed, moved
-
-
-def assemble(
-    collection: InputCollection,
-    state: PreparationState,
-    settings: Settings,
-    output: OutputFormat,
-    shards: int,
-    pool: WorkerPool,
-    *,
-    strict: bool,
-    progress: bool,
-) -> Manifest:
+def assemble(context: Context, output: OutputFormat, shards: int) -> Manifest:
     """Finish a set whose shards are all written: renumber, write tables and manifest, remove the state."""
-    placed, moved = place_shards(collection, state, output, shards, strict)
-    with progress_bar(progress, "renumbering", len(moved), unit=" shards") as bar:
+    state = context.state
+    placed, moved = _place_shards(context, output, shards)
+    with context.bar("renumbering", len(moved), "shards") as bar:
         jobs = ((shard, placed[shard].first, output) for shard in moved)
-        for _ in pool.run(renumber_shard, jobs, lambda count: None):
+        for _ in context.pool.run(renumber_shard, jobs, lambda count: None):
             bar.update()
-    files, skipped = _write_tables(collection, state, output, placed)
+    files, skipped = _write_tables(context, output, placed)
     listed = state.note("listed.json")
     assert listed is not None
+    settings, collection = asdict(context.settings), context.collection
     manifest = Manifest(
         path=state.dst,
         version=versions()["fastgan"],
@@ -87,8 +52,8 @@ def assemble(
         cached=output.cached,
         encoding=output.encoding,
         num_classes=output.num_classes,
-        fingerprint=fingerprint(files, asdict(settings)),
-        settings=asdict(settings),
+        fingerprint=fingerprint(files, settings),
+        settings=settings,
         source={"kind": collection.kind, "name": collection.name, "digest": listed["digest"]},
         skipped=skipped,
         shards=tuple(placed),
@@ -99,10 +64,33 @@ def assemble(
     return manifest
 
 
-def _write_tables(
-    collection: InputCollection, state: PreparationState, output: OutputFormat, shards: list[Shard]
-) -> tuple[dict[str, FileRecord], int]:
+def _place_shards(context: Context, output: OutputFormat, shards: int) -> tuple[list[Shard], list[int]]:
+    """Return where each shard starts, and the shards whose files have other numbers.
+
+    Raises:
+        ArgumentError: no image could be decoded, or with `strict` one could not.
+    """
+    collection, state = context.collection, context.state
+    placed, moved, first, late = [], [], 0, 0
+    for shard in range(shards):
+        finished = state.finished(shard)
+        placed.append(Shard(first, finished.count))
+        if finished.first != first and output.encoded:
+            moved.append(shard)
+        first += finished.count
+        late += len(finished.late)
+    if late and context.strict:
+        problem = f"--strict: {late:,} of its files cannot be decoded; without --strict they are skipped"
+        raise ArgumentError("SRC", collection.title, problem)
+    if not first:
+        state.remove(everything=True)
+        raise ArgumentError("SRC", collection.title, "none of its images can be decoded")
+    return placed, moved
+
+
+def _write_tables(context: Context, output: OutputFormat, shards: list[Shard]) -> tuple[dict[str, FileRecord], int]:
     """Write names, labels, offsets and skipped files; return all files of the set, and the number of skipped ones."""
+    state = context.state
     total = sum(shard.count for shard in shards)
     headers: dict[str, bytes] = {NAMES: b"", SKIPPED: b""}
     headers |= {offsets_file(r): npy_header("<i8", (total, 2)) for r in output.encoded}
@@ -130,7 +118,7 @@ def _write_tables(
                 offsets = read_index((state.dst / index_file(r, shard)).read_bytes())
                 tables[offsets_file(r)].write(offsets.astype("<i8").tobytes())
         files |= {name: table.commit() for name, table in tables.items()}
-    classes = sorted(output.ranks, key=output.ranks.__getitem__) if output.ranks else collection.classes
+    classes = sorted(output.ranks, key=output.ranks.__getitem__) if output.ranks else context.collection.classes
     if output.num_classes and classes:
         files[CLASSES] = write_atomic(state.dst / CLASSES, json.dumps(classes, indent=1).encode())
     return files, skipped

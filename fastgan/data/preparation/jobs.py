@@ -42,7 +42,7 @@ def sample_sizes(shard: int, count: int, output: OutputFormat) -> list[int]:
         pixels, _ = _decode(collection, image, output)
         if pixels is not None:
             levels = pyramid(pixels, output.encoded).values()
-            files = [encode(level, output.encoding, output.quality) for level in levels]
+            files = [encode(level, output) for level in levels]
             # A tar has a header of 512 bytes before each member and pads it to a multiple of 512; also for the label.
             sizes.append(sum(len(one) + 512 + -len(one) % 512 + 1024 * bool(output.num_classes) for one in files))
         tick()
@@ -84,17 +84,7 @@ def _write(
 ) -> dict[str, FileRecord]:
     """Write the files of a shard with the images `used`; no files, and problems in `late`, if some are damaged."""
     collection, state = _shared()
-    with ShardWriter(
-        state.dst,
-        shard,
-        first,
-        len(used),
-        channels=output.channels,
-        resolutions=output.resolutions,
-        cached=output.cached,
-        encoding=output.encoding,
-        quality=output.quality,
-    ) as writer:
+    with ShardWriter(state.dst, shard, first, len(used), output) as writer:
         for at in used:
             pixels, problem = _decode(collection, images[at], output)
             if pixels is None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from fastgan.data.preparation.collection import InputCollection, InputImage, printable
-from fastgan.data.preparation.settings import Settings
-from fastgan.data.preparation.state import Inspection, PreparationState
+from fastgan.data.preparation.collection import InputImage, printable
+from fastgan.data.preparation.context import Context
+from fastgan.data.preparation.state import Inspection
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ class OutputFormat:
     cached: tuple[int, ...]
     channels: int
     encoding: str
-    quality: int
-    fit: bool
-    min_size: int
-    num_classes: int
-    ranks: dict[str, int]
+    quality: int = 95
+    fit: bool = False
+    min_size: int = 1
+    num_classes: int = 0
+    ranks: dict[str, int] = field(default_factory=dict)
 
     @property
     def encoded(self) -> tuple[int, ...]:
@@ -59,14 +58,13 @@ class OutputFormat:
         return out
 
 
-def choose_output(
-    settings: Settings,
-    collection: InputCollection,
-    state: PreparationState,
-    shards: int,
-    report: Callable[[str], object],
-) -> tuple[OutputFormat | None, str]:
-    """Choose what to write; None and the first problem if no image is usable."""
+def choose_output(context: Context, shards: int) -> OutputFormat:
+    """Choose what to write.
+
+    Raises:
+        ArgumentError: no image is usable.
+    """
+    settings, collection, state = context.settings, context.collection, context.state
     reach: Counter[int] = Counter()  # largest power of two that an image reaches -> number of images
     gray, kinds, classes, highest, first_problem = True, set(), set(), -1, ""
     for shard in range(shards):
@@ -82,12 +80,12 @@ def choose_output(
             elif image.label is not None:
                 highest = max(highest, image.label)
     if not reach:
-        return None, first_problem
+        raise context.unusable(f"none of its files is an image (first: {first_problem})")
     if len(kinds) > 1:
-        report("no labels: only some images have one, or some have a number and others a name")
+        context.report("no labels: only some images have one, or some have a number and others a name")
     resolution = settings.resolution or collection.default_resolution or _common_resolution(reach)
     resolutions = tuple(2**i for i in range(2, resolution.bit_length()))
-    chosen = OutputFormat(
+    return OutputFormat(
         resolutions=resolutions,
         cached=tuple(r for r in resolutions if r <= settings.cache_to),
         channels=settings.channels or collection.channels or (1 if gray else 3),
@@ -98,7 +96,6 @@ def choose_output(
         num_classes=0 if len(kinds) > 1 else collection.num_classes or len(classes) or highest + 1,
         ranks={name: rank for rank, name in enumerate(sorted(classes))} if len(kinds) == 1 else {},
     )
-    return chosen, ""
 
 
 def _extent(one: Inspection, fit: bool) -> int:

@@ -19,11 +19,11 @@ import numpy as np
 
 from fastgan.data.preparation.assembly import assemble
 from fastgan.data.preparation.collection import InputCollection, printable
+from fastgan.data.preparation.context import Context
 from fastgan.data.preparation.inputs import open_collection
 from fastgan.data.preparation.jobs import encode_shard, inspect_shard, sample_sizes
 from fastgan.data.preparation.listing import digest_of, iterate, listing_change, write_list
 from fastgan.data.preparation.output import OutputFormat, choose_output
-from fastgan.data.preparation.progress import progress_bar
 from fastgan.data.preparation.settings import Settings, versions
 from fastgan.data.preparation.state import FinishedShard, PreparationState, lock_destination
 from fastgan.data.preparation.workers import WorkerPool
@@ -83,170 +83,143 @@ def prepare(
         return _existing(collection, dst, settings, report)
     with lock_destination(dst) as state, WorkerPool(workers or cpu_count(), (collection, dst)) as pool:
         try:
-            return _Preparation(collection, state, settings, strict, pool, progress, report).run()
+            return _run(Context(collection, state, settings, strict, pool, progress, report))
         except OSError as error:
             reason = f"{error.filename or dst}: {error.strerror or error}"
             hint = "finished shards are kept; run the same command again to continue"
             raise ArgumentError("DST", str(dst), f"it cannot be written ({reason}); {hint}") from error
 
 
-class _Preparation:
-    def __init__(
-        self,
-        collection: InputCollection,
-        state: PreparationState,
-        settings: Settings,
-        strict: bool,
-        pool: WorkerPool,
-        progress: bool,
-        report: Callable[[str], object],
-    ) -> None:
-        self._collection, self._state, self._settings = collection, state, settings
-        self._strict, self._pool, self._progress, self._report = strict, pool, progress, report
+def _run(context: Context) -> Manifest:
+    _require_same_settings(context)
+    count = _list(context)
+    shards = -(-count // context.settings.per_shard)
+    _inspect(context, shards, count)
+    output = choose_output(context, shards)
+    _encode(context, output, _usable_counts(context, shards, output))
+    return assemble(context, output, shards)
 
-    def run(self) -> Manifest:
-        self._require_same_settings()
-        count = self._list()
-        shards = -(-count // self._settings.per_shard)
-        self._inspect(shards, count)
-        output, problem = choose_output(self._settings, self._collection, self._state, shards, self._report)
-        if output is None:
-            raise self._unusable(f"none of its files is an image (first: {problem})")
-        self._encode(output, self._usable_counts(shards, output))
-        return assemble(
-            self._collection,
-            self._state,
-            self._settings,
-            output,
-            shards,
-            self._pool,
-            strict=self._strict,
-            progress=self._progress,
-        )
 
-    def _require_same_settings(self) -> None:
-        """Resume only with the same settings and images; until a shard is finished, both may change."""
-        requested = {**self._settings.flags(), "SRC": self._collection.title, **versions()}
-        started = self._state.note("asked.json") or {}
-        if self._state.any_finished():
-            dst = self._state.dst
-            _require_equal(started, requested, f"{dst} was started with", "delete it to start again")
-            return
-        # The list and the inspections are valid with other settings too, if images and shards are the same.
-        if any(started.get(name) != requested[name] for name in ("SRC", "--per-shard", *versions())):
-            self._state.forget_images()
-        self._state.write_note("asked.json", requested)
+def _require_same_settings(context: Context) -> None:
+    """Resume only with the same settings and images; until a shard is finished, both may change."""
+    requested = {**context.settings.flags(), "SRC": context.collection.title, **versions()}
+    started = context.state.note("asked.json") or {}
+    if context.state.any_finished():
+        dst = context.state.dst
+        _require_equal(started, requested, f"{dst} was started with", "delete it to start again")
+        return
+    # The list and the inspections are valid with other settings too, if images and shards are the same.
+    if any(started.get(name) != requested[name] for name in ("SRC", "--per-shard", *versions())):
+        context.state.forget_images()
+    context.state.write_note("asked.json", requested)
 
-    def _list(self) -> int:
-        """Write the list of images, or check that the stored one is still right; return their number."""
-        listed = self._state.note("listed.json")
-        with self._bar(None, "listing", "files") as bar:
-            if listed is not None:
-                images = iterate(self._collection, bar.update)
-                change = listing_change(self._state, listed["count"], self._settings.per_shard, images)
-                if not change:
-                    return listed["count"]
-                if self._state.any_finished():
-                    dst = self._state.dst
-                    problem = f"it has changed since {dst} was started: {change}; delete {dst} to start again"
-                    raise ArgumentError("SRC", self._collection.title, problem)
-                self._state.forget_images()
-                bar.reset()
-            try:
-                images = iterate(self._collection, bar.update)
-                count, digest = write_list(self._state, self._collection, self._settings.per_shard, images)
-            except ArgumentError:
-                if not self._state.any_finished():
-                    self._state.remove()
-                raise
-        if not count:
-            raise self._unusable("it is empty")
-        self._state.write_note("listed.json", {"count": count, "digest": digest})
-        return count
 
-    def _inspect(self, shards: int, count: int) -> None:
-        missing = [shard for shard in range(shards) if not self._state.has("looked", shard)]
-        per_shard = self._settings.per_shard
-        left = sum(min(per_shard, count - shard * per_shard) for shard in missing)
-        with self._bar(count, "inspecting", "files") as bar:
-            bar.update(count - left)
-            for _ in self._pool.run(inspect_shard, ((shard,) for shard in missing), bar.update):
-                pass
+def _list(context: Context) -> int:
+    """Write the list of images, or check that the stored one is still right; return their number."""
+    listed = context.state.note("listed.json")
+    with context.bar("listing", None, "files") as bar:
+        if listed is not None:
+            images = iterate(context.collection, bar.update)
+            change = listing_change(context.state, listed["count"], context.settings.per_shard, images)
+            if not change:
+                return listed["count"]
+            if context.state.any_finished():
+                dst = context.state.dst
+                problem = f"it has changed since {dst} was started: {change}; delete {dst} to start again"
+                raise ArgumentError("SRC", context.collection.title, problem)
+            context.state.forget_images()
+            bar.reset()
+        try:
+            images = iterate(context.collection, bar.update)
+            count, digest = write_list(context.state, context.collection, context.settings.per_shard, images)
+        except ArgumentError:
+            if not context.state.any_finished():
+                context.state.remove()
+            raise
+    if not count:
+        raise context.unusable("it is empty")
+    context.state.write_note("listed.json", {"count": count, "digest": digest})
+    return count
 
-    def _usable_counts(self, shards: int, output: OutputFormat) -> list[int]:
-        """The number of usable images of each shard, as far as inspecting shows."""
-        counts, skipped, first = [], 0, ""
-        for shard in range(shards):
-            inspections = self._state.inspections(shard)
-            rejected = output.rejections(inspections)
-            counts.append(len(inspections) - len(rejected))
-            images = self._state.images(shard) if rejected and skipped < _MAX_REPORTED else []
-            for at, problem in rejected.items():
-                skipped += 1
-                if skipped <= _MAX_REPORTED:
-                    line = f"{printable(images[at].name)}: {printable(problem)}"
-                    first = first or line
-                    self._report(f"cannot use {line}")
-        if skipped > _MAX_REPORTED:
-            self._report(f"cannot use {skipped - _MAX_REPORTED:,} more files")
-        if self._strict and skipped:
-            raise self._unusable(f"--strict: {skipped:,} of its files cannot be used (first: {first})")
-        if not sum(counts):
-            hint = "use a smaller --resolution or --min-size"
-            raise self._unusable(f"none of its images can be used (first: {first}); {hint}")
-        return counts
 
-    def _unusable(self, problem: str) -> ArgumentError:
-        """The error for a collection without usable images. Nothing is left behind unless shards are finished."""
-        if not self._state.any_finished():
-            self._state.remove()
-        return ArgumentError("SRC", self._collection.title, problem)
+def _inspect(context: Context, shards: int, count: int) -> None:
+    missing = [shard for shard in range(shards) if not context.state.has("looked", shard)]
+    per_shard = context.settings.per_shard
+    left = sum(min(per_shard, count - shard * per_shard) for shard in missing)
+    with context.bar("inspecting", count, "files") as bar:
+        bar.update(count - left)
+        for _ in context.pool.run(inspect_shard, ((shard,) for shard in missing), bar.update):
+            pass
 
-    def _require_space(self, pending: dict[int, int], output: OutputFormat) -> None:
-        """Raise ArgumentError if the disk is too small. pending: shard -> number of images to write."""
-        count = sum(pending.values())
-        each: float = sum(output.channels * r * r for r in output.cached) + 300  # 300: its lines in the tables
-        if output.encoded and count:
-            chosen = sorted(pending)[:: max(1, len(pending) // 16)]
-            share = -(-_SAMPLE // len(chosen))
-            with self._bar(share * len(chosen), "estimating", "images") as bar:
-                jobs = ((shard, share, output) for shard in chosen)
-                sizes = np.array([size for part in self._pool.run(sample_sizes, jobs, bar.update) for size in part])
-            if len(sizes):
-                each += float(sizes.mean() + 2 * sizes.std() / len(sizes) ** 0.5)  # 2 standard errors above the mean
-        need, free = round(count * each), shutil.disk_usage(self._state.dst).free
-        if need > free:
-            problem = f"it needs about {readable_size(need)}, and the disk has {readable_size(free)} free"
-            raise ArgumentError("DST", str(self._state.dst), problem)
-        if count:
-            self._report(f"{count:,} images to write, about {readable_size(need)}; {readable_size(free)} are free")
 
-    def _encode(self, output: OutputFormat, counts: list[int]) -> None:
-        """Write the shards that are not finished. counts: usable images of each shard."""
-        expected, pending = list(counts), {}
-        for shard, count in enumerate(counts):
-            finished = self._finished(shard)
-            if finished is None:
-                pending[shard] = count
-            else:
-                expected[shard] = finished.count
-        self._require_space(pending, output)
-        firsts = [0, *itertools.accumulate(expected)]
-        with self._bar(sum(counts), "encoding", "images") as bar:
-            bar.update(sum(counts) - sum(pending.values()))
-            jobs = ((shard, firsts[shard], output) for shard in pending)
-            for _ in self._pool.run(encode_shard, jobs, bar.update):
-                pass
+def _usable_counts(context: Context, shards: int, output: OutputFormat) -> list[int]:
+    """The number of usable images of each shard, as far as inspecting shows."""
+    counts, skipped, first = [], 0, ""
+    for shard in range(shards):
+        inspections = context.state.inspections(shard)
+        rejected = output.rejections(inspections)
+        counts.append(len(inspections) - len(rejected))
+        images = context.state.images(shard) if rejected and skipped < _MAX_REPORTED else []
+        for at, problem in rejected.items():
+            skipped += 1
+            if skipped <= _MAX_REPORTED:
+                line = f"{printable(images[at].name)}: {printable(problem)}"
+                first = first or line
+                context.report(f"cannot use {line}")
+    if skipped > _MAX_REPORTED:
+        context.report(f"cannot use {skipped - _MAX_REPORTED:,} more files")
+    if context.strict and skipped:
+        raise context.unusable(f"--strict: {skipped:,} of its files cannot be used (first: {first})")
+    if not sum(counts):
+        hint = "use a smaller --resolution or --min-size"
+        raise context.unusable(f"none of its images can be used (first: {first}); {hint}")
+    return counts
 
-    def _finished(self, shard: int) -> FinishedShard | None:
-        """The record of a finished shard whose files are all there."""
-        if not self._state.has("done", shard):
-            return None
-        finished = self._state.finished(shard)
-        return finished if finished.is_complete(self._state.dst) else None
 
-    def _bar(self, total: int | None, description: str, unit: str) -> Any:
-        return progress_bar(self._progress, description, total, unit=f" {unit}", smoothing=0.1)
+def _require_space(context: Context, pending: dict[int, int], output: OutputFormat) -> None:
+    """Raise ArgumentError if the disk is too small. pending: shard -> number of images to write."""
+    count = sum(pending.values())
+    each: float = sum(output.channels * r * r for r in output.cached) + 300  # 300: its lines in the tables
+    if output.encoded and count:
+        chosen = sorted(pending)[:: max(1, len(pending) // 16)]
+        share = -(-_SAMPLE // len(chosen))
+        with context.bar("estimating", share * len(chosen), "images") as bar:
+            jobs = ((shard, share, output) for shard in chosen)
+            sizes = np.array([size for part in context.pool.run(sample_sizes, jobs, bar.update) for size in part])
+        if len(sizes):
+            each += float(sizes.mean() + 2 * sizes.std() / len(sizes) ** 0.5)  # 2 standard errors above the mean
+    need, free = round(count * each), shutil.disk_usage(context.state.dst).free
+    if need > free:
+        problem = f"it needs about {readable_size(need)}, and the disk has {readable_size(free)} free"
+        raise ArgumentError("DST", str(context.state.dst), problem)
+    if count:
+        context.report(f"{count:,} images to write, about {readable_size(need)}; {readable_size(free)} are free")
+
+
+def _encode(context: Context, output: OutputFormat, counts: list[int]) -> None:
+    """Write the shards that are not finished. counts: usable images of each shard."""
+    expected, pending = list(counts), {}
+    for shard, count in enumerate(counts):
+        finished = _finished(context, shard)
+        if finished is None:
+            pending[shard] = count
+        else:
+            expected[shard] = finished.count
+    _require_space(context, pending, output)
+    firsts = [0, *itertools.accumulate(expected)]
+    with context.bar("encoding", sum(counts), "images") as bar:
+        bar.update(sum(counts) - sum(pending.values()))
+        jobs = ((shard, firsts[shard], output) for shard in pending)
+        for _ in context.pool.run(encode_shard, jobs, bar.update):
+            pass
+
+
+def _finished(context: Context, shard: int) -> FinishedShard | None:
+    """The record of a finished shard whose files are all there."""
+    if not context.state.has("done", shard):
+        return None
+    finished = context.state.finished(shard)
+    return finished if finished.is_complete(context.state.dst) else None
 
 
 def _existing(collection: InputCollection, dst: Path, settings: Settings, report: Callable[[str], object]) -> Manifest:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from fastgan.data.images import channels_last, pyramid
+from fastgan.data.preparation.output import OutputFormat
 from fastgan.data.prepared.manifest import SUFFIXES, cache_file, index_file, tar_file
 from fastgan.utils.files import AtomicFile, FileRecord, write_atomic
 
@@ -88,18 +89,18 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def encode(pixels: np.ndarray, encoding: str, quality: int) -> bytes:
+def encode(pixels: np.ndarray, output: OutputFormat) -> bytes:
     """Encode uint8 [C, r, r], C 1 or 3, as an image file."""
     from PIL import Image
 
     options: dict[str, dict[str, Any]] = {
         # Without chroma subsampling, whose blocks a GAN would learn.
-        "jpeg": {"quality": quality, "subsampling": 0},
+        "jpeg": {"quality": output.quality, "subsampling": 0},
         "png": {"compress_level": 6},
         "webp": {"lossless": True, "quality": 50, "method": 4},
     }
     file = io.BytesIO()
-    Image.fromarray(channels_last(pixels)).save(file, format=encoding.upper(), **options[encoding])
+    Image.fromarray(channels_last(pixels)).save(file, format=output.encoding.upper(), **options[output.encoding])
     return file.getvalue()
 
 
@@ -113,53 +114,36 @@ class ShardWriter:
         shard: its number.
         first: global index of its first image.
         count: number of images that will be added.
-        channels: 1 or 3.
-        resolutions: from 4 to the target, px.
-        cached: those of them that are stored as arrays; the others are stored as image files.
-        encoding: of the image files.
-        quality: of JPEG.
+        output: what is written for each image.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        shard: int,
-        first: int,
-        count: int,
-        *,
-        channels: int,
-        resolutions: tuple[int, ...],
-        cached: tuple[int, ...],
-        encoding: str,
-        quality: int,
-    ) -> None:
-        self._folder, self._shard = folder, shard
-        self._first, self._count, self._channels = first, count, channels
-        self._resolutions, self._encoding, self._quality = resolutions, encoding, quality
+    def __init__(self, folder: Path, shard: int, first: int, count: int, output: OutputFormat) -> None:
+        self._folder, self._shard, self._first, self._count, self._output = folder, shard, first, count, output
         self._arrays: dict[int, AtomicFile] = {}
         self._tars: dict[int, TarWriter] = {}
         self._added = 0
         try:
-            for r in resolutions:
-                name = cache_file(r, shard) if r in cached else tar_file(r, shard)
+            for r in output.resolutions:
+                name = cache_file(r, shard) if r in output.cached else tar_file(r, shard)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                if r in cached:
+                if r in output.cached:
                     self._arrays[r] = AtomicFile(folder / name)
-                    self._arrays[r].write(npy_header("|u1", (count, channels, r, r)))
+                    self._arrays[r].write(npy_header("|u1", (count, output.channels, r, r)))
                 else:
-                    self._tars[r] = TarWriter(folder / name, SUFFIXES[encoding])
+                    self._tars[r] = TarWriter(folder / name, SUFFIXES[output.encoding])
         except BaseException:
             self.discard()
             raise
 
     def add(self, pixels: np.ndarray, label: int | None) -> None:
         """Append an image at the target resolution: uint8 [C, R, R]."""
-        assert pixels.shape == (self._channels, self._resolutions[-1], self._resolutions[-1]), pixels.shape
-        for r, image in pyramid(pixels, self._resolutions).items():
+        side = self._output.resolutions[-1]
+        assert pixels.shape == (self._output.channels, side, side), pixels.shape
+        for r, image in pyramid(pixels, self._output.resolutions).items():
             if r in self._arrays:
                 self._arrays[r].write(np.ascontiguousarray(image).data.cast("B"))
             else:
-                data = encode(image, self._encoding, self._quality)
+                data = encode(image, self._output)
                 self._tars[r].add(self._first + self._added, data, label)
         self._added += 1
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastgan.data.preparation.collection import InputImage
 from fastgan.data.prepared.manifest import CLASSES, LABELS, MANIFEST, NAMES, SKIPPED, UNFINISHED
@@ -150,42 +150,39 @@ def lock_destination(dst: Path) -> Iterator[PreparationState]:
         ArgumentError: it holds other files, cannot be written to, or another prepare is active.
     """
     state = PreparationState(dst)
-    with _refuse_unwritable(dst):
-        if dst.exists() and not dst.is_dir():
-            raise ArgumentError("DST", str(dst), "must be a new or empty folder; it is a file")
-        if dst.is_dir():
-            started = state.folder.is_dir() or (dst / MANIFEST).is_file()
-            for name in sorted(one.name for one in dst.iterdir()):
-                if not started or not (name in _OWN_NAMES or fnmatch(name, ".*.part")):
-                    raise ArgumentError("DST", str(dst), f"must be a new or empty folder; it holds {name}")
-        state.folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        with _refuse_unwritable(dst):
-            stream = (state.folder / "lock").open("a")
-        with stream:
-            if not try_lock(stream.fileno()):
-                raise ArgumentError("DST", str(dst), "another prepare is writing to it; use another folder")
-            try:
-                same = os.path.samestat(os.fstat(stream.fileno()), os.stat(state.folder / "lock"))
-            except FileNotFoundError:
-                same = False
-            if not same:  # another prepare finished and removed the file between opening and locking it
-                with _refuse_unwritable(dst):
-                    state.folder.mkdir(parents=True, exist_ok=True)
-                continue
-            with _refuse_unwritable(dst):
-                for kind in ("items", "looked", "done"):
-                    (state.folder / kind).mkdir(exist_ok=True)
-                for part in [*dst.glob(".*.part"), *dst.glob("*/.*.part"), *dst.glob("*/*/.*.part")]:
-                    part.unlink()
-            yield state
-            return
-
-
-@contextlib.contextmanager
-def _refuse_unwritable(dst: Path) -> Iterator[None]:
     try:
-        yield
+        _require_own_files(state)
+        lock = _lock(state)
+        for kind in ("items", "looked", "done"):
+            (state.folder / kind).mkdir(exist_ok=True)
+        for part in [*dst.glob(".*.part"), *dst.glob("*/.*.part"), *dst.glob("*/*/.*.part")]:
+            part.unlink()
     except OSError as error:
         problem = f"it cannot be written to ({error.filename or dst}: {error.strerror})"
         raise ArgumentError("DST", str(dst), problem) from error
+    with lock:
+        yield state
+
+
+def _require_own_files(state: PreparationState) -> None:
+    dst = state.dst
+    if dst.exists() and not dst.is_dir():
+        raise ArgumentError("DST", str(dst), "must be a new or empty folder; it is a file")
+    started = state.folder.is_dir() or (dst / MANIFEST).is_file()
+    for name in sorted(one.name for one in dst.iterdir()) if dst.is_dir() else []:
+        if not started or not (name in _OWN_NAMES or fnmatch(name, ".*.part")):
+            raise ArgumentError("DST", str(dst), f"must be a new or empty folder; it holds {name}")
+
+
+def _lock(state: PreparationState) -> IO[str]:
+    """Create and lock the lock file; the lock lasts until the returned file is closed."""
+    while True:
+        state.folder.mkdir(parents=True, exist_ok=True)
+        file = (state.folder / "lock").open("a")
+        if not try_lock(file.fileno()):
+            file.close()
+            raise ArgumentError("DST", str(state.dst), "another prepare is writing to it; use another folder")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(state.folder / "lock")):
+                return file
+        file.close()  # another prepare finished and removed the file between opening and locking it

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from fastgan.data.preparation.progress import progress_bar
+from fastgan.data.preparation.context import progress_bar
 from fastgan.data.prepared.manifest import MANIFEST, UNFINISHED, Manifest, fingerprint
 from fastgan.data.walk import walk
+from fastgan.utils.system import cpu_count
 
 
 class Fault(NamedTuple):
@@ -37,10 +37,8 @@ def verify(manifest: Manifest, *, workers: int = 0, progress: bool = False) -> I
     if fingerprint(manifest.files, manifest.settings) != manifest.fingerprint:
         yield Fault(MANIFEST, "has been changed: its fingerprint is not that of its files and settings")
     total = sum(file.bytes for file in manifest.files.values())
-    bar = progress_bar(progress, "verifying", total, unit="B", unit_scale=True)
-    with bar, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        problems = pool.map(lambda name: _problem(manifest, name), manifest.files)
-        for name, problem in zip(manifest.files, problems, strict=True):
+    with progress_bar(progress, "verifying", total, unit="B", unit_scale=True) as bar:
+        for name, problem in _problems(manifest, list(manifest.files), workers):
             bar.update(manifest.files[name].bytes)
             if problem:
                 yield Fault(name, problem)
@@ -63,11 +61,12 @@ def spot_check(manifest: Manifest, resolution: int, limit: int = 2**30) -> Fault
         if size + manifest.files[name].bytes <= limit:
             chosen.append(name)
             size += manifest.files[name].bytes
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for name, problem in zip(chosen, pool.map(lambda name: _problem(manifest, name), chosen), strict=True):
-            if problem:
-                return Fault(name, problem)
-    return None
+    return next((Fault(name, problem) for name, problem in _problems(manifest, chosen) if problem), None)
+
+
+def _problems(manifest: Manifest, names: list[str], workers: int = 0) -> Iterator[tuple[str, str]]:
+    with ThreadPoolExecutor(workers or cpu_count()) as pool:
+        yield from zip(names, pool.map(lambda name: _problem(manifest, name), names), strict=True)
 
 
 def _problem(manifest: Manifest, name: str) -> str:

@@ -261,22 +261,15 @@ def fingerprint(files: dict[str, FileRecord], settings: dict[str, Any]) -> str:
 
 
 def _parse(path: Path, content: dict[str, Any]) -> Manifest:
+    plain: dict[str, Any] = {"version": str, "encoding": str, "fingerprint": str, "settings": dict, "source": dict}
+    plain |= dict.fromkeys(("count", "channels", "resolution", "num_classes", "skipped"), int)
     return Manifest(
         path=path,
-        version=str(content["version"]),
-        count=int(content["count"]),
-        channels=int(content["channels"]),
-        resolution=int(content["resolution"]),
         resolutions=tuple(int(r) for r in content["resolutions"]),
         cached=tuple(int(r) for r in content["cached"]),
-        encoding=str(content["encoding"]),
-        num_classes=int(content["num_classes"]),
-        fingerprint=str(content["fingerprint"]),
-        settings=dict(content["settings"]),
-        source=dict(content["source"]),
-        skipped=int(content["skipped"]),
         shards=tuple(Shard(int(one["first"]), int(one["count"])) for one in content["shards"]),
         files={name: FileRecord(int(one["bytes"]), str(one["sha256"])) for name, one in content["files"].items()},
+        **{name: convert(content[name]) for name, convert in plain.items()},
     )
 
 

@@ -121,13 +121,9 @@ class PreparedSource(Source):
         return self.manifest.count
 
     def _target(self, index: int) -> np.ndarray:
-        return self._levels[self.resolution].pixels(index)
+        return self._read(index, self.resolution)
 
-    def read(self, index: int, resolution: int) -> np.ndarray:
-        """Return one image as it was prepared. See `Source.read`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        self.require_resolution(resolution)
+    def _read(self, index: int, resolution: int) -> np.ndarray:
         return self._levels[resolution].pixels(index)
 
     def arrays(self, resolution: int) -> list[np.ndarray] | None:

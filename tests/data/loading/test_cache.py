@@ -34,7 +34,7 @@ def test_mapped_and_resident_gather_by_index(counts: tuple[int, ...]) -> None:
     on_device = torch.from_numpy(indices)
     device = torch.device("cpu")
     with ThreadPoolExecutor(1) as pool:
-        mapped = MappedStore(arrays, device, pool, lambda call: np.arange(call.size))
+        mapped = MappedStore(arrays, lambda call: np.arange(call.size), pool, device)
         call = BatchRequest(0, 7, 0, 1)
         for store in (mapped, ResidentStore(torch.from_numpy(whole)), ResidentStore(upload_all(arrays, device))):
             np.testing.assert_array_equal(store.take(call, indices, on_device), whole[indices])
@@ -61,7 +61,7 @@ def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeyp
     monkeypatch.setattr(cache, "_major_faults", counted)
     monkeypatch.setattr(cache, "_BATCHES_IN_MEMORY", 3)
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        mapped = MappedStore(arrays, torch.device("cpu"), pool, lambda call: np.arange(call.start, call.start + 4) % 64)
+        mapped = MappedStore(arrays, lambda call: np.arange(call.start, call.start + 4) % 64, pool, torch.device("cpu"))
         for step in range(3):
             check(4 * step)
         assert {name[:5] for name in gathered_by} == {"ahead"}
