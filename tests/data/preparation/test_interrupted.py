@@ -303,7 +303,7 @@ def tiny(root: Path, count: int) -> Path:
     return root
 
 
-def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+def test_memory_hardly_grows_with_the_images(tmp_path: Path) -> None:
     few, many = (tiny(tmp_path / str(count), count) for count in (300, 3000))
     one, other = (memory(src, src.with_suffix(".set"), "--per-shard", "100") for src in (few, many))
     assert read_manifest(many.with_suffix(".set")).count == 3000
@@ -313,6 +313,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("archive", [False, True])
 def test_memory_of_100_000_images(tmp_path: Path, archive: bool) -> None:
+    """It grows by the names alone, in the process that lists them."""
     import zipfile
 
     peaks = []
@@ -326,4 +327,5 @@ def test_memory_of_100_000_images(tmp_path: Path, archive: bool) -> None:
         peaks.append(memory(src, tmp_path / f"{count}.set"))
         assert read_manifest(tmp_path / f"{count}.set").count == count
     print(f"peak memory: {peaks[0]:.0f} MB for 10,000 images, {peaks[1]:.0f} MB for 100,000")
-    assert peaks[0] < 300 and peaks[1] < peaks[0] + 16
+    per_name = 800 if archive else 100  # bytes: the names of a folder, and the list of files of a zip, are sorted
+    assert peaks[0] < 300 and peaks[1] < peaks[0] + 16 + 90_000 * per_name / 1e6
