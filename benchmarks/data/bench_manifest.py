@@ -1,8 +1,8 @@
-"""How long a prepared set of a million images takes to open.
+"""Time to open a prepared set of a million images.
 
     pytest benchmarks/data/bench_manifest.py --benchmark-only
 
-Its files are there, with the right sizes and without content, which opening does not read.
+Its files have the right sizes and no content, which opening does not read.
 """
 
 from __future__ import annotations
@@ -92,6 +92,6 @@ def test_manifest(benchmark: Any, million: Path) -> None:
 
 
 def test_open_source(benchmark: Any, million: Path) -> None:
-    """As a run opens it: the manifest, the size of each file, the labels."""
+    """What a run reads: the manifest, the size of each file, the labels."""
     source = benchmark.pedantic(open_source, (str(million), 1024), rounds=5)
     assert len(source) == COUNT

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from fastgan.cli.main import command
+from fastgan.data.preparation.settings import Settings
 from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -31,22 +32,7 @@ class Prepare:
     prepared:PATH."""
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """A new or empty folder, or one that the same command started."""
-    resolution: int | None = None
-    """Target resolution, px, a power of two; None: the largest up to 1024 that 95% of the images have."""
-    channels: int | None = None
-    """1 (gray) or 3 (color); None: 1 if all images are gray."""
-    cache_to: int = 128
-    """Resolutions up to this are stored as decoded arrays, those above as image files; 0: none."""
-    quality: int = 95
-    """JPEG quality, 1 to 100."""
-    lossless: Literal["png", "webp"] | None = None
-    """Store PNG or lossless WebP instead of JPEG; --lossless without a value means png."""
-    fit: bool = False
-    """Keep the whole image, centered on black, instead of its center square."""
-    min_size: int | None = None
-    """Skip images whose shorter side (with --fit: longer) has fewer pixels; None: the target; published sets: 1."""
-    per_shard: int = 1024
-    """Images of SRC that share files: the unit of work, which a kill may cost."""
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
     strict: bool = False
     """Refuse files that cannot be used, instead of skipping them."""
     workers: int = 0
@@ -57,14 +43,12 @@ class Prepare:
 def main(argv: list[str]) -> int:
     request = tyro.cli(Prepare, args=_lossless(argv), prog="fastgan prepare")
     from fastgan.data.preparation.prepare import prepare
-    from fastgan.data.preparation.settings import Settings
 
-    settings = Settings(**{one.name: getattr(request, one.name) for one in fields(Settings)})
     try:
         manifest = prepare(
             request.src,
             request.dst,
-            settings,
+            request.settings,
             strict=request.strict,
             workers=request.workers,
             progress=True,

@@ -147,13 +147,9 @@ class FileSource(Source):
         name: kind of source.
         path: the folder that `files` are relative to.
         files: in the order of the images.
-        labels: int64 [N], or None.
-        num_classes: 0 without labels.
-        resolution: the target, px.
-        channels: 1 or 3; images of other modes are converted.
-        skipped: (file, reason) of files that are not usable images.
         kinds: see `Encoded`; None: all files are RGB JPEGs.
         checksums: file -> a checksum of part of its content, if every file was opened.
+        attributes: other attributes of `Source`. Images are converted to `channels`, 1 or 3.
     """
 
     path: Path
@@ -163,28 +159,15 @@ class FileSource(Source):
         name: str,
         path: Path,
         files: list[str],
-        labels: np.ndarray | None,
-        num_classes: int,
-        resolution: int,
-        channels: int,
-        skipped: Sequence[tuple[str, str]] = (),
         kinds: dict[tuple[str, str, bool], str] | None = None,
         checksums: dict[str, int] | None = None,
+        **attributes: Any,
     ) -> None:
         digest = hashlib.sha256(f"{name} {len(files)}".encode())
         for file in files:
             checksum = "" if checksums is None else f" {checksums[file]}"
             digest.update(f"\0{file}\0{(path / file).stat().st_size}{checksum}".encode(errors="surrogateescape"))
-        super().__init__(
-            name,
-            resolution=resolution,
-            channels=channels,
-            labels=labels,
-            num_classes=num_classes,
-            fingerprint=digest.hexdigest()[:16],
-            path=path,
-            skipped=skipped,
-        )
+        super().__init__(name, path=path, fingerprint=digest.hexdigest()[:16], **attributes)
         self._files = files
         self._kinds = {("JPEG", "RGB", False): files[0]} if kinds is None else kinds
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastgan.data.source import is_resolution
 from fastgan.errors import ArgumentError
@@ -13,24 +13,25 @@ from fastgan.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides, besides the images, which bytes are written.
+    """What is written for each image, and in which files.
 
     Attributes:
-        resolution: the target, px; None: the largest power of two up to 1024 that 95% of the images have.
-        channels: 1 or 3; None: 1 if all images are gray.
-        cache_to: resolutions up to this one are stored as arrays, those above as image files; 0: none as arrays.
-        quality: of JPEG, 1 to 100.
-        lossless: "png" or "webp" instead of JPEG.
-        fit: keep the whole image, centered on black, instead of its center square.
-        min_size: smallest accepted shorter side (with `fit`: longer side), px; None: the target.
-        per_shard: images of SRC that share files.
+        resolution: Target resolution, px, a power of two; None: the largest up to 1024 that 95% of the images have.
+        channels: 1 (gray) or 3 (color); None: 1 if all images are gray.
+        cache_to: Resolutions up to this are stored as decoded arrays, those above as image files; 0: none as arrays.
+        quality: JPEG quality, 1 to 100.
+        lossless: Store PNG or lossless WebP instead of JPEG; --lossless without a value means png.
+        fit: Keep the whole image, centered on black, instead of its center square.
+        min_size: Skip images whose shorter side (with --fit: longer) has fewer pixels; None: the target; published
+            sets: 1.
+        per_shard: Images of SRC that share files: the unit of work, which a kill may cost.
     """
 
     resolution: int | None = None
     channels: int | None = None
     cache_to: int = 128
     quality: int = 95
-    lossless: str | None = None
+    lossless: Literal["png", "webp"] | None = None
     fit: bool = False
     min_size: int | None = None
     per_shard: int = 1024

@@ -48,7 +48,18 @@ def open_folder(spec: str, path: Path, resolution: int, channels: int | None) ->
         labels, num_classes = ranks.astype(np.int64), len(classes)
     kinds = {(info.format, info.mode, info.transparent): file for file, info in images.items()}
     checksums = {file: inspected[file][1] for file in names}
-    return FileSource("folder", path, names, labels, num_classes, resolution, channels, skipped, kinds, checksums)
+    return FileSource(
+        "folder",
+        path,
+        names,
+        kinds,
+        checksums,
+        resolution=resolution,
+        channels=channels,
+        labels=labels,
+        num_classes=num_classes,
+        skipped=skipped,
+    )
 
 
 def _inspect(file: Path) -> tuple[ImageInfo, int]:

@@ -69,7 +69,7 @@ def open_celeba(spec: str, root: Path, resolution: int, channels: int | None) ->
     require_channels("celeba", 3, channels)
     path, names = celeba_files(spec, root)
     try:
-        return FileSource("celeba", path, names, None, 0, resolution, 3)
+        return FileSource("celeba", path, names, resolution=resolution, channels=3, labels=None, num_classes=0)
     except OSError as error:
         raise ArgumentError("--data", spec, f"not all of its {len(names)} images are there ({error})") from error
 

@@ -71,6 +71,16 @@ def test_a_file_that_is_listed_as_too_large_is_not_read(tmp_path: Path) -> None:
     assert (tmp_path / "set" / "skipped.txt").read_text() == "a.png\ttoo large: 2.15 GB, above 2.15 GB\n"
 
 
+def test_a_worker_does_not_load_the_list_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 660 bytes a file, in every process that does."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png(tmp_path))
+    collection = ZipCollection(tmp_path / "a.zip")
+    (image,) = collection.images()
+    monkeypatch.delattr(zipfile, "ZipFile")
+    assert collection.open(image).read() == png(tmp_path)
+
+
 def test_damage_anywhere_is_one_line(tmp_path: Path) -> None:
     """Bytes are changed, and the end is cut off: listing raises ArgumentError, reading a file ValueError."""
     with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from published import celeba, cifar10, mnist, noise, save, save_broken
+from published import celeba, cifar10, contents, mnist, noise, save, save_broken
 
 import fastgan.data
 from fastgan.data import open_source
@@ -42,10 +42,6 @@ def refusal(src: Path | str, dst: Path, **settings: Any) -> str:
         make(src, dst, **settings)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def pixels(manifest: Manifest, resolution: int) -> np.ndarray:
