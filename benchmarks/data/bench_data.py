@@ -1,18 +1,19 @@
-"""How fast batches come, and how much of a training step is spent waiting for them: every pipeline, 4 to 1024 px.
+"""Throughput of every pipeline at 4 to 1024 px, and the share of a training step that waits for data.
 
     python -m benchmarks.data.bench_data [PART ...] [--widths small|paper] [--resolutions 4 64 ...] [--seconds 0.3]
                                     [--rounds 5]
 
 Prints the tables of docs/data.md, all or those of the parts named:
 
-- throughput: images/s of the three pipelines beside a DataLoader with Pillow, all of them giving the same float32
-  batches, and the same from files of 256 px to 128 px;
-- memcpy: the cache's gather, and its whole batches, beside copying as many bytes;
-- training: steps of pggan on what `--pipeline auto` takes.
+- throughput: images/s of the three pipelines and of a DataLoader with Pillow, all with the same float32 batches; also
+  from files of 256 px to 128 px;
+- memcpy: the cache's gather, and its whole batches, compared with copying as many bytes;
+- training: steps of pggan with the pipeline that `--pipeline auto` selects.
 
-Sides take turns; medians. The load of the machine stands in front: other work slows all sides, and not all alike.
+The sides take turns; numbers are medians. The load of the machine is printed first, as it slows the sides unequally.
 
-The images are made here: octaves of smooth noise with edges, JPEG quality 90, about as large as a photograph's.
+
+Images are synthetic: octaves of smooth noise with edges, JPEG quality 90, with files as large as those of photographs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import argparse
 import contextlib
 import gc
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -41,14 +41,15 @@ from fastgan.config import Config, batch_at, replace
 from fastgan.config.variants import VARIANTS
 from fastgan.data.images import area_average
 from fastgan.data.loading import dali
-from fastgan.data.loading.gather import Rows
+from fastgan.data.loading.gather import RowGatherer
 from fastgan.data.source import Encoded, Source
 from fastgan.training.distributed import rendezvous
 from fastgan.training.trainer import Trainer
+from fastgan.utils.system import cpu_count, device_name
 
 RESOLUTIONS = [2**i for i in range(2, 11)]
-WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-# Narrow networks train faster than anyone's, which makes it harder to feed them.
+WORKERS = min(8, cpu_count())
+# Networks narrower than in practice train faster, which makes it harder to feed them.
 WIDTHS: dict[str, dict[str, Any]] = {
     "small": {"fmap_base": 1024, "fmap_max": 64, "latent": 64},
     "paper": {},
@@ -56,7 +57,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
 
 
 def photo(seed: int, side: int) -> np.ndarray:
-    """uint8 [side, side, 3]: each octave has 0.55 of the contrast of the one above it, and a few hard edges."""
+    """A synthetic photograph, uint8 [side, side, 3]: each octave has 0.55 of the contrast of the coarser one."""
     rng = np.random.default_rng(seed)
     out = np.zeros((side, side, 3), dtype=np.float32)
     for octave in range(1, side.bit_length()):
@@ -73,7 +74,7 @@ def photo(seed: int, side: int) -> np.ndarray:
 
 
 class Photos(Source):
-    """Images that lie decoded, as files, or both, by resolution."""
+    """Images that are stored as arrays, as files, or both, by resolution."""
 
     def __init__(
         self, count: int, resolution: int, arrays: dict[int, np.ndarray], files: dict[int, list[Path]]
@@ -100,12 +101,12 @@ class Photos(Source):
 
 
 def shards(array: np.ndarray) -> list[np.ndarray]:
-    """As `fastgan prepare` would have cut it."""
+    """The shards that `fastgan prepare` would write."""
     return [array[i : i + 1024] for i in range(0, len(array), 1024)]
 
 
 def pixels(file: Path, resolution: int) -> np.ndarray:
-    """What anyone's Dataset does with Pillow: uint8 [3, resolution, resolution]."""
+    """Decode with Pillow as a usual Dataset does: uint8 [3, resolution, resolution]."""
     with Image.open(file) as opened:
         image = opened.convert("RGB")
         if image.width != resolution:
@@ -114,7 +115,7 @@ def pixels(file: Path, resolution: int) -> np.ndarray:
 
 
 class Files(torch.utils.data.Dataset):
-    """For a DataLoader."""
+    """The dataset of the DataLoader."""
 
     def __init__(self, files: list[Path], resolution: int) -> None:
         self._files, self._resolution = files, resolution
@@ -127,7 +128,7 @@ class Files(torch.utils.data.Dataset):
 
 
 def dataloader(files: list[Path], resolution: int, batch: int) -> Iterator[torch.Tensor]:
-    """Float batches in [-1, 1] from worker processes, in a new order for each epoch, without end."""
+    """Endless float batches in [-1, 1] from worker processes, shuffled anew in each epoch."""
     sampler = data.Sampler(len(files), seed=0)
 
     def calls() -> Iterator[list[int]]:
@@ -136,7 +137,7 @@ def dataloader(files: list[Path], resolution: int, batch: int) -> Iterator[torch
             yield sampler.indices(range(start, start + batch)).tolist()
             start += batch
 
-    gc.collect()  # a worker that inherits what is left of a DALI pipeline dies of taking it apart
+    gc.collect()  # a forked worker crashes when it destroys the remains of a DALI pipeline
     loader = torch.utils.data.DataLoader(
         Files(files, resolution),
         batch_sampler=calls(),
@@ -164,7 +165,7 @@ def compare(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Medians of images/s. sides: what makes a batch, and how many it has ready at most."""
+    """Return medians of images/s. sides: name -> (function that makes a batch, number of batches it prefetches)."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, (step, ready) in sides.items():
@@ -177,7 +178,7 @@ def stepper(pipeline: data.Pipeline) -> Callable[[], Any]:
 
 
 class Bench:
-    """Files and arrays of every resolution, made when they are needed, below one temporary folder."""
+    """Files and arrays of every resolution in one temporary folder, made on first use."""
 
     def __init__(self, folder: Path, seconds: float, rounds: int) -> None:
         self.folder, self.seconds, self.rounds = folder, seconds, rounds
@@ -185,7 +186,7 @@ class Bench:
         self._files: dict[int, list[Path]] = {}
 
     def files(self, resolution: int) -> list[Path]:
-        """JPEGs: 512 of up to 256 px, 64 of the larger ones; the photos' own windows, so that detail is as fine."""
+        """JPEGs, 512 up to 256 px and 64 above: crops of the photographs, so that they have as much detail."""
         if resolution not in self._files:
             count = 512 if resolution <= 256 else 64
             where = self.folder / f"jpeg{resolution}"
@@ -213,7 +214,7 @@ class Bench:
         """Images/s of float32 batches."""
         batch = batch_of(resolution)
         files, array = self.files(resolution), self.array(resolution, 200)
-        lying = Photos(len(array), resolution, {resolution: array}, {})
+        stored = Photos(len(array), resolution, {resolution: array}, {})
         photos = Photos(len(files), resolution, {}, {resolution: files})
         loader = dataloader(files, resolution, batch)
         with contextlib.ExitStack() as stack:
@@ -222,7 +223,7 @@ class Bench:
                 pipeline = data.open(source, resolution, batch, pipeline=kind, workers=WORKERS, resident_bytes=0)
                 return stepper(stack.enter_context(pipeline))
 
-            sides = {"cache": (opened(lying, "cache"), 1)}
+            sides = {"cache": (opened(stored, "cache"), 1)}
             if not dali.missing():
                 sides["dali"] = (opened(photos, "dali"), 1)
             sides["torch"] = (opened(photos, "torch"), 1)
@@ -244,16 +245,16 @@ class Bench:
             return compare(sides, 32, self.seconds, self.rounds)
 
     def gather(self, resolution: int, batch: int) -> dict[str, float]:
-        """Images/s of the cache's gather alone, and of copying as many bytes that lie in a row.
+        """Images/s of the cache's gather alone, and of copying as many contiguous bytes.
 
-        One thread each, whose CPU time is taken: neither side waits for anything but memory. 200 MB, beyond any cache:
-        the images in the order of a run, the copy from one end to the other.
+        CPU time of one thread: both sides wait for memory alone. 200 MB, larger than the caches; the images in the
+        order of a run, the copy in sequence.
         """
         array = self.array(resolution, 200)
         whole = np.array(array)
         order = data.Sampler(len(array), seed=0)
-        mapped = Rows(shards(array))
-        memory = Rows([whole])
+        mapped = RowGatherer(shards(array))
+        memory = RowGatherer([whole])
         calls = [order.indices(range(at, at + batch)) for at in range(0, len(array) - batch, batch)]
         at = [0]
 
@@ -272,11 +273,11 @@ class Bench:
         }
         for call in calls:  # every page once
             mapped.take(call)
-        # Many short turns: what else runs on the machine changes from one second to the next.
+        # Many short turns, because the load of the machine changes within seconds.
         return compare(sides, batch, self.seconds / 10, 5 * self.rounds, time.thread_time)
 
     def batches(self, resolution: int, batch: int) -> dict[str, float]:
-        """Images/s of the cache's whole batches, float32 and flipped, and of copying float32 images that lie in a row.
+        """Images/s of the cache's whole batches, float32 and flipped, and of copying contiguous float32 images.
 
         CPU time of all threads, 200 MB on both sides, every page in memory.
         """
@@ -290,15 +291,15 @@ class Bench:
 
         source = Photos(len(array), resolution, {resolution: array}, {})
         with data.open(source, resolution, batch, pipeline="cache", resident_bytes=0, mirror=True) as pipeline:
-            for _ in range(max(100, len(array) // batch)):  # every page once, and until no thread gathers any more
+            for _ in range(max(100, len(array) // batch)):  # every page once, until batches are gathered in this thread
                 next(pipeline)
             sides = {"memcpy": (copy, 0), "cache": (stepper(pipeline), 0)}
             return compare(sides, batch, self.seconds / 10, 5 * self.rounds, time.process_time)
 
     def training(self, resolutions: list[int], widths: str) -> Iterator[tuple[int, str, float, float]]:
-        """Resolution, pipeline, images/s, and the share of the time between asking for a batch and having it.
+        """Yield resolution, pipeline, images/s, and the share of the time that waits for batches.
 
-        One run that grows; at each of the resolutions some steps are measured.
+        One progressive run; some steps are measured at each of the resolutions.
         """
         target = max(resolutions)
         config = training_config(target, widths, str(self.folder / "run"))
@@ -314,7 +315,7 @@ class Bench:
                     trainer.grow()
                 if resolution not in resolutions:
                     continue
-                # A cache gathers ahead, in a thread, until it knows that it needs no disk.
+                # The cache gathers in another thread until it does not need the disk.
                 for _ in range(12 if resolution in arrays else 2):
                     trainer.train_step()
                 trainer.feed.waited, images, began, took = 0.0, trainer.images, time.perf_counter(), 0.0
@@ -334,7 +335,7 @@ class Bench:
 
 
 def batch_of(resolution: int) -> int:
-    """The paper's batches."""
+    """Batch sizes of the paper."""
     return batch_at(VARIANTS["pggan"].config("paper").schedule, resolution)
 
 
@@ -350,15 +351,13 @@ def training_config(resolution: int, widths: str, out: str) -> Config:
 
 
 def machine() -> str:
-    """What a reader must know of where the numbers come from, in a line."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    """Return one line about the machine and the versions that the numbers come from."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    found = f"{WORKERS} workers on {model}, torch {torch.__version__}, {dali.missing() or f'DALI {dali.version()}'}"
-    return f"{found}, commit {commit or 'unknown'}, load before {os.getloadavg()[0]:.1f}"
+    versions = f"torch {torch.__version__}, {dali.missing() or f'DALI {dali.version()}'}"
+    processor = device_name(torch.device("cpu"))
+    load = f"load before {os.getloadavg()[0]:.1f}"
+    return f"{processor}, {WORKERS} workers, {versions}, commit {commit or 'unknown'}, {load}"
 
 
 def row(*cells: object) -> None:
@@ -375,7 +374,7 @@ def throughput_table(bench: Bench, resolutions: list[int], widths: str) -> None:
 
 
 def memcpy_table(bench: Bench, resolutions: list[int], widths: str) -> None:
-    print("\nCPU time in times of memcpy: gather beside as many bytes, whole batches beside as many floats\n")
+    print("\nCPU time in multiples of memcpy: gather against as many bytes, whole batches against as many floats\n")
     row("px", "batch", "gather, mapped", "gather, in memory", "whole batches", "memcpy of bytes, GB/s")
     row(*["---"] * 6)
     for resolution in (16, 64, 128):
@@ -386,7 +385,7 @@ def memcpy_table(bench: Bench, resolutions: list[int], widths: str) -> None:
 
 
 def training_table(bench: Bench, resolutions: list[int], widths: str) -> None:
-    print(f"\npggan, {widths} widths, on what --pipeline auto takes\n")
+    print(f"\npggan, {widths} widths, --pipeline auto\n")
     row("px", "pipeline", "images/s trained", "waiting")
     row(*["---"] * 4)
     for resolution, kind, speed, waiting in bench.training(sorted(resolutions), widths):
@@ -398,28 +397,28 @@ PARTS = {"throughput": throughput_table, "memcpy": memcpy_table, "training": tra
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all without one")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
     parser.add_argument("--widths", choices=WIDTHS, default="small", help="of the pggan that is trained")
     parser.add_argument("--resolutions", type=int, nargs="+", choices=RESOLUTIONS, default=RESOLUTIONS)
     parser.add_argument("--seconds", type=float, default=0.3, help="each side and round")
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args(argv)
-    unknown = [part for part in asked.parts if part not in PARTS]
+    request = parser.parse_args(argv)
+    unknown = [part for part in request.parts if part not in PARTS]
     if unknown:
         parser.error(f"PART must be {', '.join(PARTS)}, got {unknown[0]!r}")
     torch.set_flush_denormal(True)
     began = time.monotonic()
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), asked.seconds, asked.rounds)
-        for part in asked.parts or PARTS:
-            PARTS[part](bench, asked.resolutions, asked.widths)
+        bench = Bench(Path(folder), request.seconds, request.rounds)
+        for part in request.parts or PARTS:
+            PARTS[part](bench, request.resolutions, request.widths)
     print(f"\n{time.monotonic() - began:.0f} s, load after {os.getloadavg()[0]:.1f}")
     return 0
 
 
 def throughput(what: str, batch: int, r: dict[str, float]) -> None:
-    """One row of the first table; r: images/s by side."""
+    """Print one row of the first table. r: side -> images/s."""
     speeds = (f"{r[name]:,.0f}" if name in r else "" for name in ("cache", "dali", "torch", "DataLoader"))
     gains = (f"{r[name] / r['DataLoader']:.2f}" if name in r else "" for name in ("cache", "dali"))
     row(what, batch, *speeds, *gains)

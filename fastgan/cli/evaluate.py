@@ -84,7 +84,7 @@ def _open_data(args: Evaluate, config: Config, networks: dict[str, Any]) -> Sour
     channels, resolution = networks["channels"], networks["resolution"]
     try:
         source = open_source(data, config.schedule.resolution, channels, config.run.seed)
-        source.check_resolution(resolution)
+        source.require_resolution(resolution)
     except ArgumentError as error:
         size = {"--channels": f"{channels} channel{'s' * (channels > 1)}", "--resolution": f"{resolution} px"}
         if error.argument in size:

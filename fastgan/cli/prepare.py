@@ -1,78 +1,63 @@
-"""Bring images into the form that training reads fastest: `fastgan prepare SRC DST`."""
+"""`fastgan prepare SRC DST`: convert images to a prepared set, which training reads fastest."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from fastgan.cli.main import command
+from fastgan.data.preparation.settings import Settings
 from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from fastgan.data.prepared import Manifest
+    from fastgan.data.prepared.manifest import Manifest
 
-
-_KINDS = ("avif", "bmp", "gif", "jpeg", "jpg", "jxl", "none", "png", "tif", "tiff", "webp")
+_FORMATS = ("avif", "bmp", "gif", "jpeg", "jpg", "jxl", "none", "png", "tif", "tiff", "webp")
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Bring images into the form that training reads fastest: every resolution from 4 px to the target, once.
+    """Convert images to a prepared set, which training reads fastest: every resolution from 4 px to the target.
 
-    Stopped at any moment, the same command goes on where it was. docs/data.md describes what is written.
+    After an interruption, the same command resumes. docs/data.md describes the files of a set.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """A folder of images, a zip, tar files (one, a folder, a pattern), a CIFAR-10, MNIST or CelebA root, another
-    prepared set, digits; also folder:PATH, zip:PATH, tar:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, prepared:PATH."""
+    prepared set, or digits; also folder:PATH, zip:PATH, tar:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT,
+    prepared:PATH."""
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """A new or empty folder, or one that the same command began."""
-    resolution: int | None = None
-    """The target, px, a power of two; None: the largest up to 1024 that 95% of the images have."""
-    channels: int | None = None
-    """1 (gray) or 3 (color); None: 1 if all images are gray."""
-    cache_to: int = 128
-    """Resolutions up to this are stored as decoded arrays, those above as image files; 0: none."""
-    quality: int = 95
-    """Of JPEG, 1 to 100."""
-    lossless: Literal["png", "webp"] | None = None
-    """Store PNG (also for a bare --lossless) or lossless WebP instead of JPEG."""
-    fit: bool = False
-    """The whole image, centered on black, instead of its center square."""
-    min_size: int | None = None
-    """Skip images whose shorter side (with --fit: longer) has fewer pixels; None: the target; published sets: 1."""
-    per_shard: int = 1024
-    """Originals that share a file: the unit of work, and of what a kill may cost."""
+    """A new or empty folder, or one that the same command started."""
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
     strict: bool = False
-    """Stop if a file cannot be used, instead of skipping it."""
+    """Refuse files that cannot be used, instead of skipping them."""
     workers: int = 0
-    """Processes; 0: one per core."""
+    """Number of processes; 0: one per core."""
 
 
 @command
 def main(argv: list[str]) -> int:
-    asked = tyro.cli(Prepare, args=_lossless(argv), prog="fastgan prepare")
-    from fastgan.data.preparation.prepare import Settings, prepare
+    request = tyro.cli(Prepare, args=_lossless(argv), prog="fastgan prepare")
+    from fastgan.data.preparation.prepare import prepare
 
-    settings = Settings(**{one.name: getattr(asked, one.name) for one in fields(Settings)})
     try:
-        made = prepare(
-            asked.src,
-            asked.dst,
-            settings,
-            strict=asked.strict,
-            workers=asked.workers,
+        manifest = prepare(
+            request.src,
+            request.dst,
+            request.settings,
+            strict=request.strict,
+            workers=request.workers,
             progress=True,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
+            report=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except KeyboardInterrupt:
-        print("fastgan: interrupted; the same command goes on", file=sys.stderr, flush=True)
+        print("fastgan: interrupted; run the same command again to continue", file=sys.stderr, flush=True)
         return 130
-    print(summary(made))
+    print(summary(manifest))
     return 0
 
 
@@ -80,29 +65,29 @@ def _lossless(argv: list[str]) -> list[str]:
     """`--lossless` alone means png.
 
     Raises:
-        ArgumentError: what follows it is the name of another kind of file, which would pass for SRC or DST.
+        ArgumentError: another image format follows it, which would be taken for SRC or DST.
     """
     out = []
     for at, argument in enumerate(argv):
         out.append(argument)
         following = argv[at + 1] if at + 1 < len(argv) else ""
         if argument == "--lossless" and following not in ("png", "webp", "None"):
-            if following.lower() in _KINDS and not Path(following).exists():
+            if following.lower() in _FORMATS and not Path(following).exists():
                 raise ArgumentError("--lossless", following, "must be png or webp")
             out.append("png")
     return out
 
 
-def summary(made: Manifest) -> str:
-    """What was made, in a line or two."""
-    from fastgan.data.prepared import SKIPPED
+def summary(manifest: Manifest) -> str:
+    """Describe a prepared set in a line or two."""
+    from fastgan.data.prepared.manifest import SKIPPED
     from fastgan.utils.text import readable_size
 
-    size = readable_size(sum(file.bytes for file in made.files.values()))
-    what = f"{made.count:,} images of {made.resolution} px, {'gray' if made.channels == 1 else 'color'}"
-    if made.num_classes:
-        what += f", {made.num_classes:,} classes"
-    lines = [f"{made.path}: {what}, {size}"]
-    if made.skipped:
-        lines.append(f"skipped: {made.skipped:,} files, named with the reason in {Path(made.path) / SKIPPED}")
+    size = readable_size(sum(file.bytes for file in manifest.files.values()))
+    what = f"{manifest.count:,} images of {manifest.resolution} px, {'gray' if manifest.channels == 1 else 'color'}"
+    if manifest.num_classes:
+        what += f", {manifest.num_classes:,} classes"
+    lines = [f"{manifest.path}: {what}, {size}"]
+    if manifest.skipped:
+        lines.append(f"skipped: {manifest.skipped:,} files, listed with the reason in {manifest.path / SKIPPED}")
     return "\n".join(lines)

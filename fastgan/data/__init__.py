@@ -1,4 +1,4 @@
-"""Images for training: where they come from, in which order they are seen, and how they reach the device."""
+"""Images for training: sources, their order, preparation, and batches on the device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from fastgan.data.loading.pipeline import Batch, Pipeline, fade, open
     from fastgan.data.loading.sampler import Sampler, rank_positions
     from fastgan.data.preparation.prepare import prepare
+    from fastgan.data.registry import open_source
     from fastgan.data.source import Source
-    from fastgan.data.sources import open_source
 
 __all__ = ["Batch", "Pipeline", "Sampler", "Source", "fade", "open", "open_source", "prepare", "rank_positions"]
 
@@ -19,12 +19,12 @@ _MODULES = {
     "preparation.prepare": ("prepare",),
     "loading.sampler": ("Sampler", "rank_positions"),
     "source": ("Source",),
-    "sources": ("open_source",),
+    "registry": ("open_source",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Found when first used: the processes that prepare images have no use for torch, which takes seconds to import."""
+    """Import on first use: worker processes of `prepare` must not import torch, which takes seconds."""
     for module, names in _MODULES.items():
         if name in names:
             return getattr(importlib.import_module(f"fastgan.data.{module}"), name)

@@ -183,10 +183,10 @@ def _write_together(files: dict[Path, bytes]) -> None:
         for partial in partials:  # a full disk shows here at the latest, before any file has its name
             partial.flush()
         for partial in partials:
-            partial.finish()
+            partial.commit()
     except BaseException:
         for partial in partials:
-            partial.abandon()
+            partial.discard()
         for p in new_folders:
             with contextlib.suppress(OSError):
                 p.rmdir()

@@ -100,7 +100,7 @@ def open_images(config: Config, world: ProcessGroup) -> data.Source:
             found = spot_check(source.manifest, config.schedule.resolution)
             if found is not None:
                 path = str(source.manifest.path)
-                raise ArgumentError("--data", path, f"{found.name} {found.what}; copy the set to this host again")
+                raise ArgumentError("--data", path, f"{found.name} {found.problem}; copy the set to this host again")
     except ArgumentError as error:
         source, fault = None, error
     seen = str(fault) if source is None else f"{len(source)} images, {source.fingerprint}"

@@ -11,28 +11,34 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK64 = (1 << 64) - 1
+Words = TypeVar("Words", Tensor, np.ndarray)  # int64: torch has no uint64 arithmetic
 
 
-def _signed(value: int) -> int:
-    """The int64 with the same bits as the unsigned 64-bit `value`: torch has no uint64 arithmetic."""
-    value &= _MASK64
+def signed64(value: int) -> int:
+    """Return the int64 with the same bits as the low 64 bits of `value`."""
+    value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's `>>` on int64 carries the sign along."""
+GOLDEN_GAMMA = signed64(0x9E3779B97F4A7C15)
+_MULTIPLIER_1, _MULTIPLIER_2 = signed64(0xBF58476D1CE4E5B9), signed64(0x94D049BB133111EB)
+
+
+def _shift_right(x: Words, bits: int) -> Words:
+    """Logical shift: `>>` on int64 copies the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+def splitmix64(x: Words) -> Words:
+    """Apply the finalizer of SplitMix64 to int64 words, in torch or NumPy."""
+    x = (x ^ _shift_right(x, 30)) * _MULTIPLIER_1
+    x = (x ^ _shift_right(x, 27)) * _MULTIPLIER_2
     return x ^ _shift_right(x, 31)
 
 
@@ -43,9 +49,9 @@ def _key(seed: int, stream: str) -> int:
 
 def _bits(seed: int, stream: str, index: Tensor, size: int) -> Tensor:
     """64 random bits for each sample and position: int64 [N, size] for `index` int64 [N]."""
-    per_sample = _mix(index.to(torch.int64) * _signed(_GOLDEN) + _key(seed, stream))
-    counter = torch.arange(1, size + 1, device=index.device, dtype=torch.int64) * _signed(_GOLDEN)
-    return _mix(per_sample[:, None] + counter)
+    per_sample = splitmix64(index.to(torch.int64) * GOLDEN_GAMMA + _key(seed, stream))
+    counter = torch.arange(1, size + 1, device=index.device, dtype=torch.int64) * GOLDEN_GAMMA
+    return splitmix64(per_sample[:, None] + counter)
 
 
 def _unit(bits24: Tensor) -> Tensor:

@@ -1,43 +1,53 @@
-"""Files that are whole or not there at all: hashed while written, flushed to the disk, then renamed. And locks."""
+"""Atomic files and file locks. An atomic file is complete or does not exist: it is renamed once it is on the disk."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
-class File:
-    """What the manifest says of a file: its size and its sha256 in hex."""
+class FileRecord:
+    """Size and content of a file.
+
+    Attributes:
+        bytes: its size.
+        sha256: hash of its content, in hex.
+    """
 
     bytes: int
     sha256: str
 
 
 class AtomicFile:
-    """A file under a hidden name until it is finished.
+    """A file that is written under a hidden name and gets its own name in `commit`.
 
-    Raises: OSError with the file's own name, whatever failed.
+    As a context manager it discards what was not committed.
+
+    Args:
+        file: the final name; an existing file is replaced.
+
+    Raises:
+        OSError: with the final name, whatever failed.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        # With the process in the name: one that was killed may still be writing when the next one begins.
+        # The name has the process id: a process that was killed may still be writing when the next one starts.
         self._partial = file.with_name(f".{file.name}.{os.getpid()}.part")
         self._digest = hashlib.sha256()
-        self._finished = False
+        self._committed = False
         self.bytes = 0
         with self._named():
             self._stream = self._partial.open("wb", buffering=2**20)
 
     def write(self, content: bytes | memoryview) -> None:
+        """Append `content`."""
         with self._named():
             self._stream.write(content)
         self._digest.update(content)
@@ -49,21 +59,28 @@ class AtomicFile:
             self._stream.flush()
             os.fsync(self._stream.fileno())
 
-    def finish(self) -> File:
+    def commit(self) -> FileRecord:
+        """Flush the file to the disk and rename it."""
         self.flush()
         with self._named():
             self._stream.close()
             os.replace(self._partial, self._file)
-        self._finished = True
-        return File(self.bytes, self._digest.hexdigest())
+        self._committed = True
+        return FileRecord(self.bytes, self._digest.hexdigest())
 
-    def abandon(self) -> None:
-        """Leave nothing behind; after `finish` there is nothing to leave."""
-        if self._finished:
+    def discard(self) -> None:
+        """Remove the partial file. Does nothing after `commit`."""
+        if self._committed:
             return
-        with contextlib.suppress(OSError):  # what is still buffered may not fit: it is not wanted
+        with contextlib.suppress(OSError):  # the disk may be too full for what is buffered
             self._stream.close()
         self._partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -73,25 +90,23 @@ class AtomicFile:
             raise OSError(error.errno, error.strerror, str(self._file)) from error
 
 
-def write_atomic(file: Path, content: bytes) -> File:
-    """A small file at once."""
-    out = AtomicFile(file)
-    try:
+def write_atomic(file: Path, content: bytes | memoryview) -> FileRecord:
+    """Write a whole file atomically.
+
+    Raises:
+        OSError: with the file's name, whatever failed.
+    """
+    with AtomicFile(file) as out:
         out.write(content)
-        return out.finish()
-    finally:
-        out.abandon()
-
-
-def array_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The head of a .npy file in C order, for writing what follows piece by piece; dtype as in "|u1" or "<i8"."""
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return stream.getvalue()
+        return out.commit()
 
 
 def try_lock(descriptor: int) -> bool:
-    """Whether this process holds the lock now; it is let go when the file is closed, also by a kill."""
+    """Lock an open file for this process, without waiting. The lock ends when the file is closed, also by a kill.
+
+    Returns:
+        False if another process has the lock; True if the file is locked, or the file system has no locks.
+    """
     try:
         import fcntl
     except ImportError:  # Windows

@@ -21,7 +21,7 @@ from fastgan.cli import prepare
 from fastgan.cli.main import main
 from fastgan.data.images import area_average
 from fastgan.data.loading.sampler import Sampler
-from fastgan.data.prepared import read_manifest
+from fastgan.data.prepared.manifest import read_manifest
 from fastgan.errors import ArgumentError
 
 
@@ -55,7 +55,7 @@ def test_prepare_says_what_it_made(prepared: Path, said: Out) -> None:
     assert main(["prepare", "digits", str(prepared), *again.split()]) == 0
     out, err = said()
     assert out.startswith(f"{prepared}: 1,797 images of 16 px, gray, 10 classes, ")
-    assert "is prepared already" in err
+    assert "is already prepared" in err
 
 
 def test_lossless_takes_two_kinds_or_none(tmp_path: Path, said: Out, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_verify_names_each_fault(copy: Path, said: Out) -> None:
     assert found["cache/0004/00001.npy"].startswith("has been changed: its sha256 is ")
     assert found["cache/0008/00002.npy"] == "is missing"
     assert found["notes.txt"] == "does not belong to the set"
-    assert "left over from preparing" in found[".preparing/asked.json"]
+    assert "left over from `fastgan prepare`" in found[".preparing/asked.json"]
     assert "fastgan: 7 files are wrong" in err
 
 
@@ -148,8 +148,8 @@ def test_a_damaged_array_is_named(copy: Path, said: Out, what: str) -> None:
     assert file.stat().st_size == len(content)
     assert main(["data", "show", str(copy), "--resolution", "8", "--out", str(copy / "x.png")]) == 2
     error = said()[1]
-    assert f"DST must be a whole .npy file (, got '{file}'" in error and len(error.splitlines()) == 1
-    with pytest.raises(ArgumentError, match=r"--data: .*00000\.npy'; it may be a whole \.npy file"):
+    assert f"DST '{file}': it is not a whole .npy file (" in error and len(error.splitlines()) == 1
+    with pytest.raises(ArgumentError, match=r"--data .*00000\.npy': it is not a whole \.npy file"):
         fastgan.data.open_source(str(copy), 8).arrays(8)
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_list_is_named(tmp_path: Path, said: Out, name: str) -> None:
             assert f"DST '{copy}': {name} is " in said()[1]
         assert main(["prepare", str(copy), str(copy.parent / "again"), "--workers", "1"]) == 2
         error = said()[1]
-        assert "SRC: was '" in error and name in error and len(error.splitlines()) == 1
+        assert "SRC '" in error and name in error and len(error.splitlines()) == 1
     assert not (copy.parent / "again").exists()
 
 
@@ -217,12 +217,12 @@ def test_show(prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--n 0", "--n: was 0"),
+        ("--n 0", "--n must be at least 1, got 0"),
         ("--start 1797", "--start must be 0 to 1796, got 1797"),
-        ("--resolution 32", "--resolution: was 32"),
-        ("--resolution 0", "--resolution: was 0"),
-        ("--out x.jpg", "--out: was 'x.jpg'"),
-        ("--out nowhere/x.png", "--out: was 'nowhere/x.png'"),
+        ("--resolution 32", "--resolution must be one of 4, 8, 16, got 32"),
+        ("--resolution 0", "--resolution must be one of 4, 8, 16, got 0"),
+        ("--out x.jpg", "--out must be a file that ends in .png, got 'x.jpg'"),
+        ("--out nowhere/x.png", "(No such file or directory), got 'nowhere/x.png'"),
         ("--out folder.png", "--out must be a file that can be written (Is a directory), got 'folder.png'"),
     ],
 )
@@ -249,9 +249,9 @@ def test_a_set_that_is_not_finished(copy: Path, said: Out) -> None:
     (copy / ".preparing").mkdir()
     for what in ("info", "verify", "show"):
         assert main(["data", what, str(copy)]) == 2
-        assert "not finished; the `fastgan prepare` that began it goes on" in said()[1]
+        assert "not finished; run the same `fastgan prepare` command again" in said()[1]
     for spec in (str(copy), f"prepared:{copy}"):
-        with pytest.raises(ArgumentError, match=r"--data: .*not finished"):
+        with pytest.raises(ArgumentError, match=r"--data .*not finished"):
             fastgan.data.open_source(spec, 16)
 
 

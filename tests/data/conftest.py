@@ -8,13 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgan.data import prepared
+from fastgan.data.preparation.output import OutputFormat
 from fastgan.data.preparation.shards import ShardWriter, read_index
-from fastgan.data.prepared import Manifest, Shard
-from fastgan.utils.files import File, write_atomic
+from fastgan.data.prepared.manifest import (
+    LABELS,
+    NAMES,
+    SKIPPED,
+    Manifest,
+    Shard,
+    fingerprint,
+    index_file,
+    offsets_file,
+    write_manifest,
+)
+from fastgan.utils.files import FileRecord, write_atomic
 
 
-def write_array(file: Path, array: np.ndarray) -> File:
+def write_array(file: Path, array: np.ndarray) -> FileRecord:
     stream = io.BytesIO()
     np.save(stream, array)
     return write_atomic(file, stream.getvalue())
@@ -37,32 +47,23 @@ def write_set(
     if len(ends) > 2:
         ends[1] -= 1
     shards, files = [], {}
+    output = OutputFormat(resolutions, cached, images.shape[1], encoding)
     offsets: dict[int, list[np.ndarray]] = {r: [] for r in resolutions if r not in cached}
     for number, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
         shards.append(Shard(first, end - first))
-        with ShardWriter(
-            folder,
-            number,
-            first,
-            end - first,
-            channels=images.shape[1],
-            resolutions=resolutions,
-            cached=cached,
-            encoding=encoding,
-            quality=95,
-        ) as writer:
+        with ShardWriter(folder, number, first, end - first, output) as writer:
             for i in range(first, end):
                 writer.add(images[i], None if labels is None else int(labels[i]))
-            files |= writer.finish()
+            files |= writer.commit()
         for r, parts in offsets.items():
-            parts.append(read_index((folder / prepared.index_file(r, number)).read_bytes()))
+            parts.append(read_index((folder / index_file(r, number)).read_bytes()))
     for r, parts in offsets.items():
-        files[prepared.offsets_file(r)] = write_array(folder / prepared.offsets_file(r), np.concatenate(parts))
+        files[offsets_file(r)] = write_array(folder / offsets_file(r), np.concatenate(parts))
     if labels is not None:
-        files[prepared.LABELS] = write_array(folder / prepared.LABELS, labels.astype(np.int64))
+        files[LABELS] = write_array(folder / LABELS, labels.astype(np.int64))
     names = "".join(json.dumps(f"image {i}") + "\n" for i in range(len(images)))
-    files[prepared.NAMES] = write_atomic(folder / prepared.NAMES, names.encode())
-    files[prepared.SKIPPED] = write_atomic(folder / prepared.SKIPPED, b"")
+    files[NAMES] = write_atomic(folder / NAMES, names.encode())
+    files[SKIPPED] = write_atomic(folder / SKIPPED, b"")
     manifest = Manifest(
         path=folder,
         version="0",
@@ -73,14 +74,14 @@ def write_set(
         cached=cached,
         encoding=encoding,
         num_classes=0 if labels is None else int(labels.max()) + 1,
-        fingerprint=prepared.fingerprint(files, {}),
+        fingerprint=fingerprint(files, {}),
         settings={},
         source={"kind": "folder", "name": "images"},
         skipped=0,
         shards=tuple(shards),
         files=files,
     )
-    prepared.write_manifest(manifest)
+    write_manifest(manifest)
     return manifest
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgan.data import prepared
 from fastgan.data.images import area_average
-from fastgan.data.prepared import Level, Manifest, PreparedSource, is_prepared, read_manifest
+from fastgan.data.prepared import manifest as manifest_module
+from fastgan.data.prepared.manifest import MANIFEST, Manifest, fingerprint, is_prepared, read_manifest
+from fastgan.data.prepared.reader import Level, PreparedSource
 from fastgan.errors import ArgumentError
-from fastgan.utils.files import File
+from fastgan.utils.files import FileRecord
 
 Writer = Callable[..., Manifest]
 
@@ -32,7 +33,7 @@ def smooth(n: int, channels: int, side: int) -> np.ndarray:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    file = folder / prepared.MANIFEST
+    file = folder / MANIFEST
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
@@ -101,15 +102,15 @@ _BACK = ((0, 5), (5, 2), (7, -1))
 def test_damaged_manifests(tmp_path: Path, prepared_set: Writer) -> None:
     assert f"{tmp_path / 'manifest.json'} is missing" in refusal(tmp_path)
     prepared_set(tmp_path, smooth(6, 1, 16))
-    whole = (tmp_path / prepared.MANIFEST).read_text()
+    whole = (tmp_path / MANIFEST).read_text()
     changes: dict[str, Callable[[dict[str, Any]], object]] = {
-        "not of the format": lambda m: m.update(format="other"),
+        "does not have the format": lambda m: m.update(format="other"),
         "schema 2": lambda m: m.update(schema=2),
         "KeyError: 'count'": lambda m: m.pop("count"),
         "images in shards, count 7": lambda m: m.update(count=7),
         "shard 1 has images": lambda m: m["shards"][1].update(first=4),
         "cache/0004/00001.npy is not listed": lambda m: m["files"].pop("cache/0004/00001.npy"),
-        "../../x is no file of such a set": lambda m: m["files"].update({"../../x": {"bytes": 1, "sha256": ""}}),
+        "../../x is not a file of such a set": lambda m: m["files"].update({"../../x": {"bytes": 1, "sha256": ""}}),
         "resolutions: [4, 16]": lambda m: m.update(resolutions=[4, 16]),
         "cached: [8]": lambda m: m.update(cached=[8]),
         "encoding: pickle": lambda m: m.update(encoding="pickle"),
@@ -123,15 +124,15 @@ def test_damaged_manifests(tmp_path: Path, prepared_set: Writer) -> None:
         "0 images in shards, count 0": lambda m: m.update(count=0, shards=[]),
     }
     for wanted, change in changes.items():
-        (tmp_path / prepared.MANIFEST).write_text(whole)
+        (tmp_path / MANIFEST).write_text(whole)
         edit(tmp_path, change)
         assert wanted in refusal(tmp_path)
-    (tmp_path / prepared.MANIFEST).write_text(whole)
+    (tmp_path / MANIFEST).write_text(whole)
     below = tmp_path / "names.jsonl"
     assert refusal(below).endswith(f"{below / 'manifest.json'} cannot be read (Not a directory)")
     for cut in ("", whole[: len(whole) // 2], "[]", "\0"):
-        (tmp_path / prepared.MANIFEST).write_text(cut)
-        assert str(tmp_path / prepared.MANIFEST) in refusal(tmp_path)
+        (tmp_path / MANIFEST).write_text(cut)
+        assert str(tmp_path / MANIFEST) in refusal(tmp_path)
 
 
 def test_missing_and_cut_files_are_named_when_a_resolution_is_opened(tmp_path: Path, prepared_set: Writer) -> None:
@@ -149,7 +150,7 @@ def test_missing_and_cut_files_are_named_when_a_resolution_is_opened(tmp_path: P
     with pytest.raises(ArgumentError, match=r"0032/00000.idx is too long"):
         Level(manifest, 32)
     assert Level(manifest, 8).pixels(5).shape == (1, 8, 8)
-    with pytest.raises(ArgumentError, match="holds 4, 8, 16, 32"):
+    with pytest.raises(ArgumentError, match="must be one of 4, 8, 16, 32, got 64"):
         Level(manifest, 64)
 
 
@@ -163,13 +164,13 @@ def test_files_of_the_right_size_with_something_else(tmp_path: Path, prepared_se
         offsets: [np.zeros((6, 2)), np.zeros((2, 6), dtype=np.int64)],
         cache: [np.zeros((5, 1, 8, 8), dtype=np.int8), np.zeros((5, 1, 4, 16), dtype=np.uint8)],
     }
-    said = {"labels.npy": r"int64 \[6\]", "offsets.npy": r"int64 \[6, 2\]", "00000.npy": r"uint8 \[5, 1, 8, 8\]"}
+    expected = {"labels.npy": r"int64 \[6\]", "offsets.npy": r"int64 \[6, 2\]", "00000.npy": r"uint8 \[5, 1, 8, 8\]"}
     for file, arrays in others.items():
         whole = file.read_bytes()
         for array in arrays:
             np.save(file, array)
             assert file.stat().st_size == len(whole)
-            with pytest.raises(ArgumentError, match=f"{file.name} .*may be {said[file.name]}"):
+            with pytest.raises(ArgumentError, match=f"{file.name} holds .* instead of {expected[file.name]}"):
                 PreparedSource(manifest, 16).arrays(8)
         file.write_bytes(whole)
     assert PreparedSource(manifest, 16).arrays(8) is not None
@@ -186,7 +187,7 @@ def test_nothing_is_unpickled(tmp_path: Path, prepared_set: Writer) -> None:
     np.save(labels, np.array([Attack()], dtype=object), allow_pickle=True)
     with labels.open("ab") as file:
         file.write(bytes(size - file.tell()))
-    with pytest.raises(ArgumentError, match=r"labels\.npy'; it may be a whole \.npy file \(Object arrays"):
+    with pytest.raises(ArgumentError, match=r"labels\.npy': it is not a whole \.npy file \(Object arrays"):
         PreparedSource(read_manifest(tmp_path), 8)
     assert not (tmp_path / "ran").exists()
 
@@ -197,13 +198,13 @@ def test_one_header_is_read_at_a_time(tmp_path: Path, prepared_set: Writer, monk
     load, alone = np.load, []
 
     def watched(*args: Any, **settings: Any) -> Any:
-        alone.append(prepared._LOADING.locked())
+        alone.append(manifest_module._HEADER_LOCK.locked())
         return load(*args, **settings)
 
     monkeypatch.setattr(np, "load", watched)
     PreparedSource(read_manifest(tmp_path), 16).arrays(8)
     assert len(alone) == 4 and all(alone)  # labels, offsets, two shards
-    assert not prepared._LOADING.locked()
+    assert not manifest_module._HEADER_LOCK.locked()
 
 
 def test_what_sizes_tell_of_a_file(tmp_path: Path, prepared_set: Writer) -> None:
@@ -211,13 +212,13 @@ def test_what_sizes_tell_of_a_file(tmp_path: Path, prepared_set: Writer) -> None
     manifest = read_manifest(tmp_path)
     names = tmp_path / "names.jsonl"
     names.write_bytes(names.read_bytes()[:-1])
-    assert manifest.fault("names.jsonl").startswith("is truncated: ")
-    assert manifest.fault("labels.npy") == ""
+    assert manifest.size_problem("names.jsonl").startswith("is truncated: ")
+    assert manifest.size_problem("labels.npy") == ""
     shutil.rmtree(tmp_path / "encoded" / "0016")
     (tmp_path / "encoded" / "0016").touch()
-    assert manifest.fault("encoded/0016/00000.tar") == "cannot be read (Not a directory)"
+    assert manifest.size_problem("encoded/0016/00000.tar") == "cannot be read (Not a directory)"
     (tmp_path / "labels.npy").unlink()
-    with pytest.raises(ArgumentError, match=r"labels\.npy is missing; `fastgan data verify`"):
+    with pytest.raises(ArgumentError, match=r"labels\.npy is missing; run `fastgan data verify`"):
         Level(manifest, 8)
 
 
@@ -230,7 +231,7 @@ def test_a_picture_too_large_to_decode_is_named(tmp_path: Path, prepared_set: Wr
     with (tmp_path / "encoded" / "0016" / "00000.tar").open("r+b") as file:
         file.seek(at + 12)
         file.write(header + struct.pack(">I", zlib.crc32(header)))
-    with pytest.raises(ArgumentError, match=r"member 000000000\.png'; the image cannot be decoded"):
+    with pytest.raises(ArgumentError, match=r"member 000000000\.png': the image cannot be decoded"):
         level.pixels(0)
     assert level.pixels(1).shape == (1, 16, 16)
 
@@ -264,13 +265,13 @@ def test_an_image_that_is_read_is_the_callers_own(tmp_path: Path, prepared_set: 
 
 
 def test_a_fingerprint_is_of_every_file_and_setting() -> None:
-    one, other = File(1, "aa"), File(1, "bb")
-    made = prepared.fingerprint({"x": one, "y": other}, {"quality": 95})
-    assert made == prepared.fingerprint({"y": other, "x": one}, {"quality": 95})
+    one, other = FileRecord(1, "aa"), FileRecord(1, "bb")
+    made = fingerprint({"x": one, "y": other}, {"quality": 95})
+    assert made == fingerprint({"y": other, "x": one}, {"quality": 95})
     changed = [
-        prepared.fingerprint({"x": other, "y": other}, {"quality": 95}),
-        prepared.fingerprint({"x": other, "y": one}, {"quality": 95}),
-        prepared.fingerprint({"x": one, "z": other}, {"quality": 95}),
-        prepared.fingerprint({"x": one, "y": other}, {"quality": 90}),
+        fingerprint({"x": other, "y": other}, {"quality": 95}),
+        fingerprint({"x": other, "y": one}, {"quality": 95}),
+        fingerprint({"x": one, "z": other}, {"quality": 95}),
+        fingerprint({"x": one, "y": other}, {"quality": 90}),
     ]
     assert len({made, *changed}) == 5 and len(made) == 16

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fastgan import checkpoint
 from fastgan.cli import train
-from fastgan.data.prepared import Manifest
+from fastgan.data.prepared.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 # 4 and 8 px lie decoded in the set; 16 px does not, and is not let into memory.
@@ -78,7 +78,7 @@ def test_a_set_limits_the_presets_resolution(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--pipeline", "cache", "--resident-gb", "0"], ["--pipeline: was 'cache'", "--cache-to 16"]),
+        (["--pipeline", "cache", "--resident-gb", "0"], ["--pipeline 'cache': ", "--cache-to 16"]),
         (["--pipeline", "fast"], ["--pipeline"]),
         (["--resolution", "32"], ["--resolution", "prepared up to 16 px"]),
         (["--resident-gb", "-1"], ["--resident-gb", "at least 0"]),

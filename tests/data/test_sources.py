@@ -92,7 +92,7 @@ def test_synthetic_depends_on_seed() -> None:
 
 @pytest.mark.parametrize("spec", ["", "imagenet", "digits:x", "synthetic:", "folder:", "folder", "cifar10:"])
 def test_unknown_spec(spec: str) -> None:
-    assert "it may be digits, stacked-digits, folder:PATH" in refusal(spec)
+    assert "--data must be digits, stacked-digits, folder:PATH" in refusal(spec)
 
 
 def test_resolution_must_be_a_power_of_two() -> None:
@@ -199,7 +199,7 @@ def test_a_link_that_leads_nowhere_is_named_and_takes_no_other_file_along(tmp_pa
     save(tmp_path / "data" / "b" / "y.png")
     (tmp_path / "data" / "a" / "itself.png").symlink_to("itself.png")
     source = open_source(f"folder:{tmp_path / 'data'}", 16)
-    assert (len(source), source.num_classes, source.skipped) == (2, 2, [("a/itself.png", "no file")])
+    assert (len(source), source.num_classes, source.skipped) == (2, 2, [("a/itself.png", "not a regular file")])
 
 
 def test_unusable_folders(tmp_path: Path) -> None:
@@ -209,12 +209,12 @@ def test_unusable_folders(tmp_path: Path) -> None:
     assert "is a file" in refusal(f"folder:{tmp_path / 'file'}")
     (tmp_path / "empty" / "deeper").mkdir(parents=True)
     text = refusal(f"folder:{tmp_path / 'empty'}")
-    assert str(tmp_path / "empty") in text and "it is empty" in text
+    assert str(tmp_path / "empty") in text and "is empty" in text
     (tmp_path / "broken").mkdir()
     for name in ("a.jpg", "b.png"):
         (tmp_path / "broken" / name).write_bytes(b"garbage")
     text = refusal(f"folder:{tmp_path / 'broken'}")
-    assert str(tmp_path / "broken") in text and "none of its 2 files" in text and "a.jpg" in text
+    assert str(tmp_path / "broken") in text and "none of the 2 files" in text and "a.jpg" in text
 
 
 def test_folder_channels(tmp_path: Path) -> None:
@@ -440,6 +440,6 @@ def test_stacked_digits_follow_the_seed() -> None:
 
 @pytest.mark.parametrize("spec", ["photos.zip", "zip:photos.zip", "x-{000..099}.tar", "tar:shards", "photos.tar.gz"])
 def test_an_archive_is_prepared_first(spec: str) -> None:
-    with pytest.raises(ArgumentError, match=r"fastgan prepare \S+ SET, and --data SET") as error:
+    with pytest.raises(ArgumentError, match=r"fastgan prepare \S+ SET`, then use --data SET") as error:
         open_source(spec, 16)
     assert f"fastgan prepare {spec} SET" in str(error.value)

@@ -1,4 +1,4 @@
-"""Image files, and published sets in their own layouts, made small for tests."""
+"""Image files and small copies of published sets in their own layouts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from PIL import Image
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random bytes: uint8 of `shape`."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def save(path: Path, pixels: np.ndarray | None = None, **options: Any) -> Path:
+    """Write `pixels`, by default noise of 20 x 20, as an image file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(noise(20, 20, 3) if pixels is None else pixels).save(path, **options)
     return path
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Name below `folder` -> content, of every file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def cifar10(root: Path, per_file: int = 4) -> np.ndarray:
-    """Five files in the layout of CIFAR-10's binary version; the records."""
+    """Write five files in the layout of CIFAR-10's binary version; return the records."""
     records = noise(5 * per_file, 3073)
     records[:, 0] %= 10
     root.mkdir(parents=True)
@@ -32,7 +39,7 @@ def cifar10(root: Path, per_file: int = 4) -> np.ndarray:
 
 
 def mnist(raw: Path, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """The two training files of MNIST's idx layout."""
+    """Write the two training files of MNIST's idx layout; return images and labels."""
     images, labels = noise(count, 28, 28), np.arange(count, dtype=np.uint8) % 10
     raw.mkdir(parents=True, exist_ok=True)
     (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
@@ -41,7 +48,7 @@ def mnist(raw: Path, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
 
 
 def celeba(root: Path, count: int = 3) -> None:
-    """A small data set in CelebA's layout, 178 x 218 images."""
+    """Write a small data set in CelebA's layout, images of 178 x 218."""
     names = [f"{i:06d}.jpg" for i in range(1, count + 1)]
     for i, name in enumerate(names):
         save(root / "img_align_celeba" / name, noise(218, 178, 3, seed=i))
@@ -56,7 +63,7 @@ def celeba(root: Path, count: int = 3) -> None:
 
 
 def save_broken(path: Path, side: int) -> Path:
-    """A PNG whose checksums are right and whose compressed pixels are not: only decoding finds it."""
+    """Write a PNG with right checksums and damaged compressed pixels: only decoding detects it."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def chunk(kind: bytes, content: bytes) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgan.utils.files import File, try_lock, write_atomic
+from fastgan.utils.files import FileRecord, try_lock, write_atomic
 from fastgan.utils.text import readable_size
 
 
@@ -69,7 +69,7 @@ def test_a_file_has_its_name_once_its_bytes_are_on_the_disk(tmp_path: Path, monk
     monkeypatch.setattr(os, "replace", renamed)
     made = write_atomic(tmp_path / "file", b"content")
     assert done == [("flushed", 7), ("renamed", 7)]
-    assert made == File(7, hashlib.sha256(b"content").hexdigest())
+    assert made == FileRecord(7, hashlib.sha256(b"content").hexdigest())
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,27 @@
-"""The seam below a pipeline: what answers "these images, at this resolution", and how that is done ahead of time."""
+"""The interface between a pipeline and the images: `ImageStore`, and prefetching for those that decode or read."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fastgan.data.source import Source
 
-class Call(NamedTuple):
-    """One request: share `rank` of `world` of the global batch of `size` at position `start`."""
+
+class BatchRequest(NamedTuple):
+    """One rank's share of a global batch.
+
+    Attributes:
+        start: position of the global batch.
+        size: images of the global batch.
+        rank: whose share.
+        world: number of ranks that share the batch.
+    """
 
     start: int
     size: int
@@ -20,84 +29,114 @@ class Call(NamedTuple):
     world: int
 
 
-class Store(ABC):
-    """The images of one source at one resolution, however kept."""
+class ImageStore(ABC):
+    """The images of one source at one resolution."""
 
     @abstractmethod
-    def take(self, call: Call, indices: np.ndarray, on_device: torch.Tensor) -> torch.Tensor:
-        """The images `indices` (int64 [n], on the host and again on the device): uint8 [n, C, r, r] there.
+    def take(self, request: BatchRequest, indices: np.ndarray, device_indices: torch.Tensor) -> torch.Tensor:
+        """Return the images of a request on the device.
 
-        Dense, contiguous or channels last in memory; the caller does not write to it.
+        Args:
+            request: what the indices were computed from.
+            indices: int64 [n], on the host.
+            device_indices: the same, on the device.
+
+        Returns:
+            uint8 [n, C, r, r], contiguous or channels last. The caller must not write to it.
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """How they are kept, to follow "at 64 px by dali: "."""
+        """Return how the images are stored, as in "decoded by 2 threads"."""
 
-    def drop(self) -> None:  # noqa: B027, as some have nothing to forget
-        """Forget what was begun ahead, if anything is: the order has changed."""
+    def drop(self) -> None:  # noqa: B027, not every store prefetches
+        """Discard prefetched batches, because the order changed."""
 
     def close(self) -> None:
-        """Drop what is under way, and end what was started. Nothing can be taken any more."""
+        """Discard prefetched batches and stop the threads of the store, which cannot be used afterwards."""
         self.drop()
 
 
-class Ahead:
-    """Work begun a batch before it is asked for: after a call, the same share of the next global batch.
+class Prefetcher:
+    """Starts the work on the next global batch when a batch is taken.
 
-    A call that was not foreseen is worked on when it comes, so jumping costs time and nothing else.
+    A request that was not expected is started when it comes: jumping costs time and nothing else.
 
-    begin: starts the work on images (int64 [n]), in one or more futures. indices_of: the images of a call.
+    Args:
+        start: starts the work on images `indices` (int64 [n]), in one or more futures.
+        indices_of: the images of a request.
     """
 
     def __init__(
-        self, begin: Callable[[np.ndarray], list[Future[Any]]], indices_of: Callable[[Call], np.ndarray]
+        self, start: Callable[[np.ndarray], list[Future[Any]]], indices_of: Callable[[BatchRequest], np.ndarray]
     ) -> None:
-        self._begin, self._indices_of = begin, indices_of
-        self.pending: dict[Call, list[Future[Any]]] = {}
+        self._start, self._indices_of = start, indices_of
+        self.pending: dict[BatchRequest, list[Future[Any]]] = {}
 
-    def take(self, call: Call, indices: np.ndarray) -> list[Any]:
-        """The results of `begin(indices)`, in its order, once they are there."""
-        following = call._replace(start=call.start + call.size)
-        # Virtual ranks ask for the shares of one global batch in turn: keep those of this and the next.
-        for other in [one for one in self.pending if one.start not in (call.start, following.start)]:
-            self._drop(other)
-        parts = self.pending.pop(call, None) or self._begin(indices)
+    def take(self, request: BatchRequest, indices: np.ndarray) -> list[Any]:
+        """Wait for the results of `start(indices)` and return them in order."""
+        following = request._replace(start=request.start + request.size)
+        # Virtual ranks request the shares of one global batch in turn: keep those of this batch and of the next.
+        for other in [one for one in self.pending if one.start not in (request.start, following.start)]:
+            self._cancel(other)
+        parts = self.pending.pop(request, None) or self._start(indices)
         if following not in self.pending:
-            self.pending[following] = self._begin(self._indices_of(following))
+            self.pending[following] = self._start(self._indices_of(following))
         return [part.result() for part in parts]
 
     def drop(self) -> None:
-        """Call off what has not begun."""
-        for call in list(self.pending):
-            self._drop(call)
+        """Cancel all pending work that has not started."""
+        for request in list(self.pending):
+            self._cancel(request)
 
-    def _drop(self, call: Call) -> None:
-        for part in self.pending.pop(call):
+    def _cancel(self, request: BatchRequest) -> None:
+        for part in self.pending.pop(request):
             part.cancel()
 
 
-class AheadStore(Store):
-    """A store that works on the next batch while one is used."""
+class PrefetchingStore(ImageStore):
+    """A store that prepares the next batch while one is used.
 
-    def __init__(self, indices_of: Callable[[Call], np.ndarray]) -> None:
-        self._ahead = Ahead(self._begin, indices_of)
+    Args:
+        indices_of: the images of a request.
+        pool: runs the work.
+        device: of the batches.
+    """
+
+    def __init__(self, indices_of: Callable[[BatchRequest], np.ndarray], pool: Executor, device: torch.device) -> None:
+        self._prefetcher = Prefetcher(self._start, indices_of)
+        self._pool, self._device = pool, device
 
     @abstractmethod
-    def _begin(self, indices: np.ndarray) -> list[Future[Any]]:
-        """See `Ahead`."""
+    def _start(self, indices: np.ndarray) -> list[Future[Any]]:
+        """See `Prefetcher`."""
 
     def drop(self) -> None:
-        self._ahead.drop()
+        self._prefetcher.drop()
+
+
+class DecodingStore(PrefetchingStore):
+    """A store that decodes the images of each batch.
+
+    Args:
+        source: the images.
+        resolution: px.
+        workers: number of decoding threads.
+        prefetching: the arguments of `PrefetchingStore`.
+    """
+
+    def __init__(self, source: Source, resolution: int, workers: int, *prefetching: Any) -> None:
+        super().__init__(*prefetching)
+        self._source, self._resolution, self._workers = source, resolution, workers
 
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A batch to the device, without waiting for it: from pinned memory where that exists."""
+    """Copy a batch to the device without waiting for the copy; through pinned memory on CUDA."""
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
 
 
-def count(number: int, thing: str) -> str:
-    """`number` of things, as said: "1 image", "1,797 images"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str) -> str:
+    """Return "1 image", "1,797 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

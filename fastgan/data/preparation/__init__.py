@@ -1,4 +1,4 @@
-"""`fastgan prepare`: what SRC may be, how a set is made of it over all cores, and whether it is whole still.
+"""`fastgan prepare`: what SRC may be, how a prepared set is made from it on all cores, and how a set is verified.
 
-Nothing here imports torch: the processes that prepare images have no use for it.
+Nothing here imports torch: the worker processes do not need it, and importing it takes seconds.
 """

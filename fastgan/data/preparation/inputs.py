@@ -1,4 +1,4 @@
-"""What SRC of `fastgan prepare` may be: files in a folder or an archive, a published set, another prepared set."""
+"""From SRC of `fastgan prepare` to an input collection: files, a published set, or another prepared set."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgan.data.images import Checked, square
-from fastgan.data.preparation.archives import Tar, Zip, image_suffixes, suffix, tar_files
-from fastgan.data.preparation.originals import Folder, Item, Originals
-from fastgan.data.prepared import Level, is_prepared, read_manifest
-from fastgan.data.sources import ArraySource, celeba_files, open_source
+from fastgan.data.images import ImageInfo, channels_first, channels_last, square
+from fastgan.data.preparation.archives import TarCollection, ZipCollection, image_suffixes, suffix, tar_files
+from fastgan.data.preparation.collection import FolderCollection, InputCollection, InputImage
+from fastgan.data.prepared.manifest import is_prepared, read_manifest
+from fastgan.data.prepared.reader import Level
+from fastgan.data.registry import open_source
+from fastgan.data.source import ArraySource
+from fastgan.data.sources.published import celeba_files
 from fastgan.data.walk import is_folder
 from fastgan.errors import ArgumentError
 
@@ -22,10 +25,10 @@ _KINDS = (
 )
 
 
-class Arrays(Originals):
-    """A set that training holds in memory, each image at its own size: digits, CIFAR-10, MNIST, synthetic."""
+class ArrayCollection(InputCollection):
+    """A source that is read into memory, each image at its own size: digits, CIFAR-10, MNIST, synthetic."""
 
-    one_size, usual = True, 32
+    uniform_size, default_resolution = True, 32
 
     def __init__(self, spec: str) -> None:
         self._spec = spec
@@ -34,22 +37,22 @@ class Arrays(Originals):
         self.kind, self.path = source.name, source.path
         self.channels, self.num_classes = source.channels, source.num_classes
 
-    def items(self) -> Iterator[Item]:
+    def images(self) -> Iterator[InputImage]:
         source = self._open()
-        # Single images have no size or time to tell a change by: the fingerprint of all stands for each of them.
+        # Single images have no size or time that shows a change: each has the fingerprint of all.
         stamp = int(source.fingerprint, 16)
         for index, label in enumerate(source.labels.tolist() if source.labels is not None else ()):
-            yield Item(f"{self.kind} {index}", 0, stamp, (index,), label)
+            yield InputImage(f"{self.kind} {index}", 0, stamp, (index,), label)
 
-    def check(self, item: Item) -> Checked:
+    def inspect(self, image: InputImage) -> ImageInfo:
         height, width = self._open().images.shape[2:]
-        return Checked("", "L" if self.channels == 1 else "RGB", (width, height))
+        return ImageInfo("", "L" if self.channels == 1 else "RGB", (width, height))
 
-    def pixels(self, item: Item, side: int, channels: int, fit: bool) -> np.ndarray:
+    def pixels(self, image: InputImage, side: int, channels: int, fit: bool) -> np.ndarray:
         from PIL import Image
         from PIL.Image import Resampling
 
-        planes = [Image.fromarray(plane) for plane in self._open().images[item.where[0]]]
+        planes = [Image.fromarray(plane) for plane in self._open().images[image.location[0]]]
         return np.stack([np.asarray(square(plane, side, Resampling.BOX, fit)) for plane in planes])
 
     def _open(self) -> ArraySource:
@@ -60,76 +63,77 @@ class Arrays(Originals):
         return self._source
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_source": None}  # read again in the other process instead of sent
+        return self.__dict__ | {"_source": None}  # the other process reads it again
 
 
-class CelebA(Folder):
-    """The aligned faces, in the order of the published list, without labels."""
+class CelebACollection(FolderCollection):
+    """CelebA's aligned faces, in the order of the published list, without labels."""
 
-    kind, channels, one_size, usual = "celeba", 3, True, 128
+    kind, channels, uniform_size, default_resolution = "celeba", 3, True, 128
 
     def __init__(self, spec: str, root: Path) -> None:
         path, self._names = celeba_files(spec, root)
         super().__init__(path)
 
-    def items(self) -> Iterator[Item]:
+    def images(self) -> Iterator[InputImage]:
         for name in self._names:
-            yield self.item(name)._replace(label=None)
+            yield self.image(name)._replace(label=None)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_names": []}  # only the listing needs them
+        return self.__dict__ | {"_names": []}  # needed for listing only
 
 
-class Prepared(Originals):
-    """Another prepared set: its own labels and names. Best made from the originals, as JPEG loses each time."""
+class PreparedCollection(InputCollection):
+    """Another prepared set, with its labels and names. JPEG loses quality each time."""
 
-    kind, one_size = "prepared", True
+    kind, uniform_size = "prepared", True
 
     def __init__(self, path: Path) -> None:
         self.path: Path = path
         self._manifest = read_manifest(path, "SRC")
         self._level: Level | None = None
-        self.channels, self.largest = None, self._manifest.resolution
-        self.usual = self.largest
+        self.channels = None
+        self.default_resolution = self.max_resolution = self._manifest.resolution
         self.num_classes, self.classes = self._manifest.num_classes, self._manifest.classes("SRC")
 
-    def items(self) -> Iterator[Item]:
+    def images(self) -> Iterator[InputImage]:
         stamp = int(self._manifest.fingerprint, 16)
         labels = self._manifest.labels("SRC")
         for index, name in enumerate(self._manifest.names("SRC")):
-            yield Item(name, 0, stamp, (index,), None if labels is None else int(labels[index]))
+            yield InputImage(name, 0, stamp, (index,), None if labels is None else int(labels[index]))
 
-    def check(self, item: Item) -> Checked:
+    def inspect(self, image: InputImage) -> ImageInfo:
         side = self._manifest.resolution
-        return Checked("", "L" if self._manifest.channels == 1 else "RGB", (side, side))
+        return ImageInfo("", "L" if self._manifest.channels == 1 else "RGB", (side, side))
 
-    def pixels(self, item: Item, side: int, channels: int, fit: bool) -> np.ndarray:
+    def pixels(self, image: InputImage, side: int, channels: int, fit: bool) -> np.ndarray:
         if self._level is None or self._level.resolution != side:
             self._level = Level(self._manifest, side, "SRC")
-        pixels = self._level.pixels(item.where[0])
+        pixels = self._level.pixels(image.location[0])
         if len(pixels) == channels:
             return pixels
         if channels == 3:
             return np.repeat(pixels, 3, axis=0)
         from PIL import Image
 
-        return np.asarray(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L"))[None]
+        return channels_first(np.asarray(Image.fromarray(channels_last(pixels)).convert("L")))
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_level": None}
 
 
-def open_originals(src: str) -> Originals:
-    """What SRC means: one of the kinds with a colon, a set that is installed or made up, or a path that is looked at.
+def open_collection(src: str) -> InputCollection:
+    """Open SRC: a kind with a colon, a built-in set, or a path whose kind is detected.
 
-    Raises: ArgumentError if there is nothing of the sort.
+    Raises:
+        ArgumentError: SRC is none of them.
     """
     kind, colon, place = src.partition(":")
     if src in ("digits", "synthetic"):
-        return Arrays(src)
+        return ArrayCollection(src)
     try:
         if not colon or kind not in _OPENERS:
-            kind, place = _recognize(src), src
+            kind, place = _detect_kind(src), src
         if not place:
             raise ArgumentError("SRC", src, _KINDS)
         return _OPENERS[kind](place)
@@ -139,7 +143,7 @@ def open_originals(src: str) -> Originals:
         raise ArgumentError("SRC", src, f"it cannot be read ({error.filename or src}: {error.strerror})") from error
 
 
-def _recognize(src: str) -> str:
+def _detect_kind(src: str) -> str:
     path = Path(src).expanduser()
     if is_prepared(path):
         return "prepared"
@@ -149,10 +153,10 @@ def _recognize(src: str) -> str:
             "mnist": ("MNIST/raw", "train-images-idx3-ubyte"),
             "celeba": ("celeba/img_align_celeba",),
         }
-        for kind, signs in roots.items():
-            if any((path / sign).exists() for sign in signs):
+        for kind, contents in roots.items():
+            if any((path / name).exists() for name in contents):
                 return kind
-        return "tar" if _holds_tars_alone(path) else "folder"
+        return "tar" if _holds_only_tars(path) else "folder"
     if path.is_file():
         with path.open("rb") as stream:
             start = stream.read(512)
@@ -162,11 +166,10 @@ def _recognize(src: str) -> str:
             return "tar"
     elif any(sign in src for sign in "*?[{"):
         return "tar"
-    found = f"{path} is missing; " if not path.exists() else ""
-    raise ArgumentError("SRC", src, found + _KINDS)
+    raise ArgumentError("SRC", src, _KINDS if path.exists() else f"{_KINDS}; {path} is missing")
 
 
-def _holds_tars_alone(path: Path) -> bool:
+def _holds_only_tars(path: Path) -> bool:
     tars = 0
     with os.scandir(path) as entries:
         for entry in entries:
@@ -176,29 +179,29 @@ def _holds_tars_alone(path: Path) -> bool:
     return tars > 0
 
 
-def _existing(place: str, right: Callable[[Path], bool], what: str) -> Path:
+def _existing(place: str, accepts: Callable[[Path], bool], what: str) -> Path:
     path = Path(place).expanduser()
-    if not right(path):
-        found = "is missing" if not path.exists() else "is a folder" if path.is_dir() else "is no folder"
-        raise ArgumentError("SRC", place, f"{path} {found}; it may be {what}")
+    if not accepts(path):
+        why = "is missing" if not path.exists() else "is a folder" if path.is_dir() else "is not a folder"
+        raise ArgumentError("SRC", place, f"must be {what}; {path} {why}")
     return path
 
 
-def _tar(place: str) -> Tar:
+def _open_tars(place: str) -> TarCollection:
     files = tar_files(place)
     missing = [file for file in files if not file.is_file()]
     if missing or not files:
-        what = f"{missing[0]} is missing" if missing else "nothing matches"
-        raise ArgumentError("SRC", place, f"{what}; it may be a tar file, a folder of them, or a pattern")
-    return Tar(Path(place).expanduser(), files)
+        why = f"{missing[0]} is missing" if missing else "nothing matches"
+        raise ArgumentError("SRC", place, f"must be a tar file, a folder of tar files, or a pattern; {why}")
+    return TarCollection(Path(place).expanduser(), files)
 
 
-_OPENERS: dict[str, Callable[[str], Originals]] = {
-    "folder": lambda place: Folder(_existing(place, Path.is_dir, "a folder")),
-    "zip": lambda place: Zip(_existing(place, Path.is_file, "a zip file")),
-    "tar": _tar,
-    "cifar10": lambda place: Arrays(f"cifar10:{place}"),
-    "mnist": lambda place: Arrays(f"mnist:{place}"),
-    "celeba": lambda place: CelebA(f"celeba:{place}", Path(place).expanduser()),
-    "prepared": lambda place: Prepared(Path(place).expanduser()),
+_OPENERS: dict[str, Callable[[str], InputCollection]] = {
+    "folder": lambda place: FolderCollection(_existing(place, Path.is_dir, "a folder")),
+    "zip": lambda place: ZipCollection(_existing(place, Path.is_file, "a zip file")),
+    "tar": _open_tars,
+    "cifar10": lambda place: ArrayCollection(f"cifar10:{place}"),
+    "mnist": lambda place: ArrayCollection(f"mnist:{place}"),
+    "celeba": lambda place: CelebACollection(f"celeba:{place}", Path(place).expanduser()),
+    "prepared": lambda place: PreparedCollection(Path(place).expanduser()),
 }

@@ -1,4 +1,4 @@
-"""Writing the files of one shard of a prepared set, image by image, so that memory does not grow with its size."""
+"""Writing the files of one shard of a prepared set, image by image: memory does not grow with the shard."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Any, Self
 
 import numpy as np
 
-from fastgan.data.images import pyramid
-from fastgan.data.prepared import SUFFIXES, cache_file, index_file, tar_file
-from fastgan.utils.files import AtomicFile, File, array_header, write_atomic
+from fastgan.data.images import channels_last, pyramid
+from fastgan.data.preparation.output import OutputFormat
+from fastgan.data.prepared.manifest import SUFFIXES, cache_file, index_file, tar_file
+from fastgan.utils.files import AtomicFile, FileRecord, write_atomic
 
-_BLOCK = 512  # a tar is made of blocks of this size
+_BLOCK = 512  # bytes; the size of a tar is a multiple
 
 
-class TarOutput:
-    """A webdataset tar of numbered images, and the lines of DALI's index of it. No times, owners or random order."""
+class TarWriter:
+    """Writes a webdataset tar of numbered images, and DALI's index of it. Without times and owners.
+
+    As a context manager it discards what was not committed.
+    """
 
     def __init__(self, file: Path, suffix: str) -> None:
         self._out = AtomicFile(file)
@@ -25,22 +29,30 @@ class TarOutput:
         self._lines: list[str] = []
 
     def add(self, number: int, image: bytes, label: int | None) -> None:
+        """Append an image file under its global index."""
         parts = [self._member(f"{number:09}.{self._suffix}", self._suffix, image)]
         if label is not None:
             parts.append(self._member(f"{number:09}.cls", "cls", str(label).encode()))
         self._lines.append(" ".join(parts))
 
-    def finish(self) -> tuple[File, bytes]:
-        """The tar, and the content of its index: DALI's layout of version 1.2."""
+    def commit(self) -> tuple[FileRecord, bytes]:
+        """Finish the tar; return its record and the content of its index, in DALI's layout of version 1.2."""
         self._out.write(bytes(2 * _BLOCK))
         index = "\n".join([f"v1.2 {len(self._lines)}", *self._lines]) + "\n"
-        return self._out.finish(), index.encode()
+        return self._out.commit(), index.encode()
 
-    def abandon(self) -> None:
-        self._out.abandon()
+    def discard(self) -> None:
+        """Remove the partial file."""
+        self._out.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
 
     def _member(self, name: str, kind: str, content: bytes) -> str:
-        """Write one member; its entry in the index."""
+        """Write one member and return its entry of the index."""
         header = tarfile.TarInfo(name)
         header.size = len(content)
         self._out.write(header.tobuf(tarfile.USTAR_FORMAT))
@@ -49,115 +61,110 @@ class TarOutput:
         return f"{kind} {at} {len(content)} {name}"
 
 
-def renumber(folder: Path, shard: int, resolution: int, first: int, suffix: str) -> dict[str, File]:
-    """Name the members of a shard's tar anew, from global index `first`; sizes and places stay as they are."""
+def renumber(folder: Path, shard: int, resolution: int, first: int, suffix: str) -> dict[str, FileRecord]:
+    """Rename the members of a shard's tar, counting from global index `first`. Sizes and offsets do not change."""
     file, index = folder / tar_file(resolution, shard), folder / index_file(resolution, shard)
-    out = TarOutput(file, suffix)
-    try:
-        with file.open("rb") as stream:
-            for number, line in enumerate(index.read_text().splitlines()[1:], first):
-                fields = line.split(" ")
-                contents = []
-                for at, length in zip(fields[1::4], fields[2::4], strict=True):
-                    stream.seek(int(at))
-                    contents.append(stream.read(int(length)))
-                out.add(number, contents[0], int(contents[1]) if len(contents) > 1 else None)
-        whole, lines = out.finish()
-    finally:
-        out.abandon()
-    return {tar_file(resolution, shard): whole, index_file(resolution, shard): write_atomic(index, lines)}
+    with TarWriter(file, suffix) as out, file.open("rb") as stream:
+        for number, line in enumerate(index.read_text().splitlines()[1:], first):
+            fields = line.split(" ")
+            contents = []
+            for offset, length in zip(fields[1::4], fields[2::4], strict=True):
+                stream.seek(int(offset))
+                contents.append(stream.read(int(length)))
+            out.add(number, contents[0], int(contents[1]) if len(contents) > 1 else None)
+        record, lines = out.commit()
+    return {tar_file(resolution, shard): record, index_file(resolution, shard): write_atomic(index, lines)}
 
 
 def read_index(content: bytes) -> np.ndarray:
-    """Offset and length of each image of a tar, from its index: int64 [n, 2]."""
+    """Return offset and length of each image of a tar, from its index: int64 [n, 2]."""
     lines = content.decode().splitlines()[1:]
     return np.array([line.split(" ")[1:3] for line in lines], dtype=np.int64).reshape(-1, 2)
 
 
-def encode(pixels: np.ndarray, encoding: str, quality: int) -> bytes:
-    """uint8 [C, r, r], C 1 or 3, as one image file."""
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return the header of a .npy file in C order, so that the rest can be written in pieces. dtype: as in "<i8"."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def encode(pixels: np.ndarray, output: OutputFormat) -> bytes:
+    """Encode uint8 [C, r, r], C 1 or 3, as an image file."""
     from PIL import Image
 
-    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     options: dict[str, dict[str, Any]] = {
-        # No chroma subsampling: a GAN would learn the blocks it leaves.
-        "jpeg": {"quality": quality, "subsampling": 0},
+        # Without chroma subsampling, whose blocks a GAN would learn.
+        "jpeg": {"quality": output.quality, "subsampling": 0},
         "png": {"compress_level": 6},
         "webp": {"lossless": True, "quality": 50, "method": 4},
     }
     file = io.BytesIO()
-    image.save(file, format=encoding.upper(), **options[encoding])
+    Image.fromarray(channels_last(pixels)).save(file, format=output.encoding.upper(), **options[output.encoding])
     return file.getvalue()
 
 
 class ShardWriter:
-    """All files of one shard. `add` each image in order, then `finish`; leaving early leaves nothing behind.
+    """Writes all files of one shard: `add` each image in order, then `commit`.
 
-    folder: of the set. first, count: global index of the first image, and how many will come. resolutions: from
-    4 to the target; those in `cached` are stored as arrays, the others as image files.
+    As a context manager it discards what was not committed.
+
+    Args:
+        folder: of the set.
+        shard: its number.
+        first: global index of its first image.
+        count: number of images that will be added.
+        output: what is written for each image.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        shard: int,
-        first: int,
-        count: int,
-        *,
-        channels: int,
-        resolutions: tuple[int, ...],
-        cached: tuple[int, ...],
-        encoding: str,
-        quality: int,
-    ) -> None:
-        self._folder, self._shard = folder, shard
-        self._first, self._count, self._channels = first, count, channels
-        self._resolutions, self._encoding, self._quality = resolutions, encoding, quality
+    def __init__(self, folder: Path, shard: int, first: int, count: int, output: OutputFormat) -> None:
+        self._folder, self._shard, self._first, self._count, self._output = folder, shard, first, count, output
         self._arrays: dict[int, AtomicFile] = {}
-        self._tars: dict[int, TarOutput] = {}
+        self._tars: dict[int, TarWriter] = {}
         self._added = 0
         try:
-            for r in resolutions:
-                name = cache_file(r, shard) if r in cached else tar_file(r, shard)
+            for r in output.resolutions:
+                name = cache_file(r, shard) if r in output.cached else tar_file(r, shard)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                if r in cached:
+                if r in output.cached:
                     self._arrays[r] = AtomicFile(folder / name)
-                    self._arrays[r].write(array_header("|u1", (count, channels, r, r)))
+                    self._arrays[r].write(npy_header("|u1", (count, output.channels, r, r)))
                 else:
-                    self._tars[r] = TarOutput(folder / name, SUFFIXES[encoding])
+                    self._tars[r] = TarWriter(folder / name, SUFFIXES[output.encoding])
         except BaseException:
-            self.abandon()
+            self.discard()
             raise
 
     def add(self, pixels: np.ndarray, label: int | None) -> None:
-        """The next image at the target resolution: uint8 [C, R, R]."""
-        assert pixels.shape == (self._channels, self._resolutions[-1], self._resolutions[-1]), pixels.shape
-        for r, image in pyramid(pixels, self._resolutions).items():
+        """Append an image at the target resolution: uint8 [C, R, R]."""
+        side = self._output.resolutions[-1]
+        assert pixels.shape == (self._output.channels, side, side), pixels.shape
+        for r, image in pyramid(pixels, self._output.resolutions).items():
             if r in self._arrays:
                 self._arrays[r].write(np.ascontiguousarray(image).data.cast("B"))
             else:
-                data = encode(image, self._encoding, self._quality)
+                data = encode(image, self._output)
                 self._tars[r].add(self._first + self._added, data, label)
         self._added += 1
 
-    def finish(self) -> dict[str, File]:
-        """The shard's files, by name below the set's folder."""
+    def commit(self) -> dict[str, FileRecord]:
+        """Finish all files; return their records by name below the set's folder."""
         assert self._added == self._count, f"{self._added} of {self._count} images"
-        files = {cache_file(r, self._shard): out.finish() for r, out in self._arrays.items()}
+        files = {cache_file(r, self._shard): out.commit() for r, out in self._arrays.items()}
         for r, tar in self._tars.items():
-            files[tar_file(r, self._shard)], index = tar.finish()
+            files[tar_file(r, self._shard)], index = tar.commit()
             name = index_file(r, self._shard)
             files[name] = write_atomic(self._folder / name, index)
         return files
 
-    def abandon(self) -> None:
-        for array in self._arrays.values():
-            array.abandon()
-        for tar in self._tars.values():
-            tar.abandon()
+    def discard(self) -> None:
+        """Remove all partial files."""
+        outputs: list[AtomicFile | TarWriter] = [*self._arrays.values(), *self._tars.values()]
+        for out in outputs:
+            out.discard()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.abandon()
+        self.discard()

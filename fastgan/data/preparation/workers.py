@@ -1,4 +1,4 @@
-"""Work spread over processes, in the order in which it gets done; one worker is this process itself."""
+"""A pool of worker processes. A pool of one runs everything in this process."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ Result = TypeVar("Result")
 
 
 class _Context:
-    """What each worker process has: the caller's `shared` object, and how to say that something was done."""
+    """What each worker process has: the shared object, and the function that reports progress."""
 
     shared: Any = None
     tick: Callable[[int], object] = staticmethod(lambda count: None)
 
 
 def shared() -> Any:
-    """In a worker: the object that `Workers` was made with."""
+    """In a worker: return the object that `WorkerPool` was created with."""
     return _Context.shared
 
 
 def tick(count: int = 1) -> None:
-    """In a worker: so much more is done."""
+    """In a worker: report that `count` more images are done."""
     _Context.tick(count)
 
 
-class Workers:
-    """`count` processes that import only what their work needs, started as every system can ("spawn").
+class WorkerPool:
+    """Worker processes, started with "spawn": they import only what their work needs. They end with this process.
 
-    shared: sent to each once. They end when this process does, however it does.
+    Args:
+        count: number of processes.
+        shared: sent to each process once.
     """
 
     def __init__(self, count: int, shared: Any) -> None:
@@ -47,21 +49,27 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
 
     def run(
-        self, function: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], done: Callable[[int], object]
+        self, function: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], on_progress: Callable[[int], object]
     ) -> Iterator[Result]:
-        """`function(*job)` for each job, results as they come; few jobs are made ahead. `done`: called with ticks.
+        """Yield `function(*job)` for each job, in the order of completion.
 
-        Raises: what the function raises; ArgumentError if a process was killed.
+        Args:
+            function: runs in a worker.
+            jobs: taken lazily.
+            on_progress: called with the number of images done since the last call.
+
+        Raises:
+            ArgumentError: a process was killed. What `function` raises is raised, too.
         """
         if self._count == 1:
-            _Context.shared, _Context.tick = self._shared, done
+            _Context.shared, _Context.tick = self._shared, on_progress
             for job in jobs:
                 yield function(*job)
             return
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
             self._ticks = spawn.Value("q", 0)
-            self._pool = ProcessPoolExecutor(self._count, spawn, _begin, (self._shared, self._ticks))
+            self._pool = ProcessPoolExecutor(self._count, spawn, _initialize, (self._shared, self._ticks))
         waiting: set[Future[Result]] = set()
         rest = iter(jobs)
         seen = self._ticks.value
@@ -74,16 +82,16 @@ class Workers:
                 ready, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
                 now = self._ticks.value
                 if now > seen:
-                    done(now - seen)
+                    on_progress(now - seen)
                     seen = now
                 for one in ready:
                     yield one.result()
         except BrokenProcessPool as error:
-            may_be = (
-                "a worker process was killed, perhaps for want of memory, so that fewer may do; or none could start, "
-                "as in a script without `if __name__ == '__main__':`; what is finished is kept"
+            problem = (
+                "a worker process was killed, perhaps because memory ran out (use fewer); or none could start, as in "
+                "a script without `if __name__ == '__main__':`; finished shards are kept"
             )
-            raise ArgumentError("--workers", self._count, may_be) from error
+            raise ArgumentError("--workers", self._count, problem) from error
 
     def __enter__(self) -> Self:
         return self
@@ -91,14 +99,14 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         _Context.shared = None
         if self._pool is not None:
-            # What is under way is left unfinished, also by an interrupt: it is done again by the same command.
+            # Unfinished jobs are lost, as after an interrupt: the same command does them again.
             for process in list((self._pool._processes or {}).values()):
                 process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(shared: Any, ticks: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the others
+def _initialize(shared: Any, ticks: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     _Context.shared = shared
 
     def add(count: int) -> None:
@@ -108,10 +116,10 @@ def _begin(shared: Any, ticks: Any) -> None:
     _Context.tick = staticmethod(add)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
 
 
-def _end_with(sentinel: int) -> None:
-    """A pool's worker whose parent was killed would wait for work for ever."""
+def _exit_with(sentinel: int) -> None:
+    """Exit when the parent does; a worker whose parent was killed would wait for jobs forever."""
     multiprocessing.connection.wait([sentinel])
     os._exit(1)

@@ -13,10 +13,10 @@ import torch
 
 from fastgan.data import open_source
 from fastgan.data.loading import cache
-from fastgan.data.loading.cache import Mapped, Resident, upload_all
-from fastgan.data.loading.gather import Rows
-from fastgan.data.loading.image_store import Call
-from fastgan.data.prepared import Manifest
+from fastgan.data.loading.cache import MappedStore, ResidentStore, upload_all
+from fastgan.data.loading.gather import RowGatherer
+from fastgan.data.loading.image_store import BatchRequest
+from fastgan.data.prepared.manifest import Manifest, tar_file
 from fastgan.errors import ArgumentError
 
 
@@ -34,12 +34,12 @@ def test_mapped_and_resident_gather_by_index(counts: tuple[int, ...]) -> None:
     on_device = torch.from_numpy(indices)
     device = torch.device("cpu")
     with ThreadPoolExecutor(1) as pool:
-        mapped = Mapped(arrays, device, pool, lambda call: np.arange(call.size))
-        call = Call(0, 7, 0, 1)
-        for store in (mapped, Resident(torch.from_numpy(whole)), Resident(upload_all(arrays, device))):
+        mapped = MappedStore(arrays, lambda call: np.arange(call.size), pool, device)
+        call = BatchRequest(0, 7, 0, 1)
+        for store in (mapped, ResidentStore(torch.from_numpy(whole)), ResidentStore(upload_all(arrays, device))):
             np.testing.assert_array_equal(store.take(call, indices, on_device), whole[indices])
         # The next batch was begun ahead, from the order and not from what is asked for then.
-        np.testing.assert_array_equal(mapped.take(Call(7, 7, 0, 1), indices, on_device), whole[:7])
+        np.testing.assert_array_equal(mapped.take(BatchRequest(7, 7, 0, 1), indices, on_device), whole[:7])
 
 
 def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,13 +55,13 @@ def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeyp
 
     def check(start: int) -> None:
         indices = np.arange(start, start + 4) % 64
-        taken = mapped.take(Call(start, 4, 0, 1), indices, torch.from_numpy(indices))
+        taken = mapped.take(BatchRequest(start, 4, 0, 1), indices, torch.from_numpy(indices))
         np.testing.assert_array_equal(taken, whole[indices])
 
-    monkeypatch.setattr(cache, "_waits_for_disk", counted)
-    monkeypatch.setattr(cache, "_IN_A_ROW", 3)
+    monkeypatch.setattr(cache, "_major_faults", counted)
+    monkeypatch.setattr(cache, "_BATCHES_IN_MEMORY", 3)
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        mapped = Mapped(arrays, torch.device("cpu"), pool, lambda call: np.arange(call.start, call.start + 4) % 64)
+        mapped = MappedStore(arrays, lambda call: np.arange(call.start, call.start + 4) % 64, pool, torch.device("cpu"))
         for step in range(3):
             check(4 * step)
         assert {name[:5] for name in gathered_by} == {"ahead"}
@@ -69,7 +69,7 @@ def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeyp
         for step in range(3, 40):
             check(4 * step)
             assert gathered_by[-2:] == [threading.current_thread().name] * 2
-            assert not mapped._ahead.pending  # nor is a batch that nobody asks for kept in memory
+            assert not mapped._prefetcher.pending  # nor is a batch that nobody asks for kept in memory
         rows = mapped._rows
         monkeypatch.setattr(mapped, "_rows", Waiting(rows, waits))
         check(160)
@@ -78,12 +78,12 @@ def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeyp
         for step in range(41, 44):
             check(4 * step)
         assert {name[:5] for name in gathered_by} == {"ahead"}
-        monkeypatch.setattr(cache, "_SMALL", 4 * 3 * 4 * 4 - 1)
+        monkeypatch.setattr(cache, "_SMALL_BATCH", 4 * 3 * 4 * 4 - 1)
         check(176)
         assert gathered_by[-1].startswith("ahead")
         # Where the system does not say what was waited for, the thread goes on with it.
-        monkeypatch.setattr(cache, "_SMALL", 2**20)
-        monkeypatch.setattr(cache, "_waits_for_disk", lambda: None)
+        monkeypatch.setattr(cache, "_SMALL_BATCH", 2**20)
+        monkeypatch.setattr(cache, "_major_faults", lambda: None)
         for step in range(45, 52):
             check(4 * step)
         assert mapped._without_disk == 0
@@ -92,8 +92,8 @@ def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeyp
 class Waiting:
     """Rows, each batch of which needs the disk."""
 
-    def __init__(self, rows: Rows, waits: dict[int, int]) -> None:
-        self._rows, self._waits, self.bytes_of_row = rows, waits, rows.bytes_of_row
+    def __init__(self, rows: RowGatherer, waits: dict[int, int]) -> None:
+        self._rows, self._waits, self.bytes_per_row = rows, waits, rows.bytes_per_row
 
     def take(self, indices: np.ndarray) -> torch.Tensor:
         self._waits[threading.get_ident()] += 1
@@ -108,12 +108,12 @@ def test_a_page_that_is_not_in_memory_counts(tmp_path: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    before = cache._waits_for_disk()
+    before = cache._major_faults()
     assert before is not None
     assert array.sum() == array.size
-    first = cache._waits_for_disk()
+    first = cache._major_faults()
     assert array.sum() == array.size
-    assert cache._waits_for_disk() == first
+    assert cache._major_faults() == first
     if file_system(tmp_path) != "tmpfs":  # whose files are memory
         assert first is not None and first > before
 
@@ -170,8 +170,8 @@ def test_a_cache_file_of_another_shape_is_named(tmp_path: Path, prepared_set: Ca
 
 @pytest.mark.parametrize("encoding", ["jpeg", "png", "webp"])
 def test_damaged_bytes_in_a_tar_are_named(tmp_path: Path, prepared_set: Callable[..., Manifest], encoding: str) -> None:
-    manifest = prepared_set(tmp_path, np.zeros((7, 3, 8, 8), dtype=np.uint8), cache_to=4, encoding=encoding)
-    file = tmp_path / manifest.tar_file(8, 1)
+    prepared_set(tmp_path, np.zeros((7, 3, 8, 8), dtype=np.uint8), cache_to=4, encoding=encoding)
+    file = tmp_path / tar_file(8, 1)
     file.write_bytes(bytes(file.stat().st_size))
     source = open_source(str(tmp_path), 8)
     source.read(0, 8)

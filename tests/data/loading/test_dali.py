@@ -16,7 +16,7 @@ import fastgan.data
 from fastgan.data import open_source
 from fastgan.data.loading import dali
 from fastgan.data.loading.pipeline import Pipeline
-from fastgan.data.prepared import Manifest
+from fastgan.data.prepared.manifest import Manifest
 from fastgan.errors import ArgumentError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="DALI is for Linux only")
@@ -109,7 +109,7 @@ def test_formats(tmp_path: Path) -> None:
     encoded = source.encoded(16)
     assert encoded is not None
     named = {(kind, mode) for kind, mode, _ in encoded.kinds}
-    assert named == {(kind, mode) for kind, modes in dali.SAME.items() for mode in modes}
+    assert named == {(kind, mode) for kind, modes in dali.SAME_AS_PILLOW.items() for mode in modes}
     ours, pillow = both(f"folder:{tmp_path}", 16, 16, 3)
     assert np.abs(ours - pillow).mean(axis=(1, 2, 3)).max() < LIMIT
 
@@ -131,7 +131,7 @@ def test_what_dali_would_read_otherwise_is_left_to_pillow(tmp_path: Path, mode: 
     (image.convert(mode) if mode == "RGBA" else image).save(tmp_path / file, **options)
     picture(16, 16).save(tmp_path / "b.jpg")
     source = open_source(f"folder:{tmp_path}", 16)
-    with pytest.raises(ArgumentError, match="--pipeline: was 'dali'") as error:
+    with pytest.raises(ArgumentError, match="--pipeline must be auto or torch, got 'dali'") as error:
         fastgan.data.open(source, 16, pipeline="dali")
     assert words in str(error.value)
     with fastgan.data.open(source, 16, resident_bytes=0) as pipeline:
@@ -146,7 +146,7 @@ def test_an_output_stays_while_later_batches_are_decoded(tmp_path: Path) -> None
         contents.append(np.frombuffer((tmp_path / f"{i}.png").read_bytes(), dtype=np.uint8))
     encoded = open_source(f"folder:{tmp_path}", 64).encoded(64)
     assert encoded is not None
-    graph = dali.build(encoded, 1, torch.device("cpu"), 8, 2)
+    graph = dali.build_pipeline(encoded, 1, torch.device("cpu"), 8, 2)
     held = []
     for content in contents:
         graph.feed_input("files", [content] * 8)
@@ -165,7 +165,7 @@ def test_auto_takes_dali_and_names_prepare(folder: Path) -> None:
     with auto(folder) as pipeline:
         assert pipeline.kind[0] == "dali" and "fastgan prepare" not in pipeline.describe()
         pipeline.set_resolution(4)
-        assert "decoded at 32 px again and again, which `fastgan prepare` ends" in pipeline.describe()
+        assert "decoded at 32 px every time, which `fastgan prepare` avoids" in pipeline.describe()
 
 
 def test_without_dali_auto_takes_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,14 +173,14 @@ def test_without_dali_auto_takes_torch(folder: Path, monkeypatch: pytest.MonkeyP
     with auto(folder) as pipeline:
         assert pipeline.kind[0] == "torch"
         assert "DALI is not installed (pip install 'fastgan[dali]')" in pipeline.describe()
-    with pytest.raises(ArgumentError, match=r"--pipeline 'dali': .*pip install 'fastgan\[dali\]'"):
+    with pytest.raises(ArgumentError, match=r"must be auto or torch, got 'dali'; .*pip install 'fastgan\[dali\]'"):
         fastgan.data.open(f"folder:{folder}", 32, pipeline="dali")
 
 
 def test_elsewhere_than_on_linux_auto_takes_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with auto(folder) as pipeline:
-        assert pipeline.kind[0] == "torch" and "DALI is for Linux only" in pipeline.describe()
+        assert pipeline.kind[0] == "torch" and "DALI is available on Linux only" in pipeline.describe()
 
 
 def test_a_file_damaged_after_opening_is_named(tmp_path: Path) -> None:
@@ -193,10 +193,10 @@ def test_a_file_damaged_after_opening_is_named(tmp_path: Path) -> None:
             next(pipeline)
         assert error.value.__cause__ is not None and error.value.__cause__.__traceback__ is None
         store = pipeline._store
-        assert isinstance(store, dali.Dali)
-        begun = [part for parts in store._ahead.pending.values() for part in parts]
+        assert isinstance(store, dali.DaliStore)
+        begun = [part for parts in store._prefetcher.pending.values() for part in parts]
         assert begun and all(part.exception() is not None for part in begun)
-        assert store._graph is None  # of no more use after an error
+        assert store._dali_pipeline is None  # of no more use after an error
         (tmp_path / "2.jpg").unlink()
         with pytest.raises(ArgumentError, match=r"2\.jpg"):
             next(pipeline)
@@ -212,5 +212,5 @@ def test_files_that_are_no_images_any_more_are_named(tmp_path: Path, content: by
     with fastgan.data.open(f"folder:{tmp_path}", 32, 8, pipeline="dali") as pipeline:
         for i in range(8):
             (tmp_path / f"{i}.jpg").write_bytes(content)
-        with pytest.raises(ArgumentError, match=r"\d\.jpg'; the image cannot be decoded"):
+        with pytest.raises(ArgumentError, match=r"\d\.jpg': the image cannot be decoded"):
             next(pipeline)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastgan.data.loading import gather
-from fastgan.data.loading.gather import Rows, finish
+from fastgan.data.loading.gather import RowGatherer, to_float
 
 
 @pytest.fixture(params=["c++", "numpy"])
@@ -50,7 +50,7 @@ def test_rows_are_those_of_numpy(way: str, tmp_path: Path, shape: tuple[int, ...
             np.save(tmp_path / f"{i}.npy", array)
         # An empty file cannot be mapped; there is none in a prepared set either.
         arrays = [np.load(tmp_path / f"{i}.npy", mmap_mode="r" if len(arrays[i]) else None) for i in range(4)]
-    for rows, n in itertools.product((Rows(arrays), Rows([whole])), (0, 1, 3, 4, 5, 8, 23)):
+    for rows, n in itertools.product((RowGatherer(arrays), RowGatherer([whole])), (0, 1, 3, 4, 5, 8, 23)):
         indices = np.random.default_rng(n).integers(0, 13, n)
         assert rows.bytes == whole.nbytes
         taken = rows.take(indices)
@@ -67,13 +67,13 @@ def test_rows_that_are_not_in_one_piece(way: str, tmp_path: Path) -> None:
     assert not mapped.flags.c_contiguous
     for arrays in ([mapped], [mapped, whole], [whole[::-1], whole[:, :, :, ::2][:0].reshape(0, 3, 4, 5)]):
         indices = np.array([5, 0, 3, 3])
-        np.testing.assert_array_equal(Rows(arrays).take(indices), np.concatenate(arrays)[indices])
+        np.testing.assert_array_equal(RowGatherer(arrays).take(indices), np.concatenate(arrays)[indices])
 
 
 @pytest.mark.parametrize("index", [13, -14, 2**40])
 def test_rows_beyond_the_last_are_refused(way: str, index: int) -> None:
     whole = image_rows(13, 3, 4, 4)
-    for rows in (Rows([whole[:5], whole[5:]]), Rows([whole])):
+    for rows in (RowGatherer([whole[:5], whole[5:]]), RowGatherer([whole])):
         with pytest.raises((IndexError, RuntimeError)):
             rows.take(np.array([0, index, 1]))
 
@@ -115,7 +115,7 @@ def test_finish_is_what_torch_computes(
     before = images.clone()
     flips = {"no": None, "none": np.zeros(shape[0]), "all": np.ones(shape[0]), "some": np.arange(shape[0]) % 2}[mirror]
     flips = None if flips is None else flips.astype(np.int64)
-    finished = finish(images, flips)
+    finished = to_float(images, flips)
     expected = images.float().div_(127.5).sub_(1)
     if flips is not None:
         expected = torch.where(torch.from_numpy(flips).bool()[:, None, None, None], expected.flip(3), expected)
@@ -126,4 +126,4 @@ def test_finish_is_what_torch_computes(
 
 def test_every_byte(way: str) -> None:
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    torch.testing.assert_close(finish(values, None), values.float().div_(127.5).sub_(1), rtol=0, atol=0)
+    torch.testing.assert_close(to_float(values, None), values.float().div_(127.5).sub_(1), rtol=0, atol=0)

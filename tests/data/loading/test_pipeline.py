@@ -146,7 +146,7 @@ def test_virtual_ranks_read_nothing_twice() -> None:
         for start in (0, 6):
             for rank in range(3):
                 pipeline.batch(start, 6, rank=rank, world=3)
-        assert set(pipeline._store._ahead.pending) == {(12, 6, rank, 3) for rank in range(3)}  # type: ignore[attr-defined]
+        assert set(pipeline._store._prefetcher.pending) == {(12, 6, rank, 3) for rank in range(3)}  # type: ignore[attr-defined]
     assert_read_once(source, needed=12, ahead=18)
 
 
@@ -154,7 +154,7 @@ def test_stream_keeps_no_stale_batches() -> None:
     with streamed() as pipeline:
         for start in (0, 1000, 50, 7, 2000):
             pipeline.batch(start, 4)
-        assert list(pipeline._store._ahead.pending) == [(2004, 4, 0, 1)]  # type: ignore[attr-defined]
+        assert list(pipeline._store._prefetcher.pending) == [(2004, 4, 0, 1)]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("make", [opened, streamed])

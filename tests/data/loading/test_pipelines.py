@@ -12,7 +12,7 @@ import torch
 
 import fastgan.data
 from fastgan.data import Batch, Pipeline
-from fastgan.data.prepared import Manifest
+from fastgan.data.prepared.manifest import Manifest
 from fastgan.errors import ArgumentError
 
 COUNT = 13
@@ -159,7 +159,7 @@ def test_describe_says_which_and_why(opened: Callable[..., Pipeline], sets: dict
         kind = pipeline.kind[0]
         text = pipeline.describe()
     assert text.startswith(f"prepared: 13 images, 3 channels from {sets[kind]}, at 16 px by {kind}: ")
-    assert text.endswith("; prepared" if kind == "cache" else "; as asked for")
+    assert text.endswith("; prepared" if kind == "cache" else "; as requested")
 
 
 def test_auto_takes_the_cache_where_there_is_one(sets: dict[str, Path]) -> None:
@@ -181,7 +181,7 @@ def test_cache_that_cannot_last_is_refused_at_the_start(sets: dict[str, Path]) -
 
 
 def test_dali_without_image_files_is_refused(sets: dict[str, Path]) -> None:
-    with pytest.raises(ArgumentError, match=r"--pipeline 'dali': .* has no image files to decode"):
+    with pytest.raises(ArgumentError, match=r"must be auto or torch, got 'dali'; .* has no image files to decode"):
         fastgan.data.open(str(sets["cache"]), 4, pipeline="dali", target=16)
 
 

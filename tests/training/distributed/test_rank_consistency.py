@@ -99,7 +99,7 @@ def test_a_copy_that_contradicts_its_manifest_is_found(tmp_path: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     fault = spot_check(manifest, 8)
-    assert fault is not None and manifest.path / fault.name == file and "has been changed" in fault.what
+    assert fault is not None and manifest.path / fault.name == file and "has been changed" in fault.problem
     assert spot_check(manifest, 4) is None  # files that are not read are not checked
     assert spot_check(manifest, 8, limit=file.stat().st_size - 1) is None
 

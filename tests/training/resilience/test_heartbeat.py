@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastgan.config import Schedule
-from fastgan.training.distributed.rank_consistency import accumulation_for
+from fastgan.training.checkpoints.resume import accumulation_for
 from fastgan.training.resilience.slurm import first_host, set_rank_variables
 
 RANK = """

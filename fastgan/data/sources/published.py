@@ -1,0 +1,96 @@
+"""Published sets in their published layout: CIFAR-10, MNIST, CelebA. Nothing is unpickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fastgan.data.images import first_line
+from fastgan.data.source import ArraySource, FileSource, Source, import_for, require_channels
+from fastgan.errors import ArgumentError
+
+_CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the image
+
+
+def open_cifar10(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
+    """The 50,000 training images, from the binary version: the "python version" is a set of pickles."""
+    require_channels("cifar10", 3, channels)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    inner = root / "cifar-10-batches-bin"
+    path = inner if inner.is_dir() else root
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        problem = f"{inner} must hold the binary version, cifar-10-binary.tar.gz unpacked"
+        problem += f"; missing: {', '.join(missing)}"
+        if (root / "cifar-10-batches-py").is_dir():
+            problem += "; cifar-10-batches-py is the pickled version, and nothing is unpickled"
+        raise ArgumentError("--data", spec, problem)
+    parts = []
+    for name in names:
+        part = np.fromfile(path / name, dtype=np.uint8)
+        if not part.size or part.size % _CIFAR10_RECORD or part[::_CIFAR10_RECORD].max() > 9:
+            problem = f"{path / name} must hold records of {_CIFAR10_RECORD} bytes, each with a label of 0 to 9 first"
+            raise ArgumentError("--data", spec, problem)
+        parts.append(part.reshape(-1, _CIFAR10_RECORD))
+    records = np.concatenate(parts)
+    images = records[:, 1:].reshape(-1, 3, 32, 32)
+    return ArraySource("cifar10", images, records[:, 0].astype(np.int64), resolution, path)
+
+
+def open_mnist(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
+    """The 60,000 training images, through torchvision's readers of idx files.
+
+    Not through its `MNIST` class, which prefers an old `processed/training.pt`, a pickle.
+    """
+    require_channels("mnist", 1, channels)
+    inner = root / "MNIST" / "raw"
+    path = inner if inner.is_dir() else root
+    files = [path / "train-images-idx3-ubyte", path / "train-labels-idx1-ubyte"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        problem = f"{inner} must hold {files[0].name} and {files[1].name}, unpacked from .gz"
+        raise ArgumentError("--data", spec, f"{problem}; missing: {', '.join(missing)}")
+    torchvision = import_for(spec, "torchvision.datasets.mnist", "torchvision")
+    try:
+        images = torchvision.read_image_file(str(files[0])).numpy()
+        labels = torchvision.read_label_file(str(files[1])).numpy()
+    except Exception as error:  # torchvision asserts, and torch raises RuntimeError on a short file
+        problem = f"the idx files in {path} cannot be read ({first_line(error)}); download them again"
+        raise ArgumentError("--data", spec, problem) from error
+    if not len(images) or len(images) != len(labels) or labels.max() > 9:
+        problem = f"{path} must hold as many labels, from 0 to 9, as images; it has {len(images)} images and "
+        raise ArgumentError("--data", spec, f"{problem}{len(labels)} labels")
+    return ArraySource("mnist", images[:, None], labels.astype(np.int64), resolution, path)
+
+
+def open_celeba(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
+    """All 202,599 aligned faces, without labels."""
+    require_channels("celeba", 3, channels)
+    path, names = celeba_files(spec, root)
+    try:
+        return FileSource("celeba", path, names, resolution=resolution, channels=3, labels=None, num_classes=0)
+    except OSError as error:
+        raise ArgumentError("--data", spec, f"not all of its {len(names)} images are there ({error})") from error
+
+
+def celeba_files(spec: str, root: Path) -> tuple[Path, list[str]]:
+    """Return the folder of the aligned faces, and their names in the order of the published list.
+
+    torchvision's `CelebA` reads the lists, which are text, and checks their md5 sums.
+    """
+    celeba = import_for(spec, "torchvision.datasets", "torchvision").CelebA
+    path = root / celeba.base_folder
+    try:
+        names = list(celeba(str(root), split="all", target_type=[], download=False).filename)
+    except Exception as error:  # RuntimeError for missing files, ValueError and others for damaged ones
+        lists = [name for _, _, name in celeba.file_list if not name.endswith((".zip", ".7z"))]
+        missing = [name for name in ("img_align_celeba", *lists) if not (path / name).exists()]
+        problem = f"{path} must hold the folder img_align_celeba and {', '.join(lists)}"
+        why = (
+            f"missing: {', '.join(missing)}"
+            if missing
+            else f"one differs from the published file ({first_line(error)})"
+        )
+        raise ArgumentError("--data", spec, f"{problem}; {why}") from error
+    return path / "img_align_celeba", names

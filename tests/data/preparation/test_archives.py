@@ -1,0 +1,143 @@
+"""What may be wrong with a zip: names, sizes, damage, interruptions. What it holds as a set is in test_prepare.py."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from published import noise, save
+
+from fastgan.data.preparation.archives import ZipCollection
+from fastgan.data.preparation.prepare import prepare
+from fastgan.data.preparation.settings import Settings
+from fastgan.data.preparation.state import PreparationState
+from fastgan.errors import ArgumentError
+
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+
+
+def png(tmp_path: Path, seed: int = 0) -> bytes:
+    return save(tmp_path / "scratch" / "image.png", noise(16, 16, 3, seed=seed)).read_bytes()
+
+
+def claim_size(file: Path, size: int) -> None:
+    """Set the size of the first file of a zip, in its list of files."""
+    content = bytearray(file.read_bytes())
+    struct.pack_into("<L", content, content.index(b"PK\1\2") + 24, size)
+    file.write_bytes(content)
+
+
+def test_names_that_are_hidden_or_lead_out_of_the_archive(tmp_path: Path) -> None:
+    names = ["../up.png", "a/../../up.png", ".hidden.png", "a/.hidden/x.png", "__MACOSX/a.png", "/abs/x.png", "a/x.png"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for seed, name in enumerate(names):
+            archive.writestr(name, png(tmp_path, seed))
+    before = set(tmp_path.rglob("*"))
+    made = prepare(str(tmp_path / "a.zip"), tmp_path / "set", workers=1)
+    assert list(made.names()) == ["/abs/x.png", "a/x.png"]
+    written = set(tmp_path.rglob("*")) - before
+    assert written and all(path.is_relative_to(tmp_path / "set") for path in written)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_is_bounded_by_the_listed_size(tmp_path: Path, method: int) -> None:
+    """A bomb: 100 MB, listed as 1 kB. zipfile alone would decompress all of bzip2, and much of LZMA."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive, archive.open("a.png", "w") as member:
+        for _ in range(100):
+            member.write(bytes(10**6))
+    claim_size(tmp_path / "a.zip", 1000)
+    collection = ZipCollection(tmp_path / "a.zip")
+    (image,) = collection.images()
+    assert (image.size, image.problem) == (1000, "")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="the archive is damaged here: Bad CRC-32"):
+        collection.open(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+
+
+def test_a_file_that_is_listed_as_too_large_is_not_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png(tmp_path))
+        archive.writestr("b.png", png(tmp_path))
+    claim_size(tmp_path / "a.zip", 2**31 + 1)
+    made = prepare(str(tmp_path / "a.zip"), tmp_path / "set", workers=1)
+    assert list(made.names()) == ["b.png"]
+    assert (tmp_path / "set" / "skipped.txt").read_text() == "a.png\ttoo large: 2.15 GB, above 2.15 GB\n"
+
+
+def test_a_worker_does_not_load_the_list_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 660 bytes a file, in every process that does."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png(tmp_path))
+    collection = ZipCollection(tmp_path / "a.zip")
+    (image,) = collection.images()
+    monkeypatch.delattr(zipfile, "ZipFile")
+    assert collection.open(image).read() == png(tmp_path)
+
+
+def test_damage_anywhere_is_one_line(tmp_path: Path) -> None:
+    """Bytes are changed, and the end is cut off: listing raises ArgumentError, reading a file ValueError."""
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:
+        for method in METHODS:
+            archive.writestr(f"{method}/ä.png", bytes(300), compress_type=method)
+    whole = (tmp_path / "whole.zip").read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = tmp_path / "damaged.zip"
+    refused, unreadable = 0, 0
+    for step in range(500):
+        content = bytearray(whole[: rng.integers(len(whole))] if step % 3 == 0 else whole)
+        for at in rng.integers(0, max(1, len(content)), 3 if content else 0):
+            content[at] = rng.integers(256)
+        damaged.write_bytes(content)
+        collection = ZipCollection(damaged)
+        try:
+            images = list(collection.images())
+        except ArgumentError as error:
+            assert str(error).startswith(f"SRC must be a whole zip file, got '{damaged}'; ")
+            assert len(str(error).splitlines()) == 1
+            refused += 1
+            continue
+        for image in images:
+            if image.problem:
+                continue
+            try:
+                assert len(collection.open(image).read()) <= image.size
+            except ValueError as error:
+                assert str(error).startswith("the archive is damaged here: ") and len(str(error).splitlines()) == 1
+                unreadable += 1
+    assert refused > 100 and unreadable > 30
+
+
+def test_interrupted_in_the_middle_of_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command continues, reads only the shards that are not finished, and writes the same bytes."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in reversed(range(12)):
+            archive.writestr(f"{i % 3}/{i:02}.png", png(tmp_path, i))
+    settings = Settings(per_shard=4, cache_to=8)
+    whole = prepare(str(tmp_path / "a.zip"), tmp_path / "whole", settings, workers=1)
+    assert list(whole.names()) == sorted(f"{i % 3}/{i:02}.png" for i in range(12))
+    write = PreparationState.write
+
+    def interrupt(state: PreparationState, kind: str, shard: int, content: object) -> None:
+        write(state, kind, shard, content)
+        if (kind, shard) == ("done", 1):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(PreparationState, "write", interrupt)
+        prepare(str(tmp_path / "a.zip"), tmp_path / "set", settings, workers=1)
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    read: list[str] = []
+    pixels = ZipCollection.pixels
+    monkeypatch.setattr(
+        ZipCollection, "pixels", lambda self, image, *rest: (read.append(image.name), pixels(self, image, *rest))[1]
+    )
+    made = prepare(str(tmp_path / "a.zip"), tmp_path / "set", settings, workers=1)
+    assert set(read) == set(list(whole.names())[8:])
+    assert made.files == whole.files
