@@ -353,11 +353,10 @@ def training_config(resolution: int, widths: str, out: str) -> Config:
 def machine() -> str:
     """Return one line about the machine and the versions that the numbers come from."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else "unknown"
     versions = f"torch {torch.__version__}, {dali.missing() or f'DALI {dali.version()}'}"
     processor = device_name(torch.device("cpu"))
-    load = f"load before {os.getloadavg()[0]:.1f}"
-    return f"{processor}, {WORKERS} workers, {versions}, commit {commit or 'unknown'}, {load}"
+    return f"{processor}, {WORKERS} workers, {versions}, commit {commit}, load before {os.getloadavg()[0]:.1f}"
 
 
 def row(*cells: object) -> None:

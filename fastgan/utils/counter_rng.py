@@ -2,7 +2,7 @@
 
 A latent, an interpolation weight or a fake label must not depend on the rank that draws it, on the number of
 ranks or on what was drawn before: the same run on one process or on eight, stopped and resumed or not, sees the
-same numbers. A counter-based generator gives that: the 64-bit finaliser of SplitMix64 (Steele, Lea and Flood,
+same numbers. A counter-based generator gives that: the 64-bit finalizer of SplitMix64 (Steele, Lea and Flood,
 "Fast splittable pseudorandom number generators", 2014) over the counter, in int64 tensor arithmetic, so that it
 runs on the samples' device and reads nothing back to the host.
 """

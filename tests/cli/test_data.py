@@ -1,4 +1,4 @@
-"""`fastgan prepare`, `fastgan data info`, `verify` and `show`, as they are typed."""
+"""The commands `fastgan prepare`, `fastgan data info`, `verify` and `show`."""
 
 from __future__ import annotations
 
@@ -43,37 +43,37 @@ Out = Callable[[], tuple[str, str]]
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Out:
-    """What was printed since the last call: stdout, stderr."""
+def output(capsys: pytest.CaptureFixture[str]) -> Out:
+    """Printed text since the last call: stdout, stderr."""
     return lambda: (lambda both: (both.out, both.err))(capsys.readouterr())
 
 
-def test_prepare_says_what_it_made(prepared: Path, said: Out) -> None:
+def test_prepare_prints_a_summary(prepared: Path, output: Out) -> None:
     assert main(["prepare", "digits", str(prepared), *"--resolution 16 --cache-to 8 --per-shard 500".split()]) == 2
-    assert f"fastgan: --lossless None: {prepared} was prepared with 'png'" in said()[1]
+    assert f"fastgan: --lossless None: {prepared} was prepared with 'png'" in output()[1]
     again = "--lossless png --resolution 16 --cache-to 8 --per-shard 500"
     assert main(["prepare", "digits", str(prepared), *again.split()]) == 0
-    out, err = said()
+    out, err = output()
     assert out.startswith(f"{prepared}: 1,797 images of 16 px, gray, 10 classes, ")
     assert "is already prepared" in err
 
 
-def test_lossless_takes_two_kinds_or_none(tmp_path: Path, said: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lossless_accepts_two_formats_or_no_value(tmp_path: Path, output: Out, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for kind in ("jpg", "PNG", "tiff"):
         assert main(["prepare", "--lossless", kind, "digits", "set"]) == 2
-        assert said()[1] == f"fastgan: --lossless must be png or webp, got '{kind}'\n"
+        assert output()[1] == f"fastgan: --lossless must be png or webp, got '{kind}'\n"
         assert main(["prepare", "digits", "set", "--lossless", kind]) == 2
-        assert said()[1] == f"fastgan: --lossless must be png or webp, got '{kind}'\n"
+        assert output()[1] == f"fastgan: --lossless must be png or webp, got '{kind}'\n"
     assert not list(tmp_path.iterdir())
     assert prepare._lossless(["--lossless", "digits", "set"]) == ["--lossless", "png", "digits", "set"]
     (tmp_path / "jpg").mkdir()  # what is there is SRC
     assert prepare._lossless(["--lossless", "jpg", "set"]) == ["--lossless", "png", "jpg", "set"]
 
 
-def test_info(prepared: Path, said: Out) -> None:
+def test_info(prepared: Path, output: Out) -> None:
     assert main(["data", "info", str(prepared)]) == 0
-    lines = said()[0].splitlines()
+    lines = output()[0].splitlines()
     assert lines[0] == str(prepared)
     facts = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:] if line}
     assert facts["images"] == "1,797, gray"
@@ -83,12 +83,12 @@ def test_info(prepared: Path, said: Out) -> None:
     assert facts["4"].startswith("arrays") and facts["8"].startswith("arrays") and facts["16"].startswith("png")
 
 
-def test_verify_finds_nothing_in_a_whole_set(prepared: Path, said: Out) -> None:
+def test_verify_accepts_a_complete_set(prepared: Path, output: Out) -> None:
     assert main(["data", "verify", str(prepared)]) == 0
-    assert f"{prepared}: all 20 files" in said()[0]
+    assert f"{prepared}: all 20 files" in output()[0]
 
 
-def test_verify_names_each_fault(copy: Path, said: Out) -> None:
+def test_verify_lists_each_wrong_file(copy: Path, output: Out) -> None:
     tar = copy / "encoded" / "0016" / "00000.tar"
     tar.write_bytes(tar.read_bytes()[:-1000])
     array = copy / "cache" / "0004" / "00001.npy"
@@ -101,7 +101,7 @@ def test_verify_names_each_fault(copy: Path, said: Out) -> None:
     (copy / ".preparing").mkdir()
     (copy / ".preparing" / "asked.json").write_text("{}")
     assert main(["data", "verify", str(copy)]) == 1
-    out, err = said()
+    out, err = output()
     found = {str(Path(line.split(" ")[0]).relative_to(copy)): line.split(" ", 1)[1] for line in out.splitlines()}
     assert sorted(found) == [
         ".preparing/asked.json",
@@ -120,24 +120,24 @@ def test_verify_names_each_fault(copy: Path, said: Out) -> None:
     assert "fastgan: 7 files are wrong" in err
 
 
-def test_one_wrong_file_is_one(copy: Path, said: Out) -> None:
+def test_one_wrong_file_is_counted_in_the_singular(copy: Path, output: Out) -> None:
     (copy / "cache" / "0008" / "00002.npy").unlink()
     assert main(["data", "verify", str(copy)]) == 1
-    assert "fastgan: 1 file is wrong; " in said()[1]
+    assert "fastgan: 1 file is wrong; " in output()[1]
 
 
-def test_show_names_an_image_that_is_damaged(copy: Path, said: Out) -> None:
+def test_show_names_a_damaged_image(copy: Path, output: Out) -> None:
     tar = copy / "encoded" / "0016" / "00000.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
     assert main(["data", "show", str(copy), "--resolution", "16", "--out", str(copy / "x.png")]) == 2
     named = f"DST '{tar}, member 000000000.png': the image cannot be decoded (no image format Pillow knows); "
-    assert named in said()[1]
+    assert named in output()[1]
     assert not (copy / "x.png").exists()
 
 
 @pytest.mark.parametrize("what", ["header", "archive"])
-def test_a_damaged_array_is_named(copy: Path, said: Out, what: str) -> None:
-    """Of the size that the manifest says: a header of another text, and what numpy takes for a .npz."""
+def test_a_damaged_array_is_named(copy: Path, output: Out, what: str) -> None:
+    """With the size in the manifest: a damaged header, and a file that NumPy takes for a .npz."""
     file = copy / "cache" / "0008" / "00000.npy"
     content = file.read_bytes()
     buffer = io.BytesIO()
@@ -147,22 +147,22 @@ def test_a_damaged_array_is_named(copy: Path, said: Out, what: str) -> None:
     file.write_bytes(content[:10] + b"{'((" + content[14:] if what == "header" else buffer.getvalue())
     assert file.stat().st_size == len(content)
     assert main(["data", "show", str(copy), "--resolution", "8", "--out", str(copy / "x.png")]) == 2
-    error = said()[1]
+    error = output()[1]
     assert f"DST '{file}': it is not a whole .npy file (" in error and len(error.splitlines()) == 1
     with pytest.raises(ArgumentError, match=r"--data .*00000\.npy': it is not a whole \.npy file"):
         fastgan.data.open_source(str(copy), 8).arrays(8)
 
 
 @pytest.mark.parametrize("name", ["classes.json", "names.jsonl", "labels.npy"])
-def test_a_damaged_list_is_named(tmp_path: Path, said: Out, name: str) -> None:
-    """Cut it would drop images, or their classes, from a set that is prepared from this one."""
+def test_a_damaged_list_is_named(tmp_path: Path, output: Out, name: str) -> None:
+    """If it is truncated, a set prepared from this one would lack images or classes."""
     copy = tmp_path / "copy"
     for i in range(4):
         save(tmp_path / "photos" / f"class {i}" / "a.png", noise(8, 8))
     assert main(["prepare", str(tmp_path / "photos"), str(copy), "--workers", "1"]) == 0
     file = copy / name
     content = file.read_bytes()
-    said()
+    output()
     for damage in (content[: len(content) // 2], b"\xff" * len(content), None):
         if damage is None:
             file.unlink()
@@ -170,14 +170,14 @@ def test_a_damaged_list_is_named(tmp_path: Path, said: Out, name: str) -> None:
             file.write_bytes(damage)
         if name == "classes.json":
             assert main(["data", "info", str(copy)]) == 2
-            assert f"DST '{copy}': {name} is " in said()[1]
+            assert f"DST '{copy}': {name} is " in output()[1]
         assert main(["prepare", str(copy), str(copy.parent / "again"), "--workers", "1"]) == 2
-        error = said()[1]
+        error = output()[1]
         assert "SRC '" in error and name in error and len(error.splitlines()) == 1
     assert not (copy.parent / "again").exists()
 
 
-def test_names_that_are_no_text_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_not_utf8_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / os.fsdecode(b"caf\xe9")
     save(source / source.name / "a.png", noise(8, 8))
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # strict, as in most people's locales
@@ -187,20 +187,20 @@ def test_names_that_are_no_text_are_printed(tmp_path: Path, monkeypatch: pytest.
     assert "1: caf\\udce9\n" in out.buffer.getvalue().decode()
 
 
-def test_verify_finds_a_changed_manifest(copy: Path, said: Out) -> None:
+def test_verify_detects_a_changed_manifest(copy: Path, output: Out) -> None:
     file = copy / "manifest.json"
     file.write_text(file.read_text().replace('"cache_to": 8', '"cache_to": 4'))
     assert main(["data", "verify", str(copy)]) == 1
-    assert said()[0].startswith(f"{file} has been changed: its fingerprint")
+    assert output()[0].startswith(f"{file} has been changed: its fingerprint")
     file.write_text(file.read_text()[:-100])
     assert main(["data", "verify", str(copy)]) == 2
-    assert f"{file} is damaged" in said()[1]
+    assert f"{file} is damaged" in output()[1]
 
 
-def test_show(prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show(prepared: Path, tmp_path: Path, output: Out, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["data", "show", str(prepared), "--n", "5", "--start", "3"]) == 0
-    assert said()[0] == "5 of 1,797 images, 16 px: digits-16px.png\n"
+    assert output()[0] == "5 of 1,797 images, 16 px: digits-16px.png\n"
     sheet = np.asarray(Image.open("digits-16px.png"))
     assert sheet.shape == (2 * 64, 3 * 64)
     source = fastgan.data.open_source("digits", 16)
@@ -227,29 +227,29 @@ def test_show(prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.Mon
     ],
 )
 def test_show_refuses(
-    prepared: Path, tmp_path: Path, said: Out, monkeypatch: pytest.MonkeyPatch, flags: str, words: str
+    prepared: Path, tmp_path: Path, output: Out, monkeypatch: pytest.MonkeyPatch, flags: str, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     assert main(["data", "show", str(prepared), *flags.split()]) == 2
-    assert words in said()[1]
+    assert words in output()[1]
     assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
 
 
-def test_no_prepared_set(tmp_path: Path, said: Out) -> None:
+def test_no_prepared_set(tmp_path: Path, output: Out) -> None:
     for what in ("info", "verify", "show"):
         assert main(["data", what, str(tmp_path / "nowhere")]) == 2
-        out, err = said()
+        out, err = output()
         assert not out and "manifest.json is missing" in err and err.count("\n") == 1
 
 
-def test_a_set_that_is_not_finished(copy: Path, said: Out) -> None:
-    """As a kill leaves it."""
+def test_an_unfinished_set_is_refused(copy: Path, output: Out) -> None:
+    """The state after a kill."""
     (copy / "manifest.json").unlink()
     (copy / ".preparing").mkdir()
     for what in ("info", "verify", "show"):
         assert main(["data", what, str(copy)]) == 2
-        assert "not finished; run the same `fastgan prepare` command again" in said()[1]
+        assert "not finished; run the same `fastgan prepare` command again" in output()[1]
     for spec in (str(copy), f"prepared:{copy}"):
         with pytest.raises(ArgumentError, match=r"--data .*not finished"):
             fastgan.data.open_source(spec, 16)
@@ -257,7 +257,7 @@ def test_a_set_that_is_not_finished(copy: Path, said: Out) -> None:
 
 @pytest.mark.parametrize("words", ["prepare --help", "data show --help"])
 def test_help_comes_without_torch(words: str) -> None:
-    """A prepare with many workers starts many processes; torch takes seconds to import, and most of the memory."""
+    """A prepare with many workers starts many processes; importing torch takes seconds and most of the memory."""
     code = (
         "import sys; from fastgan.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     )

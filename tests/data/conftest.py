@@ -87,5 +87,5 @@ def write_set(
 
 @pytest.fixture(scope="session")
 def prepared_set() -> Callable[..., Manifest]:
-    """`write_set`: a prepared set made in the test, without the command."""
+    """`write_set`."""
     return write_set

@@ -26,7 +26,7 @@ Writer = Callable[..., Manifest]
 
 
 def smooth(n: int, channels: int, side: int) -> np.ndarray:
-    """Pictures that JPEG keeps nearly as they are: uint8 [n, channels, side, side]."""
+    """Images that JPEG hardly changes: uint8 [n, channels, side, side]."""
     coarse = np.random.default_rng(0).integers(0, 256, (n, channels, 4, 4)).astype(np.uint8)
     up = [Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC) for plane in coarse.reshape(-1, 4, 4)]
     return np.stack([np.asarray(one) for one in up]).reshape(n, channels, side, side)
@@ -48,7 +48,7 @@ def refusal(folder: Path) -> str:
 
 @pytest.mark.parametrize("encoding", ["jpeg", "png", "webp"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_written_is_read(tmp_path: Path, prepared_set: Writer, encoding: str, channels: int) -> None:
+def test_written_images_are_read_back(tmp_path: Path, prepared_set: Writer, encoding: str, channels: int) -> None:
     images, labels = smooth(13, channels, 32), np.arange(13) % 3
     made = prepared_set(tmp_path, images, labels, encoding=encoding)
     manifest = read_manifest(tmp_path)
@@ -65,7 +65,7 @@ def test_what_is_written_is_read(tmp_path: Path, prepared_set: Writer, encoding:
             assert np.abs(difference).mean() <= (0 if exact else 3), (resolution, i)
 
 
-def test_a_stranger_reads_it_with_numpy_and_tarfile(tmp_path: Path, prepared_set: Writer) -> None:
+def test_a_set_can_be_read_with_numpy_and_tarfile_alone(tmp_path: Path, prepared_set: Writer) -> None:
     images, labels = smooth(9, 3, 16), np.arange(9) % 4
     prepared_set(tmp_path, images, labels, encoding="png")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -135,7 +135,7 @@ def test_damaged_manifests(tmp_path: Path, prepared_set: Writer) -> None:
         assert str(tmp_path / MANIFEST) in refusal(tmp_path)
 
 
-def test_missing_and_cut_files_are_named_when_a_resolution_is_opened(tmp_path: Path, prepared_set: Writer) -> None:
+def test_missing_and_truncated_files_are_named_on_opening(tmp_path: Path, prepared_set: Writer) -> None:
     prepared_set(tmp_path, smooth(6, 1, 32), np.arange(6))
     manifest = read_manifest(tmp_path)
     cut = tmp_path / "encoded" / "0016" / "00001.tar"
@@ -154,8 +154,8 @@ def test_missing_and_cut_files_are_named_when_a_resolution_is_opened(tmp_path: P
         Level(manifest, 64)
 
 
-def test_files_of_the_right_size_with_something_else(tmp_path: Path, prepared_set: Writer) -> None:
-    """Only their headers tell."""
+def test_files_of_the_right_size_with_other_contents_are_named(tmp_path: Path, prepared_set: Writer) -> None:
+    """Only their headers show it."""
     prepared_set(tmp_path, smooth(6, 1, 16), np.arange(6))
     manifest = read_manifest(tmp_path)
     cache, offsets = tmp_path / "cache" / "0008" / "00000.npy", tmp_path / "encoded" / "0016" / "offsets.npy"
@@ -193,7 +193,7 @@ def test_nothing_is_unpickled(tmp_path: Path, prepared_set: Writer) -> None:
 
 
 def test_one_header_is_read_at_a_time(tmp_path: Path, prepared_set: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads that did so at once would each take a whole file for a damaged one, now and then."""
+    """Two threads that read one at once would sometimes take a complete file for a damaged one."""
     prepared_set(tmp_path, smooth(6, 1, 16), np.arange(6))
     load, alone = np.load, []
 
@@ -207,7 +207,7 @@ def test_one_header_is_read_at_a_time(tmp_path: Path, prepared_set: Writer, monk
     assert not manifest_module._HEADER_LOCK.locked()
 
 
-def test_what_sizes_tell_of_a_file(tmp_path: Path, prepared_set: Writer) -> None:
+def test_size_problems_of_a_file(tmp_path: Path, prepared_set: Writer) -> None:
     prepared_set(tmp_path, smooth(6, 1, 16), np.arange(6))
     manifest = read_manifest(tmp_path)
     names = tmp_path / "names.jsonl"
@@ -223,7 +223,7 @@ def test_what_sizes_tell_of_a_file(tmp_path: Path, prepared_set: Writer) -> None
 
 
 def test_a_picture_too_large_to_decode_is_named(tmp_path: Path, prepared_set: Writer) -> None:
-    """Pillow's refusal is no OSError."""
+    """Pillow's refusal is not an OSError."""
     prepared_set(tmp_path, smooth(6, 1, 16), encoding="png")
     level = Level(read_manifest(tmp_path), 16)
     at = int(np.load(tmp_path / "encoded" / "0016" / "offsets.npy")[0, 0])
@@ -237,7 +237,7 @@ def test_a_picture_too_large_to_decode_is_named(tmp_path: Path, prepared_set: Wr
 
 
 def test_the_encoded_resolution_to_decode(tmp_path: Path, prepared_set: Writer) -> None:
-    """The lowest that is large enough; a decoder is not given what lies decoded."""
+    """The lowest that is large enough, and none that is stored decoded."""
     sides: dict[int, list[int | None]] = {2: [4, 8, 16, 32], 8: [16, 16, 16, 32], 32: [None] * 4}
     for cache_to, expected in sides.items():
         folder = tmp_path / str(cache_to)
@@ -251,7 +251,7 @@ def test_the_encoded_resolution_to_decode(tmp_path: Path, prepared_set: Writer) 
     assert found[0] is not None and list(found[0].kinds) == [("WEBP", "RGB", False)]  # WebP has no gray
 
 
-def test_an_image_that_is_read_is_the_callers_own(tmp_path: Path, prepared_set: Writer) -> None:
+def test_a_read_image_belongs_to_the_caller(tmp_path: Path, prepared_set: Writer) -> None:
     prepared_set(tmp_path, smooth(6, 1, 16))
     source = PreparedSource(read_manifest(tmp_path), 16)
     for resolution in (8, 16):
@@ -264,7 +264,7 @@ def test_an_image_that_is_read_is_the_callers_own(tmp_path: Path, prepared_set: 
             source.read(index, 8)
 
 
-def test_a_fingerprint_is_of_every_file_and_setting() -> None:
+def test_the_fingerprint_depends_on_every_file_and_setting() -> None:
     one, other = FileRecord(1, "aa"), FileRecord(1, "bb")
     made = fingerprint({"x": one, "y": other}, {"quality": 95})
     assert made == fingerprint({"y": other, "x": one}, {"quality": 95})

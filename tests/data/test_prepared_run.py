@@ -1,4 +1,4 @@
-"""`fastgan train --data SET`, over resolutions that come from the cache and from encoded files."""
+"""`fastgan train --data SET`, with resolutions from the cache and from encoded files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def command(*flags: str) -> list[str]:
 
 
 def test_killed_and_resumed_is_bit_identical(folder: Path, tmp_path: Path) -> None:
-    """Killed while the images are those of the cache; DALI's come after."""
+    """Killed while the images come from the cache; later ones come from DALI."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     result = subprocess.run(command("--data", str(folder), "--out", str(whole)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

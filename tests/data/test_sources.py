@@ -51,7 +51,7 @@ def test_lower_resolution_is_the_mean_of_the_target() -> None:
 
 
 def test_area_average_keeps_the_extremes() -> None:
-    """The integer sums do not overflow and the rounding does not leave the range."""
+    """The integer sums do not overflow, and rounding stays in the range."""
     for value in (0, 1, 254, 255):
         assert (area_average(np.full((2, 1, 512, 512), value, np.uint8), 4) == value).all()
         assert (area_average(np.full((64, 64), value, np.uint8), 4) == value).all()
@@ -145,7 +145,7 @@ def test_cut_jpeg_is_skipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bmp", "gif", "tiff", "ppm", "tga", "png", "webp"])
 def test_cut_file_of_any_kind_is_skipped(tmp_path: Path, kind: str) -> None:
-    """Most of Pillow's readers notice a cut only while decoding, which would stop a run under way."""
+    """Most of Pillow's readers detect a truncated file only while decoding, which would stop a run later."""
     data = save(tmp_path / f"a.{kind}", noise(64, 64, 3)).read_bytes()
     (tmp_path / f"cut.{kind}").write_bytes(data[: len(data) * 9 // 10])
     source = open_source(f"folder:{tmp_path}", 16)
@@ -194,7 +194,7 @@ def test_folder_links_in_a_circle(tmp_path: Path) -> None:
     assert len(open_source(f"folder:{tmp_path / 'data'}", 16)) == 1
 
 
-def test_a_link_that_leads_nowhere_is_named_and_takes_no_other_file_along(tmp_path: Path) -> None:
+def test_a_broken_link_is_listed_and_no_other_file_is_skipped(tmp_path: Path) -> None:
     save(tmp_path / "data" / "a" / "x.png")
     save(tmp_path / "data" / "b" / "y.png")
     (tmp_path / "data" / "a" / "itself.png").symlink_to("itself.png")
@@ -274,7 +274,7 @@ def test_center_square(tmp_path: Path) -> None:
 
 
 def test_center_square_of_a_larger_image(tmp_path: Path) -> None:
-    """Apart from the edges, where the filter may use what lies beyond the square."""
+    """Except the edges, where the filter may use pixels outside of the square."""
     wide = noise(64, 192)
     save(tmp_path / "a.png", wide)
     found = open_source(f"folder:{tmp_path}", 16).read(0, 16)[0]
@@ -319,7 +319,7 @@ def test_large_jpeg_is_decoded_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(image[0], ramp.reshape(16, 32, 16, 32).mean(axis=(1, 3)), atol=4)
 
 
-def test_enlarging_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_enlarging_logs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path / "a.png", noise(8, 9, 3))
     save(tmp_path / "b.png", noise(10, 30, 3))
     save(tmp_path / "c.png", noise(64, 64, 3))

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks (fastgan/utils/files.py)."""
+"""Atomic files and locks (fastgan/utils/files.py)."""
 
 from __future__ import annotations
 
@@ -32,16 +32,14 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="has no device that is always full")
-def test_a_full_disk_is_told_though_what_is_buffered_cannot_be_written_either(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_although_the_buffer_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / f".file.{os.getpid()}.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file'"):
         write_atomic(tmp_path / "file", b"content")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_is_held_by_one_and_not_asked_for_where_there_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_excludes_others_and_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fcntl = pytest.importorskip("fcntl")
     with (tmp_path / "lock").open("wb") as one, (tmp_path / "lock").open("wb") as other:
         assert try_lock(one.fileno()) and not try_lock(other.fileno())
@@ -53,8 +51,8 @@ def test_a_lock_is_held_by_one_and_not_asked_for_where_there_is_none(
         assert try_lock(other.fileno())
 
 
-def test_a_file_has_its_name_once_its_bytes_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a power cut leaves a manifest of zeros, or one of files that are not there."""
+def test_a_file_is_renamed_after_its_bytes_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a power cut leaves a manifest of zeros, or a manifest of files that do not exist."""
     flush, replace, done = os.fsync, os.replace, []
 
     def flushed(descriptor: int) -> None:

@@ -166,7 +166,7 @@ def _detect_kind(src: str) -> str:
             return "tar"
     elif any(sign in src for sign in "*?[{"):
         return "tar"
-    raise ArgumentError("SRC", src, _KINDS if path.exists() else f"{_KINDS}; {path} is missing")
+    raise ArgumentError("SRC", src, _KINDS if path.exists() or ":" in src else "it is missing")
 
 
 def _holds_only_tars(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,14 +18,11 @@ from fastgan.utils.files import AtomicFile, FileRecord, write_atomic
 _BLOCK = 512  # bytes; the size of a tar is a multiple
 
 
-class TarWriter:
-    """Writes a webdataset tar of numbered images, and DALI's index of it. Without times and owners.
-
-    As a context manager it discards what was not committed.
-    """
+class TarWriter(AtomicFile):
+    """Writes a webdataset tar of numbered images, without times and owners, and makes DALI's index of it."""
 
     def __init__(self, file: Path, suffix: str) -> None:
-        self._out = AtomicFile(file)
+        super().__init__(file)
         self._suffix = suffix
         self._lines: list[str] = []
 
@@ -35,30 +33,22 @@ class TarWriter:
             parts.append(self._member(f"{number:09}.cls", "cls", str(label).encode()))
         self._lines.append(" ".join(parts))
 
-    def commit(self) -> tuple[FileRecord, bytes]:
-        """Finish the tar; return its record and the content of its index, in DALI's layout of version 1.2."""
-        self._out.write(bytes(2 * _BLOCK))
-        index = "\n".join([f"v1.2 {len(self._lines)}", *self._lines]) + "\n"
-        return self._out.commit(), index.encode()
+    def commit(self) -> FileRecord:
+        self.write(bytes(2 * _BLOCK))
+        return super().commit()
 
-    def discard(self) -> None:
-        """Remove the partial file."""
-        self._out.discard()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.discard()
+    def index(self) -> bytes:
+        """Return the content of the index, in DALI's layout of version 1.2."""
+        return ("\n".join([f"v1.2 {len(self._lines)}", *self._lines]) + "\n").encode()
 
     def _member(self, name: str, kind: str, content: bytes) -> str:
         """Write one member and return its entry of the index."""
         header = tarfile.TarInfo(name)
         header.size = len(content)
-        self._out.write(header.tobuf(tarfile.USTAR_FORMAT))
-        at = self._out.bytes
-        self._out.write(content + bytes(-len(content) % _BLOCK))
-        return f"{kind} {at} {len(content)} {name}"
+        self.write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.bytes
+        self.write(content + bytes(-len(content) % _BLOCK))
+        return f"{kind} {offset} {len(content)} {name}"
 
 
 def renumber(folder: Path, shard: int, resolution: int, first: int, suffix: str) -> dict[str, FileRecord]:
@@ -72,8 +62,8 @@ def renumber(folder: Path, shard: int, resolution: int, first: int, suffix: str)
                 stream.seek(int(offset))
                 contents.append(stream.read(int(length)))
             out.add(number, contents[0], int(contents[1]) if len(contents) > 1 else None)
-        record, lines = out.commit()
-    return {tar_file(resolution, shard): record, index_file(resolution, shard): write_atomic(index, lines)}
+        record = out.commit()
+    return {tar_file(resolution, shard): record, index_file(resolution, shard): write_atomic(index, out.index())}
 
 
 def read_index(content: bytes) -> np.ndarray:
@@ -119,52 +109,46 @@ class ShardWriter:
 
     def __init__(self, folder: Path, shard: int, first: int, count: int, output: OutputFormat) -> None:
         self._folder, self._shard, self._first, self._count, self._output = folder, shard, first, count, output
-        self._arrays: dict[int, AtomicFile] = {}
-        self._tars: dict[int, TarWriter] = {}
+        self._files: dict[int, AtomicFile] = {}
         self._added = 0
-        try:
+        with ExitStack() as stack:
             for r in output.resolutions:
                 name = cache_file(r, shard) if r in output.cached else tar_file(r, shard)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 if r in output.cached:
-                    self._arrays[r] = AtomicFile(folder / name)
-                    self._arrays[r].write(npy_header("|u1", (count, output.channels, r, r)))
+                    self._files[r] = stack.enter_context(AtomicFile(folder / name))
+                    self._files[r].write(npy_header("|u1", (count, output.channels, r, r)))
                 else:
-                    self._tars[r] = TarWriter(folder / name, SUFFIXES[output.encoding])
-        except BaseException:
-            self.discard()
-            raise
+                    self._files[r] = stack.enter_context(TarWriter(folder / name, SUFFIXES[output.encoding]))
+            self._stack = stack.pop_all()
 
     def add(self, pixels: np.ndarray, label: int | None) -> None:
         """Append an image at the target resolution: uint8 [C, R, R]."""
         side = self._output.resolutions[-1]
         assert pixels.shape == (self._output.channels, side, side), pixels.shape
         for r, image in pyramid(pixels, self._output.resolutions).items():
-            if r in self._arrays:
-                self._arrays[r].write(np.ascontiguousarray(image).data.cast("B"))
+            file = self._files[r]
+            if isinstance(file, TarWriter):
+                file.add(self._first + self._added, encode(image, self._output), label)
             else:
-                data = encode(image, self._output)
-                self._tars[r].add(self._first + self._added, data, label)
+                file.write(np.ascontiguousarray(image).data.cast("B"))
         self._added += 1
 
     def commit(self) -> dict[str, FileRecord]:
         """Finish all files; return their records by name below the set's folder."""
         assert self._added == self._count, f"{self._added} of {self._count} images"
-        files = {cache_file(r, self._shard): out.commit() for r, out in self._arrays.items()}
-        for r, tar in self._tars.items():
-            files[tar_file(r, self._shard)], index = tar.commit()
-            name = index_file(r, self._shard)
-            files[name] = write_atomic(self._folder / name, index)
-        return files
-
-    def discard(self) -> None:
-        """Remove all partial files."""
-        outputs: list[AtomicFile | TarWriter] = [*self._arrays.values(), *self._tars.values()]
-        for out in outputs:
-            out.discard()
+        records = {}
+        for r, file in self._files.items():
+            if isinstance(file, TarWriter):
+                records[tar_file(r, self._shard)] = file.commit()
+                index = index_file(r, self._shard)
+                records[index] = write_atomic(self._folder / index, file.index())
+            else:
+                records[cache_file(r, self._shard)] = file.commit()
+        return records
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.discard()
+        self._stack.close()

@@ -17,15 +17,10 @@ def open_cifar10(spec: str, root: Path, resolution: int, channels: int | None) -
     """The 50,000 training images, from the binary version: the "python version" is a set of pickles."""
     require_channels("cifar10", 3, channels)
     names = [f"data_batch_{i}.bin" for i in range(1, 6)]
-    inner = root / "cifar-10-batches-bin"
-    path = inner if inner.is_dir() else root
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
-        problem = f"{inner} must hold the binary version, cifar-10-binary.tar.gz unpacked"
-        problem += f"; missing: {', '.join(missing)}"
-        if (root / "cifar-10-batches-py").is_dir():
-            problem += "; cifar-10-batches-py is the pickled version, and nothing is unpickled"
-        raise ArgumentError("--data", spec, problem)
+    what = "the binary version, cifar-10-binary.tar.gz unpacked"
+    pickled = (root / "cifar-10-batches-py").is_dir()
+    hint = "; cifar-10-batches-py is the pickled version, and nothing is unpickled" if pickled else ""
+    path = _folder_with(spec, root, "cifar-10-batches-bin", names, what, hint)
     parts = []
     for name in names:
         part = np.fromfile(path / name, dtype=np.uint8)
@@ -44,17 +39,12 @@ def open_mnist(spec: str, root: Path, resolution: int, channels: int | None) -> 
     Not through its `MNIST` class, which prefers an old `processed/training.pt`, a pickle.
     """
     require_channels("mnist", 1, channels)
-    inner = root / "MNIST" / "raw"
-    path = inner if inner.is_dir() else root
-    files = [path / "train-images-idx3-ubyte", path / "train-labels-idx1-ubyte"]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        problem = f"{inner} must hold {files[0].name} and {files[1].name}, unpacked from .gz"
-        raise ArgumentError("--data", spec, f"{problem}; missing: {', '.join(missing)}")
+    names = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
+    path = _folder_with(spec, root, "MNIST/raw", names, f"{names[0]} and {names[1]}, unpacked from .gz")
     torchvision = import_for(spec, "torchvision.datasets.mnist", "torchvision")
     try:
-        images = torchvision.read_image_file(str(files[0])).numpy()
-        labels = torchvision.read_label_file(str(files[1])).numpy()
+        images = torchvision.read_image_file(str(path / names[0])).numpy()
+        labels = torchvision.read_label_file(str(path / names[1])).numpy()
     except Exception as error:  # torchvision asserts, and torch raises RuntimeError on a short file
         problem = f"the idx files in {path} cannot be read ({first_line(error)}); download them again"
         raise ArgumentError("--data", spec, problem) from error
@@ -94,3 +84,12 @@ def celeba_files(spec: str, root: Path) -> tuple[Path, list[str]]:
         )
         raise ArgumentError("--data", spec, f"{problem}; {why}") from error
     return path / "img_align_celeba", names
+
+
+def _folder_with(spec: str, root: Path, inner: str, names: list[str], what: str, hint: str = "") -> Path:
+    """The folder `inner` below the root, or the root itself without it; it must hold the files `names`."""
+    path = root / inner if (root / inner).is_dir() else root
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise ArgumentError("--data", spec, f"{root / inner} must hold {what}; missing: {', '.join(missing)}{hint}")
+    return path

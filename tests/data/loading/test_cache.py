@@ -38,12 +38,12 @@ def test_mapped_and_resident_gather_by_index(counts: tuple[int, ...]) -> None:
         call = BatchRequest(0, 7, 0, 1)
         for store in (mapped, ResidentStore(torch.from_numpy(whole)), ResidentStore(upload_all(arrays, device))):
             np.testing.assert_array_equal(store.take(call, indices, on_device), whole[indices])
-        # The next batch was begun ahead, from the order and not from what is asked for then.
+        # The next batch was prefetched in the order of the run; the requested indices do not matter.
         np.testing.assert_array_equal(mapped.take(BatchRequest(7, 7, 0, 1), indices, on_device), whole[:7])
 
 
-def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After enough of them in a row; at the first that waits for the disk the thread has the next ones again."""
+def test_batches_in_memory_are_gathered_in_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After enough of them in a row; after the first that waits for the disk, the other thread gathers again."""
     arrays = shards(30, 34)
     whole = np.concatenate(arrays)
     waits = {threading.get_ident(): 0}
@@ -65,11 +65,11 @@ def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeyp
         for step in range(3):
             check(4 * step)
         assert {name[:5] for name in gathered_by} == {"ahead"}
-        pool.submit(lambda: None).result()  # the fourth batch was begun there, and may still be under way
+        pool.submit(lambda: None).result()  # the fourth batch was started there and may still be running
         for step in range(3, 40):
             check(4 * step)
             assert gathered_by[-2:] == [threading.current_thread().name] * 2
-            assert not mapped._prefetcher.pending  # nor is a batch that nobody asks for kept in memory
+            assert not mapped._prefetcher.pending  # no unused batch stays in memory
         rows = mapped._rows
         monkeypatch.setattr(mapped, "_rows", Waiting(rows, waits))
         check(160)
@@ -81,7 +81,7 @@ def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeyp
         monkeypatch.setattr(cache, "_SMALL_BATCH", 4 * 3 * 4 * 4 - 1)
         check(176)
         assert gathered_by[-1].startswith("ahead")
-        # Where the system does not say what was waited for, the thread goes on with it.
+        # Where the system does not count major faults, the other thread keeps gathering.
         monkeypatch.setattr(cache, "_SMALL_BATCH", 2**20)
         monkeypatch.setattr(cache, "_major_faults", lambda: None)
         for step in range(45, 52):
@@ -90,7 +90,7 @@ def test_batches_that_need_no_disk_are_gathered_where_they_are_asked_for(monkeyp
 
 
 class Waiting:
-    """Rows, each batch of which needs the disk."""
+    """A gatherer that waits for the disk in every batch."""
 
     def __init__(self, rows: RowGatherer, waits: dict[int, int]) -> None:
         self._rows, self._waits, self.bytes_per_row = rows, waits, rows.bytes_per_row
@@ -101,7 +101,7 @@ class Waiting:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not say")
-def test_a_page_that_is_not_in_memory_counts(tmp_path: Path) -> None:
+def test_major_faults_count_pages_that_are_not_in_memory(tmp_path: Path) -> None:
     file = tmp_path / "rows.npy"
     np.save(file, np.ones((64, 3, 64, 64), dtype=np.uint8))
     array = np.load(file, mmap_mode="r")
@@ -152,7 +152,7 @@ def test_prepared_source(tmp_path: Path, prepared_set: Callable[..., Manifest]) 
             open_source(str(tmp_path), **settings)  # type: ignore[arg-type]
 
 
-def test_a_folder_that_is_no_set_gets_a_hint(tmp_path: Path) -> None:
+def test_a_folder_without_manifest_gets_a_hint(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=f"folder:{tmp_path}"):
         open_source(str(tmp_path), 16)
     with pytest.raises(ArgumentError, match=r"manifest\.json is missing"):

@@ -1,4 +1,4 @@
-"""DALI beside Pillow, on real files. It runs on a CPU; where it cannot be installed these tests are skipped."""
+"""DALI compared with Pillow, on the CPU. Skipped where DALI cannot be installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIMIT = 1.5  # mean absolute difference of 255
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Something like a photograph: every scale has half the contrast of the one above, colors are related."""
+    """A synthetic photograph: each scale has 0.6 of the contrast of the next coarser one; colors are correlated."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
     for octave in range(2, 8):
@@ -83,7 +83,7 @@ def test_agrees_with_pillow_on_a_prepared_set(
 
 
 def save_all(path: Path) -> None:
-    """Every format and mode that DALI is said to read, and a photo held upright."""
+    """Write every format and mode that `SAME_AS_PILLOW` lists, and images rotated by EXIF."""
     image = picture(16, 24)  # cropped and not resized: what is compared is decoding
     upright = Image.Exif()
     upright[0x0112] = 6
@@ -123,7 +123,7 @@ def test_formats(tmp_path: Path) -> None:
         ("transparent", "a.png", "with transparency"),
     ],
 )
-def test_what_dali_would_read_otherwise_is_left_to_pillow(tmp_path: Path, mode: str, file: str, words: str) -> None:
+def test_files_dali_decodes_differently_are_left_to_pillow(tmp_path: Path, mode: str, file: str, words: str) -> None:
     image = picture(16, 16)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
@@ -139,7 +139,7 @@ def test_what_dali_would_read_otherwise_is_left_to_pillow(tmp_path: Path, mode: 
 
 
 def test_an_output_stays_while_later_batches_are_decoded(tmp_path: Path) -> None:
-    """The next batch is decoded while this one is used, and its memory is DALI's own."""
+    """The next batch is decoded while this one is used, whose memory belongs to DALI."""
     contents = []
     for i in range(6):
         Image.new("L", (64, 64), 40 * i).save(tmp_path / f"{i}.png")
@@ -147,13 +147,13 @@ def test_an_output_stays_while_later_batches_are_decoded(tmp_path: Path) -> None
     encoded = open_source(f"folder:{tmp_path}", 64).encoded(64)
     assert encoded is not None
     graph = dali.build_pipeline(encoded, 1, torch.device("cpu"), 8, 2)
-    held = []
+    batches = []
     for content in contents:
         graph.feed_input("files", [content] * 8)
         (images,) = graph.run()
-        held.append(torch.from_dlpack(images.as_tensor()))
+        batches.append(torch.from_dlpack(images.as_tensor()))
         del images
-    for i, images in enumerate(held):
+    for i, images in enumerate(batches):
         assert torch.equal(images, torch.full_like(images, 40 * i))
 
 
@@ -161,14 +161,14 @@ def auto(folder: Path, resolution: int = 32) -> Pipeline:
     return fastgan.data.open(f"folder:{folder}", resolution, resident_bytes=0, target=32)
 
 
-def test_auto_takes_dali_and_names_prepare(folder: Path) -> None:
+def test_auto_selects_dali_and_suggests_prepare(folder: Path) -> None:
     with auto(folder) as pipeline:
         assert pipeline.kind[0] == "dali" and "fastgan prepare" not in pipeline.describe()
         pipeline.set_resolution(4)
         assert "decoded at 32 px every time, which `fastgan prepare` avoids" in pipeline.describe()
 
 
-def test_without_dali_auto_takes_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_torch_without_dali(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
     with auto(folder) as pipeline:
         assert pipeline.kind[0] == "torch"
@@ -177,7 +177,7 @@ def test_without_dali_auto_takes_torch(folder: Path, monkeypatch: pytest.MonkeyP
         fastgan.data.open(f"folder:{folder}", 32, pipeline="dali")
 
 
-def test_elsewhere_than_on_linux_auto_takes_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_torch_on_other_systems_than_linux(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with auto(folder) as pipeline:
         assert pipeline.kind[0] == "torch" and "DALI is available on Linux only" in pipeline.describe()
@@ -194,9 +194,9 @@ def test_a_file_damaged_after_opening_is_named(tmp_path: Path) -> None:
         assert error.value.__cause__ is not None and error.value.__cause__.__traceback__ is None
         store = pipeline._store
         assert isinstance(store, dali.DaliStore)
-        begun = [part for parts in store._prefetcher.pending.values() for part in parts]
-        assert begun and all(part.exception() is not None for part in begun)
-        assert store._dali_pipeline is None  # of no more use after an error
+        pending = [part for parts in store._prefetcher.pending.values() for part in parts]
+        assert pending and all(part.exception() is not None for part in pending)
+        assert store._dali_pipeline is None  # unusable after an error
         (tmp_path / "2.jpg").unlink()
         with pytest.raises(ArgumentError, match=r"2\.jpg"):
             next(pipeline)
@@ -205,8 +205,8 @@ def test_a_file_damaged_after_opening_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", bytes(3000), b"\xff\xd8\xff\xe0" + bytes(3000)])
-def test_files_that_are_no_images_any_more_are_named(tmp_path: Path, content: bytes) -> None:
-    """All of a batch: two of them are enough for DALI to end the process."""
+def test_files_that_stop_being_images_are_named(tmp_path: Path, content: bytes) -> None:
+    """All files of a batch: two are enough for DALI to end the process."""
     for i in range(8):
         picture(32, 32, i).save(tmp_path / f"{i}.jpg")
     with fastgan.data.open(f"folder:{tmp_path}", 32, 8, pipeline="dali") as pipeline:

@@ -1,4 +1,4 @@
-"""Rows by index and bytes to floats: C++ and NumPy give what NumPy's own indexing and torch's own arithmetic give."""
+"""Gathering rows and bytes to floats: C++ and NumPy forms equal NumPy's indexing and torch's arithmetic."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_rows_beyond_the_last_are_refused(way: str, index: int) -> None:
             rows.take(np.array([0, index, 1]))
 
 
-def test_c_looks_at_what_it_is_given() -> None:
+def test_cpp_checks_its_arguments() -> None:
     """An address is read without a look, so all else is looked at."""
     if (reason := gather.extension.cpu()) is not None:
         pytest.skip(reason)
@@ -108,9 +108,7 @@ def test_c_looks_at_what_it_is_given() -> None:
 )
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("mirror", ["no", "none", "all", "some"])
-def test_finish_is_what_torch_computes(
-    way: str, shape: tuple[int, ...], order: torch.memory_format, mirror: str
-) -> None:
+def test_to_float_equals_torch(way: str, shape: tuple[int, ...], order: torch.memory_format, mirror: str) -> None:
     images = torch.from_numpy(image_rows(*shape)).contiguous(memory_format=order)
     before = images.clone()
     flips = {"no": None, "none": np.zeros(shape[0]), "all": np.ones(shape[0]), "some": np.arange(shape[0]) % 2}[mirror]

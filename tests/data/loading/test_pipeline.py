@@ -64,12 +64,12 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 
 def assert_read_once(source: Counting, needed: int, ahead: int) -> None:
-    """The first `needed` positions were read, none twice; closing may call off those up to `ahead`."""
+    """The first `needed` positions were read, none twice; closing may cancel those up to `ahead`."""
     indices = fastgan.data.Sampler(COUNT, seed=1).indices(range(ahead)).tolist()
     assert Counter(indices[:needed]) <= Counter(source.reads) <= Counter(indices)
 
 
-def test_batch_is_what_was_asked_for() -> None:
+def test_batch_has_the_requested_images() -> None:
     source = Counting()
     with opened(source) as pipeline:
         batch = pipeline.batch(3, 8)
@@ -213,8 +213,8 @@ def test_unlabeled_folder(tmp_path: Path) -> None:
 
 def test_describe_digits() -> None:
     with fastgan.data.open(open_source("digits", 16), resolution=16, seed=0) as pipeline:
-        said = "digits: 1,797 images, 1 channel, at 16 px by cache: in memory (460 kB); it fits in 1.07 GB"
-        assert pipeline.describe() == said
+        expected = "digits: 1,797 images, 1 channel, at 16 px by cache: in memory (460 kB); it fits in 1.07 GB"
+        assert pipeline.describe() == expected
 
 
 @pytest.mark.parametrize("make", [opened, streamed])
@@ -238,7 +238,7 @@ def test_state_of_other_data_is_refused() -> None:
         opened().load_state_dict({"seed": 1})
 
 
-def test_broken_image_is_told() -> None:
+def test_broken_image_raises() -> None:
     source = Counting()
     source.broken = 5
     with pytest.raises(ArgumentError, match="broken"):

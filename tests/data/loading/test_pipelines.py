@@ -1,4 +1,4 @@
-"""What holds for every pipeline: order, ranks, resuming, growing. Prepared sets are their data."""
+"""Properties of every pipeline: order, ranks, resuming, growing. On prepared sets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 
 def labels_by_position(parts: list[Batch]) -> dict[int, int]:
-    """The image at each position, none of which comes twice."""
+    """Position -> image; no position comes twice."""
     seen: dict[int, int] = {}
     for part in parts:
         assert part.labels is not None
@@ -88,7 +88,7 @@ def test_images_belong_to_their_labels(opened: Callable[..., Pipeline]) -> None:
             torch.testing.assert_close(bright, 14.0 * batch.labels + 31.5, rtol=0, atol=3)
 
 
-def test_order_is_the_same_whatever_the_workers(opened: Callable[..., Pipeline]) -> None:
+def test_order_does_not_depend_on_the_workers(opened: Callable[..., Pipeline]) -> None:
     with opened(workers=1) as one, opened(workers=4) as four:
         for _ in range(5):
             assert_same(next(one), next(four))
@@ -144,13 +144,13 @@ def test_another_world_loses_and_repeats_nothing(opened: Callable[..., Pipeline]
 
 
 def test_batches_given_stay_as_they_were(opened: Callable[..., Pipeline]) -> None:
-    """Memory of a decoder, or of the batch ahead, is not what a caller holds."""
+    """The caller's batch shares no memory with a decoder or the next batch."""
     with opened() as pipeline:
-        held = [next(pipeline) for _ in range(6)]
-        copies = [Batch(*(part.clone() for part in batch)) for batch in held]  # type: ignore[union-attr]
+        batches = [next(pipeline) for _ in range(6)]
+        copies = [Batch(*(part.clone() for part in batch)) for batch in batches]  # type: ignore[union-attr]
         for _ in range(6):
             next(pipeline)
-    for batch, copy in zip(held, copies, strict=True):
+    for batch, copy in zip(batches, copies, strict=True):
         assert_same(batch, copy)
 
 
@@ -162,7 +162,7 @@ def test_describe_says_which_and_why(opened: Callable[..., Pipeline], sets: dict
     assert text.endswith("; prepared" if kind == "cache" else "; as requested")
 
 
-def test_auto_takes_the_cache_where_there_is_one(sets: dict[str, Path]) -> None:
+def test_auto_selects_the_cache_if_there_is_one(sets: dict[str, Path]) -> None:
     with fastgan.data.open(str(sets["dali"]), 4, 6, target=16, resident_bytes=0) as pipeline:
         chosen = [pipeline.kind[0]]
         for resolution in (8, 16):

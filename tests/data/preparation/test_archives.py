@@ -1,4 +1,4 @@
-"""What may be wrong with a zip: names, sizes, damage, interruptions. What it holds as a set is in test_prepare.py."""
+"""Zips with odd names, wrong sizes, damage and interruptions. Their contents as a set are tested in test_prepare.py."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_file_that_is_listed_as_too_large_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_worker_does_not_load_the_list_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes 660 bytes a file, in every process that does."""
+    """The list takes 660 bytes a file."""
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.png", png(tmp_path))
     collection = ZipCollection(tmp_path / "a.zip")

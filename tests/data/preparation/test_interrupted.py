@@ -1,4 +1,4 @@
-"""`fastgan prepare` as a program: killed, run twice at once, with many workers, on a disk that is full."""
+"""`fastgan prepare` as a program: killed, started twice, with many workers, on a full disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COUNT, PER_SHARD = 60, 4
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images that take long enough to be interrupted; one of the first does not decode, which moves all others."""
+    """Images that take long enough to be interrupted. One of the first does not decode, which renumbers all others."""
     root = tmp_path_factory.mktemp("src") / "photos"
     for i in range(COUNT):
         save(root / "ab"[i % 2] / f"{i:03}.png", noise(128, 128, 3, seed=i), compress_level=0)
@@ -50,7 +50,7 @@ def run(src: Path, dst: Path, *flags: str, **options: object) -> subprocess.Comp
 
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one worker writes without being interrupted."""
+    """The files that one worker writes without interruption."""
     dst = tmp_path_factory.mktemp("whole") / "set"
     done = run(photos, dst, "--workers", "1")
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 
 def kill_when(dst: Path, shards: int, process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> set[str]:
-    """End a running prepare once so many shards are finished; their files."""
+    """End a running prepare when `shards` shards are finished; return their files."""
     records = dst / ".preparing" / "done"
     deadline = time.monotonic() + 60
     while len(list(records.glob("[0-9]*.json"))) < shards:
@@ -85,7 +85,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_killed_twice_it_goes_on_and_ends_with_the_same_bytes(
+def test_killed_twice_it_resumes_and_writes_the_same_bytes(
     photos: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     dst = tmp_path / "set"
@@ -111,7 +111,7 @@ def test_killed_twice_it_goes_on_and_ends_with_the_same_bytes(
 
 
 def end_at(number: int, before: bool) -> None:
-    """Let this process end before or after the n-th file that gets its name."""
+    """End this process before or after it renames its n-th file."""
     replace, calls = os.replace, itertools.count()
 
     def killed(one: str, other: str) -> None:
@@ -125,8 +125,10 @@ def end_at(number: int, before: bool) -> None:
 
 
 def test_killed_at_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ended without a chance to tidy up, before and after each file gets its name: never taken for whole, and no other
-    bytes in the end. One original is found damaged only when it is decoded, so that tars are numbered anew, too."""
+    """Killed before and after each rename: the set is never taken for complete, and ends with the same bytes.
+
+    One image is found damaged only when it is decoded, so that tars are renumbered, too.
+    """
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which is for power cuts, and slow
     src = tmp_path / "photos"
     for i in range(5):
@@ -154,17 +156,17 @@ def test_killed_at_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert step > 40
 
 
-def test_interrupted_by_hand_it_says_how_to_go_on(photos: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_an_interrupt_prints_how_to_continue(photos: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     dst = tmp_path / "set"
     for _ in range(10):  # the signal may come too late, when nothing is left to interrupt
-        with (tmp_path / "said").open("wb") as said:
-            process = subprocess.Popen(command(photos, dst, "--workers", "2"), stderr=said, start_new_session=True)
+        with (tmp_path / "stderr").open("wb") as stderr:
+            process = subprocess.Popen(command(photos, dst, "--workers", "2"), stderr=stderr, start_new_session=True)
             kill_when(dst, 1, process, signal.SIGINT)
         if process.returncode != 0:
             break
         shutil.rmtree(dst)
     assert process.returncode == 130
-    assert (tmp_path / "said").read_text().endswith("fastgan: interrupted; run the same command again to continue\n")
+    assert (tmp_path / "stderr").read_text().endswith("fastgan: interrupted; run the same command again to continue\n")
     # Other settings, another source and another order are refused, and what was done stays.
     kept = contents(dst / "cache")
     other = run(photos, dst, "--quality", "90")
@@ -190,7 +192,7 @@ def test_interrupted_by_hand_it_says_how_to_go_on(photos: Path, whole: dict[str,
     assert contents(dst) == whole
 
 
-def test_two_at_once_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_a_second_prepare_is_refused(photos: Path, tmp_path: Path) -> None:
     dst = tmp_path / "set"
     process = subprocess.Popen(command(photos, dst, "--workers", "1"), stderr=subprocess.DEVNULL)
     try:
@@ -207,7 +209,7 @@ def test_two_at_once_are_refused(photos: Path, tmp_path: Path) -> None:
 
 
 def test_full_disk(photos: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """No file may grow beyond a limit, which the first tar reaches: as on a disk that fills up under way."""
+    """The size of files is limited, and the first tar reaches the limit, as on a disk that fills up."""
     dst = tmp_path / "set"
 
     def limit() -> None:
@@ -237,8 +239,8 @@ def test_a_finished_file_that_was_cut_is_written_again(photos: Path, whole: dict
 
 
 @pytest.mark.parametrize("phase", ["looked", "done"])
-def test_a_source_that_vanishes_is_not_skipped(tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network disk that goes away must not leave a set of what came before."""
+def test_images_of_a_lost_folder_are_not_skipped(tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network disk that disappears must not leave a set of the images before."""
     for i in range(9):
         save(tmp_path / "photos" / f"{i}.png", noise(8, 8, seed=i))
     dst = tmp_path / "set"
@@ -273,7 +275,7 @@ def test_a_source_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def memory(src: Path, dst: Path, *flags: str) -> float:
-    """Peak resident memory of one whole prepare and of the largest of its workers, together, MB."""
+    """Peak resident memory of a prepare plus that of its largest worker, MB."""
     # Not ru_maxrss of the process itself, which also counts what it was forked from: this one, with torch.
     code = """
 import re, resource, sys
@@ -289,7 +291,7 @@ sys.exit(status)
 
 
 def tiny(root: Path, count: int) -> Path:
-    """A flat folder of small files: 100 pictures, linked to as often as needed."""
+    """Make a flat folder of small files: 100 images, hard-linked as often as needed."""
     root.mkdir()
     for i in range(count):
         if i < 100:

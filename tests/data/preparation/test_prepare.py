@@ -1,4 +1,4 @@
-"""`fastgan prepare` in this process: what is written, for every kind of original and setting."""
+"""`fastgan prepare` in this process: the written files, for every kind of input and setting."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def pixels(manifest: Manifest, resolution: int) -> np.ndarray:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Ten images in two classes, 16 x 16 so that nothing is resized, with names whose order is easily got wrong."""
+    """Ten images of 16 x 16, so that nothing is resized, with names whose order is easy to get wrong."""
     names = (
         "b/x.png",
         "b/x-1.png",
@@ -70,7 +70,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def agrees(manifest: Manifest, spec: str, resolution: int, exact: bool = True) -> None:
-    """A prepared set shows what training from the source itself shows, at the same positions."""
+    """A prepared set has the images of its source, in the same order."""
     source = open_source(spec, resolution)
     own = open_source(str(manifest.path), resolution)
     assert (len(own), own.channels, own.num_classes) == (len(source), source.channels, source.num_classes)
@@ -134,7 +134,7 @@ def test_gray_folder_has_one_channel(tmp_path: Path) -> None:
     assert make(tmp_path / "src", tmp_path / "set").channels == 1
 
 
-def test_resolution_is_what_nearly_all_images_have(tmp_path: Path) -> None:
+def test_default_resolution_is_one_that_95_percent_of_the_images_have(tmp_path: Path) -> None:
     for i in range(20):
         save(tmp_path / "src" / f"{i:02}.png", noise(40, 70, 3, seed=i) if i else noise(17, 90, 3))
     made = make(tmp_path / "src", tmp_path / "set")
@@ -163,7 +163,7 @@ def test_zip_and_tar_are_read_as_the_folder_they_hold(photos: Path, tmp_path: Pa
 
 
 def webdataset(file: Path, first: int, count: int, label: Callable[[int], tuple[str, bytes] | None]) -> None:
-    """A tar as webdataset writes them: an image, a caption and perhaps a label for each key."""
+    """Write a tar like webdataset: an image, a caption and optionally a label for each key."""
     scratch = file.parent / "scratch"
     with tarfile.open(file, "w") as archive:
         for i in range(first, first + count):
@@ -177,7 +177,7 @@ def webdataset(file: Path, first: int, count: int, label: Callable[[int], tuple[
                 archive.add(scratch / "label", f"{i:04}.{found[0]}")
 
 
-def test_links_in_a_tar_are_named(photos: Path, tmp_path: Path) -> None:
+def test_links_in_a_tar_are_skipped_and_listed(photos: Path, tmp_path: Path) -> None:
     """An image that is stored once under two names is a hard link the second time."""
     (photos / "a" / "hard.png").hardlink_to(photos / "a" / "9.png")
     (photos / "a" / "soft.png").symlink_to("9.png")
@@ -262,7 +262,7 @@ def test_another_prepared_set(photos: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def mixed(photos: Path) -> Path:
-    """The photos, and files that are none: one of them is found out only when it is decoded."""
+    """The photos, and unusable files: one of them is detected only when it is decoded."""
     (photos / "a" / "notes.txt").write_text("no image")
     data = save(photos / "a" / "cut.jpg", noise(32, 32, 3)).read_bytes()
     (photos / "a" / "cut.jpg").write_bytes(data[: len(data) // 2])
@@ -271,7 +271,7 @@ def mixed(photos: Path) -> Path:
     return photos
 
 
-def test_what_cannot_be_used_is_skipped_and_named(mixed: Path, tmp_path: Path) -> None:
+def test_unusable_files_are_skipped_and_listed(mixed: Path, tmp_path: Path) -> None:
     made = make(mixed, tmp_path / "set", resolution=16, cache_to=8, lossless="png")
     skipped = dict(line.split("\t") for line in (tmp_path / "set" / "skipped.txt").read_text().splitlines())
     assert list(skipped) == ["a/2.broken.png", "a/cut.jpg", "a/notes.txt", "a/tiny.png"]
@@ -292,7 +292,7 @@ def test_what_cannot_be_used_is_skipped_and_named(mixed: Path, tmp_path: Path) -
     assert members == [f"{i:09}.png" for i in range(10)]
 
 
-def test_a_link_to_itself_is_skipped_and_takes_no_other_file_along(photos: Path, tmp_path: Path) -> None:
+def test_a_link_to_itself_is_skipped_and_no_other_file(photos: Path, tmp_path: Path) -> None:
     for folder in (photos, photos / "a"):
         (folder / "0.png").symlink_to("0.png")
     made = make(photos, tmp_path / "set")
@@ -300,8 +300,8 @@ def test_a_link_to_itself_is_skipped_and_takes_no_other_file_along(photos: Path,
     assert (made.count, (tmp_path / "set" / "skipped.txt").read_text().splitlines()) == (10, lines)
 
 
-def test_an_original_that_may_not_be_read(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who runs the tests may read anything, so it is refused here."""
+def test_a_file_without_permission_is_skipped(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user who runs the tests may have all permissions: reading is refused by a patch."""
 
     def refuse(file: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(file))
@@ -363,7 +363,7 @@ def test_settings_out_of_range(tmp_path: Path, flag: str, value: Any) -> None:
     assert not (tmp_path / "set").exists()
 
 
-def test_same_input_and_settings_give_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+def test_same_images_and_settings_give_the_same_bytes(photos: Path, tmp_path: Path) -> None:
     make(photos, tmp_path / "one", cache_to=8)
     shutil.copytree(photos, tmp_path / "elsewhere" / "photos", copy_function=shutil.copyfile)
     make(tmp_path / "elsewhere" / "photos", tmp_path / "two", cache_to=8)
@@ -386,7 +386,7 @@ def test_names_with_any_character(tmp_path: Path) -> None:
     ]
 
 
-def test_a_whole_set_is_left_as_it_is(photos: Path, tmp_path: Path) -> None:
+def test_a_finished_set_is_not_changed(photos: Path, tmp_path: Path) -> None:
     make(photos, tmp_path / "set")
     before = contents(tmp_path / "set")
     make(photos, tmp_path / "set")
@@ -441,7 +441,7 @@ def test_damaged_archives(photos: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "set").exists()
 
 
-def test_encrypted_and_oddly_packed_zips(photos: Path, tmp_path: Path) -> None:
+def test_compression_methods_and_encryption_of_zips(photos: Path, tmp_path: Path) -> None:
     import zipfile
 
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
@@ -461,7 +461,7 @@ def test_encrypted_and_oddly_packed_zips(photos: Path, tmp_path: Path) -> None:
     assert "encrypted" in (tmp_path / "locked" / "skipped.txt").read_text()
 
 
-def test_a_label_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_label_is_refused(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     for label in ("-1", "1" + 18 * "0", f'"{5000 * "9"}"'):
         webdataset(tmp_path / "src" / "x.tar", 0, 1, lambda i, it=label: ("json", b'{"label": %s}' % it.encode()))
@@ -470,7 +470,7 @@ def test_a_label_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_dali_reads_the_tars_by_their_index(photos: Path, tmp_path: Path) -> None:
-    """DALI's own webdataset reader, over all shards: the layout of the index is what it expects."""
+    """DALI's webdataset reader, over all shards, accepts the layout of the index."""
     fn = pytest.importorskip("nvidia.dali.fn", reason="DALI is for Linux only")
     from nvidia.dali import pipeline_def
 
@@ -502,7 +502,7 @@ def test_disk_that_is_too_small(photos: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(estimate) - 2000))
     assert "the disk has" in refusal(photos, tmp_path / "set", cache_to=8)
     assert not list((tmp_path / "set").glob("cache/**/*.npy"))
-    # As nothing is written yet, anything else may be asked for, of other originals too.
+    # Nothing is written yet: other settings are accepted, and other images too.
     monkeypatch.undo()
     save(photos / "a" / "more.png", noise(16, 16, 3))
     assert make(photos, tmp_path / "set", quality=50, per_shard=5, resolution=8).count == 11
