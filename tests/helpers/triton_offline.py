@@ -80,8 +80,8 @@ def assert_accurate(
     """Compare the root mean square error with that of plain PyTorch in the same dtype, both against float64.
 
     It may be twice as large, plus one rounding of the dtype. With few elements the error of plain PyTorch may be small
-    by luck, and four roundings are allowed. If the exact result is zero up to the rounding of float64, the scale is that
-    of the inputs, and eight roundings are allowed.
+    by luck, and four roundings are allowed. If the exact result is zero up to the rounding of float64, the inputs give
+    the scale, and eight roundings are allowed.
 
     Args:
         actual: the result to test.

@@ -198,7 +198,7 @@ def test_missing_compiler_warns_once(
     cache: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.warns(RuntimeWarning, match=r"there is no compiler: neither g\+\+, c\+\+.*FASTGAN_BUILD=0") as seen:
+    with pytest.warns(RuntimeWarning, match=r"there is no compiler: .*g\+\+, c\+\+.*FASTGAN_BUILD=0") as seen:
         reason = extension.cpu()
     assert len(seen) == 1
     assert reason is not None and "there is no compiler" in reason
@@ -227,7 +227,7 @@ def test_compiler_errors_are_quoted_and_logged(
     assert lines(runs) == tried
     monkeypatch.setattr(extension, "_found", {})
     monkeypatch.setenv("FASTGAN_BUILD", "force")
-    with pytest.raises(RuntimeError, match=r"^FASTGAN_BUILD=force, and the cpu library is not there: .* error: cannot"):
+    with pytest.raises(RuntimeError, match=r"^FASTGAN_BUILD=force, .* cpu library .* error: cannot"):
         extension.cpu()
     if COMPILER is not None:  # a failed build is retried with another compiler
         as_compiler(real())
@@ -239,7 +239,7 @@ def test_build_can_be_disabled(cache: Path, sources: Path, monkeypatch: pytest.M
     monkeypatch.setenv("FASTGAN_BUILD", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert extension.cpu() == "FASTGAN_BUILD=0 switches it off"
+        assert "FASTGAN_BUILD=0" in str(extension.cpu())
     assert not cache.exists()
     monkeypatch.setattr(extension, "_found", {})
     monkeypatch.setenv("FASTGAN_BUILD", "yes")
@@ -277,7 +277,7 @@ def test_windows_falls_back_without_a_warning(cache: Path, monkeypatch: pytest.M
     monkeypatch.setattr(extension, "os", SimpleNamespace(name="nt", environ={}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert extension.cpu() == "the compiled libraries are not built on Windows"
+        assert "not built on Windows" in str(extension.cpu())
 
 
 def test_devices_and_dtypes_are_checked_before_compiling(cache: Path) -> None:
