@@ -71,9 +71,9 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
 }
 
 template <class T>
-Tensor fresh(Tensor made) {
-  prefer_huge_pages(made.mutable_data_ptr(), made.numel() * static_cast<int64_t>(sizeof(T)));
-  return made;
+Tensor fresh(Tensor result) {
+  prefer_huge_pages(result.mutable_data_ptr(), result.numel() * static_cast<int64_t>(sizeof(T)));
+  return result;
 }
 
 // An uninitialized tensor with the shape, dtype and memory format of x.
