@@ -39,6 +39,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("emulated")
     sources = folder / "cpu"
     sources.mkdir()
+    shutil.copy(CSRC / "common.h", folder)
     shutil.copy(Path(__file__).parent / "csrc" / "emulator.h", sources)
     for file in (CSRC / "cuda").iterdir():
         text = file.read_text().replace("(fastgan, CUDA, m)", "(fastgan_emulated, CPU, m)")
