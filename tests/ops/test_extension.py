@@ -391,6 +391,7 @@ def test_wheel_without_a_compiler_has_the_sources(tmp_path: Path) -> None:
 
 @compiler
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_wheel_has_the_library_and_loads_it(tmp_path: Path) -> None:
     file = wheel(tmp_path, FASTGAN_BUILD="force")
     assert re.search(r"-py3-none-(?!any)\w+\.whl$", file.name)
