@@ -1,6 +1,6 @@
-// pixel_norm of act(x + bias) gain with a piecewise-linear act, forward and both backwards; the formulas stand in
-// fastgan/ops/bias_act_pixel_norm.py. Each goes over a pixel's features twice, sums first and results second, in tiles
-// that stay in the second-level cache between.
+// pixel_norm of act(x + bias) gain with a piecewise-linear act, forward and both backwards. The formulas are in
+// fastgan/ops/bias_act_pixel_norm.py. Each pass reads a pixel's features twice, for sums and then for results, in tiles
+// that stay in the L2 cache in between.
 #pragma once
 
 #include "act.h"
@@ -13,23 +13,23 @@ decltype(auto) with_piecewise_linear(int64_t act, double negative_slope, double 
   const auto g = static_cast<float>(gain);
   if (act == kLinear) return f(LinearAct{g});
   if (act == kRelu) return f(ReluAct{g});
-  STD_TORCH_CHECK(act == kLrelu, "act: was number ", act, "; it may be linear, relu or lrelu");
+  STD_TORCH_CHECK(act == kLrelu, "act must be 0 to 2 (linear, relu, lrelu), got ", act);
   return f(LreluAct{g, static_cast<float>(negative_slope * gain)});
 }
 
 inline constexpr int64_t kMostPixels = 512;
 
-// Sums over features are sums of sums of so many: the second derivative is a small difference of large numbers, and
-// chains of hundreds of roundings would show in it.
+// Features are summed in groups of this many, then the groups are summed: the second derivative is a small difference
+// of large numbers, and one long sum would lose accuracy in it.
 inline constexpr int64_t kChain = 16;
 
-// Pixels in a tile of a contiguous x, of which `arrays` inputs with c features are to stay in cache. Of sizes alone.
+// Pixels in a tile of a contiguous x, such that `arrays` inputs with c features stay in cache.
 inline int64_t tile_pixels(const Features& f, int64_t arrays) {
-  const int64_t fitting = (int64_t{1} << 17) / (f.c * arrays) / 64 * 64;  // 512 KiB of floats
-  return std::min(std::max<int64_t>(fitting, 64), std::min(kMostPixels, f.l));
+  const int64_t most = (int64_t{1} << 17) / (f.c * arrays) / 64 * 64;  // 512 KiB of floats
+  return std::min(std::max<int64_t>(most, 64), std::min(kMostPixels, f.l));
 }
 
-// Tiles of a contiguous x: offset of the first element, first pixel, pixels.
+// Tiles of a contiguous x.
 struct Tiles {
   Features f;
   int64_t size, per_sample;
@@ -199,7 +199,7 @@ void norm_second_planes(const Features& f, const A act, const T* u, const T* dy,
       for (int64_t p = 0; p < pixels; ++p) {
         wy[p] *= share;
         dyy[p] *= share;
-        wdy[p] = 3.0f * wy[p] * dyy[p] - wdy[p] * share;  // from here on: the factor of y in gx
+        wdy[p] = 3.0f * wy[p] * dyy[p] - wdy[p] * share;  // from here: the factor of y in gx
       }
       for (int64_t c = 0; c < f.c; ++c) {
         const T *const a = u + offset + c * f.l, *const b = dy + offset + c * f.l, *const d = y + offset + c * f.l;
@@ -257,8 +257,8 @@ inline Tensor pixel_statistic(const Tensor& x) {
 }
 
 inline void check_statistic(const Tensor& r, const Features& f) {
-  STD_TORCH_CHECK(r.is_cpu() && r.scalar_type() == ScalarType::Float, "r: may be Float, on the CPU");
-  STD_TORCH_CHECK(r.numel() == f.pixels() && walks(r, false), "r: may be contiguous, one number a pixel");
+  STD_TORCH_CHECK(r.is_cpu() && r.scalar_type() == ScalarType::Float, "r must be Float, on the CPU");
+  STD_TORCH_CHECK(r.numel() == f.pixels() && is_dense(r, false), "r must be contiguous with one element per pixel");
 }
 
 template <class A>
@@ -268,10 +268,10 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   const Tensor r = pixel_statistic(x);
   Tensor y = dispatch(x, "x", [&](auto element) {
     using T = decltype(element);
-    Tensor made = fresh_like<T>(x);
+    Tensor result = fresh_like<T>(x);
     const auto run = f.last ? norm_forward_rows<T, A> : norm_forward_planes<T, A>;
-    run(f, act, offsets.data(), static_cast<float>(eps), data<T>(x), output<T>(made), output<float>(r));
-    return made;
+    run(f, act, offsets.data(), static_cast<float>(eps), data<T>(x), output<T>(result), output<float>(r));
+    return result;
   });
   return {y, r};
 }
@@ -279,21 +279,21 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
 template <class A>
 std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& y, const Tensor& r, const A& act,
                                          bool want_bias) {
-  const Features f = features(y), laid = as_rows(f);
+  const Features f = features(y), layout = as_rows(f);
   check_dense_like(dy, "dy", y, f.last);
   check_statistic(r, f);
-  const Tiles tiles(laid, 2);
-  const Parts parts = row_parts(laid);
-  BiasSum db(want_bias, laid.last ? parts.number : tiles.number(), laid.c);
+  const Tiles tiles(layout, 2);
+  const Parts parts = row_parts(layout);
+  BiasSum db(want_bias, layout.last ? parts.number : tiles.number(), layout.c);
   Tensor dx = dispatch(y, "y", [&](auto element) {
     using T = decltype(element);
-    Tensor made = fresh_like<T>(y);
-    if (laid.last) {
-      norm_backward_rows(laid, act, data<T>(dy), data<T>(y), data<float>(r), output<T>(made), db, parts);
+    Tensor result = fresh_like<T>(y);
+    if (layout.last) {
+      norm_backward_rows(layout, act, data<T>(dy), data<T>(y), data<float>(r), output<T>(result), db, parts);
     } else {
-      norm_backward_planes(laid, act, data<T>(dy), data<T>(y), data<float>(r), output<T>(made), db, tiles);
+      norm_backward_planes(layout, act, data<T>(dy), data<T>(y), data<float>(r), output<T>(result), db, tiles);
     }
-    return made;
+    return result;
   });
   return {dx, db.result(y)};
 }
@@ -301,21 +301,21 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& y, cons
 template <class A>
 std::tuple<Tensor, Tensor, Tensor> norm_second_backward(const Tensor& u, const Tensor& dy, const Tensor& y,
                                                         const Tensor& r, const A& act, bool want_bias) {
-  const Features f = features(y), laid = as_rows(f);
+  const Features f = features(y), layout = as_rows(f);
   check_dense_like(u, "u", y, f.last);
   check_dense_like(dy, "dy", y, f.last);
   check_statistic(r, f);
-  const Tiles tiles(laid, 3);
-  const Parts parts = row_parts(laid);
-  BiasSum gb(want_bias, laid.last ? parts.number : tiles.number(), laid.c);
+  const Tiles tiles(layout, 3);
+  const Parts parts = row_parts(layout);
+  BiasSum gb(want_bias, layout.last ? parts.number : tiles.number(), layout.c);
   return dispatch(y, "y", [&](auto element) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(element);
     Tensor gdy = fresh_like<T>(y), gx = fresh_like<T>(y);
-    if (laid.last) {
-      norm_second_rows(laid, act, data<T>(u), data<T>(dy), data<T>(y), data<float>(r), output<T>(gdy), output<T>(gx),
+    if (layout.last) {
+      norm_second_rows(layout, act, data<T>(u), data<T>(dy), data<T>(y), data<float>(r), output<T>(gdy), output<T>(gx),
                        gb, parts);
     } else {
-      norm_second_planes(laid, act, data<T>(u), data<T>(dy), data<T>(y), data<float>(r), output<T>(gdy),
+      norm_second_planes(layout, act, data<T>(u), data<T>(dy), data<T>(y), data<float>(r), output<T>(gdy),
                          output<T>(gx), gb, tiles);
     }
     return {gdy, gx, gb.result(y)};

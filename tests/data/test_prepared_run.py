@@ -57,7 +57,7 @@ def test_killed_and_resumed_is_bit_identical(folder: Path, tmp_path: Path) -> No
     assert stored["images"] < 400 and stored["data"]["position"] == stored["images"]
     result = subprocess.run(command("--resume", str(run)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "going on at" in result.stdout and "at 16 px by dali" in result.stdout
+    assert "resuming at" in result.stdout and "at 16 px by dali" in result.stdout
     for name in ("generator.safetensors", "training.safetensors"):
         ours, theirs = (load_file(checkpoint.existing(one)[-1] / name) for one in (whole, run))
         assert ours.keys() == theirs.keys()
