@@ -68,7 +68,7 @@ def test_ranks_draw_for_an_evaluation_with_the_statistics_that_are_saved(
 ) -> None:
     trainer = make("dcgan", tmp_path)
     trainer.world, shared, drawn = dataclasses.replace(trainer.world, size=2), [], []
-    monkeypatch.setattr("fastgan.training.trainer.spread", shared.extend)
+    monkeypatch.setattr("fastgan.training.trainer.broadcast_tensors", shared.extend)
 
     def evaluator(generator: torch.nn.Module, meta: dict[str, Any]) -> None:
         drawn.append([b is s for b, s in zip(generator.buffers(), shared, strict=True)])
