@@ -22,9 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from host_reads import HostReads
+from ranks import make_trainer
 
-from fastgan import data
-from fastgan.cli.train import parse
 from fastgan.training.distributed import rendezvous
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.step import Step
@@ -61,12 +60,6 @@ def wire() -> int:
     return next((int(counts.split()[8]) for name, counts in lines if name.strip() == "eth0"), 0)
 
 
-def make(case: dict[str, Any], world: ProcessGroup, out: Path) -> Trainer:
-    request = parse(["--variant", case["variant"], *case["flags"]])
-    source = data.open_source("digits", request.config.schedule.resolution)
-    return Trainer(request.config, request.variant, world, source, out / case["name"])
-
-
 def channels_last(trainer: Trainer) -> bool:
     tensors = [p.detach() for module in trainer.stage.modules for p in module.parameters()]
     for engine in trainer.stage.engines:
@@ -75,7 +68,7 @@ def channels_last(trainer: Trainer) -> bool:
 
 
 def count(case: dict[str, Any], world: ProcessGroup, out: Path, sent: Sent) -> dict[str, Any]:
-    trainer = make(case, world, out)
+    trainer = make_trainer(case, world, out)
     trainer.train_step()
     trainer.stage.wait()
     sent.bytes.clear()
@@ -131,7 +124,7 @@ def run_slowly(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "discriminator_loss", slow)
-        make(case, world, out).run()
+        make_trainer(case, world, out).run()
 
 
 def main() -> None:

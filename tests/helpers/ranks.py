@@ -124,10 +124,14 @@ def stop(case: dict[str, Any], trainer: Trainer, out: Path) -> None:
     _write({**tensors, "ema.steps": trainer.stage.ema.steps}, out / f"{case['name']}-{world.rank}.safetensors")
 
 
-def train(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
+def make_trainer(case: dict[str, Any], world: ProcessGroup, out: Path) -> Trainer:
     request = parse(["--variant", case["variant"], *case["flags"]])
     source = data.open_source("digits", request.config.schedule.resolution)
-    trainer = Trainer(request.config, request.variant, world, source, out / case["name"])
+    return Trainer(request.config, request.variant, world, source, out / case["name"])
+
+
+def train(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
+    trainer = make_trainer(case, world, out)
     if "stop" in case:
         stop(case, trainer, out)
         return

@@ -186,5 +186,6 @@ def deepspeed_config(
         if stage == 3:
             raise ArgumentError("--deepspeed-config", path, "its ZeRO stage must be 0, 1 or 2")
         config.update(given)
+        config["zero_optimization"] = {**(config["zero_optimization"] or {}), "stage": stage}
     config.update(sizes)
     return config

@@ -10,7 +10,7 @@ Every rank other than 0 has a thread with a TCP connection to rank 0, and both s
 Rank 0 sends its verdict to all ranks. A rank that loses rank 0 reaches its own. A verdict is one line on each host, and
 the process ends with `EXIT_RANK_FAULT` by `os._exit`: its main thread may be in a collective that never returns.
 
-Messages are lines: "." is a heartbeat, anything else is JSON: {"token", "rank", "host"} first, then {"lost": error},
+Messages are lines: "." is a heartbeat, anything else is JSON: {"token", "rank", "host"} first, then {"broken": error},
 {"failed": error, "code": exit code} or {"bye": true} to rank 0, and the verdict {"failed": rank, "host", "what",
 "code"} or {"bye": true} from it.
 """
@@ -250,10 +250,10 @@ class Heartbeat:
             self._gone.add(peer.rank)
         elif "failed" in message:
             self._failures[peer.rank] = (str(message["failed"]), int(message["code"]))
-        elif "lost" in message:
-            self._broken[peer.rank] = str(message["lost"])
+        elif "broken" in message:
+            self._broken[peer.rank] = str(message["broken"])
         # Other ranks may report too, or this rank's main thread may fail for the same reason.
-        if self._decide_at is None and ("failed" in message or "lost" in message):
+        if self._decide_at is None and ("failed" in message or "broken" in message):
             self._decide_at = time.monotonic() + _COLLECT
         return True
 
@@ -325,7 +325,7 @@ class Heartbeat:
                 send(_HEARTBEAT)
             if self._broken and not reported:
                 reported = True
-                send(_encode({"lost": self._broken[self.rank]}))
+                send(_encode({"broken": self._broken[self.rank]}))
             lines: list[bytes] = []
             closed = False
             try:
