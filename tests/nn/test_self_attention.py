@@ -9,11 +9,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from fastgan.nn import SelfAttention2d
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def direct(block: SelfAttention2d, x: Tensor) -> Tensor:
     """The block, one query position at a time."""
     query, key, value, out = (m.weight.flatten(1) for m in (block.query, block.key, block.value, block.output))

@@ -128,11 +128,17 @@ def test_linear_in_transforms(transform: Callable[..., Any]) -> None:
 X_1 = torch.ones(1, 2, 4, 4)
 GEOMETRIES: list[tuple[Callable[[], object], str]] = [
     (lambda: ops.conv2d(X_1, W, stride=0), r"stride must be at least 1, got \(0, 0\)"),
-    (lambda: ops.conv2d(X_1, W, stride=(1, -1)), r"stride: was \(1, -1\)"),
+    (lambda: ops.conv2d(X_1, W, stride=(1, -1)), r"stride must be at least 1, got \(1, -1\)"),
     (lambda: ops.conv2d(X_1, W, padding=-1), r"padding must be at least 0, got \(-1, -1\)"),
     (lambda: ops.conv2d(X_1, W, dilation=0), r"dilation must be at least 1, got \(0, 0\)"),
-    (lambda: ops.conv2d(X_1, torch.ones(2, 2, 5, 3)), r"weight: had shape \(2, 2, 5, 3\); .*fits into .*\(4, 4\)"),
-    (lambda: ops.conv_transpose2d(X_1, W, stride=2, output_padding=2), r"output_padding: was \(2, 2\)"),
+    (
+        lambda: ops.conv2d(X_1, torch.ones(2, 2, 5, 3)),
+        r"weight must fit into the padded image of size \(4, 4\), got shape \(2, 2, 5, 3\)",
+    ),
+    (
+        lambda: ops.conv_transpose2d(X_1, W, stride=2, output_padding=2),
+        r"output_padding must be at least 0 and below stride \(2, 2\) or dilation \(1, 1\), got \(2, 2\)",
+    ),
 ]
 
 
