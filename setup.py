@@ -1,7 +1,7 @@
-"""Everything is declared in pyproject.toml; this file adds the compiled CPU library to a wheel.
+"""Adds the compiled CPU library to a wheel; everything else is declared in pyproject.toml.
 
-Where torch can be imported (`pip install --no-build-isolation .`) and there is a compiler, the wheel carries csrc/cpu
-compiled for each instruction set. Anywhere else it carries the sources alone, and they are compiled on first use.
+If torch can be imported (`pip install --no-build-isolation .`) and there is a compiler, the wheel contains csrc/cpu
+compiled for each instruction set. Otherwise it contains only the sources, which are compiled on first use.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _extension():
-    """fastgan/ops/extension.py, by its path: nothing of fastgan, nor torch, is imported here."""
+    """Load fastgan/ops/extension.py by path, without importing fastgan or torch."""
     spec = importlib.util.spec_from_file_location("fastgan_extension", ROOT / "fastgan" / "ops" / "extension.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -25,24 +25,22 @@ def _extension():
     return module
 
 
-def _prebuild(folder: Path) -> bool:
-    """Compile the CPU library into `folder`; whether all went well. Only FASTGAN_BUILD=force makes failing an error."""
-    wish = os.environ.get("FASTGAN_BUILD", "").strip().lower()
-    if wish == "0" or os.name == "nt":
-        return False
+def _prebuild(folder: Path) -> None:
+    """Compile the CPU library into `folder`. A failure raises only with FASTGAN_BUILD=force."""
+    preference = os.environ.get("FASTGAN_BUILD", "").strip().lower()
+    if preference == "0" or os.name == "nt":
+        return
     extension = _extension()
     try:
         sources = extension.source_folder()
         for level in extension.instructions():
             extension.compile_library("cpu", folder / extension.prebuilt_name("cpu", level, sources), level, sources)
     except extension.BuildError as error:
-        if wish == "force":
+        if preference == "force":
             raise
-        print(f"fastgan: no compiled library in this wheel, it is built on first use: {error}", file=sys.stderr)
+        print(f"fastgan: the wheel has no compiled library, it is built on first use: {error}", file=sys.stderr)
         for file in folder.glob("*.so"):
             file.unlink()
-        return False
-    return True
 
 
 class BuildPackages(build_py):
@@ -50,14 +48,14 @@ class BuildPackages(build_py):
         super().run()
         if not self.editable_mode:
             folder = Path(self.build_lib) / "fastgan" / "ops" / "lib"
-            for old in folder.glob("*.so"):  # of an earlier build, from other sources
+            for old in folder.glob("*.so"):  # from an earlier build
                 old.unlink()
             _prebuild(folder)
 
 
 class BuildWheel(bdist_wheel):
     def get_tag(self):
-        """py3-none-PLATFORM where the wheel carries a library: it uses no Python headers, so any Python 3 loads it."""
+        """py3-none-PLATFORM if the wheel contains a library: it uses no Python headers, so any Python 3 loads it."""
         python, abi, system = super().get_tag()
         return ("py3", "none", system) if not self.root_is_pure else (python, abi, system)
 

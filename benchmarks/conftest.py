@@ -1,4 +1,4 @@
-"""Benchmarks share `benchmarks.side_by_side`; its table is printed after the run, beside pytest-benchmark's own."""
+"""Settings of all benchmarks. The table of `benchmarks.side_by_side` is printed after that of pytest-benchmark."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 from benchmarks import side_by_side
 
-# As `fastgan train` has it without --tf32: what is called float32 here is float32 in cuDNN too.
+# As `fastgan train` without --tf32: float32 means float32 in cuDNN as well.
 torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for line in side_by_side.table():
+    for line in side_by_side.summary():
         terminalreporter.write_line(line)

@@ -1,14 +1,14 @@
-"""`make gpu`: run the GPU tests and the benchmarks that use a GPU, piece by piece, into results/GPU.json.
+"""`make gpu`: run the GPU tests and benchmarks in pieces; results go to benchmarks/results/NAME-OF-THE-GPU.json.
 
-    python benchmarks/gpu.py                 # all pieces; those that are done at this revision are left out
-    python benchmarks/gpu.py --minutes 9     # stop in time; the same command goes on where it stopped
-    python benchmarks/gpu.py --list          # the pieces, and which are done
+    python benchmarks/gpu.py                 # all pieces that are not done at this revision
+    python benchmarks/gpu.py --minutes 9     # stop within 9 minutes; the same command resumes
+    python benchmarks/gpu.py --list          # list the pieces and whether they are done
     python benchmarks/gpu.py --only attention -k second
 
-Correctness comes first. A piece is one pytest in a process of its own: one that fails, crashes or is cut off costs
-only itself, and the file, with versions and git revision, is replaced whole after each. A piece whose tests failed is
-done; one that crashed or was cut off is run again by the next call. Ends with 1 when a test failed or a piece crashed,
-with 2 when pieces are left for want of time.
+Runs from a checkout without installation. Tests come first. Each piece is a pytest process of its own, so that a
+failure, crash or timeout does not affect the others. The results, with versions and git revision, are written after
+each piece. A piece whose tests failed is done; one that crashed or timed out is repeated by the next call. The exit
+code is 1 if a test failed or a piece crashed, 2 if pieces are left for lack of time.
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ from xml.etree import ElementTree
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-_BENCH = "benchmarks/bench_{}.py"
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # fastgan need not be installed
 
-# Name of a piece -> what pytest gets. Each is meant to take a few minutes at most; the first compiles the kernels.
+from fastgan.utils.files import write_atomic
+
+RESULTS = ROOT / "benchmarks" / "results"
+_OPS = "benchmarks/ops/bench_{}.py"
+
+# Name of a piece -> arguments of pytest. Each takes a few minutes at most; the first compiles the kernels.
 PIECES: dict[str, list[str]] = {
     "tests, attention": ["-m", "gpu", "tests/kernels/test_attention_kernels.py"],
     "tests, scaled convolutions": ["-m", "gpu", "tests/kernels/test_scaled_conv_kernels.py"],
@@ -44,19 +49,19 @@ PIECES: dict[str, list[str]] = {
     ],
     "tests, ops": ["-m", "gpu", "tests/kernels/test_ops_on_gpu.py"],
     "tests, CUDA kernels": ["-m", "gpu", "tests/ops"],
-    "attention, second order": [_BENCH.format("attention"), "-k", "second"],
-    "attention, first order": [_BENCH.format("attention"), "-k", "first or forward"],
+    "attention, second order": [_OPS.format("attention"), "-k", "second"],
+    "attention, first order": [_OPS.format("attention"), "-k", "first or forward"],
     **{
-        f"{name}, {layout}": [_BENCH.format("conv"), "-k", f"{name} and {layout}"]
+        f"{name}, {layout}": [_OPS.format("conv"), "-k", f"{name} and {layout}"]
         for layout in ("channels_last", "contiguous")
         for name in ("upsample_conv2d", "conv2d_downsample")
     },
-    "pixel_norm": [_BENCH.format("pixel_norm")],
-    "bias_act": [_BENCH.format("bias_act")],
-    "bias_act_pixel_norm": [_BENCH.format("bias_act_pixel_norm")],
-    "minibatch_stddev": [_BENCH.format("minibatch_stddev")],
-    "penalty": [_BENCH.format("penalty")],
-    "SAGAN's step": [_BENCH.format("sagan_step")],
+    "pixel_norm": [_OPS.format("pixel_norm")],
+    "bias_act": [_OPS.format("bias_act")],
+    "bias_act_pixel_norm": [_OPS.format("bias_act_pixel_norm")],
+    "minibatch_stddev": [_OPS.format("minibatch_stddev")],
+    "penalty": [_OPS.format("penalty")],
+    "SAGAN's step": ["benchmarks/training/bench_sagan_step.py"],
 }
 
 
@@ -65,7 +70,7 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -73,6 +78,7 @@ def version(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
+    """GPU, versions and git state: results are resumed only if all of it is the same."""
     gpu = torch.cuda.get_device_properties(0)
     return {
         "gpu": gpu.name,
@@ -80,143 +86,146 @@ def machine() -> dict[str, Any]:
         "gpu_memory_bytes": gpu.total_memory,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "triton", "numpy", "fastgan")},
+        "packages": {name: package_version(name) for name in ("torch", "triton", "numpy", "fastgan")},
         "revision": git("rev-parse", "HEAD"),
-        # The results themselves are no change.
+        # Results do not count as changes.
         "changed_files": [
             line[3:] for line in git("status", "--porcelain").splitlines() if "benchmarks/results" not in line
         ],
     }
 
 
-def tests(report: Path) -> dict[str, Any]:
-    """Counts of a junit report, and the names of the tests that failed with the last line of what they said."""
+def read_test_report(report: Path) -> dict[str, Any]:
+    """Counts of a junit report, and the names and messages of failed tests."""
     if not report.exists():
         return {"error": "pytest wrote no report"}
     suite = next(ElementTree.parse(report).iter("testsuite"))
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    wrong = {}
+    failed = {}
     for case in suite.iter("testcase"):
         for fault in (*case.findall("failure"), *case.findall("error")):
-            wrong[f"{case.get('classname')}::{case.get('name')}"] = (fault.get("message") or "").strip()[:400]
-    return {**counts, "seconds": float(suite.get("time", 0)), "failed": wrong}
+            failed[f"{case.get('classname')}::{case.get('name')}"] = (fault.get("message") or "").strip()[:400]
+    return {**counts, "seconds": float(suite.get("time", 0)), "failed": failed}
 
 
-def benchmarks(report: Path) -> list[dict[str, Any]]:
-    """Of each benchmark its name, times in seconds, and what it noted: errors, memory, the other sides' times."""
+def read_benchmark_report(report: Path) -> list[dict[str, Any]]:
+    """Name, times in seconds and extra info (errors, memory, times of the other sides) of each benchmark."""
     if not report.exists() or not report.stat().st_size:
         return []
-    kept = ("min", "median", "mean", "stddev", "rounds")
+    statistics = ("min", "median", "mean", "stddev", "rounds")
     return [
         {
             "name": it["name"],
             "group": it["group"],
-            "seconds": {name: it["stats"][name] for name in kept},
+            "seconds": {name: it["stats"][name] for name in statistics},
             **it["extra_info"],
         }
         for it in json.loads(report.read_text())["benchmarks"]
     ]
 
 
-def pytest_arguments(name: str, words: str | None, more: list[str]) -> list[str]:
-    """Of a piece, with the user's -k beside its own, of which pytest would take the last alone."""
-    found = list(PIECES[name])
-    if words and "-k" in found:
-        at = found.index("-k") + 1
-        found[at] = f"({found[at]}) and ({words})"
-    elif words:
-        found += ["-k", words]
-    return [*found, *more]
+def pytest_arguments(name: str, keywords: str | None, more: list[str]) -> list[str]:
+    """The arguments of a piece, with the user's -k combined with its own, as pytest uses only the last -k."""
+    arguments = list(PIECES[name])
+    if keywords and "-k" in arguments:
+        at = arguments.index("-k") + 1
+        arguments[at] = f"({arguments[at]}) and ({keywords})"
+    elif keywords:
+        arguments += ["-k", keywords]
+    return [*arguments, *more]
 
 
 def run_piece(arguments: list[str], limit: float) -> dict[str, Any]:
-    """Run one piece for `limit` seconds at most; what it found, `done` or not.
+    """Run one piece for at most `limit` seconds.
 
-    pytest itself ends after the test in which its time is over, and then reports what it has; one that hangs is killed.
+    pytest ends by itself, with a report, after the test in which the time runs out; if it hangs it is killed.
+
+    Returns:
+        The entry for the results file; `done` is false if the piece must be repeated.
     """
-    measures = arguments[0].startswith("benchmarks/")
+    is_benchmark = arguments[0].startswith("benchmarks/")
     with tempfile.TemporaryDirectory() as folder:
         junit, times = Path(folder, "tests.xml"), Path(folder, "benchmarks.json")
         command = [sys.executable, "-m", "pytest", *arguments, f"--junitxml={junit}"]
         if importlib.util.find_spec("pytest_timeout") is not None:
-            command += [f"--session-timeout={max(1, limit - 60):.0f}"] * (limit < 86400) + ["--timeout=0"] * measures
+            command += [f"--session-timeout={max(1, limit - 60):.0f}"] * (limit < 86400) + [
+                "--timeout=0"
+            ] * is_benchmark
         start = time.monotonic()
-        if measures:
+        if is_benchmark:
             command += ["--benchmark-only", f"--benchmark-json={times}"]
         try:
             code: int | None = subprocess.run(command, cwd=ROOT, timeout=limit).returncode
         except subprocess.TimeoutExpired:
             code = None
-        found: dict[str, Any] = {"exit_code": code, "arguments": arguments, "tests": tests(junit)}
-        if measures:
-            found["benchmarks"] = benchmarks(times)
-        cut = code is None or time.monotonic() - start > limit - 60
-    # 0: all passed; 1: some failed; 5: nothing was selected. Others, and signals, are crashes.
-    return {**found, "cut_off": cut, "done": code in (0, 1, 5) and not (cut and code == 1)}
+        result: dict[str, Any] = {"exit_code": code, "arguments": arguments, "tests": read_test_report(junit)}
+        if is_benchmark:
+            result["benchmarks"] = read_benchmark_report(times)
+        cut_off = code is None or time.monotonic() - start > limit - 60
+    # 0: all passed; 1: some failed; 5: nothing was selected. Other codes, and signals, are crashes.
+    return {**result, "cut_off": cut_off, "done": code in (0, 1, 5) and not (cut_off and code == 1)}
 
 
-def keep(file: Path, result: dict[str, Any]) -> None:
+def save(file: Path, results: dict[str, Any]) -> None:
     file.parent.mkdir(exist_ok=True)
-    partial = file.with_name(f".{file.name}.part")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, file)
+    write_atomic(file, (json.dumps(results, indent=1) + "\n").encode())
 
 
-def so_far(file: Path, where: dict[str, Any]) -> dict[str, Any]:
-    """What is in the file, if it is of this machine as it is now; else a fresh start, and the old file kept beside."""
+def load_results(file: Path, current: dict[str, Any]) -> dict[str, Any]:
+    """The results so far, if they are of the current machine and revision. Otherwise the file is renamed."""
     if file.is_file():
         before: dict[str, Any] = json.loads(file.read_text())
-        if before.get("machine") == where:
+        if before.get("machine") == current:
             return before
         os.replace(file, file.with_name(f"{file.stem}.before.json"))
-        print(f"gpu: {file.name} was of another revision or version; it is {file.stem}.before.json now", flush=True)
-    return {"machine": where, "pieces": {}}
+        print(f"gpu: {file.name} is of another revision or version: renamed to {file.stem}.before.json", flush=True)
+    return {"machine": current, "pieces": {}}
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="end within so many minutes")
-    parser.add_argument("--only", metavar="TEXT", help="pieces whose name has TEXT in it")
-    parser.add_argument("-k", metavar="WORDS", help="tests and benchmarks of these pieces that pytest's -k selects")
-    parser.add_argument("--again", action="store_true", help="run pieces that are done, too")
-    parser.add_argument("--list", action="store_true", help="list the pieces and run nothing")
-    asked, more = parser.parse_known_args(arguments)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop within this time")
+    parser.add_argument("--only", metavar="TEXT", help="only pieces whose name contains TEXT")
+    parser.add_argument("-k", metavar="WORDS", help="only tests and benchmarks selected by -k of pytest")
+    parser.add_argument("--again", action="store_true", help="repeat pieces that are done")
+    parser.add_argument("--list", action="store_true", help="list the pieces and exit")
+    args, more = parser.parse_known_args(arguments)
     if not torch.cuda.is_available():
-        print("make gpu: there is no GPU here, or this torch cannot use it", file=sys.stderr)
+        print("gpu: torch sees no GPU", file=sys.stderr)
         return 1
-    end = time.monotonic() + 60 * asked.minutes
-    where = machine()
-    file = RESULTS / (re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()).strip("-") + ".json")
-    names = [name for name in PIECES if (asked.only or "") in name]
+    end = time.monotonic() + 60 * args.minutes
+    current = machine()
+    file = RESULTS / (re.sub(r"[^a-z0-9]+", "-", current["gpu"].lower()).strip("-") + ".json")
+    names = [name for name in PIECES if (args.only or "") in name]
     if not names:
-        print(f"--only must be part of one of: {', '.join(PIECES)}, got {asked.only!r}", file=sys.stderr)
+        print(f"--only must be part of one of: {', '.join(PIECES)}, got {args.only!r}", file=sys.stderr)
         return 1
-    result = so_far(file, where)
-    pieces = result["pieces"]
-    wrong = left = 0
-    # Pieces of which a part was asked for have names of their own: they are not done for the next call.
-    asked_for = {" ".join([name, *(["-k", asked.k] if asked.k else []), *more]): name for name in names}
-    for title, name in asked_for.items():
+    results = load_results(file, current)
+    pieces = results["pieces"]
+    failed = left = 0
+    # A selection of a piece gets its own name, as it does not complete the piece.
+    titles = {" ".join([name, *(["-k", args.k] if args.k else []), *more]): name for name in names}
+    for title, name in titles.items():
         done = pieces.get(title, {}).get("done", False)
-        if asked.list:
+        if args.list:
             print(f"{'done' if done else 'open':6}{title}")
             continue
-        if not done or asked.again:
+        if not done or args.again:
             if end - time.monotonic() < 90:
                 left += 1
                 continue
             print(f"gpu: {title}", flush=True)
-            # The last seconds are for writing the file.
+            # 10 seconds are for writing the file.
             limit = min(end - time.monotonic() - 10, 86400.0)
-            pieces[title] = run_piece(pytest_arguments(name, asked.k, more), limit)
-            keep(file, result)
-        wrong += pieces[title]["exit_code"] not in (0, 5)
+            pieces[title] = run_piece(pytest_arguments(name, args.k, more), limit)
+            save(file, results)
+        failed += pieces[title]["exit_code"] not in (0, 5)
         left += pieces[title]["cut_off"] and not pieces[title]["done"]
-    if asked.list:
+    if args.list:
         return 0
-    summary = ", ".join(f"{name}: exit code {pieces[name]['exit_code']}" for name in asked_for if name in pieces)
-    print(f"gpu: {summary}\ngpu: wrote {file}" + (f"; {left} pieces are left, run it again" if left else ""))
-    return 2 if left else int(wrong != 0)
+    summary = ", ".join(f"{name}: exit code {pieces[name]['exit_code']}" for name in titles if name in pieces)
+    print(f"gpu: {summary}\ngpu: wrote {file}" + (f"; {left} pieces are left: run it again" if left else ""))
+    return 2 if left else int(failed != 0)
 
 
 if __name__ == "__main__":

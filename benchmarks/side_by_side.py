@@ -1,4 +1,4 @@
-"""Measure several ways to compute the same thing in one run: errors first, then peak memory, then interleaved times.
+"""Compare implementations ("sides") of one computation in one run: errors, then peak memory, then interleaved times.
 
     from benchmarks.side_by_side import compare
 
@@ -6,8 +6,8 @@
     def test_pixel_norm(benchmark):
         compare(benchmark, "f32 (16, 256, 64, 64)", {"cpp": f, "plain": g}, expected=h(), baseline="plain")
 
-A side is a function without arguments that returns tensors; the first one is ours. Sides take turns, so that a machine
-that slows down for a while slows all of them. No time is taken of a side whose results are wrong.
+A side is a function without arguments that returns tensors; the first one is ours. Sides run in turns, so that a
+temporary slowdown of the machine affects all of them. If the results of a side are wrong, nothing is timed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,16 @@ MB = 1e6
 
 @dataclass
 class Row:
-    """Result of one comparison; times in seconds, memory in bytes, errors as relative RMS, one for each output."""
+    """Result of one comparison.
+
+    Attributes:
+        group: heading in the summary.
+        case: shape, dtype, layout, mode.
+        baseline: the side that others are compared with.
+        times: median seconds of each side.
+        memory: peak extra bytes of each side.
+        errors: relative RMS error of each output of each side.
+    """
 
     group: str
     case: str
@@ -39,7 +48,6 @@ class Row:
     times: dict[str, float]
     memory: dict[str, int]
     errors: dict[str, list[float]]
-    notes: dict[str, str] = field(default_factory=dict)
 
 
 ROWS: list[Row] = []
@@ -50,10 +58,10 @@ def _tensors(value: Any) -> list[Tensor | None]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of `expected`, in float64; inf where either has a NaN."""
+    """Root mean square of the difference divided by that of `expected`, in float64; infinite for a NaN."""
     actual, expected = actual.detach().double(), expected.detach().double().to(actual.device)
     if actual.shape != expected.shape:
-        raise ValueError(f"shape {tuple(actual.shape)} where {tuple(expected.shape)} is expected")
+        raise ValueError(f"shape must be {tuple(expected.shape)}, got {tuple(actual.shape)}")
     scale = expected.square().mean().sqrt().item()
     error = (actual - expected).square().mean().sqrt().item() / (scale or 1.0)
     return error if error == error else float("inf")
@@ -62,7 +70,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def _errors(side: Side, expected: list[Tensor | None]) -> list[float]:
     outputs = _tensors(side())
     if len(outputs) != len(expected):
-        raise ValueError(f"{len(outputs)} outputs where {len(expected)} are expected")
+        raise ValueError(f"number of outputs must be {len(expected)}, got {len(outputs)}")
     pairs = zip(outputs, expected, strict=True)
     return [relative_error(a, e) for a, e in pairs if a is not None and e is not None]
 
@@ -73,7 +81,7 @@ def _synchronize() -> None:
 
 
 def _resident(key: str) -> int:
-    """Bytes of VmRSS (resident now) or VmHWM (its high-water mark)."""
+    """Bytes of VmRSS (resident memory) or VmHWM (its maximum)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
@@ -81,9 +89,9 @@ def _resident(key: str) -> int:
 
 
 def _resident_peak(side: Side) -> int:
-    """How far resident memory rises above where it is, whoever allocates; 0 where the system does not tell."""
+    """Rise of resident memory, whichever allocator is used; 0 if the system does not report it."""
     try:
-        # What malloc keeps after a free would be used again without showing.
+        # Memory that malloc keeps after a free would be reused without a rise.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
@@ -109,9 +117,12 @@ def _allocated_peak(side: Side) -> int:
 def peak_memory(side: Side, device: str | None = None) -> int:
     """Peak extra bytes of one call, results included: of the CUDA allocator, or of the process on a CPU.
 
-    device: "cuda" or "cpu"; by default a GPU where there is one. On a CPU it is the larger of what torch's allocator
-    handed out and of the rise in resident memory: the first misses scratch that a kernel takes elsewhere, the second
-    memory that was resident already.
+    On a CPU this is the maximum of two measures: live allocations of torch's allocator, which miss scratch from other
+    allocators, and the rise in resident memory, which misses memory that was resident before.
+
+    Args:
+        side: the call.
+        device: "cuda" or "cpu"; default: a GPU if there is one.
     """
     gc.collect()
     if torch.cuda.is_available() and device != "cpu":
@@ -133,18 +144,6 @@ def _timed(side: Side) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(sides: dict[str, Side], rounds: int, warmup: int = 3) -> dict[str, float]:
-    """Median seconds of each side over `rounds` rounds in which every side runs once."""
-    for _ in range(warmup):
-        for side in sides.values():
-            side()
-    seen: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            seen[name].append(_timed(side))
-    return {name: statistics.median(times) for name, times in seen.items()}
-
-
 def compare(
     benchmark: Any,
     case: str,
@@ -156,47 +155,48 @@ def compare(
     floor: float | Sequence[float] = 1e-6,
     memory: bool = True,
 ) -> Row:
-    """Check every side, then measure memory and times; pytest-benchmark times the first side, the others between.
+    """Check every side, then measure memory and times. pytest-benchmark times the first side, we time the others.
 
     Args:
-        benchmark: the fixture; `extra_info` gets errors, memory and the other sides' times, so JSON files hold all.
+        benchmark: the fixture. Its `extra_info`, and so its JSON file, gets errors, memory and all times.
         case: shape, dtype, layout, mode.
         sides: name -> function without arguments; the first is ours.
-        expected: what it should return, in float64; None for an output that is not compared.
-        baseline: the side that others are compared with: an error may be twice its error, or `floor` if that is more
-            (one for all outputs or one for each).
-        rounds: how often each side runs.
-        memory: measure peak extra memory.
+        expected: the exact outputs, in float64; None for an output that is not compared.
+        baseline: the side that others are compared with. Errors may be twice its error.
+        rounds: number of timed calls of each side.
+        floor: relative errors up to this are accepted; one number, or one for each output.
+        memory: whether to measure peak extra memory.
 
     Raises:
-        AssertionError: a side is wrong.
+        AssertionError: The results of a side are wrong.
     """
-    wanted = _tensors(expected)
-    errors = {name: _errors(side, wanted) for name, side in sides.items()}
+    exact = _tensors(expected)
+    errors = {name: _errors(side, exact) for name, side in sides.items()}
     floors = [floor] * len(errors[baseline]) if isinstance(floor, float) else list(floor)
-    for name, found in errors.items():
-        for at, error in enumerate(found):
+    for name, of_side in errors.items():
+        for at, error in enumerate(of_side):
             limit = max(2 * errors[baseline][at], floors[at])
-            assert error <= limit, f"{case}: output {at} of {name} is wrong: error {error:.2g}, may be {limit:.2g}"
+            message = f"{case}: the error of output {at} of {name} must be at most {limit:.2g}, got {error:.2g}"
+            assert error <= limit, message
     peaks = {name: peak_memory(side) for name, side in sides.items()} if memory else {}
 
     ours, *others = sides
-    seen: dict[str, list[float]] = {name: [] for name in sides}
+    samples: dict[str, list[float]] = {name: [] for name in sides}
     for side in sides.values():
         side()
 
-    def between() -> None:
+    def time_others() -> None:
         for name in others:
-            seen[name].append(_timed(sides[name]))
+            samples[name].append(_timed(sides[name]))
         _synchronize()
 
     def target() -> None:
         sides[ours]()
         _synchronize()
 
-    benchmark.pedantic(target, setup=between, rounds=rounds, iterations=1, warmup_rounds=2)
-    times = {name: statistics.median(found) for name, found in seen.items() if found}
-    with contextlib.suppress(AttributeError):  # with --benchmark-disable there is no time
+    benchmark.pedantic(target, setup=time_others, rounds=rounds, iterations=1, warmup_rounds=2)
+    times = {name: statistics.median(values) for name, values in samples.items() if values}
+    with contextlib.suppress(AttributeError):  # --benchmark-disable gives no times
         times = {ours: benchmark.stats.stats.median, **times}
     row = Row(benchmark.group or "", case, baseline, times, peaks, errors)
     ROWS.append(row)
@@ -206,11 +206,11 @@ def compare(
     return row
 
 
-def table() -> list[str]:
-    """Lines of all comparisons so far, for people; under a group of several, the mean of how many times faster."""
+def summary() -> list[str]:
+    """All comparisons so far as lines of text, and the geometric mean of the speed-ups of each group."""
     lines = []
     for group in dict.fromkeys(row.group for row in ROWS):
-        lines.append(f"{group:43} {'side':12}{'ms':>10}{'times faster':>14}{'peak MB':>10}{'largest error':>15}")
+        lines.append(f"{group:43} {'side':12}{'ms':>10}{'speed-up':>14}{'peak MB':>10}{'largest error':>15}")
         rows = [row for row in ROWS if row.group == group]
         for row in rows:
             for at, (name, seconds) in enumerate(row.times.items()):
@@ -224,8 +224,8 @@ def table() -> list[str]:
             for name, seconds in row.times.items():
                 if name != row.baseline and row.baseline in row.times:
                     ratios.setdefault(name, []).append(row.times[row.baseline] / seconds)
-        for name, found in ratios.items():
-            if group and len(found) > 1:
-                mean = statistics.geometric_mean(found)
-                lines.append(f"  {'geometric mean':42}{name:12}{'':10}{mean:14.2f}   least {min(found):.2f}")
+        for name, values in ratios.items():
+            if group and len(values) > 1:
+                mean = statistics.geometric_mean(values)
+                lines.append(f"  {'geometric mean':42}{name:12}{'':10}{mean:14.2f}   least {min(values):.2f}")
     return lines

@@ -1,7 +1,7 @@
-"""What a launch of a kernel needs of a GPU, found by compiling it on a machine that may have none.
+"""Resources that a kernel launch needs of a GPU, found by compiling it ahead of time, without a GPU.
 
-A launcher of this package is called with tensors on the meta device while the kernels it reaches for are swapped for
-recorders; what it would have launched is compiled just so, for tensors of any size.
+A launcher of this package is called with tensors on the meta device, of any size, while its kernels are replaced by
+recorders. The recorded launches are then compiled as Triton would compile them just in time.
 """
 
 from __future__ import annotations
@@ -26,30 +26,33 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import fastgan.kernels
-from fastgan.kernels import tiles
 
-# Shared memory that one program may have, in bytes (CUDA C++ programming guide, table of compute capabilities).
-# "default" is what sm_86, sm_89 and sm_120 have, and is compiled for sm_86.
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "default": 99 * 1024}
-# Tensor memory, of sm_100 alone, in columns.
-TENSOR = 512
+from . import tiles
+
+# Maximum shared memory of a program in bytes (CUDA C++ programming guide, table of compute capabilities). "default" is
+# that of sm_86, sm_89 and sm_120, and is compiled for sm_86.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "default": 99 * 1024}
+# Tensor memory in columns; only sm_100 has it.
+TENSOR_MEMORY = 512
 
 
 @contextlib.contextmanager
-def swapped(swap: Callable[[JITFunction], Any], *more: Any) -> Iterator[None]:
-    """Inside, every kernel in the modules of this package, and of `more`, is what `swap` made of it."""
+def replaced_kernels(replace: Callable[[JITFunction], Any], *more: Any) -> Iterator[None]:
+    """Inside the context, replace every kernel in the modules of this package, and in `more`, by `replace(kernel)`."""
     names = [it.name for it in pkgutil.iter_modules(fastgan.kernels.__path__)]
     modules = [importlib.import_module(f"fastgan.kernels.{name}") for name in names]
     with contextlib.ExitStack() as stack:
         for module in (*modules, *more):
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
-                    stack.enter_context(patch.object(module, name, swap(value)))
+                    stack.enter_context(patch.object(module, name, replace(value)))
         yield
 
 
 @dataclass(frozen=True)
 class Launch:
+    """A kernel and the arguments of one launch."""
+
     kernel: JITFunction
     arguments: dict[str, Any]
 
@@ -72,28 +75,38 @@ class _Recorder:
         return record
 
 
-def launches(architecture: str, launcher: Callable[[], Any]) -> list[Launch]:
-    """What `launcher`, called with meta tensors, would launch on a GPU of that architecture."""
+def record_launches(architecture: str, launcher: Callable[[], Any]) -> list[Launch]:
+    """The launches of `launcher`, which is called with meta tensors, on a GPU of that architecture."""
     recorded: list[Launch] = []
-    mine = patch.object(tiles, "architecture", lambda device: architecture)
-    with swapped(lambda kernel: _Recorder(kernel, recorded)), mine:
+    as_architecture = patch.object(tiles, "architecture", lambda device: architecture)
+    with replaced_kernels(lambda kernel: _Recorder(kernel, recorded)), as_architecture:
         launcher()
     return recorded
 
 
 @dataclass(frozen=True)
 class Resources:
+    """What a compiled kernel needs.
+
+    Attributes:
+        registers: registers per thread.
+        shared: shared memory per program, in bytes.
+        spilled: local memory per thread, in bytes.
+        tensor_columns: tensor memory per program, in columns.
+    """
+
     registers: int
-    shared: int  # bytes of a program
-    local: int  # bytes of a thread in local memory: what was spilled
-    tensor: int  # columns of tensor memory
+    shared: int
+    spilled: int
+    tensor_columns: int
 
     def fits(self, architecture: str) -> bool:
-        return not self.local and self.shared <= SHARED[architecture] and self.tensor <= TENSOR
+        """Whether the kernel spills nothing and stays within the memory of a program."""
+        return not self.spilled and self.shared <= SHARED_MEMORY[architecture] and self.tensor_columns <= TENSOR_MEMORY
 
     def __str__(self) -> str:
-        tensor = f", {self.tensor} columns of tensor memory" if self.tensor else ""
-        return f"{self.registers} registers, {self.shared} bytes shared, {self.local} bytes spilled{tensor}"
+        tensor = f", {self.tensor_columns} columns of tensor memory" if self.tensor_columns else ""
+        return f"{self.registers} registers, {self.shared} bytes shared, {self.spilled} bytes spilled{tensor}"
 
 
 _TYPES = {
@@ -102,14 +115,14 @@ _TYPES = {
 }  # fmt: skip
 
 
-def compiled(launch: Launch, architecture: str) -> Resources:
-    """Compile a launch as it would be compiled just in time: multiples of 16 are marked, 1 and None are constants."""
+def compile_launch(launch: Launch, architecture: str) -> Resources:
+    """Compile a launch as Triton would just in time: multiples of 16 are marked as such, 1 and None are constants."""
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
-    def kind(value: Any, path: tuple[int, ...]) -> Any:
+    def type_of(value: Any, path: tuple[int, ...]) -> Any:
         if isinstance(value, tuple):
-            return tuple(kind(it, (*path, i)) for i, it in enumerate(value))
+            return tuple(type_of(it, (*path, i)) for i, it in enumerate(value))
         if isinstance(value, Tensor):
             if value.data_ptr() % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]
@@ -125,22 +138,22 @@ def compiled(launch: Launch, architecture: str) -> Resources:
         return "fp32"
 
     signature = {}
-    for place, parameter in enumerate(launch.kernel.params):
+    for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr:
-            constants[(place,)] = value
+            constants[(position,)] = value
             signature[parameter.name] = "constexpr"
         else:
-            signature[parameter.name] = kind(value, (place,))
+            signature[parameter.name] = type_of(value, (position,))
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     capability = 86 if architecture == "default" else int(architecture.removeprefix("sm_"))
     options = {name: value for name, value in launch.arguments.items() if name not in launch.kernel.arg_names}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     tensor = getattr(binary.metadata, "tmem_size", None) or 0

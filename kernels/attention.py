@@ -1,4 +1,6 @@
-"""Attention and its first and second derivative, tile by tile: only row statistics reach memory.
+"""Softmax attention with its first and second derivatives, tile by tile: of [N, M] only row statistics reach memory.
+
+The tiling follows FlashAttention (Dao et al., 2022, arXiv:2205.14135). Products, softmax and all sums are float32.
 
     S = scale Q K^T      P = softmax(S)      O = P V
     first backward, given dO:
@@ -10,13 +12,13 @@
       gS = P * (F + (E - e) * (dP - D) - r)
       gQ = scale (gS K + dS uK)      gK = scale (gS^T Q + dS^T uQ)      gV = [P * (E - e)]^T dO
 
-(r of this form is the r of the usual one plus e D, which cancels against e dP - e D in gS.) P is computed anew from the
-log-sum-exp of its row wherever it is needed. Rows (queries) and columns (keys) are swept by different programs, each of
-which owns what it writes: there are no atomics, and two runs agree bit for bit.
+(r here is the r of the usual form plus e D, which cancels against e dP - e D in gS.) Each kernel recomputes P from the
+log-sum-exp of its rows. Rows (queries) and columns (keys) are handled by different programs, each of which owns its
+outputs: there are no atomics, and results are bit-identical between runs.
 
 Shapes: q, uq [B, H, N, d]; k, uk [B, H, M, d]; v, uv [B, H, M, dv]; o, do [B, H, N, dv]; any strides; float32, float16
-or bfloat16, one dtype in a call; row statistics float32 [B, H, N]. d and dv from 1 to 256. `causal`: row i sees the
-columns up to i (aligned at the top left).
+or bfloat16, the same dtype for all tensors of a call. Row statistics are float32 [B, H, N]. d and dv are 1 to 256.
+`causal`: row i attends to columns j <= i (aligned at the top left).
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgan.kernels import tiles
-from fastgan.kernels.attention_first import backward_columns_kernel, backward_rows_kernel, forward_kernel
-from fastgan.kernels.attention_second import second_columns_kernel, second_rows_kernel, second_statistics_kernel
-from fastgan.kernels.launch import float32_precision, on, wide
+from . import tiles
+from .attention_first import backward_columns_kernel, backward_rows_kernel, forward_kernel
+from .attention_second import second_columns_kernel, second_rows_kernel, second_statistics_kernel
+from .launch import device_guard, float32_precision, needs_int64_offsets
 
 
 def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float, causal: bool) -> None:
-    """Run `kernel` over the tiles of its rows or columns; arrays of four dimensions are passed with their strides."""
+    """Launch `kernel` over the tiles of its rows or columns. Four-dimensional arrays are passed with their strides."""
     q, v = arrays["q"], arrays["v"]
     assert q is not None and v is not None
     (batch, heads, n, d), (m, dv) = q.shape, v.shape[2:]
@@ -45,16 +47,16 @@ def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float,
     strided = {name: x for name, x in arrays.items() if name not in ("lse", "delta", "e", "r")}
     strides = {f"{name}_strides": None if x is None else x.stride() for name, x in strided.items()}
     odd = any(step % 16 and step != 1 for steps in strides.values() if steps for step in steps)
-    tile = tiles.find(op, kind, max(block_d, block_dv), q.device, odd)
-    fewer = min(block_d, block_dv)
+    tile = tiles.lookup(op, kind, max(block_d, block_dv), q.device, odd)
+    chunk = min(tile.chunk, block_d, block_dv)
     if op.endswith("rows") and kind == "float32" and block_d != block_dv:
-        fewer = max(16, fewer // 2)  # whole, the smaller operands spill beside the larger ones
+        chunk = min(tile.chunk, max(16, min(block_d, block_dv) // 2))  # with full chunks the smaller operands spill
     count, block = (m, tile.cols) if op.endswith("columns") else (n, tile.rows)
-    with on(q.device):
+    with device_guard(q.device):
         kernel[(triton.cdiv(count, block) * batch * heads,)](
             **arrays, **strides, heads=heads, n=n, m=m, scale=scale, D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            ROWS=tile.rows, COLS=tile.cols, CHUNK=min(tile.chunk, fewer),
-            EVEN=n % tile.rows == 0 and m % tile.cols == 0, WIDE=wide(*strided.values(), dims=2),
+            ROWS=tile.rows, COLS=tile.cols, CHUNK=chunk,
+            EVEN=n % tile.rows == 0 and m % tile.cols == 0, INT64=needs_int64_offsets(*strided.values(), dims=2),
             CAUSAL=causal, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -64,9 +66,21 @@ def _new_statistic(q: Tensor) -> Tensor:
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """(o, lse): softmax(scale q k^T) v, and the natural logarithm of each row's sum of exp(logits)."""
+    """Compute o = softmax(scale q k^T) v.
+
+    Args:
+        q: [B, H, N, d].
+        k: [B, H, M, d].
+        v: [B, H, M, dv].
+        scale: factor of the logits.
+        causal: whether row i attends only to columns j <= i.
+
+    Returns:
+        o: [B, H, N, dv], in the dtype of q.
+        lse: float32 [B, H, N], the log-sum-exp of each row of logits.
+    """
     *leading, n, _ = q.shape
-    if q.stride(2) == 1 < q.stride(3):  # pixels last to first, as from a convolution: the output goes back into one
+    if q.stride(2) == 1 < q.stride(3):  # features before pixels, as from a convolution: the output gets the same order
         o = torch.empty(*leading, v.shape[3], n, dtype=q.dtype, device=q.device).transpose(2, 3)
     else:
         o = torch.empty(*leading, n, v.shape[3], dtype=q.dtype, device=q.device)
@@ -81,7 +95,16 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: boo
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from the gradient `do` of `o`."""
+    """First backward.
+
+    Args:
+        do: gradient of o, [B, H, N, dv].
+        q, k, v, scale, causal: as in `attention_forward`.
+        o, lse: its results.
+
+    Returns:
+        dq, dk, dv: gradients, in the shapes and dtype of q, k and v.
+    """
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), _new_statistic(q)
     if lse.numel() == 0 or k.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
@@ -95,7 +118,15 @@ def attention_second_backward(
     uq: Tensor | None, uk: Tensor | None, uv: Tensor | None,
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(gq, gk, gv, gdo) from the cotangents of dq, dk, dv, any of which may be None for zero."""
+    """Second backward: the backward of `attention_backward`, whose o and lse are functions of q, k and v.
+
+    Args:
+        uq, uk, uv: cotangents of dq, dk and dv; None means zero.
+        do, q, k, v, o, lse, scale, causal: as in `attention_backward`.
+
+    Returns:
+        gq, gk, gv, gdo: gradients, in the shapes and dtype of q, k, v and do.
+    """
     gq, gk, gv, gdo = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(do)
     if lse.numel() == 0 or k.shape[2] == 0 or (uq is None and uk is None and uv is None):
         return gq.zero_(), gk.zero_(), gv.zero_(), gdo.zero_()

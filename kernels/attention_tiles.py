@@ -1,7 +1,6 @@
-"""What the kernels of attention share: tiles of an array, products of tiles, the place of a program.
+"""Shared by the attention kernels: tiles of an array, products of tiles, the tile of a program.
 
-An array is a tuple here: where its head begins, its strides, the lines (rows or columns) of a tile, how many lines
-there are.
+An array is a tuple of: pointer to its head, strides, indices of the lines (rows or columns) of a tile, number of lines.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def head_of(base, strides, batch, head):
-    """Where one head's array begins; products of 64 bits, for tensors of more than 2^31 elements."""
+    """Pointer to one head, with 64-bit offsets, for tensors of more than 2^31 elements."""
     return base + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
 
 
 @triton.jit
-def pointers(array, features, WIDE: tl.constexpr):
+def pointers(array, features, INT64: tl.constexpr):
     base, strides, lines, _ = array
-    if WIDE:
+    if INT64:
         lines = lines.to(tl.int64)
         features = features.to(tl.int64)
     return base + lines[:, None] * strides[2] + features[None, :] * strides[3]
@@ -31,11 +30,11 @@ def pointers(array, features, WIDE: tl.constexpr):
 
 @triton.jit
 def load(
-    array, first, COUNT: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr
+    array, first, COUNT: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, EVEN: tl.constexpr, INT64: tl.constexpr
 ):
-    """COUNT features from `first` on, of an array with SIZE features padded to BLOCK; zero outside of the array."""
+    """[lines, COUNT] features from `first` on. The array has SIZE features, padded to BLOCK; 0 outside of it."""
     features = first + tl.arange(0, COUNT)
-    at = pointers(array, features, WIDE)
+    at = pointers(array, features, INT64)
     if EVEN and SIZE == BLOCK:
         tile = tl.load(at)
     elif EVEN:
@@ -48,9 +47,9 @@ def load(
 
 
 @triton.jit
-def store(array, tile, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr):
+def store(array, tile, BLOCK: tl.constexpr, SIZE: tl.constexpr, INT64: tl.constexpr):
     features = tl.arange(0, BLOCK)
-    at = pointers(array, features, WIDE)
+    at = pointers(array, features, INT64)
     mask = (array[2][:, None] < array[3]) & (features[None, :] < SIZE)
     tl.store(at, tile.to(array[0].dtype.element_ty), mask=mask)
 
@@ -58,40 +57,40 @@ def store(array, tile, BLOCK: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constex
 @triton.jit
 def product(
     a, a_tile, b, b_tile, total, BLOCK: tl.constexpr, SIZE: tl.constexpr,
-    CHUNK: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total + a b^T, a product over the features.
 
-    Exact float32 products do without tensor cores, and then each thread of `tl.dot` holds its lines of both operands
-    over the whole inner dimension, which is more than there are registers; of large feature vectors, whole tiles of
-    every operand are more than there is shared memory. With CHUNK the operands come in that many features at a time,
-    from the cache, and the tiles given are not used.
+    Exact float32 products do not use tensor cores, and `tl.dot` then keeps the lines of both operands in registers over
+    the whole inner dimension, which spills. With large feature vectors, full tiles of all operands exceed shared
+    memory. With CHUNK > 0 the operands are therefore loaded that many features at a time, from the cache, and a_tile
+    and b_tile are not used.
     """
     if CHUNK == 0:
         total = tl.dot(a_tile, tl.trans(b_tile), total, input_precision=PRECISION)
     else:
         for first in range(0, BLOCK, CHUNK):
-            a_chunk = load(a, first, CHUNK, BLOCK, SIZE, EVEN, WIDE)
-            b_chunk = load(b, first, CHUNK, BLOCK, SIZE, EVEN, WIDE)
+            a_chunk = load(a, first, CHUNK, BLOCK, SIZE, EVEN, INT64)
+            b_chunk = load(b, first, CHUNK, BLOCK, SIZE, EVEN, INT64)
             total = tl.dot(a_chunk, tl.trans(b_chunk), total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
-def place(count, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """(batch, head, batch * heads + head, first line of the tile) of this program."""
+def tile_of_program(count, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """Batch, head, batch * heads + head, and first line of the tile of this program."""
     per_head = tl.cdiv(count, BLOCK)
     program = tl.program_id(0)
     which = program // per_head
     tile = program % per_head
-    if LAST_FIRST:  # under a causal mask the last rows have the most to do
+    if LAST_FIRST:  # under a causal mask the last rows have the most work
         tile = per_head - 1 - tile
     return which // heads, which % heads, which.to(tl.int64), tile * BLOCK
 
 
 @triton.jit
-def seen(logits, rows, cols, m, EVEN: tl.constexpr, CAUSAL: tl.constexpr):
-    """Logits [rows, columns] with -inf where a row does not see a column."""
+def mask_logits(logits, rows, cols, m, EVEN: tl.constexpr, CAUSAL: tl.constexpr):
+    """Logits [rows, columns], -inf where a row does not attend to a column."""
     if not EVEN:
         logits = tl.where(cols[None, :] < m, logits, float("-inf"))
     if CAUSAL:
@@ -100,6 +99,6 @@ def seen(logits, rows, cols, m, EVEN: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def statistic(base, which, n, rows, OTHER: tl.constexpr):
-    """[rows] of a row statistic. Rows past the end have lse = inf, so that P = 0 there."""
+def load_statistic(base, which, n, rows, OTHER: tl.constexpr):
+    """A row statistic for `rows`. OTHER is for rows past the end: with lse = inf, P is 0 there."""
     return tl.load(base + which * n + rows, mask=rows < n, other=OTHER)

@@ -1,8 +1,9 @@
-"""act(x + bias) * gain and its derivatives, one pass each; what they compute is said in full in `fastgan.ops.bias_act`.
+"""y = act(x + bias) * gain with its first and second derivatives, in one pass each.
 
-x is dense: [N C, pixels] in memory or, in channels_last, [N pixels, C]. A program takes tiles of such a plane of rows
-and columns, so that a channel is found once for a row or a column, not for each element. Sums over all but the channels
-are sums of the tiles' sums, in a fixed order.
+`fastgan.ops.bias_act` has the equations and documents the arguments. x [N, C, ...] is dense: in memory it is a matrix
+[N C, pixels] or, in channels_last (LAST), [N pixels, C]. A program takes tiles of this matrix, so that the channel is
+computed once per row or column, not per element. float32, float16 or bfloat16; arithmetic and sums are float32. The
+gradient of the bias is the sum of the tiles' sums in a fixed order: results are bit-identical between runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.kernels.launch import channels_last, on
+from .launch import channels_last, device_guard
 
 # Indices as in fastgan.ops.bias_act.ACTS.
 LINEAR, RELU, LRELU, TANH, SIGMOID, SILU = (tl.constexpr(i) for i in range(6))
@@ -24,7 +25,7 @@ TILE = 4096  # elements
 
 @triton.jit
 def tanh(x):
-    """Exact to rounding near 0 too, where 2 sigmoid(2x) - 1 is not: there a polynomial in x^2, fitted to |x| < 0.6."""
+    """tanh to float32 rounding: 2 sigmoid(2x) - 1, and for |x| < 0.6, where that cancels, a fitted odd polynomial."""
     t = x * x
     p = 0.0023735256 * t - 0.0084125641
     p = p * t + 0.0217891113
@@ -51,10 +52,10 @@ def activate(x, slope, gain, ACT: tl.constexpr):
 
 
 @triton.jit
-def slope_of_sign(y, slope, gain, ACT: tl.constexpr):
-    """act' * gain of the piecewise linear acts, by the sign of their output."""
+def slope_from_sign(y, slope, gain, ACT: tl.constexpr):
+    """act' * gain of the piecewise linear acts, from the sign of their output."""
     if ACT == RELU:
-        s = tl.where(y <= 0, 0.0, gain)  # the gradient of a NaN goes on
+        s = tl.where(y <= 0, 0.0, gain)  # the gradient passes through a NaN
     elif ACT == LRELU:
         s = tl.where(y > 0, gain, gain * slope)
     else:
@@ -63,8 +64,8 @@ def slope_of_sign(y, slope, gain, ACT: tl.constexpr):
 
 
 @triton.jit
-def _curved(ref, gain, ACT: tl.constexpr):
-    """act' and act'' of tanh and sigmoid by their output times gain, of silu by its input."""
+def _derivatives_of_smooth_act(ref, gain, ACT: tl.constexpr):
+    """act' and act'' of tanh and sigmoid, from the output times gain, or of silu, from the input."""
     if ACT == TANH:
         y = ref / gain
         first = 1 - y * y
@@ -81,12 +82,12 @@ def _curved(ref, gain, ACT: tl.constexpr):
 
 
 @triton.jit
-def _tile(i, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, REPEAT: tl.constexpr, WIDE: tl.constexpr):
-    """(row indices, column indices, offsets, mask) of the i-th of this program's tiles, one below the other."""
+def _tile(i, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, REPEAT: tl.constexpr, INT64: tl.constexpr):
+    """Row indices, column indices, offsets and mask of the i-th of this program's tiles, stacked along rows."""
     across = tl.cdiv(cols, COLS)
     r = (tl.program_id(0) // across * REPEAT + i) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) % across * COLS + tl.arange(0, COLS)
-    if WIDE:
+    if INT64:
         r = r.to(tl.int64)
         c = c.to(tl.int64)
     return r, c, r[:, None] * cols + c[None, :], (r < rows)[:, None] & (c < cols)[None, :]
@@ -104,9 +105,9 @@ def _bias_of(bias, r, c, rows, cols, channels, LAST: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     x, bias, y, rows, cols, channels, slope, gain,
-    ACT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    r, c, offsets, mask = _tile(0, rows, cols, ROWS, COLS, 1, WIDE)
+    r, c, offsets, mask = _tile(0, rows, cols, ROWS, COLS, 1, INT64)
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         value += _bias_of(bias, r, c, rows, cols, channels, LAST)
@@ -117,42 +118,43 @@ def _forward_kernel(
 def _backward_kernel(
     u, dy, ref, bias, dx, gx, partial, rows, cols, channels, slope, gain,
     ACT: tl.constexpr, LAST: tl.constexpr, SUM: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, REPEAT: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, REPEAT: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    """dx = dy act' gain, or, given u: gdy = u act' gain into dx and gx = u dy act'' gain. SUM: of dx, or of gx.
+    """dx = dy act' gain; if u is not None, gdy = u act' gain (stored in dx) and gx = u dy act'' gain.
 
-    partial: [column tiles, rows], or in channels_last [row tiles / REPEAT, columns].
+    With SUM, `partial` gets the sums of dx (or gx): [column tiles, rows], or in channels_last [row tiles / REPEAT,
+    columns].
     """
     total = tl.zeros([COLS], tl.float32)
     for i in range(REPEAT):
-        r, c, offsets, mask = _tile(i, rows, cols, ROWS, COLS, REPEAT, WIDE)
+        r, c, offsets, mask = _tile(i, rows, cols, ROWS, COLS, REPEAT, INT64)
         value = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
         if ACT >= TANH:
             at = tl.load(ref + offsets, mask=mask, other=0.0).to(tl.float32)
             if bias is not None:
                 at += _bias_of(bias, r, c, rows, cols, channels, LAST)
-            first, second = _curved(at, gain, ACT)
+            first, second = _derivatives_of_smooth_act(at, gain, ACT)
             if u is None:
-                found = value * first * gain
-                tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask=mask)
+                result = value * first * gain
+                tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
             else:
                 cotangent = tl.load(u + offsets, mask=mask, other=0.0).to(tl.float32) * gain
                 tl.store(dx + offsets, (cotangent * first).to(dx.dtype.element_ty), mask=mask)
-                found = cotangent * value * second
-                tl.store(gx + offsets, found.to(gx.dtype.element_ty), mask=mask)
+                result = cotangent * value * second
+                tl.store(gx + offsets, result.to(gx.dtype.element_ty), mask=mask)
         else:
             if ACT == LINEAR:
-                found = value * gain
+                result = value * gain
             else:
                 sign = tl.load(ref + offsets, mask=mask, other=0.0).to(tl.float32)
-                found = value * slope_of_sign(sign, slope, gain, ACT)
-            tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask=mask)
+                result = value * slope_from_sign(sign, slope, gain, ACT)
+            tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
         if SUM:
             if LAST:
-                total += tl.sum(tl.where(mask, found, 0.0), 0)
+                total += tl.sum(tl.where(mask, result, 0.0), 0)
             else:
                 place = (tl.program_id(0) % tl.cdiv(cols, COLS)).to(tl.int64) * rows + r
-                tl.store(partial + place, tl.sum(tl.where(mask, found, 0.0), 1), mask=r < rows)
+                tl.store(partial + place, tl.sum(tl.where(mask, result, 0.0), 1), mask=r < rows)
     if SUM and LAST:
         across = tl.cdiv(cols, COLS)
         c = tl.program_id(0) % across * COLS + tl.arange(0, COLS)
@@ -160,7 +162,7 @@ def _backward_kernel(
 
 
 def _launch(kernel: Any, like: Tensor, bias: Tensor | None, want_bias: bool, **arguments: Any) -> Tensor:
-    """Run over all tiles; returns the sum over all but the channels where it is wanted."""
+    """Launch over all tiles. Returns the sum over all dimensions but C, float32 [C], or [0] if not wanted."""
     n, channels = like.shape[:2]
     last = False
     if bias is None and not want_bias:  # channels do not matter
@@ -172,15 +174,15 @@ def _launch(kernel: Any, like: Tensor, bias: Tensor | None, want_bias: bool, **a
     block_cols = min(triton.next_power_of_2(cols), TILE)
     block_rows = min(TILE // block_cols, triton.next_power_of_2(rows))
     across, down = triton.cdiv(cols, block_cols), triton.cdiv(rows, block_rows)
-    constants = {"LAST": last, "ROWS": block_rows, "COLS": block_cols, "WIDE": like.numel() + 4 * TILE >= 2**31}
+    constants = {"LAST": last, "ROWS": block_rows, "COLS": block_cols, "INT64": like.numel() + 4 * TILE >= 2**31}
     if kernel is _backward_kernel:
-        # Sums in channels_last are one row for each program, which costs little where a program has many rows.
+        # In channels_last each program writes a row of sums, which is cheap if it has many rows of x.
         repeat = 8 if want_bias and last and down >= 8192 else 1
         down = triton.cdiv(down, repeat)
         shape = (0,) if not want_bias else (down, 1, channels) if last else (across, n, channels)
         arguments["partial"] = partial = torch.empty(shape, dtype=torch.float32, device=like.device)
         constants |= {"SUM": want_bias, "REPEAT": repeat}
-    with on(like.device):
+    with device_guard(like.device):
         kernel[(across * down,)](
             bias=bias, rows=rows, cols=cols, channels=channels, **arguments, **constants,
             num_warps=8, enable_fp_fusion=True,
@@ -189,6 +191,18 @@ def _launch(kernel: Any, like: Tensor, bias: Tensor | None, want_bias: bool, **a
 
 
 def bias_act_forward(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain: float) -> Tensor:
+    """y = act(x + bias) * gain.
+
+    Args:
+        x: [N, C, ...], contiguous or channels_last.
+        bias: [C], float32 or the dtype of x.
+        act: index into `fastgan.ops.bias_act.ACTS`.
+        negative_slope: slope of lrelu below 0.
+        gain: factor of the result.
+
+    Returns:
+        y, like x.
+    """
     y = torch.empty_like(x)
     _launch(_forward_kernel, x, bias, False, x=x, y=y, slope=negative_slope, gain=gain, ACT=act)
     return y
@@ -197,6 +211,18 @@ def bias_act_forward(x: Tensor, bias: Tensor | None, act: int, negative_slope: f
 def bias_act_backward(
     dy: Tensor, ref: Tensor | None, bias: Tensor | None, act: int, negative_slope: float, gain: float, want_bias: bool
 ) -> tuple[Tensor, Tensor]:
+    """First backward.
+
+    Args:
+        dy: gradient of y.
+        ref: y, or x for silu; None for linear.
+        bias: as in `bias_act_forward`, for silu only.
+        act, negative_slope, gain: as in `bias_act_forward`.
+        want_bias: whether to compute the gradient of the bias.
+
+    Returns:
+        dx, like dy, and the gradient of the bias, float32 [C], or [0] if not wanted.
+    """
     dx = torch.empty_like(dy)
     settings = {"slope": negative_slope, "gain": gain, "ACT": act}
     return dx, _launch(_backward_kernel, dy, bias, want_bias, u=None, dy=dy, ref=ref, dx=dx, gx=None, **settings)
@@ -212,6 +238,15 @@ def bias_act_second_backward(
     gain: float,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Second backward, for acts that are not piecewise linear: gradients of <u, dx>.
+
+    Args:
+        u: cotangent of dx.
+        dy, ref, bias, act, negative_slope, gain, want_bias: as in `bias_act_backward`.
+
+    Returns:
+        gdy and gx, like dy, and the gradient of the bias, float32 [C], or [0] if not wanted.
+    """
     gdy, gx = torch.empty_like(dy), torch.empty_like(dy)
     settings = {"slope": negative_slope, "gain": gain, "ACT": act}
     return gdy, gx, _launch(_backward_kernel, dy, bias, want_bias, u=u, dy=dy, ref=ref, dx=gdy, gx=gx, **settings)

@@ -1,8 +1,13 @@
-"""pixel_norm(act(x + bias) * gain) and its derivatives, one pass each; in full in `fastgan.ops.bias_act_pixel_norm`.
+"""y = z r with z = act(x + bias) * gain and r = (mean over C of z^2 + eps)^(-1/2), with both derivatives.
 
-A program takes the whole feature vectors of a few pixels, so that every input is read once. Vectors that it cannot
-keep are read twice: of more than 4096 channels, or, in contiguous memory, whose tiles need neighboring pixels, of more
-than 512 to 2048, by dtype and pass. Sums over all but the channels are sums of the programs' sums, in a fixed order.
+Pixel norm is from Karras et al., "Progressive Growing of GANs" (2017, arXiv:1710.10196). The equations are in
+`fastgan.ops.bias_act_pixel_norm`. x [N, C, ...] is dense; float32, float16 or bfloat16; arithmetic, sums
+and r are float32. act is piecewise linear.
+
+A program takes the full feature vectors of a few pixels and reads every input once. Vectors too long for registers are
+read twice: those of more than 4096 channels, or, in contiguous memory, where tiles need neighboring pixels, of more
+than 512 to 2048, depending on dtype and pass. The gradient of the bias is the sum of the programs' sums in a fixed
+order: results are bit-identical between runs.
 """
 
 from __future__ import annotations
@@ -14,28 +19,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.kernels.bias_act import activate, slope_of_sign
-from fastgan.kernels.launch import channels_last, on
+from .bias_act import activate, slope_from_sign
+from .launch import channels_last, device_guard
 
 TILE = 8192  # elements
-LARGEST = 4096  # channels that are kept
-_SECTOR = 32  # bytes
+LARGEST = 4096  # channels that fit in registers
+_SECTOR = 32  # bytes of a memory transaction
 
 
 @triton.jit
 def _pixels(i, per_sample, PIXELS: tl.constexpr, REPEAT: tl.constexpr):
-    """(sample, pixels of it) of the i-th of this program's tiles; in channels_last all is one sample."""
+    """Sample and pixels of the i-th of this program's tiles. channels_last counts as one sample."""
     groups = tl.cdiv(per_sample, PIXELS * REPEAT)
     group = tl.program_id(0) % groups
     return tl.program_id(0) // groups, (group * REPEAT + i) * PIXELS + tl.arange(0, PIXELS)
 
 
 @triton.jit
-def _at(sample, p, first, per_sample, step_p, step_c, C: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """(channels, offsets [pixels, channels], mask)."""
+def _at(sample, p, first, per_sample, step_p, step_c, C: tl.constexpr, BLOCK: tl.constexpr, INT64: tl.constexpr):
+    """Channels, offsets [pixels, channels], and mask."""
     c = first + tl.arange(0, BLOCK)
     mask = (p < per_sample)[:, None] & (c < C)[None, :]
-    if WIDE:
+    if INT64:
         p = p.to(tl.int64)
         c = c.to(tl.int64)
     return c, sample.to(tl.int64) * per_sample * C + p[:, None] * step_p + c[None, :] * step_c, mask
@@ -48,36 +53,35 @@ def _load(base, offsets, mask):
 
 @triton.jit
 def _activated(x, bias, c, offsets, mask, slope, gain, ACT: tl.constexpr, C: tl.constexpr):
-    """act(x + bias) * gain, 0 outside."""
+    """act(x + bias) * gain, 0 outside of the mask."""
     value = _load(x, offsets, mask)
     if bias is not None:
         value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     return tl.where(mask, activate(value, slope, gain, ACT), 0.0)
 
 
-# Vectors that a program cannot keep are gone through twice, in loops that are not unrolled: unrolled, all their loads
-# come first and spill.
+# Long feature vectors are read twice, in loops that are not unrolled: unrolled, all loads would come first and spill.
 @triton.jit
 def _forward_kernel(
     x, bias, y, r, per_sample, step_p, step_c, slope, gain, eps,
-    ACT: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     sample, p = _pixels(0, per_sample, PIXELS, 1)
     if C > BLOCK:
         squares = tl.zeros([PIXELS], tl.float32)
         for first in range(0, C, BLOCK):
-            c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
+            c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, INT64)
             value = _activated(x, bias, c, offsets, mask, slope, gain, ACT, C)
             squares += tl.sum(value * value, 1)
     else:
-        c, offsets, mask = _at(sample, p, 0, per_sample, step_p, step_c, C, BLOCK, WIDE)
+        c, offsets, mask = _at(sample, p, 0, per_sample, step_p, step_c, C, BLOCK, INT64)
         value = _activated(x, bias, c, offsets, mask, slope, gain, ACT, C)
         squares = tl.sum(value * value, 1)
     scale = 1 / tl.sqrt(squares / C + eps)
     tl.store(r + sample.to(tl.int64) * per_sample + p, scale, mask=p < per_sample)
     if C > BLOCK:
         for first in range(0, C, BLOCK):
-            c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
+            c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, INT64)
             value = _activated(x, bias, c, offsets, mask, slope, gain, ACT, C)
             tl.store(y + offsets, (value * scale[:, None]).to(y.dtype.element_ty), mask=mask)
     else:
@@ -86,12 +90,12 @@ def _forward_kernel(
 
 @triton.jit
 def _inputs(u, dy, y, offsets, mask, slope, gain, ACT: tl.constexpr):
-    """(y, dy, u times act's derivative); without u, dy a second time."""
+    """y, dy, and u act' gain (dy if u is None)."""
     out = _load(y, offsets, mask)
     grad = _load(dy, offsets, mask)
     v = grad
     if u is not None:
-        v = _load(u, offsets, mask) * slope_of_sign(out, slope, gain, ACT)
+        v = _load(u, offsets, mask) * slope_from_sign(out, slope, gain, ACT)
     return out, grad, v
 
 
@@ -99,25 +103,25 @@ def _inputs(u, dy, y, offsets, mask, slope, gain, ACT: tl.constexpr):
 def _outputs(
     u, dx, gx, out, grad, v, scale, m, q, s, offsets, mask, slope, gain, ACT: tl.constexpr
 ):  # fmt: skip
-    """Stores what the backward has found; returns what is to be summed for the bias, 0 outside."""
+    """Store the results. Returns the summands of the bias gradient, 0 outside of the mask."""
     if u is None:
-        found = scale * (grad - out * m) * slope_of_sign(out, slope, gain, ACT)
-        tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask=mask)
+        result = scale * (grad - out * m) * slope_from_sign(out, slope, gain, ACT)
+        tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
     else:
         tl.store(dx + offsets, (scale * (v - out * q)).to(dx.dtype.element_ty), mask=mask)
-        found = scale * scale * (out * (3 * q * m - s) - v * m - grad * q)
-        found *= slope_of_sign(out, slope, gain, ACT)
-        tl.store(gx + offsets, found.to(gx.dtype.element_ty), mask=mask)
-    return tl.where(mask, found, 0.0)
+        result = scale * scale * (out * (3 * q * m - s) - v * m - grad * q)
+        result *= slope_from_sign(out, slope, gain, ACT)
+        tl.store(gx + offsets, result.to(gx.dtype.element_ty), mask=mask)
+    return tl.where(mask, result, 0.0)
 
 
 @triton.jit
 def _backward_kernel(
     u, dy, y, r, dx, gx, partial, per_sample, step_p, step_c, slope, gain,
     ACT: tl.constexpr, SUM: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
-    REPEAT: tl.constexpr, WIDE: tl.constexpr,
+    REPEAT: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    """dx of dy, or, given u, gdy (into dx) and gx; SUM: of dx, or of gx, into partial [programs, C]."""
+    """dx; if u is not None, gdy (stored in dx) and gx. With SUM, sums of dx (or gx) into partial [programs, C]."""
     partial += tl.program_id(0).to(tl.int64) * C
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(REPEAT):
@@ -128,14 +132,14 @@ def _backward_kernel(
             q = tl.zeros([PIXELS], tl.float32)
             s = tl.zeros([PIXELS], tl.float32)
             for first in range(0, C, BLOCK):
-                c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
+                c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, INT64)
                 out, grad, v = _inputs(u, dy, y, offsets, mask, slope, gain, ACT)
                 m += tl.sum(grad * out, 1)
                 if u is not None:
                     q += tl.sum(v * out, 1)
                     s += tl.sum(v * grad, 1)
         else:
-            c, offsets, mask = _at(sample, p, 0, per_sample, step_p, step_c, C, BLOCK, WIDE)
+            c, offsets, mask = _at(sample, p, 0, per_sample, step_p, step_c, C, BLOCK, INT64)
             out, grad, v = _inputs(u, dy, y, offsets, mask, slope, gain, ACT)
             m = tl.sum(grad * out, 1)
             q = m
@@ -148,44 +152,44 @@ def _backward_kernel(
         s = (s / C)[:, None]
         if C > BLOCK:
             for first in range(0, C, BLOCK):
-                c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, WIDE)
+                c, offsets, mask = _at(sample, p, first, per_sample, step_p, step_c, C, BLOCK, INT64)
                 out, grad, v = _inputs(u, dy, y, offsets, mask, slope, gain, ACT)
-                found = _outputs(u, dx, gx, out, grad, v, scale, m, q, s, offsets, mask, slope, gain, ACT)
+                result = _outputs(u, dx, gx, out, grad, v, scale, m, q, s, offsets, mask, slope, gain, ACT)
                 if SUM:
-                    tl.store(partial + c, tl.sum(found, 0), mask=c < C)
+                    tl.store(partial + c, tl.sum(result, 0), mask=c < C)
         else:
-            found = _outputs(u, dx, gx, out, grad, v, scale, m, q, s, offsets, mask, slope, gain, ACT)
+            result = _outputs(u, dx, gx, out, grad, v, scale, m, q, s, offsets, mask, slope, gain, ACT)
             if SUM:
-                total += tl.sum(found, 0)
+                total += tl.sum(result, 0)
     if SUM and C <= BLOCK:
         c = tl.arange(0, BLOCK)
         tl.store(partial + c, total, mask=c < C)
 
 
 def _launch(kernel: Any, like: Tensor, want_bias: bool = False, **arguments: Any) -> Tensor:
-    """Run over all pixels; returns the sum over all but the channels where it is wanted."""
+    """Launch over all pixels. Returns the sum over all dimensions but C, float32 [C], or [0] if not wanted."""
     n, channels = like.shape[:2]
     pixels = like.numel() // (n * channels)
     if channels_last(like) or pixels == 1:
         samples, per_sample, steps = 1, n * pixels, (channels, 1)
     else:
         samples, per_sample, steps = n, pixels, (1, pixels)
-    # So many neighbors make full sectors of one channel.
+    # Neighboring pixels of one channel that fill a memory sector.
     least = min(_SECTOR // like.element_size(), triton.next_power_of_2(per_sample)) if steps[0] == 1 else 1
     block = min(triton.next_power_of_2(channels), LARGEST)
-    # Registers keep twice a tile of one or two tensors, and of the three of a second backward a tile.
+    # Registers hold 2 * TILE elements of one or two tensors, or TILE of the three of a second backward.
     if block * least > (TILE if arguments.get("u") is not None else 2 * TILE):
         block = TILE // least
     tile = min(max(TILE // block, least), triton.next_power_of_2(per_sample), 256)
     groups = samples * triton.cdiv(per_sample, tile)
-    constants = {"C": channels, "BLOCK": block, "PIXELS": tile, "WIDE": like.numel() + 2 * TILE >= 2**31}
+    constants = {"C": channels, "BLOCK": block, "PIXELS": tile, "INT64": like.numel() + 2 * TILE >= 2**31}
     if kernel is _backward_kernel:
         repeat = 4 if want_bias and channels <= block and groups >= 8192 else 1
         groups = samples * triton.cdiv(per_sample, tile * repeat)
         shape = (groups, channels) if want_bias else (0,)
         arguments["partial"] = partial = torch.empty(shape, dtype=torch.float32, device=like.device)
         constants |= {"SUM": want_bias, "REPEAT": repeat}
-    with on(like.device):
+    with device_guard(like.device):
         kernel[(groups,)](
             per_sample=per_sample, step_p=steps[0], step_c=steps[1], **arguments, **constants,
             num_warps=16 if block * tile > TILE else 8, enable_fp_fusion=True,
@@ -198,6 +202,19 @@ def _launch(kernel: Any, like: Tensor, want_bias: bool = False, **arguments: Any
 def bias_act_pixel_norm_forward(
     x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain: float, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """Forward.
+
+    Args:
+        x: [N, C, ...], contiguous or channels_last.
+        bias: [C], float32 or the dtype of x.
+        act: index into `fastgan.ops.bias_act.ACTS`, of a piecewise linear act.
+        negative_slope: slope of lrelu below 0.
+        gain: factor of the activation.
+        eps: added to the mean square.
+
+    Returns:
+        y, like x, and r, float32 [N, 1, ...].
+    """
     y = torch.empty_like(x)
     r = torch.empty((x.shape[0], 1, *x.shape[2:]), dtype=torch.float32, device=x.device)
     _launch(_forward_kernel, x, x=x, bias=bias, y=y, r=r, slope=negative_slope, gain=gain, eps=eps, ACT=act)
@@ -207,6 +224,11 @@ def bias_act_pixel_norm_forward(
 def bias_act_pixel_norm_backward(
     dy: Tensor, y: Tensor, r: Tensor, act: int, negative_slope: float, gain: float, want_bias: bool
 ) -> tuple[Tensor, Tensor]:
+    """First backward, from the gradient dy of y.
+
+    Returns:
+        dx, like y, and the gradient of the bias, float32 [C], or [0] if not wanted.
+    """
     dx = torch.empty_like(y)
     settings = {"slope": negative_slope, "gain": gain, "ACT": act}
     return dx, _launch(_backward_kernel, y, want_bias, u=None, dy=dy, y=y, r=r, dx=dx, gx=None, **settings)
@@ -215,6 +237,11 @@ def bias_act_pixel_norm_backward(
 def bias_act_pixel_norm_second_backward(
     u: Tensor, dy: Tensor, y: Tensor, r: Tensor, act: int, negative_slope: float, gain: float, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Second backward, from the cotangent u of dx.
+
+    Returns:
+        gdy and gx, like y, and the gradient of the bias, float32 [C], or [0] if not wanted.
+    """
     gdy, gx = torch.empty_like(y), torch.empty_like(y)
     settings = {"slope": negative_slope, "gain": gain, "ACT": act}
     return gdy, gx, _launch(_backward_kernel, y, want_bias, u=u, dy=dy, y=y, r=r, dx=gdy, gx=gx, **settings)

@@ -1,4 +1,4 @@
-"""What every launcher shares: device, numeric precision, offsets."""
+"""Shared by the launchers: device, precision of float32 products, offset width, memory format."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device; inside this one, that is the tensors'."""
+def device_guard(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` current, as Triton launches on the current device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
 def float32_precision() -> str:
-    """How `tl.dot` multiplies float32: exactly, unless torch's own setting for matrix products allows TF32."""
+    """`input_precision` of `tl.dot`: "ieee", or "tf32" if torch's setting for matrix products allows it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def wide(*tensors: Tensor | None, dims: int) -> bool:
-    """Whether an offset inside the last `dims` dimensions of any tensor can pass 2^31 - 1 elements."""
+def needs_int64_offsets(*tensors: Tensor | None, dims: int) -> bool:
+    """Whether an offset within the last `dims` dimensions of any tensor can exceed 2^31 - 1 elements."""
     for x in tensors:
         if x is not None:
-            # Tiles reach past the edge by less than one tile, and those addresses are formed though not read.
+            # Tiles extend past the edge by less than a tile; those addresses are computed, though not read.
             reach = sum(
                 (size + 256) * abs(step) for size, step in zip(x.shape[-dims:], x.stride()[-dims:], strict=True)
             )
@@ -35,5 +35,5 @@ def wide(*tensors: Tensor | None, dims: int) -> bool:
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether dense x [N, C, ...] has its channels next to each other in memory and not its pixels."""
+    """Whether the channels of a pixel are contiguous in dense x [N, C, ...]."""
     return not x.is_contiguous()

@@ -1,8 +1,13 @@
-"""Minibatch standard deviation and its derivatives; `fastgan.ops.minibatch_stddev` says in full what is computed.
+"""Minibatch standard deviation with its first and second derivatives.
 
-A program takes the same places of all samples of one group, so that the statistics over the group need no second read,
-and copies what is copied in the same pass. Sums over places are sums of the programs' sums, in a fixed order; they are
-spread over the maps by a second, small kernel.
+Appends F maps to x [N, C, H, W]: the standard deviation over each group of samples, averaged over the pixels and over a
+chunk of C / F channels (Karras et al., "Progressive Growing of GANs", 2017, arXiv:1710.10196).
+`fastgan.ops.minibatch_stddev` has the equations and documents the arguments. x is dense; float32, float16 or bfloat16;
+statistics and sums are float32.
+
+A position is a pixel and a channel of one chunk. A program takes the same positions of all samples of one group, so
+that statistics over the group need no second read, and copies x in the same pass. Sums over positions are sums of the
+programs' sums in a fixed order. A second, small kernel writes them to the maps. Results are bit-identical between runs.
 """
 
 from __future__ import annotations
@@ -14,24 +19,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.kernels.launch import channels_last, on
+from .launch import channels_last, device_guard
 
 TILE = 4096  # elements
 
 
 @triton.jit
-def _places(
+def _positions(
     tiles, groups, n, pixels, C: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    """(group, chunk, offsets into [N, C, ...] and [N, C + F, ...], mask) of this program's [samples, places]."""
+    """Group, chunk, offsets in [N, C, ...] and in [N, C + F, ...], masks of this program's [samples, positions]."""
     program = tl.program_id(0) // tiles
     group = program // F
     chunk = program % F
     places = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     member = tl.arange(0, PADDED)
     sample = member * groups + group
-    if WIDE:
+    if INT64:
         places = places.to(tl.int64)
         sample = sample.to(tl.int64)
     inside = places < pixels * (C // F)
@@ -50,7 +55,7 @@ def _places(
 
 @triton.jit
 def _deviation(x, mask, eps, GROUP: tl.constexpr):
-    """x less its mean over the group, and the standard deviation [places]."""
+    """x minus its mean over the group, and the standard deviation [positions]."""
     d = tl.where(mask, x - (tl.sum(x, 0) / GROUP)[None, :], 0.0)
     return d, tl.sqrt(tl.sum(d * d, 0) / GROUP + eps)
 
@@ -59,9 +64,9 @@ def _deviation(x, mask, eps, GROUP: tl.constexpr):
 def _forward_kernel(
     x, y, partial, tiles, groups, n, pixels, eps,
     C: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    LAST: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    _, _, narrow, broad, mask, inside = _places(tiles, groups, n, pixels, C, F, GROUP, PADDED, BLOCK, LAST, WIDE)
+    _, _, narrow, broad, mask, inside = _positions(tiles, groups, n, pixels, C, F, GROUP, PADDED, BLOCK, LAST, INT64)
     value = tl.load(x + narrow, mask=mask, other=0.0)
     tl.store(y + broad, value, mask=mask)
     _, sigma = _deviation(value.to(tl.float32), mask, eps, GROUP)
@@ -72,7 +77,7 @@ def _forward_kernel(
 def _maps_kernel(
     partial, y, tiles, groups, pixels, scale, C: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
 ):
-    """Fill one sample's map with the sum of its group's and chunk's partial sums, times scale."""
+    """Fill one map of one sample with `scale` times the sum of the partial sums of its group and chunk."""
     sample = tl.program_id(0) // F
     chunk = tl.program_id(0) % F
     first = ((sample % groups) * F + chunk).to(tl.int64) * tiles
@@ -92,38 +97,38 @@ def _maps_kernel(
 def _backward_kernel(
     dy, x, t, dx, tiles, groups, n, pixels, eps,
     C: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    LAST: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    group, chunk, narrow, broad, mask, _ = _places(tiles, groups, n, pixels, C, F, GROUP, PADDED, BLOCK, LAST, WIDE)
+    group, chunk, narrow, broad, mask, _ = _positions(tiles, groups, n, pixels, C, F, GROUP, PADDED, BLOCK, LAST, INT64)
     d, sigma = _deviation(tl.load(x + narrow, mask=mask, other=0.0).to(tl.float32), mask, eps, GROUP)
     grad = tl.load(dy + broad, mask=mask, other=0.0).to(tl.float32)
-    found = grad + d * (tl.load(t + group * F + chunk) / (GROUP * sigma))[None, :]
-    tl.store(dx + narrow, found.to(dx.dtype.element_ty), mask=mask)
+    result = grad + d * (tl.load(t + group * F + chunk) / (GROUP * sigma))[None, :]
+    tl.store(dx + narrow, result.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _second_kernel(
     u, x, t, gdy, gx, partial, tiles, groups, n, pixels, eps,
     C: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    LAST: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    group, chunk, narrow, broad, mask, inside = _places(
-        tiles, groups, n, pixels, C, F, GROUP, PADDED, BLOCK, LAST, WIDE
+    group, chunk, narrow, broad, mask, inside = _positions(
+        tiles, groups, n, pixels, C, F, GROUP, PADDED, BLOCK, LAST, INT64
     )
     given = tl.load(u + narrow, mask=mask, other=0.0)
     tl.store(gdy + broad, given, mask=mask)
     v = given.to(tl.float32)
-    v -= (tl.sum(v, 0) / GROUP)[None, :]  # before the product: the rounding error of d is the same in all of a group
+    v -= (tl.sum(v, 0) / GROUP)[None, :]  # before the product, as the rounding error of d is common to the group
     d, sigma = _deviation(tl.load(x + narrow, mask=mask, other=0.0).to(tl.float32), mask, eps, GROUP)
     along = tl.sum(v * d, 0) / GROUP
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, along / sigma, 0.0), 0))
     scale = tl.load(t + group * F + chunk) / (GROUP * sigma)
-    found = (v - d * (along / (sigma * sigma))[None, :]) * scale[None, :]
-    tl.store(gx + narrow, found.to(gx.dtype.element_ty), mask=mask)
+    result = (v - d * (along / (sigma * sigma))[None, :]) * scale[None, :]
+    tl.store(gx + narrow, result.to(gx.dtype.element_ty), mask=mask)
 
 
 class _Shape:
-    """How x [N, C, H, W] is cut into programs."""
+    """How x [N, C, H, W] is split into programs, and the launches on it."""
 
     def __init__(self, x: Tensor, group: int, num_features: int) -> None:
         self.n, self.channels, self.height, self.width = x.shape
@@ -131,32 +136,32 @@ class _Shape:
         self.pixels = self.height * self.width
         self.places = self.pixels * (self.channels // num_features)
         padded = triton.next_power_of_2(group)
-        tile = TILE if padded < 16 else TILE // 2  # a large group's float32 spills on sm_80 otherwise
+        tile = TILE if padded < 16 else TILE // 2  # else large float32 groups spill on sm_80
         block = min(max(16, tile // padded), triton.next_power_of_2(self.places))
         self.tiles = triton.cdiv(self.places, block)
         self.last = channels_last(x)
         self.programs = self.groups * num_features * self.tiles
         self.constants: dict[str, Any] = {
             "C": self.channels, "F": num_features, "GROUP": group, "PADDED": padded, "BLOCK": block, "LAST": self.last,
-            "WIDE": x.numel() // self.channels * (self.channels + num_features) + padded * block >= 2**31,
+            "INT64": x.numel() // self.channels * (self.channels + num_features) + padded * block >= 2**31,
         }  # fmt: skip
 
     def run(self, kernel: Any, x: Tensor, eps: float, **tensors: Tensor) -> None:
-        with on(x.device):
+        with device_guard(x.device):
             kernel[(self.programs,)](
                 x=x, **tensors, tiles=self.tiles, groups=self.groups, n=self.n, pixels=self.pixels, eps=eps,
                 **self.constants, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
 
     def with_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A new [N, C + F, H, W] in x's memory format, and partial sums."""
+        """Uninitialized [N, C + F, H, W] in the memory format of x, and partial sums."""
         form = torch.channels_last if self.last else torch.contiguous_format
         shape = (self.n, self.channels + self.features, self.height, self.width)
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
         return y, torch.empty(self.programs, dtype=torch.float32, device=x.device)
 
     def fill_maps(self, y: Tensor, partial: Tensor) -> None:
-        with on(y.device):
+        with device_guard(y.device):
             _maps_kernel[(self.n * self.features,)](
                 partial=partial, y=y, tiles=self.tiles, groups=self.groups, pixels=self.pixels, scale=1 / self.places,
                 C=self.channels, F=self.features, BLOCK=1024, LAST=self.last, num_warps=4, enable_fp_fusion=True,
@@ -164,6 +169,17 @@ class _Shape:
 
 
 def minibatch_stddev_forward(x: Tensor, group: int, num_features: int, eps: float) -> Tensor:
+    """Append the maps.
+
+    Args:
+        x: [N, C, H, W], contiguous or channels_last.
+        group: samples in a group, G; sample n belongs to group n mod (N / G).
+        num_features: maps to append, F; a divisor of C.
+        eps: added to the variance.
+
+    Returns:
+        [N, C + F, H, W] in the dtype and memory format of x.
+    """
     shape = _Shape(x, group, num_features)
     y, partial = shape.with_maps(x)
     shape.run(_forward_kernel, x, eps, y=y, partial=partial)
@@ -174,6 +190,16 @@ def minibatch_stddev_forward(x: Tensor, group: int, num_features: int, eps: floa
 def minibatch_stddev_backward(
     dy: Tensor, x: Tensor, group: int, num_features: int, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """First backward.
+
+    Args:
+        dy: gradient of the result, [N, C + F, H, W].
+        x, group, num_features, eps: as in `minibatch_stddev_forward`.
+
+    Returns:
+        dx, like x, and t, float32 [N / G, F]: the maps' gradients summed over samples and pixels, divided by the
+        positions of a chunk.
+    """
     shape = _Shape(x, group, num_features)
     dx = torch.empty_like(x)
     maps = dy[:, shape.channels :].unflatten(0, (group, shape.groups))
@@ -185,6 +211,11 @@ def minibatch_stddev_backward(
 def minibatch_stddev_second_backward(
     u: Tensor, x: Tensor, t: Tensor, group: int, num_features: int, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """Second backward, from the cotangent u of dx; t is from `minibatch_stddev_backward`.
+
+    Returns:
+        gdy, [N, C + F, H, W], and gx, like x.
+    """
     shape = _Shape(x, group, num_features)
     gdy, partial = shape.with_maps(x)
     gx = torch.empty_like(x)

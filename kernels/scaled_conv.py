@@ -1,16 +1,17 @@
-"""The 4x4 convolution of stride 2, its adjoint and the gradient of its weight, as implicit matrix products.
+"""4x4 convolution with stride 2, its adjoint and its weight gradient, as implicit matrix products.
 
     down:    small[n, k, i, j] = sum over c, p, q of large[n, c, 2 i + p - 1, 2 j + q - 1] w[k, c, p, q]
-    up:      its adjoint, small to large: a transposed convolution
+    up:      its adjoint, from small to large: a transposed convolution
     weight:  gw[k, c, p, q] = sum over n, i, j of small[n, k, i, j] large[n, c, 2 i + p - 1, 2 j + q - 1]
 
-`conv2d_downsample` is `down` and `upsample_conv2d` is `up`, each with a 3x3 kernel spread over 4x4 taps; the three are
-each other's derivatives, of every order. In `up` a pixel of one of the four parities meets 2x2 of the 16 taps.
+In `fastgan.ops`, `conv2d_downsample` is `down` and `upsample_conv2d` is `up`, with a 3x3 kernel spread over 4x4 taps.
+The derivatives of each of the three, of every order, are among the other two. In `up`, a pixel of each of the four
+parities (even or odd row and column) uses 2x2 of the 16 taps.
 
-large: [N, C, 2H, 2W]; small: [N, K, H, W]; w: [K, C, 4, 4]; any strides; float32, float16 or bfloat16, one dtype in a
-call; sums are float32. float32 is multiplied as torch's setting for convolutions says, in TF32 or exactly. A program
-owns what it writes: no atomics, two runs agree bit for bit. `down` and `up` end with act(y + bias) gain, for
-piecewise linear acts, as in `fastgan.ops.bias_act`.
+large: [N, C, 2H, 2W]; small: [N, K, H, W]; w: [K, C, 4, 4]; any strides; float32, float16 or bfloat16, the same dtype
+for all tensors of a call. Sums are float32; float32 products are exact or TF32, as torch's setting for convolutions
+says. Each program owns its outputs: there are no atomics, and results are bit-identical between runs. `down` and `up`
+end with act(y + bias) * gain for piecewise linear acts, as in `fastgan.ops.bias_act`.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.kernels import tiles
-from fastgan.kernels.bias_act import activate
-from fastgan.kernels.launch import on, wide
+from . import tiles
+from .bias_act import activate
+from .launch import device_guard, needs_int64_offsets
 
-LINEAR = 0  # of fastgan.ops.bias_act.ACTS
+LINEAR = 0  # index into fastgan.ops.bias_act.ACTS
 
-# A weight's gradient has few results, each over all pixels: these are cut into as many parts as make so many programs,
-# while the parts' sums stay so small.
+# A weight gradient has few elements, each a sum over all pixels. The pixels are split into parts to get about this many
+# programs, as long as the partial sums stay below this many elements.
 _PROGRAMS, _PARTIAL = 1024, 2**22
 
 
 @triton.jit
 def _pixels(first, count, height, width, BLOCK: tl.constexpr):
-    """(image, row, column, whether there is one) of BLOCK pixels of small images."""
+    """Image, row, column and mask of BLOCK pixels of small images."""
     at = first + tl.arange(0, BLOCK)
     rest = at % (height * width)
     return at // (height * width), rest // width, rest % width, at < count
 
 
 @triton.jit
-def _offsets(image, y, x, strides, WIDE: tl.constexpr):
-    if WIDE:
+def _offsets(image, y, x, strides, INT64: tl.constexpr):
+    if INT64:
         image = image.to(tl.int64)
         y = y.to(tl.int64)
         x = x.to(tl.int64)
@@ -51,30 +52,30 @@ def _offsets(image, y, x, strides, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _channels(channel, strides, WIDE: tl.constexpr):
-    if WIDE:
+def _channels(channel, strides, INT64: tl.constexpr):
+    if INT64:
         channel = channel.to(tl.int64)
     return channel * strides[1]
 
 
 @triton.jit
-def _of_large(image, i, j, inside, tap, height, width, strides, WIDE: tl.constexpr):
-    """(offsets, mask) of the pixels of a large image that tap p, q of its 4x4 joins to pixels i, j of the small one."""
+def _of_large(image, i, j, inside, tap, height, width, strides, INT64: tl.constexpr):
+    """Offsets and mask of the large pixels that a tap of the 4x4 kernel pairs with pixels i, j of the small image."""
     y = 2 * i + tap // 4 - 1
     x = 2 * j + tap % 4 - 1
     inside = inside & (y >= 0) & (y < 2 * height) & (x >= 0) & (x < 2 * width)
-    return _offsets(image, y, x, strides, WIDE), inside
+    return _offsets(image, y, x, strides, INT64), inside
 
 
 @triton.jit
 def _finish(
-    total, bias, to, to_strides, pixels, inside, channel, channels, slope, gain, ACT: tl.constexpr, WIDE: tl.constexpr
+    total, bias, to, to_strides, pixels, inside, channel, channels, slope, gain, ACT: tl.constexpr, INT64: tl.constexpr
 ):
-    """act(total + bias) gain to pixels and channels of an image."""
+    """Store act(total + bias) * gain."""
     if bias is not None:
         total += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
     total = activate(total, slope, gain, ACT).to(to.dtype.element_ty)
-    at = to + pixels[:, None] + _channels(channel, to_strides, WIDE)[None, :]
+    at = to + pixels[:, None] + _channels(channel, to_strides, INT64)[None, :]
     tl.store(at, total, mask=inside[:, None] & (channel < channels)[None, :])
 
 
@@ -82,19 +83,19 @@ def _finish(
 def down_kernel(
     large, w, bias, small, large_strides, small_strides, count, height, width, slope, gain,
     C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
-    ACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """w: [16, K, C], contiguous. Rows are pixels, columns channels of the small images."""
+    """w: [16, K, C], contiguous. Rows are pixels, columns are channels of the small images."""
     across = tl.cdiv(K, COLS)
     image, i, j, inside = _pixels(tl.program_id(0) // across * ROWS, count, height, width, ROWS)
     k = tl.program_id(0) % across * COLS + tl.arange(0, COLS)
     total = tl.zeros([ROWS, COLS], tl.float32)
     chunks: tl.constexpr = (C + CHUNK - 1) // CHUNK
-    for step in range(16 * chunks):  # one loop over taps and channels, so that loads run ahead of products
+    for step in range(16 * chunks):  # one loop over taps and channels, for pipelined loads
         tap = step // chunks
         c = step % chunks * CHUNK + tl.arange(0, CHUNK)
-        pixels, seen = _of_large(image, i, j, inside, tap, height, width, large_strides, WIDE)
-        at = large + pixels[:, None] + _channels(c, large_strides, WIDE)[None, :]
+        pixels, seen = _of_large(image, i, j, inside, tap, height, width, large_strides, INT64)
+        at = large + pixels[:, None] + _channels(c, large_strides, INT64)[None, :]
         taps = w + tap * (K * C) + k[None, :] * C + c[:, None]
         if C % CHUNK == 0:
             a = tl.load(at, mask=seen[:, None], other=0.0)
@@ -103,18 +104,18 @@ def down_kernel(
             a = tl.load(at, mask=seen[:, None] & (c < C)[None, :], other=0.0)
             b = tl.load(taps, mask=(k < K)[None, :] & (c < C)[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
-    pixels = _offsets(image, i, j, small_strides, WIDE)
-    _finish(total, bias, small, small_strides, pixels, inside, k, K, slope, gain, ACT, WIDE)
+    pixels = _offsets(image, i, j, small_strides, INT64)
+    _finish(total, bias, small, small_strides, pixels, inside, k, K, slope, gain, ACT, INT64)
 
 
 @triton.jit
 def up_kernel(
     small, w, bias, large, small_strides, large_strides, count, height, width, slope, gain,
     C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
-    ACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """w: [16, C, K], contiguous. Rows are pixels of one parity, columns channels of the large images."""
-    # The four parities of the same pixels are neighbors: they read the same, and write between each other.
+    """w: [16, C, K], contiguous. Rows are pixels of one parity, columns are channels of the large images."""
+    # Programs of the four parities of the same pixels are neighbors: they read the same and write interleaved pixels.
     parity = tl.program_id(0) % 4
     below = parity // 2
     right = parity % 2
@@ -125,16 +126,16 @@ def up_kernel(
     total = tl.zeros([ROWS, COLS], tl.float32)
     chunks: tl.constexpr = (K + CHUNK - 1) // CHUNK
     for step in range(4 * chunks):
-        # Row 2 i + below of the large image meets rows i + below - 1 and i + below of the small one, in taps
-        # 3 - below and 1 - below; columns alike.
+        # Row 2 i + below of the large image uses rows i + below - 1 and i + below of the small one, with taps 3 - below
+        # and 1 - below. Columns are alike.
         down = step // chunks // 2
         over = step // chunks % 2
         k = step % chunks * CHUNK + tl.arange(0, CHUNK)
         y = i + (below - 1 + down)
         x = j + (right - 1 + over)
         seen = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        pixels = _offsets(image, y, x, small_strides, WIDE)
-        at = small + pixels[:, None] + _channels(k, small_strides, WIDE)[None, :]
+        pixels = _offsets(image, y, x, small_strides, INT64)
+        at = small + pixels[:, None] + _channels(k, small_strides, INT64)[None, :]
         tap = (3 - below - 2 * down) * 4 + 3 - right - 2 * over
         taps = w + tap * (K * C) + c[None, :] * K + k[:, None]
         if K % CHUNK == 0:
@@ -144,33 +145,33 @@ def up_kernel(
             a = tl.load(at, mask=seen[:, None] & (k < K)[None, :], other=0.0)
             b = tl.load(taps, mask=(c < C)[None, :] & (k < K)[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
-    pixels = _offsets(image, 2 * i + below, 2 * j + right, large_strides, WIDE)
-    _finish(total, bias, large, large_strides, pixels, inside, c, C, slope, gain, ACT, WIDE)
+    pixels = _offsets(image, 2 * i + below, 2 * j + right, large_strides, INT64)
+    _finish(total, bias, large, large_strides, pixels, inside, c, C, slope, gain, ACT, INT64)
 
 
 @triton.jit
 def weight_kernel(
     small, large, partial, small_strides, large_strides, count, height, width, part,
     C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial: float32 [parts, 16, K, C], each over `part` pixels, a multiple of CHUNK."""
+    """partial: float32 [parts, 16, K, C], each part over `part` pixels, a multiple of CHUNK."""
     across = tl.cdiv(C, COLS)
     below = tl.cdiv(K, ROWS)
     program = tl.program_id(0)
-    tap = program % 16  # neighbors read the same pixels
+    tap = program % 16  # neighboring programs read the same pixels
     c = program // 16 % across * COLS + tl.arange(0, COLS)
     k = program // 16 // across % below * ROWS + tl.arange(0, ROWS)
     which = program // 16 // across // below
     first = which * part
-    of_small = _channels(k, small_strides, WIDE)
-    of_large = _channels(c, large_strides, WIDE)
+    of_small = _channels(k, small_strides, INT64)
+    of_large = _channels(c, large_strides, INT64)
     total = tl.zeros([ROWS, COLS], tl.float32)
     for begin in range(first, tl.minimum(first + part, count), CHUNK):
         image, i, j, inside = _pixels(begin, count, height, width, CHUNK)
-        at = small + of_small[:, None] + _offsets(image, i, j, small_strides, WIDE)[None, :]
+        at = small + of_small[:, None] + _offsets(image, i, j, small_strides, INT64)[None, :]
         a = tl.load(at, mask=(k < K)[:, None] & inside[None, :], other=0.0)
-        pixels, seen = _of_large(image, i, j, inside, tap, height, width, large_strides, WIDE)
+        pixels, seen = _of_large(image, i, j, inside, tap, height, width, large_strides, INT64)
         b = tl.load(large + pixels[:, None] + of_large[None, :], mask=seen[:, None] & (c < C)[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     to = partial + (which * 16 + tap).to(tl.int64) * (K * C) + k[:, None] * C + c[None, :]
@@ -178,7 +179,7 @@ def weight_kernel(
 
 
 def float32_precision() -> str:
-    """How float32 is multiplied: as torch's own setting for convolutions says."""
+    """`input_precision` of `tl.dot`: "ieee", or "tf32" if torch's setting for convolutions allows it."""
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
@@ -187,17 +188,17 @@ def _padded(channels: int) -> int:
 
 
 def _tile(op: str, x: Tensor, results: int, summed: int) -> tuple[tiles.Tile, str]:
-    """The tile of `op` with `results` columns, sums over blocks of `summed` at most; how numbers are multiplied."""
+    """Tile of `op` for `results` output channels, with chunks of at most `summed` channels; and `input_precision`."""
     precision = float32_precision()
     kind = "half" if x.dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
-    # Addresses are computed one by one, in more registers, unless the channels of a pixel lie side by side in 16s.
+    # Unless the channels of a pixel are contiguous and aligned to 16, addresses need more registers.
     odd = x.stride(1) != 1 or any(stride % 16 for stride in (x.stride(0), *x.stride()[2:]))
-    tile = tiles.find(op, kind, _padded(results), x.device, odd)
+    tile = tiles.lookup(op, kind, _padded(results), x.device, odd)
     return tile._replace(chunk=min(tile.chunk, _padded(summed))), precision
 
 
 def _image(like: Tensor, *shape: int) -> Tensor:
-    """An empty image in the memory format of another."""
+    """Uninitialized image in the memory format of `like`."""
     last = like.stride(1) == 1 and like.shape[1] > 1
     form = torch.channels_last if last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=form)
@@ -206,18 +207,30 @@ def _image(like: Tensor, *shape: int) -> Tensor:
 def down(
     large: Tensor, w: Tensor, bias: Tensor | None = None, act: int = LINEAR, slope: float = 0.0, gain: float = 1.0
 ) -> Tensor:
-    """[N, C, 2H, 2W], [K, C, 4, 4], [K] or None -> [N, K, H, W]."""
+    """Convolution with stride 2, then act(y + bias) * gain.
+
+    Args:
+        large: [N, C, 2H, 2W].
+        w: [K, C, 4, 4].
+        bias: [K].
+        act: index into `fastgan.ops.bias_act.ACTS`, of a piecewise linear act.
+        slope: negative slope of lrelu.
+        gain: factor of the activation.
+
+    Returns:
+        [N, K, H, W], in the memory format of `large`.
+    """
     n, c, height, width = large.shape[0], large.shape[1], large.shape[2] // 2, large.shape[3] // 2
     k = w.shape[0]
     small = _image(large, n, k, height, width)
     tile, precision = _tile("scaled_conv_down", large, k, c)
     count = n * height * width
-    with on(large.device):
+    with device_guard(large.device):
         down_kernel[(triton.cdiv(count, tile.rows) * triton.cdiv(k, tile.cols),)](
             large, w.permute(2, 3, 0, 1).contiguous(), bias, small, large.stride(), small.stride(),
             count, height, width, slope, gain,
             C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
-            ACT=act, WIDE=wide(large, small, dims=4), PRECISION=precision,
+            ACT=act, INT64=needs_int64_offsets(large, small, dims=4), PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return small
@@ -226,25 +239,35 @@ def down(
 def up(
     small: Tensor, w: Tensor, bias: Tensor | None = None, act: int = LINEAR, slope: float = 0.0, gain: float = 1.0
 ) -> Tensor:
-    """[N, K, H, W], [K, C, 4, 4], [C] or None -> [N, C, 2H, 2W]."""
+    """Transposed convolution with stride 2, then act(y + bias) * gain.
+
+    Args:
+        small: [N, K, H, W].
+        w: [K, C, 4, 4].
+        bias: [C].
+        act, slope, gain: as in `down`.
+
+    Returns:
+        [N, C, 2H, 2W], in the memory format of `small`.
+    """
     n, k, height, width = small.shape
     c = w.shape[1]
     large = _image(small, n, c, 2 * height, 2 * width)
     tile, precision = _tile("scaled_conv_up", small, c, k)
     count = n * height * width
-    with on(small.device):
+    with device_guard(small.device):
         up_kernel[(4 * triton.cdiv(count, tile.rows) * triton.cdiv(c, tile.cols),)](
             small, w.permute(2, 3, 1, 0).contiguous(), bias, large, small.stride(), large.stride(),
             count, height, width, slope, gain,
             C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
-            ACT=act, WIDE=wide(large, small, dims=4), PRECISION=precision,
+            ACT=act, INT64=needs_int64_offsets(large, small, dims=4), PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return large
 
 
 def weight(small: Tensor, large: Tensor) -> Tensor:
-    """[N, K, H, W], [N, C, 2H, 2W] -> [K, C, 4, 4]."""
+    """Gradient of the weight, [K, C, 4, 4], from small [N, K, H, W] and large [N, C, 2H, 2W]."""
     (n, k, height, width), c = small.shape, large.shape[1]
     tile, precision = _tile("scaled_conv_weight", small, max(c, k), 256)
     count = n * height * width
@@ -254,10 +277,10 @@ def weight(small: Tensor, large: Tensor) -> Tensor:
     parts = triton.cdiv(count, part)
     partial = torch.empty(parts, 4, 4, k, c, dtype=torch.float32, device=small.device)
     settings: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
-    with on(small.device):
+    with device_guard(small.device):
         weight_kernel[(programs * parts,)](
             small, large, partial, small.stride(), large.stride(), count, height, width, part,
             C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
-            WIDE=wide(large, small, dims=4), PRECISION=precision, **settings,
+            INT64=needs_int64_offsets(large, small, dims=4), PRECISION=precision, **settings,
         )  # fmt: skip
     return (partial[0] if parts == 1 else partial.sum(0)).permute(2, 3, 0, 1).to(small.dtype)

@@ -1,4 +1,4 @@
-"""The tiles that may be tried for an operation, and where the chosen ones are written: tiles.json."""
+"""The tiles to try for each kernel, and the writer of tiles.json."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import itertools
 import json
 from collections.abc import Iterator
 
-from fastgan.kernels import tiles
-from fastgan.kernels.tiles import KINDS, Tile
+from . import tiles
+from .tiles import KINDS, Tile
 
 SIZES = (16, 32, 64, 128, 256)
+# Launcher -> its kernels, as named in tiles.json.
 PASSES = {
     "forward": ("attention_forward",),
     "backward": ("attention_backward_rows", "attention_backward_columns"),
@@ -21,6 +22,7 @@ PASSES = {
 
 
 def candidates(op: str, kind: str, size: int) -> Iterator[Tile]:
+    """The tiles to try for kernel `op`, for numbers of `kind` and inner dimensions padded to `size`."""
     exact = kind == "float32"
     chunks: tuple[int, ...]
     if op.startswith("scaled_conv"):
@@ -40,9 +42,9 @@ def candidates(op: str, kind: str, size: int) -> Iterator[Tile]:
             yield Tile(rows, cols, warps, stages, chunk)
 
 
-def write(architecture: str, found: dict[str, dict[str, Tile]]) -> None:
-    """Merge into tiles.json, an operation's entries of one kind on one line."""
-    ops = {op: {**tiles.table().get(architecture, {}).get(op, {}), **entries} for op, entries in found.items()}
+def write_tiles(architecture: str, chosen: dict[str, dict[str, Tile]]) -> None:
+    """Merge `chosen` (kernel -> key -> tile) into tiles.json, with one line per kernel and kind of numbers."""
+    ops = {op: {**tiles.table().get(architecture, {}).get(op, {}), **entries} for op, entries in chosen.items()}
     table = {**tiles.table(), architecture: {**tiles.table().get(architecture, {}), **ops}}
     blocks = []
     for name in sorted(table):

@@ -1,11 +1,11 @@
-"""Which tile a kernel runs with: looked up in tiles.json, never timed while a program runs.
+"""The tile that a kernel runs with, looked up in tiles.json. Nothing is timed at run time.
 
-tiles.json: architecture ("sm_90", or "default") -> operation -> kind of numbers and padded size ("half/64") -> the
-fields of `Tile`. An entry "half/64/odd" is for tensors with strides that are no multiples of 16, and for images that
-are not channels_last: their addresses are computed one by one, in more registers, and the tile of the others would
-spill. `python -m fastgan.kernels.tune` measures and writes the entries of the GPU at hand. What was not measured yet is
-the largest of a few usual tiles that compiles without spills: for attention `--ahead-of-time` finds it.
-The entries of "default" fit into the 99 KiB of shared memory that the smallest supported GPUs have.
+tiles.json: architecture ("sm_90", or "default") -> kernel -> kind of numbers and padded size ("half/64") -> the fields
+of `Tile`. An entry "half/64/odd" is for tensors with strides that are not multiples of 16, and for images that are not
+channels_last: their addresses need more registers, and the other tile would spill. `python -m fastgan.kernels.tune`
+measures on the present GPU and writes its entries. Entries that were not measured are the largest of a few common tiles
+that compile without spills; for attention, `--ahead-of-time` finds them. The entries of "default" fit in 99 KiB of
+shared memory, which the smallest supported GPUs have.
 """
 
 from __future__ import annotations
@@ -21,23 +21,34 @@ import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
 
-# half: float16 and bfloat16. float32: products exact in float32. tf32: float32 through tensor cores.
+# half: float16 and bfloat16. float32: exact float32 products. tf32: float32 on tensor cores.
 KINDS = ("half", "tf32", "float32")
 
 
 class Tile(NamedTuple):
+    """Tile size and launch options of a kernel.
+
+    Attributes:
+        rows: rows of a tile (queries, pixels).
+        cols: columns of a tile (keys, channels).
+        warps: `num_warps` of the launch.
+        stages: `num_stages` of the launch, the depth of software pipelining.
+        chunk: features loaded at a time in a product; 0 means all.
+    """
+
     rows: int
     cols: int
     warps: int
     stages: int
-    chunk: int = 0  # features of a product at a time; 0: all
+    chunk: int = 0
 
 
-_given: dict[str, Tile] = {}
+_overrides: dict[str, Tile] = {}
 
 
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, Tile]]]:
+    """The contents of tiles.json."""
     return {
         architecture: {op: {key: Tile(*it) for key, it in entries.items()} for op, entries in ops.items()}
         for architecture, ops in json.loads(TABLE.read_text()).items()
@@ -46,36 +57,48 @@ def table() -> dict[str, dict[str, dict[str, Tile]]]:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
+    """The architecture of a GPU as named in tiles.json; "default" for other devices."""
     if device.type != "cuda":
         return "default"
     major, minor = torch.cuda.get_device_capability(device)
-    # 10.3 has the tensor cores, their memory and the shared memory of 10.0; of other families the first is the largest.
+    # sm_103 has the tensor cores, tensor memory and shared memory of sm_100. In other families these differ.
     return "sm_100" if major == 10 else f"sm_{major}{minor}"
 
 
-def find(op: str, kind: str, size: int, device: torch.device, odd: bool = False) -> Tile:
-    """The tile of `op` for numbers of `kind` and inner dimensions padded to `size` (a power of two); `odd`: strides."""
-    return _given.get(op) or find_for(architecture(device), op, kind, size, odd)
+def lookup(op: str, kind: str, size: int, device: torch.device, odd: bool = False) -> Tile:
+    """The tile of a kernel.
+
+    Args:
+        op: the kernel, as named in tiles.json.
+        kind: one of `KINDS`.
+        size: inner dimension, padded to a power of two.
+        device: where the kernel runs.
+        odd: whether strides are not multiples of 16.
+
+    Raises:
+        KeyError: There is no entry, not even for "default".
+    """
+    return _overrides.get(op) or lookup_for(architecture(device), op, kind, size, odd)
 
 
-def find_for(name: str, op: str, kind: str, size: int, odd: bool = False) -> Tile:
-    """`find` for the architecture `name` of the table, whatever GPU is here."""
+def lookup_for(name: str, op: str, kind: str, size: int, odd: bool = False) -> Tile:
+    """`lookup` for an architecture by name."""
     key = f"{kind}/{size}"
     for it in (name, "default"):
         entries = table().get(it, {}).get(op, {})
-        found = (entries.get(f"{key}/odd") if odd else None) or entries.get(key)
-        if found:
-            return found
+        tile = (entries.get(f"{key}/odd") if odd else None) or entries.get(key)
+        if tile:
+            return tile
     raise KeyError(f"{op} {key}")
 
 
 @contextlib.contextmanager
-def using(given: Mapping[str, Tile]) -> Iterator[None]:
-    """Let operations run with other tiles than the table's, inside a `with` block: for tuning and for tests."""
-    before = dict(_given)
-    _given.update(given)
+def override(overrides: Mapping[str, Tile]) -> Iterator[None]:
+    """Inside the context, run kernels with the tiles in `overrides` (kernel -> tile): for tuning and tests."""
+    before = dict(_overrides)
+    _overrides.update(overrides)
     try:
         yield
     finally:
-        _given.clear()
-        _given.update(before)
+        _overrides.clear()
+        _overrides.update(before)

@@ -1,11 +1,11 @@
-"""python -m fastgan.kernels.tune: measure tiles on the GPU at hand and write the fastest into tiles.json.
+"""python -m fastgan.kernels.tune: measure tiles on the present GPU and write the fastest to tiles.json.
 
-Run once for a new architecture, and again when a kernel changes; programs only look the table up. Entries for odd
-strides (see tiles.py) are not measured.
+Run it once for a new architecture, and again when a kernel changes. Entries for odd strides (see tiles.py) are not
+measured.
 
-With `--ahead-of-time ARCHITECTURE` (more than once, or `all`) nothing is measured and no GPU is needed: attention's
-entries are compiled, and one that spills or asks for too much memory gives way to the nearest that does not; `--check`
-only names them. `pytest -m "slow or not slow" tests/kernels -k compiles` asks the same of every kernel.
+With `--ahead-of-time ARCHITECTURE` (repeatable, or `all`) nothing is measured and no GPU is needed: the entries of
+attention are compiled, and an entry that spills or needs too much memory is replaced by the nearest tile that fits.
+`--check` only lists such entries. `pytest -m "slow or not slow" tests/kernels -k compiles` checks all kernels.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 import triton
-from torch import Tensor
 
-from fastgan.kernels import attention, scaled_conv, tiles, tune_ahead_of_time
-from fastgan.kernels.ahead_of_time import SHARED
-from fastgan.kernels.tile_candidates import PASSES, SIZES, candidates, write
-from fastgan.kernels.tiles import KINDS, Tile
+from . import attention, scaled_conv, tiles, tune_ahead_of_time
+from .ahead_of_time import SHARED_MEMORY
+from .tile_candidates import PASSES, SIZES, candidates, write_tiles
+from .tiles import KINDS, Tile
 
 
-def passes(kind: str, size: int) -> dict[str, Callable[[], object]]:
-    """Each pass at a size that fills a GPU: of attention about 2^32 products of one inner dimension of 64."""
+def make_passes(kind: str, size: int) -> dict[str, Callable[[], object]]:
+    """Each launcher of `PASSES`, with inputs that fill a GPU: for attention about 2^32 products of 64 features."""
     n = 4096 if size <= 64 else 2048
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     side = 128 if size <= 64 else 32
@@ -36,58 +35,58 @@ def passes(kind: str, size: int) -> dict[str, Callable[[], object]]:
         for s in (side, 2 * side)
     )
     q, k, v, do = (torch.randn(8, 2, n, size, device="cuda", dtype=dtype) for _ in range(4))
-    u: tuple[Tensor, ...] = (k, v, q)
     o, lse = attention.attention_forward(q, k, v, 0.1, False)
-    rest = (do, q, k, v, o, lse, 0.1, False)
+    arguments = (do, q, k, v, o, lse, 0.1, False)
     return {
         "forward": lambda: attention.attention_forward(q, k, v, 0.1, False),
-        "backward": lambda: attention.attention_backward(*rest),
-        "second backward": lambda: attention.attention_second_backward(*u, *rest),
+        "backward": lambda: attention.attention_backward(*arguments),
+        "second backward": lambda: attention.attention_second_backward(k, v, q, *arguments),
         "scaled convolution, down": lambda: scaled_conv.down(large, w),
         "scaled convolution, up": lambda: scaled_conv.up(small, w),
         "scaled convolution, weight": lambda: scaled_conv.weight(small, large),
     }
 
 
-def time_of(run: Callable[[], object], given: dict[str, Tile]) -> float | None:
-    """Milliseconds of a pass with these tiles, or None where they do not fit."""
-    with tiles.using(given):
+def measure(run: Callable[[], object], overrides: dict[str, Tile]) -> float | None:
+    """Median milliseconds of `run` with these tiles, or None if they do not fit."""
+    with tiles.override(overrides):
         try:
             run()
-        except (triton.TritonError, RuntimeError):  # of resources, of the compiler, of ptxas
+        except (triton.TritonError, RuntimeError):  # out of resources, or an error of the compiler or ptxas
             return None
         return float(triton.testing.do_bench(run, return_mode="median"))
 
 
 def tune(kinds: tuple[str, ...], sizes: tuple[int, ...]) -> Iterator[dict[str, dict[str, Tile]]]:
-    """For each kind and size: operation -> kind and size -> fastest tile.
+    """Yield, for each kind and size, the fastest tiles: kernel -> key -> tile.
 
-    The kernels of a pass are tuned one after the other.
+    The kernels of one launcher are tuned one after the other.
     """
     for kind, size in itertools.product(kinds, sizes):
-        found: dict[str, dict[str, Tile]] = {}
+        fastest: dict[str, dict[str, Tile]] = {}
         torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
         torch.backends.cudnn.conv.fp32_precision = "tf32" if kind == "tf32" else "ieee"  # type: ignore[attr-defined]
-        for name, run in passes(kind, size).items():
+        for name, run in make_passes(kind, size).items():
             best: dict[str, Tile] = {}
             for op in PASSES[name]:
-                times = {tile: time_of(run, {**best, op: tile}) for tile in candidates(op, kind, size)}
+                times = {tile: measure(run, {**best, op: tile}) for tile in candidates(op, kind, size)}
                 known = {tile: time for tile, time in times.items() if time is not None}
                 if known:
                     best[op] = min(known, key=known.__getitem__)
-                    found.setdefault(op, {})[f"{kind}/{size}"] = best[op]
-                    print(f"{op} {kind}/{size}: {tuple(best[op])}, the pass {known[best[op]]:.3f} ms", flush=True)
-        yield found
+                    fastest.setdefault(op, {})[f"{kind}/{size}"] = best[op]
+                    print(f"{op} {kind}/{size}: {tuple(best[op])}, {name} {known[best[op]]:.3f} ms", flush=True)
+        yield fastest
 
 
-def ahead_of_time(architectures: list[str], kinds: tuple[str, ...], sizes: tuple[int, ...], check: bool) -> int:
+def fit_ahead_of_time(architectures: list[str], kinds: tuple[str, ...], sizes: tuple[int, ...], check: bool) -> int:
+    """Fit or check the tiles of attention by compiling. Returns the exit code."""
     wanted = tune_ahead_of_time.entries(architectures, kinds, sizes)
     try:
-        wrong = tune_ahead_of_time.run(wanted, check)
+        wrong = tune_ahead_of_time.fit_entries(wanted, check)
     except KeyboardInterrupt:
-        print("tune: stopped" + "; what was found until now is in tiles.json" * (not check), file=sys.stderr)
+        print("tune: interrupted" + "; results so far are in tiles.json" * (not check), file=sys.stderr)
         return 130
-    print(f"{len(wanted) - wrong} of {len(wanted)} entries fit, compiled by triton {triton.__version__}")
+    print(f"{len(wanted) - wrong} of {len(wanted)} entries fit, compiled with triton {triton.__version__}")
     return 1 if wrong else 0
 
 
@@ -95,29 +94,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastgan.kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kind", choices=KINDS, action="append", help="numbers to tune for; all by default")
-    parser.add_argument("--size", type=int, choices=SIZES, action="append", help="padded feature sizes; all by default")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="kind of numbers (repeatable; default: all)")
+    parser.add_argument("--size", type=int, choices=SIZES, action="append", help="padded feature size (the same)")
     parser.add_argument(
-        "--ahead-of-time", choices=(*SHARED, "all"), action="append", metavar="ARCHITECTURE",
-        help=f"fit attention's tiles by compiling alone, for {', '.join(SHARED)} or all; default: see tiles.py",
+        "--ahead-of-time", choices=(*SHARED_MEMORY, "all"), action="append", metavar="ARCHITECTURE",
+        help=f"fit the tiles of attention by compiling, without a GPU: {', '.join(SHARED_MEMORY)} or all",
     )  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="with --ahead-of-time: write nothing")
-    given = parser.parse_args(arguments)
-    kinds, sizes = tuple(given.kind or KINDS), tuple(given.size or SIZES)
-    if given.ahead_of_time:
-        named = set(SHARED) if "all" in given.ahead_of_time else set(given.ahead_of_time)
-        return ahead_of_time(list(named), kinds, sizes, given.check)
-    if given.check:
-        parser.error("--check: is for --ahead-of-time; what a GPU is tuned to is always written")
+    parser.add_argument("--check", action="store_true", help="with --ahead-of-time: only list entries that do not fit")
+    args = parser.parse_args(arguments)
+    kinds, sizes = tuple(args.kind or KINDS), tuple(args.size or SIZES)
+    if args.ahead_of_time:
+        names = set(SHARED_MEMORY) if "all" in args.ahead_of_time else set(args.ahead_of_time)
+        return fit_ahead_of_time(list(names), kinds, sizes, args.check)
+    if args.check:
+        parser.error("--check needs --ahead-of-time")
     if not torch.cuda.is_available():
         print(
-            "tune: there is no GPU here to measure on; tiles.json is as it was. --ahead-of-time fits without one",
+            "tune: torch sees no GPU to measure on, tiles.json is unchanged; --ahead-of-time needs no GPU",
             file=sys.stderr,
         )
         return 1
     architecture = tiles.architecture(torch.device("cuda", torch.cuda.current_device()))
-    for found in tune(kinds, sizes):
-        write(architecture, found)  # at once: a later one may be stopped, or crash
+    for fastest in tune(kinds, sizes):
+        write_tiles(architecture, fastest)  # immediately, in case a later one is interrupted or crashes
     print(f"wrote the tiles of {architecture} to {tiles.TABLE}")
     return 0
 

@@ -1,6 +1,6 @@
-"""Peak extra memory of attention with its second backward as N = M grows: `python -m benchmarks.ops.attention_memory`.
+"""Peak extra memory of attention with its second backward against N = M: `python -m benchmarks.ops.attention_memory`.
 
-One head, d = dv = 32, float32, results included. Prints a table and draws docs/attention_memory.svg.
+One head, d = dv = 32, float32, on the CPU, results included. Prints a table and draws docs/attention_memory.svg.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_attention import Attend, math_form, ours, run
 
 from benchmarks import side_by_side
+from benchmarks.ops.bench_attention import Attend, math_form, ours, run
+from fastgan.utils.files import write_atomic
 
 SIZES = (1024, 2048, 4096, 8192, 16384)
 COLORS = ("#1f77b4", "#2ca02c", "#d62728")
@@ -21,14 +22,14 @@ FILE = Path(__file__).resolve().parents[2] / "docs" / "attention_memory.svg"
 
 
 def peak(attend: Attend, n: int) -> float:
-    """MB of forward, backward and second backward."""
+    """Peak extra MB of forward, backward and second backward together."""
     tensors = tuple(torch.randn(1, 1, n, 32).requires_grad_() for _ in range(3))
     do, us = torch.randn(1, 1, n, 32).requires_grad_(), tuple(torch.randn(1, 1, n, 32) for _ in range(3))
     return side_by_side.peak_memory(partial(run, attend, tensors, do, us, "second"), "cpu") / side_by_side.MB
 
 
-def draw(found: dict[str, dict[int, float]]) -> str:
-    """Both axes logarithmic: one step of N to the next is a doubling, a grid line of MB a factor of ten."""
+def draw(peaks: dict[str, dict[int, float]]) -> str:
+    """An SVG of MB against N for each side, both axes logarithmic."""
     width, height, left, bottom = 560, 360, 60, 40
 
     def x(n: int) -> float:
@@ -46,7 +47,7 @@ def draw(found: dict[str, dict[int, float]]) -> str:
     for n in SIZES:
         parts.append(f'<text x="{x(n):.1f}" y="{height - bottom + 18}" text-anchor="middle">{n}</text>')
     parts.append(f'<text x="{(left + width - 90) / 2}" y="{height - 6}" text-anchor="middle">N = M</text>')
-    for color, (name, sizes) in zip(COLORS, found.items(), strict=False):
+    for color, (name, sizes) in zip(COLORS, peaks.items(), strict=False):
         points = " ".join(f"{x(n):.1f},{y(mb):.1f}" for n, mb in sizes.items())
         last, mb = list(sizes.items())[-1]
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
@@ -59,17 +60,17 @@ def main() -> None:
     parser.add_argument("--largest-math", type=int, default=8192, help="math needs 2.9 GB at 8192, 12 GB at 16384")
     largest = parser.parse_args().largest_math
     for attend in (ours("cpp"), ours("chunked"), math_form):
-        peak(attend, 256)  # what is loaded at the first call is not counted
-    found: dict[str, dict[int, float]] = {"cpp": {}, "chunked": {}, "math": {}}
-    print(f"{'N = M':>8}" + "".join(f"{name + ', MB':>14}" for name in found))
+        peak(attend, 256)  # the first call loads libraries
+    peaks: dict[str, dict[int, float]] = {"cpp": {}, "chunked": {}, "math": {}}
+    print(f"{'N = M':>8}" + "".join(f"{name + ', MB':>14}" for name in peaks))
     for n in SIZES:
         line = f"{n:8}"
-        for name, sizes in found.items():
+        for name, sizes in peaks.items():
             if name != "math" or n <= largest:
                 sizes[n] = peak(math_form if name == "math" else ours(name), n)
             line += f"{sizes[n]:14.1f}" if n in sizes else f"{'-':>14}"
         print(line, flush=True)
-    FILE.write_text(draw(found))
+    write_atomic(FILE, draw(peaks).encode())
     print(f"wrote {FILE.relative_to(FILE.parents[1])}")
 
 

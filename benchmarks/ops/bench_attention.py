@@ -1,9 +1,9 @@
-"""scaled_dot_product_attention beside torch's: `pytest benchmarks/ops/bench_attention.py --benchmark-only`.
+"""scaled_dot_product_attention against torch's: `pytest benchmarks/ops/bench_attention.py --benchmark-only`.
 
-Sides: the implementation that the default chooses, then the others that run here; `math` and `flash` are torch's own
-(on a GPU `flash` is whatever fused kernel torch picks), `plain` is matrix products and a softmax. The fused ones have
-no second derivative; `mixed`, on a GPU, is their forward and backward under our second backward. -k '4096x4096'
-selects a shape, -k second a mode, -k float32 a dtype.
+Sides: the default implementation, then the others that run on this machine; torch's `math` and `flash` backends (on a
+GPU `flash` is the fused kernel that torch picks); `plain`, matrix products and a softmax. The fused kernels have no
+second derivative; `mixed`, on a GPU, combines their forward and backward with our second backward. Select a shape with
+-k 4096x4096, a mode with -k second, a dtype with -k float32.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Case(NamedTuple):
+    """Sizes of a call: q is [batch, heads, n, d], k is [batch, heads, m, d], v is [batch, heads, m, dv]."""
+
     name: str
     batch: int
     heads: int
@@ -52,7 +54,7 @@ if GPU:
         Case("SAGAN 64 px batch 16", 16, 1, 4096, 1024, 16, 64),
     ]
 DTYPES = [torch.float32, torch.bfloat16]
-MODES = ("forward", "first", "second")  # ... + backward; ... + backward + second backward
+MODES = ("forward", "first", "second")  # forward; + backward; + backward + second backward
 
 
 def math_form(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,10 +72,10 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class FusedFirstOrder:
-    """torch's fused forward and backward on a GPU, the second backward of the Triton kernels: an alternative to them.
+    """torch's fused forward and backward with the second backward of the Triton kernels, on a GPU.
 
-    The three functions of an implementation, as in `fastgan.ops.attention`: flash for halves with d = dv, else
-    torch's memory-efficient kernels.
+    Has the functions of an implementation in `fastgan.ops.attention`: flash for 16-bit dtypes with d = dv, else torch's
+    memory-efficient kernels.
     """
 
     @staticmethod
@@ -94,21 +96,21 @@ class FusedFirstOrder:
         do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, m = q.shape[2], k.shape[2]
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout's random numbers
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of dropout
         if FusedFirstOrder.flash(q, v):
             backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
             return backward(do, q, k, v, o, lse, None, None, n, m, 0.0, causal, unused, unused, scale=scale)
         backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
         lse = F.pad(lse, (0, -n % 32), value=torch.inf)
         seed, offset = unused.long().unbind()
-        wanted = [True, True, True, False]
-        dq, dk, dv, _ = backward(do, q, k, v, None, o, lse, seed, offset, 0.0, wanted, causal, scale=scale)
+        needed = [True, True, True, False]
+        dq, dk, dv, _ = backward(do, q, k, v, None, o, lse, seed, offset, 0.0, needed, causal, scale=scale)
         return dq, dk, dv
 
     @staticmethod
     def attention_second_backward(*arguments: Any) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = kernel_functions("attention", "triton").attention_second_backward(*arguments)
-        return found
+        gradients: tuple[Tensor, ...] = kernel_functions("attention", "triton").attention_second_backward(*arguments)
+        return gradients
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,24 +125,24 @@ def ours(backend: str | None) -> Attend:
 
 
 def run(attend: Attend, tensors: tuple[Tensor, ...], do: Tensor, us: tuple[Tensor, ...], mode: str) -> list[Tensor]:
-    """[o], [o, dq, dk, dv] or [o, dq, dk, dv, gq, gk, gv, gdo]."""
+    """[o], [o, dq, dk, dv] or [o, dq, dk, dv, gq, gk, gv, gdo], depending on the mode."""
     if mode == "forward":
         with torch.no_grad():
             return [attend(*tensors)]
     o = attend(*tensors)
     first = torch.autograd.grad(o, tensors, do, create_graph=mode == "second")
-    found = [o.detach(), *(x.detach() for x in first)]
-    return found if mode == "first" else [*found, *torch.autograd.grad(first, (*tensors, do), us)]
+    results = [o.detach(), *(x.detach() for x in first)]
+    return results if mode == "first" else [*results, *torch.autograd.grad(first, (*tensors, do), us)]
 
 
 def exact(tensors: tuple[Tensor, ...], do: Tensor, us: tuple[Tensor, ...], mode: str) -> list[Tensor]:
-    """By plain matrix products in float64, a sample at a time."""
-    found = []
+    """The results of plain matrix products in float64, one sample at a time."""
+    results = []
     for i in range(do.shape[0]):
         qkv = tuple(x[i : i + 1].detach().double().requires_grad_() for x in tensors)
         seed = do[i : i + 1].detach().double().requires_grad_()
-        found.append(run(plain, qkv, seed, tuple(u[i : i + 1].double() for u in us), mode))
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+        results.append(run(plain, qkv, seed, tuple(u[i : i + 1].double() for u in us), mode))
+    return [torch.cat(parts) for parts in zip(*results, strict=True)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -157,16 +159,16 @@ def test_attention(benchmark: Any, mode: str, dtype: torch.dtype, case: Case) ->
     tensors = tuple(random(*s).requires_grad_() for s in ((case.n, case.d), (case.m, case.d), (case.m, case.dv)))
     do = random(case.n, case.dv).requires_grad_()
     us = tuple(torch.randn(x.shape, generator=generator).to(DEVICE, dtype) for x in tensors)
-    able = [
+    available = [
         name for name, it in OP.implementations.items() if name != "torch" and it.unsupported_reason(*tensors) is None
     ]
     chosen = OP.choose(None, *tensors)
-    sides = {name: ours(name) for name in (chosen, *able)}
-    if "triton" in able:
+    sides = {name: ours(name) for name in (chosen, *available)}
+    if "triton" in available:
         try:
             run(FusedFirstOrder.attend, tensors, do, us, mode)
             sides["mixed"] = FusedFirstOrder.attend
-        except (RuntimeError, TypeError) as error:  # private functions of torch: the other sides are measured anyway
+        except (RuntimeError, TypeError) as error:  # private functions of torch, which may change
             benchmark.extra_info["mixed"] = str(error)
     large = case.batch * case.heads * case.n * case.m > 2**24 and not GPU
     sides["math"] = math_form
@@ -177,7 +179,7 @@ def test_attention(benchmark: Any, mode: str, dtype: torch.dtype, case: Case) ->
     expected = exact(tensors, do, us, mode)
     floor = [1e-6] * len(expected)
     if dtype == torch.bfloat16:
-        # Torch's math form computes in float32; an error may be twice that of plain products in bfloat16.
+        # torch's math form computes in float32. Errors may be twice those of plain products in bfloat16.
         simple = run(plain, tensors, do, us, mode)
         floor = [2 * side_by_side.relative_error(x, e) for x, e in zip(simple, expected, strict=True)]
         del simple

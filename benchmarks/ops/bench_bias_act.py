@@ -1,4 +1,4 @@
-"""bias_act beside plain PyTorch: `pytest benchmarks/ops/bench_bias_act.py --benchmark-only`."""
+"""bias_act against plain PyTorch: `pytest benchmarks/ops/bench_bias_act.py --benchmark-only`."""
 
 from __future__ import annotations
 

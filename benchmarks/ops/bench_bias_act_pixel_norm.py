@@ -1,4 +1,4 @@
-"""bias_act_pixel_norm beside plain PyTorch: `pytest benchmarks/ops/bench_bias_act_pixel_norm.py --benchmark-only`."""
+"""bias_act_pixel_norm against plain PyTorch: `pytest benchmarks/ops/bench_bias_act_pixel_norm.py --benchmark-only`."""
 
 from __future__ import annotations
 

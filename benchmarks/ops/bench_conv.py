@@ -1,10 +1,10 @@
-"""Convolutions fused with a change of scale, against the two steps in plain PyTorch.
+"""Convolutions fused with up- or downsampling, against the two steps in plain PyTorch.
 
     pytest benchmarks/ops/bench_conv.py --benchmark-only -k "upsample_conv2d and channels_last and f32"
 
-Forward; with the first backward; with a second backward through the gradients of x and w; contiguous and channels_last,
-f32 and bf16. Each of these ends with the geometric mean over the shapes of how many times faster it is, and the least.
-On a GPU beside them the Triton kernels, which are the default only once they are measured to be faster than cuDNN.
+Modes: forward; with the first backward; with a second backward through the gradients of x and w. Contiguous and
+channels_last, f32 and bf16. The summary of each group has the geometric mean of the speed-ups over the shapes, and the
+smallest. On a GPU the Triton kernels are compared as well; they become the default if they are faster than cuDNN.
 """
 
 from __future__ import annotations
@@ -106,6 +106,6 @@ def test_scaled_convolution(
         sides,
         expected=expected,
         baseline="plain",
-        # The gradient of the bias is a sum of thousands that cancel: in PyTorch too, rounding is some 1e-6 of it.
+        # The gradient of the bias is a sum of thousands of terms that cancel; PyTorch's own error is about 1e-6.
         floor=1e-5,
     )

@@ -1,4 +1,4 @@
-"""minibatch_stddev beside plain PyTorch: `pytest benchmarks/ops/bench_minibatch_stddev.py --benchmark-only`."""
+"""minibatch_stddev against plain PyTorch: `pytest benchmarks/ops/bench_minibatch_stddev.py --benchmark-only`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""One gradient penalty with its weight gradients: lean ops and the tangent pass against plain PyTorch.
+"""One gradient penalty with its weight gradients: our ops and the tangent method against plain PyTorch.
 
     pytest benchmarks/ops/bench_penalty.py --benchmark-only
 
-The convolutional critic has 8 convolutions of 16 to 128 channels, leaky rectifiers, 2x2 averaging, at 64 px, batch 8;
-the pggan critic has its published widths over 4 at 64 px, batch 16, and a minibatch standard deviation, which curves.
-Plain PyTorch pools after the convolution; ours does both in one strided convolution.
+The convolutional critic has 8 convolutions of 16 to 128 channels, leaky ReLUs and 2x2 average pooling, at 64 px, batch
+8. The pggan critic has a quarter of its published widths at 64 px, batch 16, with a minibatch standard deviation, which
+is not piecewise linear. Plain PyTorch pools after the convolution; our op does both in one strided convolution.
 
-On a GPU also the convolutional critic as it is trained there, at 256 px, batch 64, bfloat16, channels_last, and the
-small one with either side captured in a CUDA graph, where launches cost nothing and the kernels alone are compared.
+On a GPU also: the convolutional critic at a training size, 256 px, batch 64, bfloat16, channels_last; and the small one
+captured in a CUDA graph, which removes launch overhead and compares the kernels alone.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def progressive(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Callable[[Any
 CRITICS = {"convolutional": convolutional, "pggan": progressive}
 
 
-Made = tuple[list[Tensor], Tensor, Callable[[Any, list[Tensor], Tensor], Tensor]]
+Problem = tuple[list[Tensor], Tensor, Callable[[Any, list[Tensor], Tensor], Tensor]]
 Sides = dict[str, Callable[[], list[Tensor]]]
 
 
-def sides(make: Callable[[torch.dtype], Made], dtype: torch.dtype, layout: str) -> Sides:
-    """One penalty and its weight gradients, each way, on the same weights and images whatever the dtype."""
+def sides(make: Callable[[torch.dtype], Problem], dtype: torch.dtype, layout: str) -> Sides:
+    """One penalty and its weight gradients for each side, on the same weights and images for every dtype."""
     torch.manual_seed(0)
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     parameters, x, critic = make(dtype)
@@ -110,8 +110,8 @@ def sides(make: Callable[[torch.dtype], Made], dtype: torch.dtype, layout: str) 
 
     def penalty(f: Any, method: str) -> list[Tensor]:
         value = ops.gradient_penalty(lambda t: critic(f, parameters, t), x, x, weight=weight, method=method)
-        found = torch.autograd.grad(value, parameters, allow_unused=True)
-        return [value.detach(), *(g for g in found if g is not None and g.ndim > 1)]
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        return [value.detach(), *(g for g in gradients if g is not None and g.ndim > 1)]
 
     return {
         "lean": lambda: penalty(ops, "reverse"),
@@ -120,16 +120,16 @@ def sides(make: Callable[[torch.dtype], Made], dtype: torch.dtype, layout: str) 
     }
 
 
-def compared(
-    benchmark: Any, case: str, found: Sides, make: Callable[[torch.dtype], Made], layout: str, memory: bool = True
+def compare_penalties(
+    benchmark: Any, case: str, by_name: Sides, make: Callable[[torch.dtype], Problem], layout: str, memory: bool = True
 ) -> Row:
     return compare(
         benchmark,
         case,
-        found,
+        by_name,
         expected=sides(make, torch.float64, layout)["plain"](),
         baseline="plain",
-        # Where rounding moves a pre-activation across zero, a rectifier's slope flips and the gradient jumps.
+        # If rounding moves a pre-activation across zero, the slope of a ReLU flips and the gradient jumps.
         floor=1e-3,
         rounds=15,
         memory=memory,
@@ -142,22 +142,22 @@ def compared(
 def test_penalty(benchmark: Any, name: str, dtype: torch.dtype, layout: str) -> None:
     make = CRITICS[name]
     case = f"{name} {dtype} {layout}".replace("torch.", "")
-    compared(benchmark, case, sides(make, dtype, layout), make, layout)
+    compare_penalties(benchmark, case, sides(make, dtype, layout), make, layout)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="images of 256 px in batches of 64 are a GPU's work")
+@pytest.mark.skipif(DEVICE == "cpu", reason="batches of 64 images of 256 px need a GPU")
 def test_penalty_at_256_px(benchmark: Any) -> None:
     make = functools.partial(convolutional, batch=64, size=256)
-    found = sides(make, torch.bfloat16, "channels_last")
-    compared(benchmark, "convolutional 64 x 256 px bfloat16 channels_last", found, make, "channels_last")
+    by_name = sides(make, torch.bfloat16, "channels_last")
+    compare_penalties(benchmark, "convolutional 64 x 256 px bfloat16 channels_last", by_name, make, "channels_last")
 
 
 def captured(side: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-    """`side` as one replay of a CUDA graph; its results lie where the graph leaves them."""
+    """`side` as the replay of a CUDA graph, which overwrites its results."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # what is made once, kernels and cuBLAS's workspace among it, cannot be made in a capture
+        for _ in range(3):  # kernels and cuBLAS workspaces are created before the capture
             side()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -175,8 +175,8 @@ def captured(side: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_penalty_in_a_cuda_graph(benchmark: Any, dtype: torch.dtype, layout: str) -> None:
-    found = sides(convolutional, dtype, layout)
-    found = {name: captured(found[name]) for name in ("lean", "plain")}
+    by_name = sides(convolutional, dtype, layout)
+    by_name = {name: captured(by_name[name]) for name in ("lean", "plain")}
     case = f"convolutional {dtype} {layout}, captured".replace("torch.", "")
-    # A graph's memory is its own and is there before the replay: no peak to measure.
-    compared(benchmark, case, found, convolutional, layout, memory=False)
+    # The memory of a graph is allocated before the replay, so there is no peak to measure.
+    compare_penalties(benchmark, case, by_name, convolutional, layout, memory=False)

@@ -1,4 +1,4 @@
-"""pixel_norm beside plain PyTorch: `pytest benchmarks/ops/bench_pixel_norm.py --benchmark-only`."""
+"""pixel_norm against plain PyTorch: `pytest benchmarks/ops/bench_pixel_norm.py --benchmark-only`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops on feature maps [N, C, H, W] beside plain PyTorch: forward, with backward, with second backward."""
+"""Shared by the benchmarks of ops on feature maps [N, C, H, W]: forward, with backward, with second backward."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Op = Callable[..., Tensor]
 
 
 def parametrize(function: Any) -> Any:
-    """Arguments `mode`, `dtype` and `channels_last` of a benchmark."""
+    """Parametrize a benchmark by `mode`, `dtype` and `channels_last`."""
     function = pytest.mark.parametrize("mode", MODES)(function)
     function = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])(function)
     return pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])(function)
 
 
 def outputs(f: Op, mode: str, inputs: list[Tensor], dy: Tensor, cotangents: list[Tensor]) -> list[Tensor | None]:
-    """The result of f; with its gradients for `dy`; with theirs, in `dy` and every input, for `cotangents`."""
+    """The result of f; with its gradients, for `dy`; with their gradients in `dy` and every input, for `cotangents`."""
     if mode == "forward":
         with torch.no_grad():
             return [f(*inputs)]
@@ -52,28 +52,28 @@ def measure(
     shape: tuple[int, int, int, int] = SHAPE,
     rounds: int = 10,
 ) -> Row:
-    """Every implementation of `op` that runs here, the default first, beside `plain`."""
+    """Compare every implementation of `op` that runs on this machine, the default first, with `plain`."""
     generator = torch.Generator().manual_seed(0)
 
     def random(sizes: tuple[int, ...]) -> Tensor:
-        made = torch.randn(sizes, generator=generator).to(DEVICE, dtype)
-        return made.to(memory_format=torch.channels_last) if channels_last and len(sizes) == 4 else made
+        x = torch.randn(sizes, generator=generator).to(DEVICE, dtype)
+        return x.to(memory_format=torch.channels_last) if channels_last and len(sizes) == 4 else x
 
     inputs = [random(shape), *[random(shape[1:2])] * bias]
     cotangents = [random(tuple(x.shape)) for x in inputs]
     dy = random(tuple(op(*inputs).shape))
 
     def side(f: Op, cast: torch.dtype) -> Side:
-        made = [x.to(cast).requires_grad_() for x in inputs]
+        arguments = [x.to(cast).requires_grad_() for x in inputs]
         seed = dy.to(cast).requires_grad_()
-        along = [x.to(cast) for x in cotangents]
-        return lambda: outputs(f, mode, made, seed, along)
+        seeds = [x.to(cast) for x in cotangents]
+        return lambda: outputs(f, mode, arguments, seed, seeds)
 
     def named(backend: str) -> Op:
         return lambda *arguments: op(*arguments, backend=backend)
 
-    found = ops.backends(op.__name__, *inputs)
-    names = [name for name, what in found.items() if name != "torch" and "cannot run" not in what]
+    backends = ops.backends(op.__name__, *inputs)
+    names = [name for name, state in backends.items() if name != "torch" and "cannot run" not in state]
     sides = {name: side(named(name), dtype) for name in names}
     sides["plain"] = side(plain, dtype)
     layout = "channels_last" if channels_last else "contiguous"

@@ -1,20 +1,19 @@
-"""The eight variants on handwritten digits of 32 px, with generators of one size and one budget of images.
+"""Eight variants on handwritten digits at 32 px, with the same generator size and the same number of training images.
 
     python -m benchmarks.studies.compare_variants --speed --threads 1
     python -m benchmarks.studies.compare_variants [--variants wgan-gp pggan] [--seeds 1] [--kimg 40] [--threads 1]
 
-For each variant and seed: quality of 10,000 images of the averaged generator (Frechet distance, precision, recall,
-density, coverage, all of digits features; modes and KL), and at ten points of the training the Frechet distance of
-2,000 images and the norm of the gradient of the generator's loss that reaches an image from the discriminator (where
-that loss is the minimax one's non-saturating form, of the saturating form too, at the same weights). Sample grids and
-curves go to --figures as PNG, and a table is printed. dcgan and lsgan are compared as published, and with the R1 of
-their digits presets as dcgan-r1 and lsgan-r1.
+For each variant and seed: the quality of 10,000 images of the EMA generator (Frechet distance, precision, recall,
+density, coverage, with digits features; modes and KL). At ten points of the training: the Frechet distance of 2,000
+images, and the norm of the gradient of the generator's loss with respect to a generated image (for the non-saturating
+minimax loss, also that of the saturating form at the same weights). Sample grids and curves are written to --figures as
+PNG, and a table is printed. dcgan and lsgan are as published; dcgan-r1 and lsgan-r1 use R1 as in their digits presets.
 
---speed times a step of every stage of each variant for a few seconds, and trains nothing: images per second and the
-seconds of the table are worked out from it, so that a comparison may run on a busy machine and be timed on a quiet one.
+--speed trains nothing: it times the steps of each stage of each variant for some seconds. Images per second and seconds
+of the table come from these times, so training may run on a busy machine, and --speed later on an idle one.
 
-A finished cell is kept in the file --cells; stopped and started again, the command goes on where it was. --table makes
-the table and the curves of what is done.
+Finished results are stored in the file --results, and an interrupted command resumes. --table prints the table and
+draws the curves of finished results.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ import fastgan
 from benchmarks.studies.result_cache import (
     ARMS,
     ROOT,
-    Cells,
     Changes,
-    Stopped,
-    arguments,
-    changed,
-    merged,
-    name_of,
-    spread,
-    start,
-    table,
-    train,
+    Interrupted,
+    ResultCache,
+    argument_parser,
+    changes_of,
+    markdown_table,
+    mean_and_range,
+    merge_changes,
+    open_cache,
+    result_name,
+    train_run,
 )
 from fastgan import checkpoint, models
 from fastgan.config import Config, merge, read_yaml, replace
@@ -61,13 +60,13 @@ RESOLUTION = 32
 POINTS = 10
 CURVE_IMAGES = 2000
 IMAGES = 10_000
-SETTINGS: dict[str, Changes] = {arm: {"schedule": {"batch": 32}} for arm in ARMS}  # one batch for all
+SETTINGS: dict[str, Changes] = {arm: {"schedule": {"batch": 32}} for arm in ARMS}  # the same batch size for all
 
 
 def gradient_norm(stored: checkpoint.Checkpoint, config: Config) -> float:
-    """Mean norm of d loss / d image over 256 generated images, each with its own loss, at a checkpoint's weights.
+    """Mean norm of the gradient of the generator's loss with respect to a generated image, over 256 images.
 
-    Both networks are in training mode, as where the generator learns from it.
+    The weights are those of a checkpoint. Both networks are in training mode, as in the generator's step.
     """
     networks, state = stored.meta["networks"], stored.training()
     generator, discriminator = models.build(**networks)
@@ -85,12 +84,13 @@ def gradient_norm(stored: checkpoint.Checkpoint, config: Config) -> float:
 
 
 def settings(arm: str) -> Changes:
-    return changed(arm, RESOLUTION, SETTINGS[arm])
+    """All changes of an arm to its digits preset in this study."""
+    return changes_of(arm, RESOLUTION, SETTINGS[arm])
 
 
 def configured(arm: str, kimg: float) -> Config:
     """The configuration that an arm is trained with."""
-    changes = merged(settings(arm), {"schedule": {"kimg": kimg}})
+    changes = merge_changes(settings(arm), {"schedule": {"kimg": kimg}})
     return replace(VARIANTS[ARMS[arm][0]].config("digits"), **changes)
 
 
@@ -99,33 +99,35 @@ def step_key(resolution: int, fading: bool) -> str:
 
 
 def speed(arm: str, kimg: float, seconds: float) -> dict[str, Any]:
-    """Images per second of each kind of step that the arm takes, by `step_key`."""
+    """Images per second of each kind of step of an arm, by `step_key`."""
     config = configured(arm, kimg)
     bench = Bench(config, ARMS[arm][0], torch.device("cpu"), 1, seconds)
-    found = {}
+    rates = {}
     for stage in plan(config):
         for fading in [True] * (stage.fade_end > stage.start) + [False]:
             timing = bench.time(stage.resolution, config.schedule.batch, fading)
-            taken = timing.d.seconds + timing.g.seconds / config.optimizer.n_critic
-            found[step_key(stage.resolution, fading)] = config.schedule.batch / taken
-    return {"images_per_second": found, "threads": torch.get_num_threads()}
+            seconds_per_step = timing.d.seconds + timing.g.seconds / config.optimizer.n_critic
+            rates[step_key(stage.resolution, fading)] = config.schedule.batch / seconds_per_step
+    return {"images_per_second": rates, "threads": torch.get_num_threads()}
 
 
 def seconds_until(arm: str, kimg: float, speeds: dict[str, float], images: float) -> float:
-    """Seconds of training until `images` have been seen."""
+    """Seconds of training for the first `images` images."""
     total = 0.0
     for stage in plan(configured(arm, kimg)):
         total += max(min(images, stage.fade_end) - stage.start, 0) / speeds.get(step_key(stage.resolution, True), 1.0)
-        whole = max(min(images, stage.end) - stage.fade_end, 0)
-        total += whole / speeds[step_key(stage.resolution, False)]
+        stable = max(min(images, stage.end) - stage.fade_end, 0)
+        total += stable / speeds[step_key(stage.resolution, False)]
     return total
 
 
-def compute(variant: str, seed: int, kimg: float, runs: Path, figures: Path, flags: Sequence[str]) -> dict[str, Any]:
-    """Train one cell, or go on with it, and measure it."""
-    run = runs / f"digits-{variant}-seed{seed}-{kimg:g}kimg"
-    asked = f"--data digits --seed {seed} --keep 1000 --checkpoint-kimg {kimg / POINTS:g} --sample-kimg {kimg:g}"
-    train(variant, run, kimg, settings(variant), [*asked.split(), *flags])
+def train_and_measure(
+    arm: str, seed: int, kimg: float, runs: Path, figures: Path, flags: Sequence[str]
+) -> dict[str, Any]:
+    """Train an arm with a seed, or resume it, and measure it. Returns the result to store."""
+    run = runs / f"digits-{arm}-seed{seed}-{kimg:g}kimg"
+    own_flags = f"--data digits --seed {seed} --keep 1000 --checkpoint-kimg {kimg / POINTS:g} --sample-kimg {kimg:g}"
+    train_run(arm, run, kimg, settings(arm), [*own_flags.split(), *flags])
     values = read_yaml(run / "config.yaml", "RUN")
     values = {key: value for key, value in values.items() if key not in ("variant", "preset")}
     config = merge(Config(), values, str(run / "config.yaml"))
@@ -135,9 +137,9 @@ def compute(variant: str, seed: int, kimg: float, runs: Path, figures: Path, fla
         trained = fastgan.load(path)
         evaluation = Evaluation(metrics, extractor, n, seed, cache_folder("evaluation"))
         draw = drawer(trained.module, trained.meta["networks"], source, seed)
-        found = evaluation(draw, source, trained.meta["networks"]["resolution"], print)
-        assert found is not None
-        return found["metrics"]
+        result = evaluation(draw, source, trained.meta["networks"]["resolution"], print)
+        assert result is not None
+        return result["metrics"]
 
     curve = []
     for path in checkpoint.existing(run):
@@ -147,13 +149,13 @@ def compute(variant: str, seed: int, kimg: float, runs: Path, figures: Path, fla
         if config.objective.loss == "minimax":
             saturating = replace(config, objective={"loss": "minimax-saturating"})
             point["gradient_saturating"] = gradient_norm(stored, saturating)
-        # A generator that has yet to grow is compared with real images of its own size: no number to put in a row.
+        # Before it is fully grown, a generator is compared with smaller real images: not comparable.
         if stored.meta["resolution"] == RESOLUTION:
             point["frechet_distance"] = evaluate(path, ["fid"], CURVE_IMAGES)["frechet_distance"]
         curve.append(point)
     trained = fastgan.load(run)
     figures.mkdir(parents=True, exist_ok=True)
-    save_grid(trained.sample(64, seed), figures / f"{variant}-seed{seed}.png")
+    save_grid(trained.sample(64, seed), figures / f"{arm}-seed{seed}.png")
     return {
         **evaluate(run, ["fid", "prdc", "modes"], IMAGES),
         "kimg": kimg,
@@ -162,37 +164,39 @@ def compute(variant: str, seed: int, kimg: float, runs: Path, figures: Path, fla
     }
 
 
-def report(cells: Cells, kimg: float) -> str:
-    """The table of what is done. Good enough, for its last column, is twice the best variant's final distance."""
-    all_cells = {arm: found for arm in ARMS if (found := cells.of("digits", arm, kimg))}
-    if not all_cells:
-        return "no cell is done"
-    best = min(sum(cell["frechet_distance"] for cell in found) / len(found) for found in all_cells.values())
+def report(cache: ResultCache, kimg: float) -> str:
+    """The table of finished results. The threshold for "kimg to" and "seconds to" is twice the best final distance."""
+    by_arm = {arm: results for arm in ARMS if (results := cache.all_seeds("digits", arm, kimg))}
+    if not by_arm:
+        return "no finished results"
+    best = min(sum(result["frechet_distance"] for result in results) / len(results) for results in by_arm.values())
     rows = []
-    for arm, found in all_cells.items():
+    for arm, results in by_arm.items():
         names = {"frechet_distance": ".0f", "precision": ".2f", "recall": ".2f", "density": ".2f", "coverage": ".2f"}
         names |= {"modes": ".0f", "kl": ".3f"}
-        values = [spread([cell[name] for cell in found], form) for name, form in names.items()]
-        good = [
-            next((point["kimg"] for point in cell["curve"] if point.get("frechet_distance", 1e9) <= 2 * best), None)
-            for cell in found
+        values = [mean_and_range([result[name] for result in results], form) for name, form in names.items()]
+        first_good = [
+            next((point["kimg"] for point in result["curve"] if point.get("frechet_distance", 1e9) <= 2 * best), None)
+            for result in results
         ]
-        reached = [at for at in good if at is not None]
+        reached = [at for at in first_good if at is not None]
         rate = seconds = "-"
-        if speeds := cells.done.get(f"speed/{arm}", {}).get("images_per_second"):
+        if speeds := cache.results.get(f"speed/{arm}", {}).get("images_per_second"):
             rate = f"{1000 * kimg / seconds_until(arm, kimg, speeds, 1000 * kimg):.0f}"
-            seconds = spread([seconds_until(arm, kimg, speeds, 1000 * at) for at in reached or [0.0]], ".0f")
-        if len(reached) < len(found):
-            seconds = f"{len(reached)} of {len(found)} reach it" if reached or len(found) > 1 else "not reached"
-        at = spread(reached, ".0f") if len(reached) == len(found) else "-"
-        rows.append([f"`{arm}`", str(len(found)), *values, rate, at, seconds, f"{found[0]['generator_parameters']:,}"])
+            seconds = mean_and_range([seconds_until(arm, kimg, speeds, 1000 * at) for at in reached or [0.0]], ".0f")
+        if len(reached) < len(results):
+            several = reached or len(results) > 1
+            seconds = f"{len(reached)} of {len(results)} reach it" if several else "not reached"
+        at = mean_and_range(reached, ".0f") if len(reached) == len(results) else "-"
+        parameters = f"{results[0]['generator_parameters']:,}"
+        rows.append([f"`{arm}`", str(len(results)), *values, rate, at, seconds, parameters])
     head = "variant|seeds|Frechet distance (digits features)|precision|recall|density|coverage|modes of 10|KL|images/s"
     quality = f"a distance of {2 * best:.0f}"
-    return table([*head.split("|"), f"kimg to {quality}", f"seconds to {quality}", "parameters of G"], rows)
+    return markdown_table([*head.split("|"), f"kimg to {quality}", f"seconds to {quality}", "parameters of G"], rows)
 
 
-def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
-    """Frechet distance and gradient norm over training, each seed a line, as PNG."""
+def draw_curves(cache: ResultCache, kimg: float, figures: Path) -> list[Path]:
+    """Draw Frechet distance and gradient norm over training as PNG, with a line for each seed."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -202,17 +206,17 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
         figure = Figure(figsize=(8.5, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for arm in ARMS:
-            # The two with R1 are dashed, in the colors of those without.
+            # The arms with R1 are dashed, in the color of those without.
             color = colormaps["tab10"](list(VARIANTS).index(ARMS[arm][0]))
             dashes = "-" if arm in VARIANTS else "--"
-            for number, cell in enumerate(cells.of("digits", arm, kimg)):
-                points = [(point["kimg"], point[key]) for point in cell["curve"] if key in point]
+            for number, result in enumerate(cache.all_seeds("digits", arm, kimg)):
+                points = [(point["kimg"], point[key]) for point in result["curve"] if key in point]
                 if not points:
                     continue
-                # A gradient may vanish to zero, which no logarithm shows.
+                # A gradient may vanish, and the axis is logarithmic.
                 x, y = zip(*[(at, max(value, 1e-12)) for at, value in points], strict=True)
                 axes.plot(x, y, dashes, color=color, label=None if number else arm, linewidth=1.3)
-                saturating = [(point["kimg"], point.get("gradient_saturating")) for point in cell["curve"]]
+                saturating = [(point["kimg"], point.get("gradient_saturating")) for point in result["curve"]]
                 if key == "gradient" and all(value for _, value in saturating):
                     label_of = None if number else f"{arm}, saturating"
                     axes.plot(*zip(*saturating, strict=True), ":", color=color, label=label_of, linewidth=1.3)
@@ -226,28 +230,28 @@ def curves(cells: Cells, kimg: float, figures: Path) -> list[Path]:
 
 
 def main(argv: list[str]) -> int:
-    parser = arguments(__doc__, "variants")
-    parser.add_argument("--kimg", type=float, default=40.0)
-    parser.add_argument("--speed", action="store_true", help="time steps, and train nothing")
-    parser.add_argument("--measure-seconds", type=float, default=3.0, help="of each kind of step, for --speed")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "variants", help="where grids and curves go")
-    asked = parser.parse_args(argv)
-    cells, flags = start(asked)
-    for arm in asked.variants if asked.speed else []:
-        cells.keep(f"speed/{arm}", speed(arm, asked.kimg, asked.measure_seconds))
-        print(f"speed/{arm}: {cells.done[f'speed/{arm}']['images_per_second']}", flush=True)
-    order = [(seed, variant) for seed in range(asked.seeds) for variant in asked.variants]
-    for seed, variant in [] if asked.table or asked.speed else order:
-        work = functools.partial(compute, variant, seed, asked.kimg, asked.runs, asked.figures, flags)
-        name = name_of("digits", variant, seed, asked.kimg)
+    parser = argument_parser(__doc__, "variants")
+    parser.add_argument("--kimg", type=float, default=40.0, help="training images, in thousands")
+    parser.add_argument("--speed", action="store_true", help="time steps only, without training")
+    parser.add_argument("--measure-seconds", type=float, default=3.0, help="duration of each measurement of --speed")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "variants", help="folder of grids and curves")
+    args = parser.parse_args(argv)
+    cache, flags = open_cache(args)
+    for arm in args.variants if args.speed else []:
+        cache.store(f"speed/{arm}", speed(arm, args.kimg, args.measure_seconds))
+        print(f"speed/{arm}: {cache.results[f'speed/{arm}']['images_per_second']}", flush=True)
+    order = [(seed, arm) for seed in range(args.seeds) for arm in args.variants]
+    for seed, arm in [] if args.table or args.speed else order:
+        work = functools.partial(train_and_measure, arm, seed, args.kimg, args.runs, args.figures, flags)
+        name = result_name("digits", arm, seed, args.kimg)
         try:
-            if cells.compute(name, work) is not None:
+            if cache.compute(name, work) is not None:
                 print(f"{name}: done", flush=True)
-        except Stopped:
+        except Interrupted:
             break
-    print(report(cells, asked.kimg))
-    if any(cells.of("digits", arm, asked.kimg) for arm in ARMS):
-        print(f"curves: {', '.join(str(path) for path in curves(cells, asked.kimg, asked.figures))}")
+    print(report(cache, args.kimg))
+    if any(cache.all_seeds("digits", arm, args.kimg) for arm in ARMS):
+        print(f"curves: {', '.join(str(path) for path in draw_curves(cache, args.kimg, args.figures))}")
     return 0
 
 

@@ -1,16 +1,16 @@
-"""How many modes each variant finds: of 25 Gaussians on a grid, of 8 on a ring, and of 1,000 stacked digits.
+"""Modes covered by each variant: of 25 Gaussians on a grid, of 8 on a ring, and of 1,000 stacked digits.
 
     python -m benchmarks.studies.mode_coverage [grid] [ring] [stacked] [--variants wgan-gp pggan] [--seeds 3]
 
-grid, ring: small perceptrons, the same for all, with the loss, regularizer, optimizer and rates of each variant's
-digits preset (spectral normalization stands for a regularizer in sagan); 2,500 samples. A mode is hit if a sample lies
-within 3 standard deviations of it.
-stacked: the variants' own networks at 16 px, with generators of one size, on images of three digits in three channels;
-26,000 samples. A mode counts when a sample's three channels are all classified with a confidence of 0.9 or more; KL is
-that of all samples' modes from the real ones'. Everything is taken from the moving average of the generator's weights.
+grid, ring: the same small MLPs for all variants, with the loss, regularizer, optimizer and learning rates of each
+variant's digits preset (sagan has spectral normalization instead of a regularizer); 2,500 samples. A mode is covered if
+a sample lies within 3 standard deviations of it.
+stacked: the variants' own networks at 16 px, with generators of the same size, on images of three digits in three
+channels; 26,000 samples. A mode is covered if all three channels of a sample are classified with a confidence of at
+least 0.9. KL is the divergence of the samples' modes from the real ones. All samples are from the EMA generator.
 
-A finished cell (task, variant, seed, budget) is kept in the file --cells; stopped and started again, the command goes
-on where it was, inside a cell of `stacked` too. --table prints what is done and computes nothing.
+Finished results (task, variant, seed, budget) are stored in the file --results, and an interrupted command resumes,
+also within a `stacked` run. --table prints the finished results.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from torch.nn.utils.parametrizations import spectral_norm
 import fastgan
 from benchmarks.studies.result_cache import (
     ARMS,
-    Cells,
     Changes,
-    Stopped,
-    arguments,
-    changed,
-    name_of,
-    spread,
-    start,
-    table,
-    train,
+    Interrupted,
+    ResultCache,
+    argument_parser,
+    changes_of,
+    markdown_table,
+    mean_and_range,
+    open_cache,
+    result_name,
+    train_run,
 )
 from fastgan.config import Config, replace
 from fastgan.config.variants import VARIANTS
@@ -57,8 +57,8 @@ TASKS = ("grid", "ring", "stacked")
 KIMG = {"grid": 1280.0, "ring": 1280.0, "stacked": 900.0}
 SAMPLES = 2500
 STACKED_SAMPLES = 26_000
-# What three digits in one image need that one digit does not. The smaller batch gives twice the steps for an image
-# budget, and pggan's low resolutions, where no digit can be read, are over early.
+# Changes to the digits presets for three digits in an image. The smaller batch gives twice as many steps for the same
+# images, and pggan leaves its low resolutions, where digits cannot be recognized, early.
 STACKED: dict[str, Changes] = {arm: {"schedule": {"batch": 32}} for arm in ARMS}
 STACKED["wgan-div"]["optimizer"] = {"lr_g": 2e-3, "lr_d": 2e-3}
 STACKED["pggan"]["optimizer"] = {"lr_g": 4e-3, "lr_d": 4e-3}
@@ -78,7 +78,7 @@ def centers(task: str) -> tuple[Tensor, float]:
 
 
 def real_points(task: str, seed: int, positions: Tensor) -> Tensor:
-    """Samples of the mixture, float32 [N, 2], of (seed, position) alone."""
+    """Samples of the mixture, float32 [N, 2], a function of (seed, position) only."""
     means, deviation = centers(task)
     return means[counter_rng.integers(seed, task, positions, len(means))] + deviation * counter_rng.normal(
         seed, task, positions, 2
@@ -86,7 +86,7 @@ def real_points(task: str, seed: int, positions: Tensor) -> Tensor:
 
 
 def coverage(task: str, points: Tensor) -> dict[str, float]:
-    """Share of modes with a point within 3 standard deviations, and share of points that are within that of a mode."""
+    """Share of modes with a point within 3 standard deviations, and share of points within that of some mode."""
     means, deviation = centers(task)
     distance, mode = torch.cdist(points.double(), means.double()).min(dim=1)
     near = distance <= 3 * deviation
@@ -94,7 +94,7 @@ def coverage(task: str, points: Tensor) -> dict[str, float]:
 
 
 class Perceptron(nn.Module):
-    """Three hidden layers of 128 leaky rectifiers; with one output it is a critic and gives scores [N]."""
+    """MLP with three hidden layers of 128 units and leaky ReLU. With one output it returns scores [N]."""
 
     def __init__(self, inputs: int, outputs: int, normalized: bool) -> None:
         super().__init__()
@@ -111,8 +111,8 @@ class Perceptron(nn.Module):
         return x if x.shape[1] > 1 else x[:, 0]
 
 
-def points_cell(task: str, variant: str, seed: int, kimg: float) -> dict[str, Any]:
-    """Train perceptrons on a mixture and see where 2,500 samples lie."""
+def train_points(task: str, variant: str, seed: int, kimg: float) -> dict[str, Any]:
+    """Train perceptrons on a mixture and measure the coverage of 2,500 samples."""
     name, changes = ARMS[variant]
     config: Config = replace(VARIANTS[name].config("digits"), **changes)
     with torch.random.fork_rng(devices=[]):
@@ -123,7 +123,7 @@ def points_cell(task: str, variant: str, seed: int, kimg: float) -> dict[str, An
     ema = Ema(generator, config.optimizer.ema_decay, config.optimizer.ema_warmup)
     engine_g = TorchEngine(generator, optimizer_factory(config, discriminator=False), 1)
     engine_d = TorchEngine(critic, optimizer_factory(config, discriminator=True), 1)
-    began, position = time.monotonic(), 0
+    start, position = time.monotonic(), 0
     while position < 1000 * kimg:
         for _ in range(config.optimizer.n_critic):
             positions = torch.arange(position, position + _BATCH)
@@ -138,80 +138,80 @@ def points_cell(task: str, variant: str, seed: int, kimg: float) -> dict[str, An
         ema.update(generator)
     with torch.no_grad():
         points = ema.module(counter_rng.normal(seed, "sample", torch.arange(SAMPLES), _LATENT))
-    return {**coverage(task, points), "kimg": kimg, "minutes": (time.monotonic() - began) / 60}
+    return {**coverage(task, points), "kimg": kimg, "minutes": (time.monotonic() - start) / 60}
 
 
-def stacked_cell(variant: str, seed: int, kimg: float, runs: Path, flags: Sequence[str]) -> dict[str, Any]:
+def train_stacked(variant: str, seed: int, kimg: float, runs: Path, flags: Sequence[str]) -> dict[str, Any]:
     """Train a variant on stacked digits and count the modes of 26,000 samples."""
     run = runs / f"stacked-{variant}-seed{seed}-{kimg:g}kimg"
-    asked = f"--data stacked-digits --seed {seed} --keep 1 --sample-kimg {kimg:g}".split()
-    began = time.monotonic()
-    train(variant, run, kimg, changed(variant, 16, STACKED[variant]), [*asked, *flags])
-    minutes = (time.monotonic() - began) / 60
+    own_flags = f"--data stacked-digits --seed {seed} --keep 1 --sample-kimg {kimg:g}".split()
+    start = time.monotonic()
+    train_run(variant, run, kimg, changes_of(variant, 16, STACKED[variant]), [*own_flags, *flags])
+    minutes = (time.monotonic() - start) / 60
     trained = fastgan.load(run)
     source = open_source("stacked-digits", 16, seed=seed)
     draw = drawer(trained.module, trained.meta["networks"], source, seed)
-    found = Evaluation(["modes"], open_extractor("digits", 3), STACKED_SAMPLES, seed)(draw, source, 16, print)
-    assert found is not None
+    result = Evaluation(["modes"], open_extractor("digits", 3), STACKED_SAMPLES, seed)(draw, source, 16, print)
+    assert result is not None
     size = sum(p.numel() for p in trained.module.parameters())
-    return {**found["metrics"], "kimg": kimg, "minutes": minutes, "generator_parameters": size}
+    return {**result["metrics"], "kimg": kimg, "minutes": minutes, "generator_parameters": size}
 
 
-def report(cells: Cells, tasks: Sequence[str], kimg: dict[str, float]) -> str:
-    """Tables of the cells with these budgets."""
+def report(cache: ResultCache, tasks: Sequence[str], kimg: dict[str, float]) -> str:
+    """Tables of the finished results with these budgets."""
     parts = []
     for task in [task for task in ("grid", "ring") if task in tasks]:
         rows = []
         for variant in ARMS:
-            found = cells.of(task, variant, kimg[task])
-            if not found:
+            results = cache.all_seeds(task, variant, kimg[task])
+            if not results:
                 continue
-            hit = spread([100 * cell["modes"] for cell in found], ".0f")
-            near = spread([100 * cell["near"] for cell in found], ".1f")
-            rows.append([f"`{variant}`", str(len(found)), hit, near])
+            covered = mean_and_range([100 * result["modes"] for result in results], ".0f")
+            near = mean_and_range([100 * result["near"] for result in results], ".1f")
+            rows.append([f"`{variant}`", str(len(results)), covered, near])
         head = ["variant", "seeds", "modes hit, %", "samples within 3 sigma, %"]
-        parts.append(f"{task}, {kimg[task]:g} kimg\n\n{table(head, rows)}")
+        parts.append(f"{task}, {kimg[task]:g} kimg\n\n{markdown_table(head, rows)}")
     if "stacked" in tasks:
         rows = []
         for variant in ARMS:
-            found = cells.of("stacked", variant, kimg["stacked"])
-            if not found:
+            results = cache.all_seeds("stacked", variant, kimg["stacked"])
+            if not results:
                 continue
             columns = [("modes", ".0f", 1), ("kl", ".3f", 1), ("confident", ".1f", 100), ("minutes", ".1f", 1)]
-            values = [spread([k * cell[key] for cell in found], form) for key, form, k in columns]
-            size = f"{found[0]['generator_parameters']:,}"
-            rows.append([f"`{variant}`", str(len(found)), *values, size])
+            values = [mean_and_range([k * result[key] for result in results], form) for key, form, k in columns]
+            size = f"{results[0]['generator_parameters']:,}"
+            rows.append([f"`{variant}`", str(len(results)), *values, size])
         head = ["variant", "seeds", "modes of 1,000", "KL, nats", "confident samples, %", "minutes", "parameters of G"]
-        parts.append(f"stacked digits, {kimg['stacked']:g} kimg\n\n{table(head, rows)}")
+        parts.append(f"stacked digits, {kimg['stacked']:g} kimg\n\n{markdown_table(head, rows)}")
     return "\n\n".join(parts)
 
 
 def main(argv: list[str]) -> int:
-    parser = arguments(__doc__, "modes")
+    parser = argument_parser(__doc__, "modes")
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="grid, ring, stacked; default: all")
-    parser.add_argument("--kimg", type=float, help="budget of every cell instead of " + str(KIMG))
-    asked = parser.parse_args(argv)
-    tasks = asked.tasks or list(TASKS)
+    parser.add_argument("--kimg", type=float, help=f"training images in thousands, for all tasks; default: {KIMG}")
+    args = parser.parse_args(argv)
+    tasks = args.tasks or list(TASKS)
     if unknown := [task for task in tasks if task not in TASKS]:
         parser.error(f"TASK must be {', '.join(TASKS)}, got {unknown[0]!r}")
-    kimg = {task: asked.kimg or KIMG[task] for task in TASKS}
-    cells, flags = start(asked)
-    order = [(seed, task, variant) for seed in range(asked.seeds) for task in tasks for variant in asked.variants]
-    for seed, task, variant in [] if asked.table else order:
+    kimg = {task: args.kimg or KIMG[task] for task in TASKS}
+    cache, flags = open_cache(args)
+    order = [(seed, task, variant) for seed in range(args.seeds) for task in tasks for variant in args.variants]
+    for seed, task, variant in [] if args.table else order:
 
         def work(seed: int = seed, task: str = task, variant: str = variant) -> dict[str, Any]:
             if task == "stacked":
-                return stacked_cell(variant, seed, kimg[task], asked.runs, flags)
-            return points_cell(task, variant, seed, kimg[task])
+                return train_stacked(variant, seed, kimg[task], args.runs, flags)
+            return train_points(task, variant, seed, kimg[task])
 
-        name = name_of(task, variant, seed, kimg[task])
+        name = result_name(task, variant, seed, kimg[task])
         try:
-            values = cells.compute(name, work)
-        except Stopped:
+            values = cache.compute(name, work)
+        except Interrupted:
             break
         if values is not None:
             print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in values.items())}", flush=True)
-    print(report(cells, tasks, kimg))
+    print(report(cache, tasks, kimg))
     return 0
 
 

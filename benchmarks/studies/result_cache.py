@@ -1,10 +1,9 @@
-"""Long comparisons in cells: each is computed once, kept in a JSON file, and a table is made of those that are done."""
+"""Shared by the long studies: a cache of results by (task, arm, seed, budget), training runs, command line, tables."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,12 +14,13 @@ import torch
 
 from fastgan import checkpoint
 from fastgan.config.variants import VARIANTS
+from fastgan.utils.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
-# Settings by section, as `config.replace` takes them.
+# Settings by section, as arguments of `config.replace`.
 Changes = dict[str, dict[str, Any]]
-# Sizes that make the generators equally large within a tenth, whatever the presets': 100,000 parameters at 16 px and
-# three channels, 165,000 at 32 px and one.
+# Sizes for which all generators have the same number of parameters within 10 percent: 100,000 at 16 px and three
+# channels, 165,000 at 32 px and one channel.
 NETWORKS: dict[int, dict[str, dict[str, Any]]] = {
     16: {
         "mlp": {"width": 100},
@@ -35,15 +35,15 @@ NETWORKS: dict[int, dict[str, dict[str, Any]]] = {
         "pggan": {"fmap_base": 256, "fmap_max": 53},
     },
 }
-# The digits presets of dcgan and lsgan hold the discriminator by R1 and leave out its batch norm. As published they
-# have neither, and these are the rates that suit them best then.
+# The digits presets of dcgan and lsgan add R1 and drop the discriminator's batch norm. These settings undo that, with
+# the learning rates that work best without R1.
 _AS_PUBLISHED: Changes = {
     "networks": {"norm_d": "batch"},
     "objective": {"regularizer": "none"},
     "optimizer": {"lr_g": 5e-4, "lr_d": 5e-5, "beta1": 0.5, "beta2": 0.999, "lr_decay": 0.0},
 }
 _CONSTANT: Changes = {"optimizer": {"lr_decay": 0.0}}
-# What is compared: a variant's digits preset with some settings changed; all at rates that do not fall.
+# The arms of a study: variant and changes to its digits preset. All have constant learning rates.
 ARMS: dict[str, tuple[str, Changes]] = {
     "gan": ("gan", {}),
     "dcgan": ("dcgan", _AS_PUBLISHED),
@@ -58,107 +58,114 @@ ARMS: dict[str, tuple[str, Changes]] = {
 }
 
 
-def merged(*changes: Changes) -> Changes:
-    """All of them; the later ones win."""
-    found: Changes = {}
+def merge_changes(*changes: Changes) -> Changes:
+    """Merge changes; later ones override earlier ones."""
+    merged: Changes = {}
     for change in changes:
         for section, values in change.items():
-            found[section] = {**found.get(section, {}), **values}
-    return found
+            merged[section] = {**merged.get(section, {}), **values}
+    return merged
 
 
-def changed(arm: str, resolution: int, *more: Changes) -> Changes:
-    """What an arm trains with that its variant's digits preset has not."""
+def changes_of(arm: str, resolution: int, *more: Changes) -> Changes:
+    """All changes of an arm to its variant's digits preset."""
     variant, changes = ARMS[arm]
     size = NETWORKS[resolution][VARIANTS[variant].digits.networks.model]
-    return merged({"networks": size, "schedule": {"resolution": resolution}}, changes, *more)
+    return merge_changes({"networks": size, "schedule": {"resolution": resolution}}, changes, *more)
 
 
 def as_flags(changes: Changes) -> list[str]:
-    """The same as flags of fastgan train."""
+    """Changes as flags of `fastgan train`."""
     values = [pair for section in changes.values() for pair in section.items()]
     return [word for key, value in values for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
-class Stopped(Exception):
-    """The user stopped the comparison."""
+class Interrupted(Exception):
+    """The user interrupted the study."""
 
 
-class Cells:
-    """Finished cells by name, in a file that is replaced whole after each."""
+class ResultCache:
+    """Results by name, in a JSON file that is rewritten after each.
+
+    Attributes:
+        file: the JSON file.
+        results: name -> values.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.done: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+        self.results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
 
-    def keep(self, name: str, values: dict[str, Any]) -> None:
-        # Another process may have finished cells of its own meanwhile.
+    def store(self, name: str, values: dict[str, Any]) -> None:
+        # Another process may have stored results meanwhile.
         if self.file.is_file():
-            self.done = json.loads(self.file.read_text())
-        self.done[name] = values
+            self.results = json.loads(self.file.read_text())
+        self.results[name] = values
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_name(f".{self.file.name}.part")
-        partial.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n")
-        os.replace(partial, self.file)
+        write_atomic(self.file, (json.dumps(self.results, indent=1, sort_keys=True) + "\n").encode())
 
     def compute(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """What `work` finds, kept; None if the cell is done already, or if training in it failed, which is said.
+        """Compute and store a result.
+
+        Returns:
+            The result of `work`, or None if it is stored already or if training failed, which is reported on stderr.
 
         Raises:
-            Stopped: it was interrupted.
+            Interrupted: Ctrl-C, here or in training.
         """
-        if name in self.done:
+        if name in self.results:
             return None
         try:
             values = work()
         except subprocess.CalledProcessError as error:
-            said = error.cmd[-1] + ".log"
-            print(f"{name}: training failed with exit code {error.returncode}; see {said}", file=sys.stderr, flush=True)
+            log = error.cmd[-1] + ".log"
+            print(f"{name}: training failed with exit code {error.returncode}; see {log}", file=sys.stderr, flush=True)
             return None
         except KeyboardInterrupt:
-            print(f"stopped in {name}; the same command goes on", file=sys.stderr, flush=True)
-            raise Stopped from None
-        self.keep(name, values)
+            print(f"interrupted in {name}; the same command resumes", file=sys.stderr, flush=True)
+            raise Interrupted from None
+        self.store(name, values)
         return values
 
-    def of(self, task: str, variant: str, kimg: float) -> list[dict[str, Any]]:
-        """The finished cells of all seeds."""
-        start, end = f"{task}/{variant}/seed", f"/{kimg:g}kimg"
-        return [self.done[name] for name in sorted(self.done) if name.startswith(start) and name.endswith(end)]
+    def all_seeds(self, task: str, arm: str, kimg: float) -> list[dict[str, Any]]:
+        """The stored results of all seeds."""
+        start, end = f"{task}/{arm}/seed", f"/{kimg:g}kimg"
+        return [self.results[name] for name in sorted(self.results) if name.startswith(start) and name.endswith(end)]
 
 
-def name_of(task: str, variant: str, seed: int, kimg: float) -> str:
-    """Name of a cell."""
-    return f"{task}/{variant}/seed{seed}/{kimg:g}kimg"
+def result_name(task: str, arm: str, seed: int, kimg: float) -> str:
+    """The name of a result in the cache."""
+    return f"{task}/{arm}/seed{seed}/{kimg:g}kimg"
 
 
-def arguments(description: str | None, file: str) -> argparse.ArgumentParser:
-    """The flags that every comparison has; `file` names its cells and the folder of its runs."""
+def argument_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """The flags of all studies. `name` is that of the result file and of the folder of training runs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="VARIANT")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cells", type=Path, default=ROOT / "benchmarks" / "results" / f"{file}.json")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / file, help="where cells are trained")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    results = ROOT / "benchmarks" / "results" / f"{name}.json"
+    parser.add_argument("--results", "--cells", type=Path, default=results, help="JSON file of finished results")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / name, help="folder of training runs")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--table", action="store_true", help="make the table of what is done, and compute nothing")
+    parser.add_argument("--table", action="store_true", help="only print the table of finished results")
     return parser
 
 
-def start(asked: argparse.Namespace) -> tuple[Cells, list[str]]:
-    """The cells that are done, and the flags that training in a process of its own needs."""
+def open_cache(args: argparse.Namespace) -> tuple[ResultCache, list[str]]:
+    """Apply --threads. Returns the cache, and the flags to pass on to `fastgan train`."""
     torch.set_flush_denormal(True)
-    if asked.threads is None:
-        return Cells(asked.cells), []
-    torch.set_num_threads(asked.threads)
-    return Cells(asked.cells), ["--threads", str(asked.threads)]
+    if args.threads is None:
+        return ResultCache(args.results), []
+    torch.set_num_threads(args.threads)
+    return ResultCache(args.results), ["--threads", str(args.threads)]
 
 
-def train(arm: str, run: Path, kimg: float, changes: Changes, flags: Sequence[str]) -> None:
-    """Train to `kimg` in a process of its own, going on where an earlier one was stopped.
+def train_run(arm: str, run: Path, kimg: float, changes: Changes, flags: Sequence[str]) -> None:
+    """Train to `kimg` in a new process, resuming an interrupted run. The output goes to RUN.log.
 
     Raises:
-        subprocess.CalledProcessError: training failed; what it said stays in RUN.log.
-        KeyboardInterrupt: it was stopped by a signal, and saved.
+        subprocess.CalledProcessError: Training failed.
+        KeyboardInterrupt: Training was stopped by a signal, and saved a checkpoint.
     """
     command = [sys.executable, str(ROOT / "fastgan" / "train.py")]
     if checkpoint.existing(run):
@@ -169,19 +176,18 @@ def train(arm: str, run: Path, kimg: float, changes: Changes, flags: Sequence[st
     run.parent.mkdir(parents=True, exist_ok=True)
     with run.with_name(f"{run.name}.log").open("a") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    # Training that a signal stopped saves, and ends as well as any.
+    # Training that a signal stopped saves a checkpoint and exits with 0.
     if float(checkpoint.existing(run)[-1].name.removeprefix("kimg-")) < kimg:
         raise KeyboardInterrupt
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean, and the range where there are several."""
+def mean_and_range(values: Sequence[float], form: str) -> str:
+    """The mean of values, with their range if there are several: "mean (min to max)"."""
     mean = sum(values) / len(values)
     text = format(mean, form)
     return text if len(values) < 2 else f"{text} ({format(min(values), form)} to {format(max(values), form)})"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,10 +1,10 @@
-"""The discriminator's step of SAGAN with a gradient penalty: our attention beside torch's math form, and all plain.
+"""SAGAN's discriminator step with a gradient penalty: our attention against torch's math backend, and plain PyTorch.
 
     pytest benchmarks/training/bench_sagan_step.py --benchmark-only
 
-A step is what `fastgan train --variant sagan --regularizer gradient-penalty` does for the discriminator: fake images,
-hinge loss, penalty, all weight gradients. `ours` is that; in `math` the attention of both networks is torch's with its
-math backend, the only one that has a second derivative; `plain` has plain PyTorch for every other op as well.
+A step is that of `fastgan train --variant sagan --regularizer gradient-penalty`: fake images, hinge loss, penalty, all
+weight gradients. Sides: `ours`; `math`, with torch's attention in both networks, on its math backend, the only one with
+a second derivative; `plain`, with plain PyTorch for all other ops as well.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fastgan import models, objectives, ops
 from fastgan.training.step import Step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Resolution of the images, of the attention, and images in a batch; channels are a quarter of the published ones.
+# Resolution of the images, resolution of the attention, batch size. Channels are a quarter of the published ones.
 CASES = [(64, 32, 8), (128, 64, 2)]
 WIDTH, LATENT = 16, 128
 
 
 class Wide(nn.Module):
-    """A generator in float64: the latents of a step are float32."""
+    """A generator in float64, for the float32 latents of a step."""
 
     def __init__(self, generator: nn.Module) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def all_plain() -> Iterator[None]:
 
 
 def gradients(dtype: torch.dtype, resolution: int, attention_at: int, batch: int) -> Callable[[], list[Tensor]]:
-    """One step, the same at every call: the loss and the gradients of the discriminator's weights."""
+    """A step that returns the loss and the discriminator's weight gradients, the same at every call."""
     torch.manual_seed(0)
     generator, discriminator = models.build(
         "sagan", resolution=resolution, channels=3, latent=LATENT, width=WIDTH, attention_at=attention_at, max_width=256
@@ -67,7 +67,7 @@ def gradients(dtype: torch.dtype, resolution: int, attention_at: int, batch: int
     for network in (generator, discriminator):
         network.to(DEVICE, dtype)
         for name, parameter in network.named_parameters():
-            if name.endswith("gamma"):  # attention begins switched off
+            if name.endswith("gamma"):  # attention is off initially
                 nn.init.constant_(parameter, 0.5)
     step = Step(
         generator if dtype == torch.float32 else Wide(generator),
@@ -77,7 +77,7 @@ def gradients(dtype: torch.dtype, resolution: int, attention_at: int, batch: int
     )
     real = torch.randn(batch, 3, resolution, resolution).clamp(-1, 1).to(DEVICE, dtype)
     positions = torch.arange(batch, device=DEVICE)
-    # Spectral norm and batch norm keep running estimates, which every step moves.
+    # Every step updates the running estimates of spectral norm and batch norm; they are restored.
     running = [*generator.buffers(), *discriminator.buffers()]
     start = [buffer.clone() for buffer in running]
     parameters = list(discriminator.parameters())
@@ -95,10 +95,10 @@ def gradients(dtype: torch.dtype, resolution: int, attention_at: int, batch: int
 @pytest.mark.parametrize(("resolution", "attention_at", "batch"), CASES)
 @pytest.mark.benchmark(group="SAGAN's discriminator, a step with gradient penalty")
 def test_sagan_step(benchmark: Any, resolution: int, attention_at: int, batch: int) -> None:
-    torch.set_flush_denormal(True)  # as training does: squares of vanishing gradients
+    torch.set_flush_denormal(True)  # as in training: squares of small gradients underflow
     step = gradients(torch.float32, resolution, attention_at, batch)
 
-    def under(form: Callable[[], contextlib.AbstractContextManager[None]]) -> list[Tensor]:
+    def step_with(form: Callable[[], contextlib.AbstractContextManager[None]]) -> list[Tensor]:
         with form():
             return step()
 
@@ -107,10 +107,10 @@ def test_sagan_step(benchmark: Any, resolution: int, attention_at: int, batch: i
     compare(
         benchmark,
         f"{resolution} px, attention at {attention_at}, batch {batch}",
-        {"ours": step, "math": lambda: under(plain_attention), "plain": lambda: under(all_plain)},
+        {"ours": step, "math": lambda: step_with(plain_attention), "plain": lambda: step_with(all_plain)},
         expected=expected,
         baseline="math",
-        # Where rounding moves a pre-activation across zero, a rectifier's slope flips and the gradient jumps.
+        # If rounding moves a pre-activation across zero, the slope of a ReLU flips and the gradient jumps.
         floor=1e-3,
         rounds=5,
     )

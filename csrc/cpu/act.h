@@ -1,4 +1,5 @@
-// Activations times a gain, with slope and curvature; in plain arithmetic and without branches, so that loops vectorize.
+// Activation functions times a gain, with first and second derivatives. Branch-free arithmetic, so that loops
+// vectorize.
 #pragma once
 
 #include <cmath>
@@ -7,11 +8,11 @@
 
 namespace fastgan {
 
-// Index in fastgan.ops.bias_act.ACTS.
+// Indices into fastgan.ops.bias_act.ACTS.
 enum Act : int64_t { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kSilu };
 
-// Each has value(v), gain act(v), and, with `ref` the result of value (for silu v itself),
-// slope(ref, d) = d gain act'(v) and curvature(ref, d) = d gain act''(v).
+// Each struct has value(v) = gain act(v), slope(ref, d) = d gain act'(v) and, unless piecewise linear,
+// curvature(ref, d) = d gain act''(v). `ref` is value(v), except for silu, where it is v.
 
 struct LinearAct {
   float gain;
@@ -21,9 +22,9 @@ struct LinearAct {
 
 struct ReluAct {
   float gain;
-  // Not a product with 0, which would turn infinity into NaN; NaN stays.
+  // Selected rather than multiplied by 0, which would turn infinity into NaN. NaN is preserved.
   float value(float v) const { return v <= 0.0f ? 0.0f : v * gain; }
-  // Of NaN the derivative goes on, as in ATen: nothing is to hide it.
+  // At NaN the gradient passes through, as in ATen, so that the NaN stays visible.
   float slope(float y, float d) const { return y <= 0.0f ? 0.0f : d * gain; }
 };
 
@@ -33,13 +34,13 @@ struct LreluAct {
   float slope(float y, float d) const { return d * (y > 0.0f ? gain : negative); }
 };
 
-// e^x = scale (1 + rest), scale a power of two and |rest| below 0.42, relative error of `rest` below 1e-7; x is cut off
-// where a float ends. NaN stays NaN.
+// e^x = scale (1 + rest), where scale is a power of two and |rest| < 0.42 with a relative error below 1e-7. x is
+// clamped to the range of float. NaN stays NaN.
 struct Exponential {
   float scale, rest;
   explicit Exponential(float x) {
     x = x > 87.0f ? 87.0f : (x < -87.0f ? -87.0f : x);
-    // Adding 1.5 * 2^23 rounds to an integer k, which the low bits of the sum then hold.
+    // Adding 1.5 * 2^23 rounds to an integer k, held in the low bits of the sum.
     constexpr float magic = 12582912.0f;
     const float shifted = x * 1.44269504f + magic;
     const float k = shifted - magic;
@@ -47,7 +48,7 @@ struct Exponential {
     std::memcpy(&bits, &shifted, sizeof bits);
     bits = (bits - 0x4b400000u + 127u) << 23;
     std::memcpy(&scale, &bits, sizeof scale);
-    // ln 2 in two parts, the first with few bits: k times it is exact.
+    // ln 2 is split in two parts (Cody-Waite); the first has few bits, so that k times it is exact.
     const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
     const float tail = 1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040))));
     rest = r + r * r * (0.5f + r * tail);
@@ -60,11 +61,11 @@ inline float sigmoid(float v) {
 }
 
 inline float tanh(float v) {
-  // Beyond 10 the result is 1 in float.
+  // Beyond 10 the result rounds to 1 in float.
   const float a = std::fabs(v) > 10.0f ? 10.0f : std::fabs(v);
   const Exponential e(2.0f * a);
   const float minus_one = e.scale * e.rest + (e.scale - 1.0f);
-  // Far from 0 the small difference from 1 has the digits, near 0 e^2a - 1 has.
+  // Far from 0, 1 - 2 / (e^2a + 1) is accurate; near 0, (e^2a - 1) / (e^2a + 1) is.
   const bool far = a > 0.6f;
   const float quotient = (far ? -2.0f : minus_one) / (minus_one + 2.0f);
   return std::copysign((far ? 1.0f : 0.0f) + quotient, v);
@@ -73,7 +74,7 @@ inline float tanh(float v) {
 struct TanhAct {
   float gain, inverse;
   float value(float v) const { return gain * tanh(v); }
-  // gain (1 - tanh^2), from y = gain tanh: near 1 a product fewer is a digit more.
+  // gain (1 - tanh^2), from y = gain tanh. The factored form is more accurate near 1.
   float slope(float y, float d) const { return d * ((gain - y) * (gain + y) * inverse); }
   float curvature(float y, float d) const { return d * ((gain - y) * (gain + y) * inverse * (-2.0f * y * inverse)); }
 };

@@ -1,14 +1,15 @@
-// Attention, its backward and its second backward, in O(N) memory: the panels of attention_panels.h, shared out.
+// Attention, its backward and its second backward in O(N) memory: distributes the panels of attention_panels.h over
+// threads.
 //
-// A job is every `slices`-th panel of one head; results for keys and values are summed over slices in their order. The
-// number of slices follows from the shape alone, and so do all results: the number of threads changes nothing.
+// A job is every `slices`-th panel of one head. Gradients of keys and values are summed over slices in a fixed order.
+// The number of slices depends on the shape alone, so results do not depend on the number of threads.
 #include "attention_panels.h"
 #include "ops.h"
 
 namespace fastgan {
 namespace {
 
-// A [B, H, L, F] or [B, H, L] tensor of any strides; an absent one is zero everywhere.
+// A [B, H, L, F] or [B, H, L] tensor with any strides. A missing tensor reads as zero.
 template <class T>
 struct Heads {
   const T* data = nullptr;
@@ -25,7 +26,7 @@ struct Heads {
     if (x) *this = Heads(*x);
   }
 
-  // Floats that a copy of one head takes; none where products read it in place.
+  // Floats needed to copy one head; 0 if the products read it in place.
   int64_t copy(int64_t length, int64_t features) const {
     return std::is_same_v<T, float> && data && column == 1 ? 0 : length * features;
   }
@@ -36,7 +37,7 @@ struct Heads {
   }
 };
 
-// Offsets into one thread's scratch, in floats; whole cache lines.
+// Offsets into one thread's scratch, in floats, rounded up to cache lines.
 struct Layout {
   int64_t size = 0;
 
@@ -51,7 +52,7 @@ Tensor floats(const Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, {count}, ScalarType::Float);
 }
 
-// f(job, scratch) for every job; each thread has a scratch of its own.
+// Calls f(job, scratch) for every job; each thread has its own scratch.
 template <class F>
 void run(const Tensor& like, int64_t jobs, int64_t scratch, const F& f) {
   constexpr int64_t kAlwaysShared = 32768;
@@ -60,7 +61,7 @@ void run(const Tensor& like, int64_t jobs, int64_t scratch, const F& f) {
   });
 }
 
-// [M][padded] sums of all slices to a contiguous [M][features].
+// Adds the [M][padded] sums of all slices into a contiguous [M][features].
 template <class T>
 void add_slices(const float* sums, int64_t slices, int64_t m, int64_t features, T* to) {
   const int64_t width = padded(features);
@@ -73,28 +74,31 @@ void add_slices(const float* sums, int64_t slices, int64_t m, int64_t features, 
 }
 
 Sizes sizes(const Tensor& q, const Tensor& k, const Tensor& v) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "query, key, value: may be [B, H, length, features]");
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+                  "query, key and value must be [B, H, length, features]");
   const Sizes size{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), v.size(3)};
   const auto fits = [&](const Tensor& x, int64_t length, int64_t features) {
     return x.size(0) == size.batch && x.size(1) == size.heads && x.size(2) == length && x.size(3) == features &&
            x.scalar_type() == q.scalar_type() && x.is_cpu();
   };
   STD_TORCH_CHECK(fits(q, size.n, size.d) && fits(k, size.m, size.d) && fits(v, size.m, size.dv),
-                  "query, key, value: dtypes or shapes do not fit each other, or not on the CPU");
-  STD_TORCH_CHECK(size.batch * size.heads * size.n * size.m * size.d * size.dv > 0, "query, key, value: empty");
-  STD_TORCH_CHECK(size.n < (int64_t{1} << 31) && size.m < (int64_t{1} << 31), "query, key: longer than 2^31 - 1");
+                  "query, key and value must have matching shapes and dtypes and be on the CPU");
+  STD_TORCH_CHECK(size.batch * size.heads * size.n * size.m * size.d * size.dv > 0,
+                  "query, key and value must not be empty");
+  STD_TORCH_CHECK(size.n < (int64_t{1} << 31) && size.m < (int64_t{1} << 31),
+                  "query and key must be shorter than 2^31");
   return size;
 }
 
-// What the backward passes get besides q, k and v: the forward's results and the output's cotangent.
+// Checks the other inputs of the backward passes: the forward's results and the gradient of the output.
 void check_outputs(const Tensor& dout, const Tensor& o, const Tensor& lse, const Tensor& q, const Sizes& size) {
   STD_TORCH_CHECK(o.dim() == 4 && o.size(0) == size.batch && o.size(1) == size.heads && o.size(2) == size.n &&
                       o.size(3) == size.dv && o.scalar_type() == q.scalar_type() && o.is_cpu(),
-                  "o: may be [B, H, N, dv], of the query's dtype");
+                  "o must be [B, H, N, dv] with the dtype of query, on the CPU");
   check_like(dout, "do", o);
   STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == size.batch && lse.size(1) == size.heads && lse.size(2) == size.n &&
                       lse.scalar_type() == ScalarType::Float && lse.is_cpu(),
-                  "lse: may be a float [B, H, N]");
+                  "lse must be [B, H, N], Float, on the CPU");
 }
 
 Tensor like_output(const Tensor& q, const Tensor& v) {
@@ -119,7 +123,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
     const int64_t k_at = layout.take(ks.copy(size.m, size.d)), v_at = layout.take(vs.copy(size.m, size.dv));
     const int64_t across = layout.take(size.d * kRows), tile = layout.take(kColumns * kRows);
     const int64_t result = layout.take(size.dv * kRows);
-    // No sums over rows here: every panel of every head can be a job.
+    // The forward sums nothing over rows, so every slice of every head is independent.
     const int64_t slices = size.slices();
     run(q, size.all_heads() * slices, layout.size, [&](int64_t job, float* scratch) {
       const int64_t head = job / slices, b = head / size.heads, h = head % size.heads;
@@ -140,9 +144,10 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
   return {o, lse};
 }
 
-// Runs make(head, slice, scratch, sums for keys, sums for values) -> panel over all jobs, and writes the sums.
+// Runs the panel f(head, scratch, sums for keys, sums for values) of every job, then writes the sums.
 template <class T, class F>
-void backward_jobs(const Tensor& q, const Sizes& size, Layout layout, const Tensor& to_k, const Tensor& to_v, const F& f) {
+void backward_jobs(const Tensor& q, const Sizes& size, Layout layout, const Tensor& to_k, const Tensor& to_v,
+                   const F& f) {
   const int64_t slices = size.slices(), heads = size.all_heads();
   const int64_t floats_k = size.m * padded(size.d), floats_v = size.m * padded(size.dv);
   const int64_t k_at = layout.take(slices == 1 ? floats_k : 0), v_at = layout.take(slices == 1 ? floats_v : 0);

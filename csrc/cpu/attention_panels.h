@@ -1,10 +1,10 @@
-// The three passes of attention over a panel of query rows; fastgan/ops/attention_chunked.py has the equations.
+// Forward, backward and second backward of attention over a panel of query rows. The equations are in
+// fastgan/ops/attention_chunked.py.
 //
-// A panel of query rows meets all its columns in one sweep, which leaves P and what else has a row sum in a panel of
-// scratch that stays in the caches; when the row sums are known, a second sweep makes the results. So no product is
-// computed twice. P is recomputed from lse and then divided by its own row sum, as the rounding of lse is the same for a
-// whole row and would add up; D = sum(dO * O) is subtracted from dP, and what is left of its row mean then, for the same
-// reason.
+// The backward passes sweep a panel's columns twice. The first sweep stores P, and every other matrix that needs a row
+// sum, in scratch that stays in cache; the second uses the row sums to form the results. No product is computed twice.
+// The rounding error of lse is common to a whole row and would accumulate, so the recomputed P is divided by its own
+// row sum. For the same reason the remaining row mean is subtracted from dP after D = sum(dO * O).
 #pragma once
 
 #include <cmath>
@@ -17,13 +17,14 @@ namespace {
 
 using namespace tiles;
 
-constexpr int64_t kColumns = 32;             // columns of a tile: with its keys and values it fits the first cache
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kColumns = 32;             // columns of a tile; with its keys and values it fits the L1 cache
 constexpr int64_t kRows = kPanel * kVector;  // rows of a full panel
-constexpr int64_t kJobs = 8;                 // fewer heads than this are cut into slices
+constexpr int64_t kJobs = 8;                 // heads are cut into slices if there are fewer than this
 
 int64_t padded(int64_t features) { return (features + kVector - 1) / kVector * kVector; }
 
-// One head's matrix, by elements.
+// The matrix of one head, with strides in elements.
 template <class T>
 struct Matrix {
   const T* data;
@@ -38,7 +39,7 @@ struct Sizes {
   int64_t slices() const { return std::min(panels(), std::max<int64_t>(1, kJobs / all_heads())); }
 };
 
-// Keys or values as the products read them: in place where they are floats with features side by side, else a copy.
+// Keys or values as the products read them: in place if they are floats with contiguous features, else a float copy.
 template <class T>
 Factor factor(Matrix<T> x, int64_t length, int64_t features, float* copy) {
   if constexpr (std::is_same_v<T, float>) {
@@ -49,7 +50,7 @@ Factor factor(Matrix<T> x, int64_t length, int64_t features, float* copy) {
   return {copy, features};
 }
 
-// Rows of a panel times `scale` as [features][R], rows beyond the last one zero.
+// Packs the rows of a panel, times `scale`, as [features][R]; rows beyond the last are zero.
 template <class T>
 void pack_across(Matrix<T> x, int64_t rows, int64_t R, int64_t features, float scale, float* across) {
   for (int64_t c = 0; c < features; ++c) {
@@ -58,7 +59,7 @@ void pack_across(Matrix<T> x, int64_t rows, int64_t R, int64_t features, float s
   }
 }
 
-// Rows of a panel, row i times factor[i], as [R][padded(features)], the rest zero.
+// Packs the rows of a panel, row i times factor[i], as [R][padded(features)]; padding is zero.
 template <class T>
 void pack_along(Matrix<T> x, int64_t rows, int64_t R, int64_t features, const float* factor, float* along) {
   const int64_t width = padded(features);
@@ -69,7 +70,7 @@ void pack_along(Matrix<T> x, int64_t rows, int64_t R, int64_t features, const fl
   }
 }
 
-// sum(dO * O) for the rows of a panel.
+// Row sums of x * y, as in D = sum(dO * O), for the rows of a panel.
 template <class T>
 void row_products(Matrix<T> x, Matrix<T> y, int64_t first, int64_t rows, int64_t R, int64_t features, Vec* sums) {
   for (int64_t i = 0; i < R; ++i) {
@@ -82,14 +83,14 @@ void row_products(Matrix<T> x, Matrix<T> y, int64_t first, int64_t rows, int64_t
   }
 }
 
-// across [features][R], row i times factor[i], to `rows` rows of a contiguous [rows][features].
+// Writes across [features][R], row i times factor[i], to a contiguous [rows][features].
 template <class T>
 void unpack(const float* across, int64_t rows, int64_t R, int64_t features, const float* factor, T* to) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < features; ++c) store(to + i * features + c, across[c * R + i] * factor[i]);
 }
 
-// Sums of one quantity over the columns, for the rows of a panel: short sums, collected with their rounding errors.
+// Sum over the columns for each row of a panel: short partial sums, added with Kahan compensation.
 template <int RV>
 struct RowSum {
   Vec part[2][RV] = {};
@@ -108,7 +109,7 @@ struct RowSum {
   }
 };
 
-// Which rows of a panel lie before column j, where causal attention sees nothing.
+// Causal mask: row i does not attend to columns j > i.
 template <int RV>
 struct Causal {
   Ints index[RV];
@@ -145,7 +146,7 @@ struct ForwardPanel {
     const Causal<RV> order(first);
     const int64_t columns = causal ? std::min(size.m, first + rows) : size.m;
     Vec top[RV], sum[RV] = {};
-    for (Vec& x : top) x = all(-std::numeric_limits<float>::infinity());
+    for (Vec& x : top) x = broadcast(-kInfinity);
     for (int64_t j0 = 0; j0 < columns; j0 += kColumns) {
       const int64_t count = std::min(kColumns, columns - j0);
       Vec best[RV];
@@ -193,7 +194,7 @@ struct ForwardPanel {
     const bool crosses = causal && j0 + j + M - 1 > first;
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < RV; ++r) {
-        if (crosses) s[m][r] = order.where_seen(s[m][r], r, j0 + j + m, all(-std::numeric_limits<float>::infinity()));
+        if (crosses) s[m][r] = order.where_seen(s[m][r], r, j0 + j + m, broadcast(-kInfinity));
         best[r] = larger(s[m][r], best[r]);
         write(tile + ((j + m) * RV + r) * kVector, s[m][r]);
       }
@@ -213,7 +214,7 @@ struct BackwardPanel {
   float *across_q, *across_do, *along_q, *along_do;  // [d][R], [dv][R], [R][padded(d)], [R][padded(dv)]
   float *p, *t, *rows_dq;                            // [M][R], [M][R], [d][R]
   T* dq;
-  float *dk, *dv;  // [M][padded(d)], [M][padded(dv)]: added to
+  float *dk, *dv;  // [M][padded(d)], [M][padded(dv)]: accumulated
 
   template <int RV>
   void run(int64_t first, int64_t rows) const {
@@ -298,10 +299,10 @@ struct SecondPanel {
   bool causal;
   float *across_uq, *across_q, *across_do;  // [d][R], [d][R], [dv][R]
   float *along_uq, *along_q, *along_do;     // [R][padded(d)], ...
-  float *p, *t, *pe, *g;                    // [M][R]: P, then T and dS, P E and A, G and gS
+  float *p, *t, *pe, *g;                    // [M][R]: P; T, then dS; P E, then A; G, then gS
   float *rows_gq, *rows_gdo;                // [d][R], [dv][R]
   T *gq, *gdo;
-  float *gk, *gv;  // [M][padded(d)], [M][padded(dv)]: added to
+  float *gk, *gv;  // [M][padded(d)], [M][padded(dv)]: accumulated
 
   template <int RV>
   struct Sums {
@@ -334,8 +335,9 @@ struct SecondPanel {
       sums.e.collect();
       sums.g.collect();
     }
-    // With P not yet divided by its sum z, T = P dP and G = P F + E T, where dP has lost most of its row mean and D is
-    // what is left of it: dS = T - D P, A = P E - e P, gS = G - D P E - e T + (2 e D - sum(G) / z) P.
+    // P is not yet divided by its row sum z, and the D of the forward's output is already subtracted from dP; below, D
+    // is the row mean that remains. With T = P dP and G = P F + E T:
+    // dS = T - D P, A = P E - e P, gS = G - D P E - e T + (2 e D - sum(G) / z) P.
     Vec d[RV], e[RV], rest[RV];
     float inverse[R], scaled[R];
     for (int64_t i = 0; i < R; ++i) {
@@ -406,7 +408,7 @@ struct SecondPanel {
   }
 };
 
-// Panels slice, slice + slices, ... of a head.
+// Runs panels slice, slice + slices, ... of a head.
 template <class Panel>
 void sweep(const Panel& panel, int64_t n, int64_t slice, int64_t slices) {
   for (int64_t first = slice * kRows; first < n; first += slices * kRows) {

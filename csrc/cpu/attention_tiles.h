@@ -1,8 +1,8 @@
-// Register-tiled products over a panel of query rows, and exp: what the three passes of attention_panels.h are made of.
+// Register-tiled products over a panel of query rows, and exp: the building blocks of attention_panels.h.
 //
-// Lanes are query rows. A panel is R = RV * kVector of them, and an array over (column j, row i) is stored as x[j * R + i],
-// so that row statistics are vertical sums, keys and values are read in their natural layout one number at a time
-// (broadcast), and no feature size needs padding except where a result has features in its lanes (`add_to_columns`).
+// Vector lanes are query rows. A panel has R = RV * kVector rows, and an array over (column j, row i) is stored as x[j
+// * R + i]. Row statistics are then vertical sums, and keys and values are read in their own layout, one number at a
+// time (broadcast). Only `add_to_columns`, whose results have features in the lanes, needs padded features.
 #pragma once
 
 #include "vector.h"
@@ -12,7 +12,7 @@ namespace tiles {
 
 typedef int32_t Ints __attribute__((vector_size(kVector * 4)));
 
-// Rows of a panel in registers: as many as leave room for their accumulators.
+// Vectors of rows in a panel: as many as leave registers for the accumulators.
 #if defined(FASTGAN_AVX512)
 inline constexpr int kPanel = 3;
 inline constexpr int kFeatures = 8;  // features of one step of add_to_rows
@@ -23,12 +23,12 @@ inline constexpr int kFeatures = 4;
 
 FASTGAN_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// exp(x) for x <= 88, to 1 ulp or so; 0 below -87.3, where the result would be subnormal; NaN stays NaN.
-// x = n log 2 + r with |r| <= log(2) / 2; exp(r) = 1 + r + r^2 q(r), q fitted for the least relative error (3e-9).
+// exp(x) for x <= 88, to about 1 ulp; 0 below -87.3, where the result would be subnormal. NaN stays NaN.
+// x = n log 2 + r with |r| <= log(2) / 2; exp(r) = 1 + r + r^2 q(r), q a minimax fit (relative error 3e-9).
 FASTGAN_INLINE Vec exp(Vec x) {
-  const Vec low = all(-87.3f);
+  const Vec low = broadcast(-87.3f);
   const Vec clamped = x < low ? low : x;
-  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const Vec shifted = clamped * 1.44269504f + magic;
   const Vec n = shifted - magic;
   Vec r = clamped - n * 0.693145751953125f;
@@ -46,7 +46,7 @@ FASTGAN_INLINE Vec exp(Vec x) {
   return x < low ? Vec{} : p * power;
 }
 
-// One factor of a product over columns or rows, with the distance between its rows.
+// A factor of a product, and the distance between its rows in floats.
 struct Factor {
   const float* data;
   int64_t stride;
@@ -68,7 +68,7 @@ FASTGAN_INLINE void multiply(Vec (&a)[M][RV], const float* across, Factor x, int
   }
 }
 
-// a += x across_a and b += x across_b + y across_a, sharing what is read.
+// a += x across_a and b += x across_b + y across_a, with shared loads.
 template <int RV, int M>
 FASTGAN_INLINE void multiply_with_tangent(Vec (&a)[M][RV], Vec (&b)[M][RV], const float* across_a,
                                           const float* across_b, Factor x, Factor y, int64_t features) {
@@ -109,9 +109,9 @@ FASTGAN_INLINE void multiply_both(Vec (&a)[M][RV], Vec (&b)[M][RV], const float*
   }
 }
 
-// out[c][i] += sum over terms and columns j of x[j][i] y[j][c]: a product that ends in the panel's rows.
-// `x` of a term is an array over (column, row), `y` keys or values; out is [features][R]. Sums begin at zero here and in
-// add_to_columns, and are added to `out` at the end: sums of sums round less than one long sum.
+// out[c][i] += sum over terms and columns j of x[j][i] y[j][c]: a product whose result belongs to the panel's rows. x
+// of a term is an array over (column, row), y are keys or values, out is [features][R]. Here and in add_to_columns each
+// call sums from zero and adds to `out` at the end: pairwise sums round less than one long sum.
 struct Term {
   const float* x;
   Factor y;
@@ -161,7 +161,7 @@ void add_to_rows(float* out, const Term (&terms)[TERMS], int64_t features, int64
   if (c < features) add_to_rows_step<RV, 1>(out, terms, c, columns);
 }
 
-// out[j][c] += sum over terms and rows i of x[j][i] along[i][c]: a product that ends in keys or values.
+// out[j][c] += sum over terms and rows i of x[j][i] along[i][c]: a product whose result belongs to keys or values.
 // `along` and out have `padded` features, a multiple of kVector.
 struct RowTerm {
   const float* x;

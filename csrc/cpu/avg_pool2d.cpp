@@ -1,5 +1,6 @@
-// Mean over non-overlapping squares, and its adjoint, which spreads each value over its square. Only memory moves: ATen's
-// forward takes 4 times as long on contiguous planes, its nearest upsampling 5 times.
+// Mean over non-overlapping kernel_size x kernel_size windows, and its gradient, which spreads each value over its
+// window. Limited by memory bandwidth; on contiguous planes ATen's forward takes 4 times as long, its nearest
+// upsampling 5 times.
 #include "features.h"
 #include "ops.h"
 
@@ -13,7 +14,7 @@ struct Planes {
   int64_t ow() const { return w / k; }
 };
 
-// K is k where that is known to the compiler, else 0.
+// K is k if known at compile time, else 0.
 template <int64_t K, class T>
 void pool_row(const T* x, int64_t stride, T* y, int64_t width, int64_t k) {
   const int64_t side = K ? K : k;
@@ -79,8 +80,9 @@ void spread_planes(const T* dy, T* dx, const Planes& p) {
   });
 }
 
-// Beyond the caches the short runs of two rows are too many for the prefetcher: it is told of the next pixels.
-constexpr int64_t kFar = int64_t{1} << 24;  // bytes
+// Above this size, in bytes, the next pixels are prefetched explicitly: the hardware prefetcher does not follow that
+// many short runs.
+constexpr int64_t kFar = int64_t{1} << 24;
 
 template <class T>
 void prefetch(const T* p, int64_t count) {
@@ -89,7 +91,7 @@ void prefetch(const T* p, int64_t count) {
 #endif
 }
 
-// Pixels of `c` channels: y[j] is the mean of `side` pixels in each of as many rows.
+// channels_last, c channels: y[j] is the mean over a window of side x side pixels.
 template <int64_t K, class T>
 void pool_row_of_pixels(const T* x, int64_t stride, T* y, int64_t width, int64_t c, int64_t k, bool far) {
   const int64_t side = K ? K : k;
@@ -149,7 +151,7 @@ void spread_pixels(const T* dy, T* dx, const Planes& p) {
   });
 }
 
-// An output of x's dtype and layout with another height and width.
+// An uninitialized image with x's dtype, channels and memory format.
 template <class T>
 Tensor sized(const Tensor& x, bool last, int64_t height, int64_t width) {
   const int64_t n = x.size(0), c = x.size(1);
@@ -159,8 +161,8 @@ Tensor sized(const Tensor& x, bool last, int64_t height, int64_t width) {
 }
 
 void check_planes(const Tensor& x, const char* name, int64_t kernel_size) {
-  STD_TORCH_CHECK(x.dim() == 4, name, ": had ", x.dim(), " dimensions; it may be [N, C, H, W]");
-  STD_TORCH_CHECK(kernel_size >= 1, "kernel_size: was ", kernel_size, "; it may be 1 or more");
+  STD_TORCH_CHECK(x.dim() == 4, name, " must be [N, C, H, W], got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(kernel_size >= 1, "kernel_size must be at least 1, got ", kernel_size);
 }
 
 }  // namespace
@@ -169,7 +171,8 @@ Tensor avg_pool2d_forward(const Tensor& x, int64_t kernel_size) {
   check_planes(x, "x", kernel_size);
   const Features f = features(x);
   const Planes p{f.n, f.c, x.size(2), x.size(3), kernel_size};
-  STD_TORCH_CHECK(p.oh() > 0 && p.ow() > 0, "x: is smaller than a square");
+  STD_TORCH_CHECK(p.oh() > 0 && p.ow() > 0, "x must be at least ", kernel_size, " x ", kernel_size,
+                  ", the window, got ", p.h, " x ", p.w);
   return dispatch(x, "x", [&](auto element) {
     using T = decltype(element);
     const Tensor y = sized<T>(x, f.last, p.oh(), p.ow());
@@ -182,7 +185,8 @@ Tensor avg_pool2d_backward(const Tensor& dy, int64_t kernel_size, int64_t height
   check_planes(dy, "dy", kernel_size);
   const Features f = features(dy);
   const Planes p{f.n, f.c, height, width, kernel_size};
-  STD_TORCH_CHECK(p.oh() == dy.size(2) && p.ow() == dy.size(3), "dy: its shape is not that of the pooled image");
+  STD_TORCH_CHECK(p.oh() == dy.size(2) && p.ow() == dy.size(3), "dy must be ", p.oh(), " x ", p.ow(),
+                  ", the size of the pooled image, got ", dy.size(2), " x ", dy.size(3));
   return dispatch(dy, "dy", [&](auto element) {
     using T = decltype(element);
     const Tensor dx = sized<T>(dy, f.last, height, width);

@@ -1,3 +1,4 @@
+// bias_act on the CPU: act(x + bias) gain, forward and both backwards. The formulas are in fastgan/ops/bias_act.py.
 #include "act.h"
 #include "features.h"
 #include "ops.h"
@@ -11,7 +12,7 @@ decltype(auto) with_curved(int64_t act, double gain, const F& f) {
   const auto g = static_cast<float>(gain), inverse = static_cast<float>(1.0 / gain);
   if (act == kTanh) return f(TanhAct{g, inverse});
   if (act == kSigmoid) return f(SigmoidAct{g, inverse});
-  STD_TORCH_CHECK(act == kSilu, "act: was number ", act, "; it may be the index of one that curves");
+  STD_TORCH_CHECK(act == kSilu, "act must be 3 to 5 (tanh, sigmoid, silu), got ", act);
   return f(SiluAct{g});
 }
 
@@ -24,7 +25,7 @@ decltype(auto) with_act(int64_t act, double negative_slope, double gain, const F
   return with_curved(act, gain, f);
 }
 
-// One of these stands for the bias of each element of a stretch of memory.
+// The bias of a run of elements that all belong to one channel.
 struct Same {
   float value;
   float operator[](int64_t) const { return value; }
@@ -34,10 +35,11 @@ Parts bias_parts(const Features& f) {
   return f.last ? row_parts(f) : Parts(f.n, 1, f.n);
 }
 
-// Calls f(first element, elements, bias, sums) for stretches that cover x: sums[i], or
-// *sums where b is `Same`, takes what belongs to the bias of element i. Stretches, and so the result, depend on sizes alone. `arrays` are moved in all.
+// Calls body(first element, elements, bias, sums) for runs of contiguous elements that cover x. The gradient of element
+// i's bias is added to sums[i], or to *sums if the bias is `Same`. Runs depend on sizes alone, and so do the sums.
+// `arrays` is the number of tensors read and written.
 template <class F>
-void stretches(const Features& f, const float* bias, BiasSum& sum, int64_t arrays, const F& body) {
+void for_runs(const Features& f, const float* bias, BiasSum& sum, int64_t arrays, const F& body) {
   constexpr int64_t block = 4096;
   if (bias == nullptr && !sum.wanted()) {
     const int64_t numel = f.numel(), blocks = (numel + block - 1) / block;
@@ -47,7 +49,7 @@ void stretches(const Features& f, const float* bias, BiasSum& sum, int64_t array
       }
     });
   } else if (f.last && !sum.wanted()) {
-    // Of few channels several pixels make one stretch, with the bias once for each.
+    // With few channels a run has several pixels, and the bias is repeated for each.
     const int64_t rows = std::max<int64_t>(1, 512 / f.c), pixels = f.pixels();
     std::vector<float> repeated;
     for (int64_t row = 0; row < rows; ++row) repeated.insert(repeated.end(), bias, bias + f.c);
@@ -76,7 +78,7 @@ void stretches(const Features& f, const float* bias, BiasSum& sum, int64_t array
   }
 }
 
-// to[i] = f(i), and its sum to where the bias of a stretch takes it (see `stretches`).
+// to[i] = f(i), summed into `sums` (see `for_runs`).
 template <class T, class B, class F>
 void write(T* to, int64_t count, const B&, float* sums, const F& f) {
   constexpr int64_t block = 512;
@@ -109,7 +111,7 @@ Tensor bias_act_forward(const Tensor& x, const std::optional<Tensor>& bias, int6
     T* const to = output<T>(y);
     with_act(act, negative_slope, gain, [&](auto a) {
       const float* const given = bias ? offsets.data() : nullptr;
-      stretches(f, given, none, 2, [=](int64_t at, int64_t count, auto b, float*) {
+      for_runs(f, given, none, 2, [=](int64_t at, int64_t count, auto b, float*) {
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) store(to + at + i, a.value(load(from + at + i) + b[i]));
       });
@@ -121,19 +123,19 @@ Tensor bias_act_forward(const Tensor& x, const std::optional<Tensor>& bias, int6
 std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const std::optional<Tensor>& ref,
                                              const std::optional<Tensor>& bias, int64_t act, double negative_slope,
                                              double gain, bool want_bias) {
-  const Features f = features(dy), laid = as_rows(f);
-  STD_TORCH_CHECK(ref || act == kLinear, "ref: was None; it may be so for linear alone");
+  const Features f = features(dy), layout = as_rows(f);
+  STD_TORCH_CHECK(ref || act == kLinear, "ref must be a tensor unless act is linear, got None");
   if (ref) check_dense_like(*ref, "ref", dy, f.last);
   const std::vector<float> offsets = bias_values(bias, dy, f.c);
-  BiasSum db(want_bias, bias_parts(laid).number, f.c);
+  BiasSum db(want_bias, bias_parts(layout).number, f.c);
   Tensor dx = dispatch(dy, "dy", [&](auto element) {
     using T = decltype(element);
     const Tensor made = fresh_like<T>(dy);
     const T *const from = data<T>(dy), *const reference = ref ? data<T>(*ref) : from;
     T* const to = output<T>(made);
     with_act(act, negative_slope, gain, [&](auto a) {
-      const float* const given = bias || (laid.last && want_bias) ? offsets.data() : nullptr;
-      stretches(laid, given, db, 3, [=](int64_t at, int64_t count, auto b, float* sums) {
+      const float* const given = bias || (layout.last && want_bias) ? offsets.data() : nullptr;
+      for_runs(layout, given, db, 3, [=](int64_t at, int64_t count, auto b, float* sums) {
         write(to + at, count, b, sums,
               [=](int64_t i) { return a.slope(load(reference + at + i) + b[i], load(from + at + i)); });
       });
@@ -146,19 +148,19 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const std::option
 std::tuple<Tensor, Tensor, Tensor> bias_act_second_backward(const Tensor& u, const Tensor& dy, const Tensor& ref,
                                                             const std::optional<Tensor>& bias, int64_t act,
                                                             double negative_slope, double gain, bool want_bias) {
-  const Features f = features(ref), laid = as_rows(f);
+  const Features f = features(ref), layout = as_rows(f);
   check_dense_like(u, "u", ref, f.last);
   check_dense_like(dy, "dy", ref, f.last);
   const std::vector<float> offsets = bias_values(bias, ref, f.c);
-  BiasSum gb(want_bias, bias_parts(laid).number, f.c);
+  BiasSum gb(want_bias, bias_parts(layout).number, f.c);
   return dispatch(ref, "ref", [&](auto element) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(element);
     const Tensor gdy = fresh_like<T>(ref), gx = fresh_like<T>(ref);
     const T *const along = data<T>(u), *const from = data<T>(dy), *const reference = data<T>(ref);
     T *const to_gdy = output<T>(gdy), *const to_gx = output<T>(gx);
     with_curved(act, gain, [&](auto a) {
-      const float* const given = bias || (laid.last && want_bias) ? offsets.data() : nullptr;
-      stretches(laid, given, gb, 5, [=](int64_t at, int64_t count, auto b, float* sums) {
+      const float* const given = bias || (layout.last && want_bias) ? offsets.data() : nullptr;
+      for_runs(layout, given, gb, 5, [=](int64_t at, int64_t count, auto b, float* sums) {
         write(to_gx + at, count, b, sums, [=](int64_t i) {
           const float v = load(reference + at + i) + b[i], w = load(along + at + i);
           store(to_gdy + at + i, a.slope(v, w));

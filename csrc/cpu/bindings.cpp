@@ -1,4 +1,4 @@
-// Schemas of every op of torch.ops.fastgan, and the CPU library's registrations. The CUDA library only registers.
+// Schemas of all ops in torch.ops.fastgan, and the CPU implementations. The CUDA library adds implementations only.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -7,7 +7,7 @@
 
 namespace fastgan {
 
-// The instruction set this library was compiled for.
+// The instruction set that this library was compiled for.
 std::string cpu_instructions() {
 #if defined(FASTGAN_AVX512)
   return "avx512";
@@ -63,7 +63,7 @@ STABLE_TORCH_LIBRARY(fastgan, m) {
   m.def("finish_images(Tensor images, Tensor? flips) -> Tensor");
 }
 
-// An op without tensors has no device to be dispatched by.
+// An op without tensor arguments cannot be dispatched by device.
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CompositeExplicitAutograd, m) {
   m.impl("cpu_instructions", TORCH_BOX(&fastgan::cpu_instructions));
 }

@@ -1,10 +1,10 @@
-// Convolution of stride 1 in float32, and the gradient of its input, without changing the layout of whole tensors:
-// oneDNN's kernels want channels in blocks of 16. On contiguous tensors of few channels the change there and back costs
-// up to half as much as the product, and the input's gradient of a first layer has 16 channels computed, not 3.
+// float32 convolution with stride 1, and the gradient of its input, without reordering whole tensors. oneDNN's kernels
+// need channels in blocks of 16. For contiguous tensors with few channels the reorders cost up to half as much as the
+// product, and the input gradient of a first layer is computed for 16 channels instead of 3.
 //
-// An image of each channel is copied into a line: its rows one after another, P = W + padding apart, so that the zeros
-// behind one row are those before the next. Then the tap (ky, kx) of the pixel q = y P + x is q + ky P + kx whatever
-// the row: a convolution in one dimension, over whole vectors, of which the few pixels between rows are thrown away.
+// Each channel of an image is copied into a line: its rows, P = W + padding apart, so that the zeros after one row are
+// also those before the next. Tap (ky, kx) of pixel q = y P + x is then q + ky P + kx in every row: a one-dimensional
+// convolution over full vectors, whose few results between rows are discarded.
 #include <utility>
 #include <vector>
 
@@ -16,7 +16,7 @@ namespace fastgan {
 
 namespace {
 
-// Accumulators of a tile, channels by vectors of pixels: as many as the registers hold.
+// Accumulators of a tile, output channels by vectors of pixels: as many as fit in registers.
 #if defined(FASTGAN_AVX512)
 inline constexpr int64_t kOutputs = 6;
 inline constexpr int64_t kVectors = 4;
@@ -25,9 +25,9 @@ inline constexpr int64_t kOutputs = 4;
 inline constexpr int64_t kVectors = 2;
 #endif
 
-int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// The convolution of [n, i, h, w] with [o, i, kh, kw]; ph, pw: rows and columns of zeros on each side.
+// Convolution of [n, i, h, w] with [o, i, kh, kw]; ph and pw: rows and columns of zero padding on each side.
 struct Shape {
   int64_t n, i, h, w, o, kh, kw, ph, pw;
   bool last;  // images are channels_last
@@ -36,12 +36,12 @@ struct Shape {
   int64_t ow() const { return w + 2 * pw - kw + 1; }
   int64_t pitch() const { return w + pw; }
   int64_t outputs() const { return oh() * pitch(); }
-  // Of an input's line; the last vector of outputs reads beyond the last row.
-  int64_t line() const { return up((h + 2 * ph) * pitch() + kVector + kw, kVector); }
+  // Floats of an input line, including what the last vector of outputs reads beyond the last row.
+  int64_t line() const { return round_up((h + 2 * ph) * pitch() + kVector + kw, kVector); }
   int64_t work() const { return i * o * taps() * oh() * ow(); }
 };
 
-// How an image [c, h, w] lies in memory.
+// Strides of an image [c, h, w], in elements.
 struct Strides {
   int64_t channel, row, pixel;
 };
@@ -58,7 +58,7 @@ void copy_row(const float* from, int64_t step, float* to, int64_t count) {
   }
 }
 
-// One channel of an image into a line of `size`, from row `top` and column `left` on, zeros elsewhere.
+// Copies one channel of an image into a line of `size` floats, starting at row `top`, column `left`; zeros elsewhere.
 void to_line(const float* from, Strides s, int64_t h, int64_t w, int64_t top, int64_t left, int64_t pitch, float* line,
              int64_t size) {
   std::fill(line, line + top * pitch + left, 0.0f);
@@ -70,8 +70,8 @@ void to_line(const float* from, Strides s, int64_t h, int64_t w, int64_t top, in
   std::fill(to - pitch + w, line + size, 0.0f);
 }
 
-// [o block][i][tap][kOutputs] of w [o, i, kh, kw], or for the gradient of the input its adjoint: the roles of o and i
-// exchanged and the taps reversed. Outputs beyond the last are zeros.
+// Packs w [o, i, kh, kw] as [block of o][i][tap][kOutputs], padded with zeros. For the gradient of the input, `adjoint`
+// swaps o and i and reverses the taps.
 std::vector<float> packed_weight(const Tensor& w, bool adjoint) {
   const int64_t first = w.size(0), second = w.size(1), kh = w.size(2), kw = w.size(3);
   const int64_t outputs = adjoint ? second : first, inputs = adjoint ? first : second, taps = kh * kw;
@@ -105,7 +105,7 @@ void multiply_tile(const float* x, int64_t line, const float* w, int64_t inputs,
 #pragma GCC unroll 8
   for (int64_t o = 0; o < O; ++o) {
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < V; ++v) a[o][v] = all(bias[o]);
+    for (int64_t v = 0; v < V; ++v) a[o][v] = broadcast(bias[o]);
   }
   const auto taps = static_cast<int64_t>(offsets.size());
   const int64_t* offset = offsets.data();
@@ -150,7 +150,7 @@ std::vector<int64_t> tap_offsets(const Shape& s) {
   return offsets;
 }
 
-// Pixels [q, q + count) of the lines of `outputs` channels at `tile`, `stride` apart, to their places in the image.
+// Copies pixels [q, q + count) of `outputs` lines, `stride` apart, from `tile` to the image.
 void from_tile(const float* tile, int64_t stride, int64_t outputs, int64_t q, int64_t count, const Shape& s, float* to,
                Strides place) {
   const int64_t pitch = s.pitch(), width = s.ow();
@@ -170,14 +170,14 @@ void from_tile(const float* tile, int64_t stride, int64_t outputs, int64_t q, in
   }
 }
 
-// Outputs of the channel blocks [first, behind) of one image, whose lines are at `lines`.
+// Computes the channel blocks [first, last) of one image from its input lines.
 void convolve_image(const float* lines, const float* w, const std::vector<int64_t>& offsets, const float* bias,
-                    int64_t first, int64_t behind, const Shape& s, float* y) {
+                    int64_t first, int64_t last, const Shape& s, float* y) {
   alignas(64) float tile[kOutputs * kVectors * kVector];
   const Strides place = strides(s.last, s.o, s.oh(), s.ow());
   for (int64_t q = 0; q < s.outputs(); q += kVectors * kVector) {
     const int64_t vectors = std::min(kVectors, (s.outputs() - q + kVector - 1) / kVector);
-    for (int64_t block = first; block < behind; ++block) {
+    for (int64_t block = first; block < last; ++block) {
       const int64_t o = block * kOutputs, outputs = std::min(kOutputs, s.o - o);
       tile_of(outputs, vectors)(lines + q, s.line(), w + o * s.i * s.taps(), s.i, offsets, bias + o, tile,
                                 vectors * kVector);
@@ -187,23 +187,23 @@ void convolve_image(const float* lines, const float* w, const std::vector<int64_
   }
 }
 
-// y = x * w + bias, where `w` is packed.
+// y = convolution of x with the packed weight w, plus bias.
 void convolve(const Tensor& input, const std::vector<float>& w, const float* bias, const Shape& s, float* y) {
   const float* x = data<float>(input);
   const std::vector<int64_t> offsets = tap_offsets(s);
   const int64_t blocks = (s.o + kOutputs - 1) / kOutputs;
-  // With few images each is cut into channels too; every part makes the lines for itself.
+  // With few images, each is also split by output channels; every part copies the lines for itself.
   const int64_t parts = std::min(blocks, (8 + s.n - 1) / s.n);
   const Strides from = strides(s.last, s.i, s.h, s.w);
   const auto range = [&](int64_t begin, int64_t end, float* lines) {
-    int64_t made = -1;
+    int64_t copied = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / parts, part = item % parts;
-      for (int64_t i = 0; made != n && i < s.i; ++i) {
+      for (int64_t i = 0; copied != n && i < s.i; ++i) {
         to_line(x + n * s.i * s.h * s.w + i * from.channel, from, s.h, s.w, s.ph, s.pw, s.pitch(),
                 lines + i * s.line(), s.line());
       }
-      made = n;
+      copied = n;
       convolve_image(lines, w.data(), offsets, bias, part * blocks / parts, (part + 1) * blocks / parts, s,
                      y + n * s.o * s.oh() * s.ow());
     }
@@ -211,20 +211,21 @@ void convolve(const Tensor& input, const std::vector<float>& w, const float* bia
   parallel_with_scratch(input, s.n * parts, s.work() / parts, s.i * s.line(), range);
 }
 
-// Checks what autograd guarantees; `x` is the input or, for gradients of it, has its sizes in `h` and `w`.
+// Checks what autograd guarantees. x is the input, or for its gradient the output's gradient; h and w are x's size.
 Shape shape_of(const Tensor& x, int64_t i, int64_t h, int64_t w, int64_t o, int64_t kh, int64_t kw, int64_t ph,
                int64_t pw) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_cpu(), "input: may be float32 on the CPU");
-  STD_TORCH_CHECK(x.dim() == 4, "input: had ", x.dim(), " dimensions; it may be [N, C, H, W]");
-  STD_TORCH_CHECK(ph >= 0 && pw >= 0 && ph < kh && pw < kw, "padding: may be less than the kernel's size");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_cpu(), "input must be Float, on the CPU");
+  STD_TORCH_CHECK(x.dim() == 4, "input must be [N, C, H, W], got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(ph >= 0 && pw >= 0 && ph < kh && pw < kw, "padding must be at least 0 and less than the kernel size");
   const Shape s{x.size(0), i, h, w, o, kh, kw, ph, pw, features(x).last};
-  STD_TORCH_CHECK(s.i > 0 && s.o > 0 && s.oh() > 0 && s.ow() > 0, "input: is smaller than the kernel");
+  STD_TORCH_CHECK(s.i > 0 && s.o > 0 && s.oh() > 0 && s.ow() > 0,
+                  "input must not be empty, nor smaller than the kernel");
   return s;
 }
 
 void check_weight(const Tensor& w) {
   STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float && w.is_cpu() && w.dim() == 4,
-                  "weight: may be float32 [O, I, kH, kW] on the CPU");
+                  "weight must be [O, I, kH, kW], Float, on the CPU");
 }
 
 Tensor image_like(const Tensor& x, const Shape& s, int64_t c, int64_t h, int64_t w) {
@@ -240,7 +241,7 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& w, const std::optional<Tens
   check_weight(w);
   const Shape s =
       shape_of(x, w.size(1), x.size(2), x.size(3), w.size(0), w.size(2), w.size(3), pad_h, pad_w);
-  STD_TORCH_CHECK(x.size(1) == s.i, "weight: may be for ", x.size(1), " channels, as input");
+  STD_TORCH_CHECK(x.size(1) == s.i, "weight must have ", x.size(1), " input channels, as input, got ", s.i);
   std::vector<float> start = bias_values(bias, x, s.o);
   const Tensor y = image_like(x, s, s.o, s.oh(), s.ow());
   convolve(x, packed_weight(w, false), start.data(), s, output<float>(y));
@@ -252,7 +253,7 @@ Tensor conv2d_input_gradient(const Tensor& gy, const Tensor& w, int64_t pad_h, i
   const int64_t kh = w.size(2), kw = w.size(3);
   const Shape s =
       shape_of(gy, w.size(0), gy.size(2), gy.size(3), w.size(1), kh, kw, kh - 1 - pad_h, kw - 1 - pad_w);
-  STD_TORCH_CHECK(gy.size(1) == s.i, "weight: may be for ", gy.size(1), " channels of the output");
+  STD_TORCH_CHECK(gy.size(1) == s.i, "weight must have ", gy.size(1), " output channels, as gy, got ", s.i);
   const std::vector<float> start(static_cast<size_t>(s.o), 0.0f);
   const Tensor gx = image_like(gy, s, s.o, s.oh(), s.ow());
   convolve(gy, packed_weight(w, true), start.data(), s, output<float>(gx));

@@ -1,4 +1,4 @@
-// Feature maps [N, C, ...] in memory, shared by the elementwise and norm ops: layout, outputs, sums over all but C.
+// Feature maps [N, C, ...] for the elementwise and normalization ops: memory layout, outputs, sums over all but C.
 #pragma once
 
 #include <sys/mman.h>
@@ -9,7 +9,7 @@
 
 namespace fastgan {
 
-// L pixels a sample; the C features of a pixel are neighbors where `last`, else L apart.
+// l: pixels per sample. last: channels_last, where the c features of a pixel are contiguous; else they are l apart.
 struct Features {
   int64_t n, c, l;
   bool last;
@@ -17,8 +17,8 @@ struct Features {
   int64_t numel() const { return n * c * l; }
 };
 
-// Whether walking the dimensions in the order N, C, ... or, where `last`, N, ..., C walks through memory.
-inline bool walks(const Tensor& x, bool last) {
+// Whether x is dense with its dimensions in the order N, C, ... or, if `last`, in the order N, ..., C.
+inline bool is_dense(const Tensor& x, bool last) {
   const auto sizes = x.sizes(), strides = x.strides();
   const auto dims = static_cast<int64_t>(sizes.size());
   int64_t expected = 1;
@@ -34,21 +34,21 @@ inline bool walks(const Tensor& x, bool last) {
   return (last || dense(1)) && dense(0);
 }
 
-// Layout of x, which must be dense. Where it is both contiguous and channels_last the result is for a contiguous x.
+// Layout of x, which must be dense. If x is both contiguous and channels_last, the layout is contiguous.
 inline Features features(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu(), "x: is not on the CPU");
+  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
   const auto sizes = x.sizes();
-  STD_TORCH_CHECK(sizes.size() >= 2, "x: had ", sizes.size(), " dimensions; it may be [N, C, ...]");
+  STD_TORCH_CHECK(sizes.size() >= 2, "x must be [N, C, ...], got ", sizes.size(), " dimensions");
   Features f{sizes[0], sizes[1], 1, false};
   for (size_t dim = 2; dim < sizes.size(); ++dim) f.l *= sizes[dim];
-  STD_TORCH_CHECK(f.numel() > 0, "x: was empty");
-  const bool contiguous = walks(x, false);
-  STD_TORCH_CHECK(contiguous || walks(x, true), "x: may be dense, contiguous or channels_last");
+  STD_TORCH_CHECK(f.numel() > 0, "x must not be empty");
+  const bool contiguous = is_dense(x, false);
+  STD_TORCH_CHECK(contiguous || is_dense(x, true), "x must be dense, contiguous or channels_last");
   f.last = !contiguous;
   return f;
 }
 
-// Where a vector of features lies: at one pixel a contiguous x has it in neighbors too, and short planes make long rows.
+// With one pixel per sample, a contiguous x also has the features of a pixel next to each other.
 inline Features as_rows(Features f) {
   f.last = f.last || f.l == 1;
   return f;
@@ -56,10 +56,10 @@ inline Features as_rows(Features f) {
 
 inline void check_dense_like(const Tensor& other, const char* name, const Tensor& x, bool last) {
   check_like(other, name, x);
-  STD_TORCH_CHECK(walks(other, last), name, ": may be in the memory format of the op's first tensor");
+  STD_TORCH_CHECK(is_dense(other, last), name, " must have the memory format of the op's first tensor");
 }
 
-// Large fresh memory is written faster in huge pages: the system clears 512 small ones one fault at a time. Advice only.
+// Advises huge pages for large new tensors: one page fault instead of 512 makes the first write faster.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{1} << 21;
@@ -76,25 +76,26 @@ Tensor fresh(Tensor made) {
   return made;
 }
 
-// Uninitialized, shape, dtype and memory format of x.
+// An uninitialized tensor with the shape, dtype and memory format of x.
 template <class T>
 Tensor fresh_like(const Tensor& x) {
   return fresh<T>(torch::stable::empty_like(x));
 }
 
-// Small tensor of float32 on the CPU.
+// An uninitialized float32 tensor on the CPU.
 inline Tensor fresh_floats(const Tensor& x, const std::vector<int64_t>& sizes) {
   return torch::stable::new_empty(x, sizes, ScalarType::Float);
 }
 
-// Float copy of a bias in float32 or x's dtype; zeros where there is none.
+// Copies a bias, in float32 or x's dtype, to float; zeros if there is no bias.
 inline std::vector<float> bias_values(const std::optional<Tensor>& bias, const Tensor& x, int64_t channels) {
   std::vector<float> values(static_cast<size_t>(channels), 0.0f);
   if (!bias) return values;
-  STD_TORCH_CHECK(bias->is_cpu(), "bias: is not on the CPU");
-  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == channels, "bias: may be of shape [", channels, "]");
-  STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float || bias->scalar_type() == x.scalar_type(), "bias: was ",
-                  torch::headeronly::toString(bias->scalar_type()), "; it may be Float or as x");
+  STD_TORCH_CHECK(bias->is_cpu(), "bias must be on the CPU");
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == channels, "bias must be [", channels, "]");
+  STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float || bias->scalar_type() == x.scalar_type(),
+                  "bias must be Float or ", torch::headeronly::toString(x.scalar_type()), ", as x, got ",
+                  torch::headeronly::toString(bias->scalar_type()));
   const int64_t stride = bias->stride(0);
   dispatch(*bias, "bias", [&](auto element) {
     const auto* from = data<decltype(element)>(*bias);
@@ -103,7 +104,7 @@ inline std::vector<float> bias_values(const std::optional<Tensor>& bias, const T
   return values;
 }
 
-// Sum of a short stretch just written. In a loop of its own: together with a store GCC leaves some in scalars.
+// Sum of a short run that was just written. A separate loop: fused with the store, GCC does not vectorize all of it.
 template <class T>
 float sum_of(const T* from, int64_t count) {
   float sum = 0.0f;
@@ -118,7 +119,7 @@ void add_to(float* sums, const T* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) sums[i] += load(from + i);
 }
 
-// Sum over a tensor but for C, in parts that depend on its size alone, so that the result does not depend on threads.
+// Sum over all dimensions but C, in parts that depend on sizes alone, so that the result does not depend on threads.
 class BiasSum {
  public:
   BiasSum(bool wanted, int64_t parts, int64_t channels)
@@ -127,7 +128,7 @@ class BiasSum {
   bool wanted() const { return parts_ > 0; }
   float* part(int64_t index) { return partial_.data() + index * channels_; }
 
-  // float32 [C]; [0] where it is not wanted.
+  // float32 [C], or [0] if not wanted.
   Tensor result(const Tensor& x) const {
     Tensor sum = fresh_floats(x, {wanted() ? channels_ : 0});
     if (wanted()) {
@@ -146,7 +147,7 @@ class BiasSum {
   std::vector<float> partial_;
 };
 
-// Cuts [0, count) into at most `most` equal parts of at least `least`, by the sizes alone.
+// Splits [0, count) into at most `most` equal parts of at least `least` items.
 struct Parts {
   int64_t count, size, number;
   Parts(int64_t count, int64_t least, int64_t most)
@@ -155,7 +156,7 @@ struct Parts {
   int64_t end(int64_t part) const { return std::min(count, (part + 1) * size); }
 };
 
-// Of the pixels of an x that has the features of a pixel in neighbors.
+// Parts of the pixels of a channels_last tensor.
 inline Parts row_parts(const Features& f) { return Parts(f.pixels(), std::max<int64_t>(1, 1024 / f.c), 1024); }
 
 }  // namespace fastgan

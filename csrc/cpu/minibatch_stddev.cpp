@@ -1,5 +1,6 @@
-// The formulas stand in fastgan/ops/minibatch_stddev.py. One sweep over memory each: a block of places is read for all
-// samples of its group at once, and what is appended is written last, where it goes.
+// minibatch_stddev on the CPU, forward and both backwards. The formulas are in fastgan/ops/minibatch_stddev.py. Each
+// pass sweeps memory once: a block of positions is read for all samples of its group, and the appended maps are written
+// last.
 #include <cmath>
 
 #include "features.h"
@@ -11,31 +12,31 @@ namespace {
 
 constexpr int64_t kBlock = 256;
 
-// x [N, C, H, W] and y [N, C + F, H, W] in one memory format, G samples in each of M strided groups.
+// Layout of x [N, C, H, W] and y [N, C + F, H, W], in the same memory format, with M strided groups of G samples.
 struct Grouping {
   Features f;
   int64_t group, groups, maps, chunk;  // G, M, F, C / F
-  int64_t in_sample, out_sample;       // elements of a sample of x and of y
-  int64_t parts;                       // units of work for each group
+  int64_t in_sample, out_sample;       // elements per sample of x and of y
+  int64_t parts;                       // units of work per group
 
   Grouping(const Tensor& x, int64_t group, int64_t num_features) : f(features(x)), group(group), maps(num_features) {
-    STD_TORCH_CHECK(x.dim() == 4, "x: had ", x.dim(), " dimensions; it may be [N, C, H, W]");
-    STD_TORCH_CHECK(group >= 1 && f.n % group == 0, "group: was ", group, "; it may be a divisor of ", f.n);
-    STD_TORCH_CHECK(maps >= 1 && f.c % maps == 0, "num_features: was ", maps, "; it may be a divisor of ", f.c);
+    STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", x.dim(), " dimensions");
+    STD_TORCH_CHECK(group >= 1 && f.n % group == 0, "group must be a divisor of ", f.n, ", got ", group);
+    STD_TORCH_CHECK(maps >= 1 && f.c % maps == 0, "num_features must be a divisor of ", f.c, ", got ", maps);
     groups = f.n / group;
     chunk = f.c / maps;
     in_sample = f.c * f.l;
     out_sample = (f.c + maps) * f.l;
-    parts = f.last ? pixels().number : maps * places().number;
+    parts = f.last ? pixels().number : maps * positions().number;
   }
 
   int64_t per_map() const { return chunk * f.l; }
-  Parts places() const { return Parts(per_map(), 4096, 1024); }
+  Parts positions() const { return Parts(per_map(), 4096, 1024); }
   Parts pixels() const { return Parts(f.l, std::max<int64_t>(1, 4096 / f.c), 1024); }
 
-  // body(map, offset in a sample of x, offset in one of y, elements) for the stretches of a part.
+  // Calls body(map, offset in a sample of x, offset in a sample of y, elements) for the contiguous runs of a part.
   template <class B>
-  void stretches(int64_t part, const B& body) const {
+  void for_runs(int64_t part, const B& body) const {
     if (f.last) {
       const Parts range = pixels();
       for (int64_t pixel = range.begin(part); pixel < range.end(part); ++pixel) {
@@ -44,19 +45,19 @@ struct Grouping {
         }
       }
     } else {
-      const Parts range = places();
+      const Parts range = positions();
       const int64_t map = part / range.number, begin = range.begin(part % range.number);
       const int64_t end = range.end(part % range.number), offset = map * per_map();
       body(map, offset + begin, offset + begin, end - begin);
     }
   }
 
-  // Where the appended map lies in a sample of y, and how far apart its pixels are.
+  // Offset of an appended map in a sample of y, and the distance between its pixels.
   int64_t map_offset(int64_t map) const { return f.last ? f.c + map : (f.c + map) * f.l; }
   int64_t map_stride() const { return f.last ? f.c + maps : 1; }
 };
 
-// Sums for each group and map, in parts that depend on sizes alone.
+// Sums per group and map, in parts that depend on sizes alone.
 class MapSums {
  public:
   explicit MapSums(const Grouping& g)
@@ -64,7 +65,7 @@ class MapSums {
 
   double* part(int64_t unit) { return partial_.data() + unit * g_.maps; }
 
-  // [M, F], each sum divided by what it is a mean of.
+  // [M, F]: each sum divided by the number of its elements.
   std::vector<float> means() const {
     std::vector<float> result(static_cast<size_t>(g_.groups * g_.maps));
     for (int64_t m = 0; m < g_.groups; ++m) {
@@ -84,7 +85,7 @@ class MapSums {
   std::vector<double> partial_;
 };
 
-// Mean over the samples of a group, and variance + eps, at `count` places; x points at the first sample's.
+// Mean over the samples of a group, and variance + eps, at `count` positions of which x is the first sample's first.
 template <class T>
 void moments(const T* x, int64_t group, int64_t stride, int64_t count, float eps, float* mean, float* variance) {
   const auto samples = static_cast<float>(group);
@@ -125,13 +126,13 @@ void append(const Grouping& g, const std::vector<float>& values, T* y) {
   });
 }
 
-// f(first sample of the group, unit, map, offset in x, offset in y, elements) for all blocks of all groups.
+// Calls f(group, unit of work, map, offset in x, offset in y, elements) for all blocks of all groups.
 template <class F>
 void blocks(const Grouping& g, int64_t arrays, const F& f) {
   const int64_t work = arrays * g.group * (g.in_sample / g.parts + 1);
   parallel(g.groups * g.parts, work, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      g.stretches(unit % g.parts, [&](int64_t map, int64_t in, int64_t out, int64_t count) {
+      g.for_runs(unit % g.parts, [&](int64_t map, int64_t in, int64_t out, int64_t count) {
         for (int64_t i = 0; i < count; i += kBlock) {
           f(unit / g.parts, unit, map, in + i, out + i, std::min(kBlock, count - i));
         }
@@ -180,10 +181,10 @@ Tensor minibatch_stddev_forward(const Tensor& x, int64_t group, int64_t num_feat
 std::tuple<Tensor, Tensor> minibatch_stddev_backward(const Tensor& dy, const Tensor& x, int64_t group,
                                                      int64_t num_features, double eps) {
   const Grouping g(x, group, num_features);
-  STD_TORCH_CHECK(dy.is_cpu() && dy.scalar_type() == x.scalar_type(), "dy: may have the dtype and device of x");
+  STD_TORCH_CHECK(dy.is_cpu() && dy.scalar_type() == x.scalar_type(), "dy must have the dtype and device of x");
   STD_TORCH_CHECK(dy.dim() == 4 && dy.size(0) == x.size(0) && dy.size(1) == g.f.c + g.maps &&
-                      dy.size(2) == x.size(2) && dy.size(3) == x.size(3) && walks(dy, g.f.last),
-                  "dy: may be of shape [N, C + num_features, H, W], in the memory format of x");
+                      dy.size(2) == x.size(2) && dy.size(3) == x.size(3) && is_dense(dy, g.f.last),
+                  "dy must be [N, C + num_features, H, W] in the memory format of x");
   const Tensor t = fresh_floats(x, {g.groups, g.maps});
   return dispatch(x, "x", [&](auto element) -> std::tuple<Tensor, Tensor> {
     using T = decltype(element);
@@ -233,8 +234,8 @@ std::tuple<Tensor, Tensor> minibatch_stddev_second_backward(const Tensor& u, con
   const Grouping g(x, group, num_features);
   check_dense_like(u, "u", x, g.f.last);
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == g.groups &&
-                      t.size(1) == g.maps && walks(t, false),
-                  "t: may be contiguous, Float, of shape [N / group, num_features]");
+                      t.size(1) == g.maps && is_dense(t, false),
+                  "t must be [N / group, num_features], Float, contiguous, on the CPU");
   const float* const totals = data<float>(t);
   return dispatch(x, "x", [&](auto element) -> std::tuple<Tensor, Tensor> {
     using T = decltype(element);
@@ -250,7 +251,7 @@ std::tuple<Tensor, Tensor> minibatch_stddev_second_backward(const Tensor& u, con
       moments(from + at, g.group, in_stride, count, static_cast<float>(eps), mean, inverse);
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) inverse[i] = 1.0f / std::sqrt(inverse[i]);
-      // x less its mean, rounded, does not sum to 0 over the group; where sigma is small that matters here.
+      // Because the mean is rounded, x - mean does not sum to 0 over the group; this matters if sigma is small.
       float rest[kBlock];
       std::fill(rest, rest + count, 0.0f);
       std::fill(u_mean, u_mean + count, 0.0f);
@@ -268,7 +269,7 @@ std::tuple<Tensor, Tensor> minibatch_stddev_second_backward(const Tensor& u, con
         rest[i] /= samples;
         u_mean[i] /= samples;
       }
-      // <(u - <u>) d> is <u d> with less rounding.
+      // mean((u - mean(u)) d) equals mean(u d), with less rounding.
       for (int64_t k = 0; k < g.group; ++k) {
         const T *const a = from + at + k * in_stride, *const b = along + at + k * in_stride;
 #pragma omp simd

@@ -1,4 +1,4 @@
-// What every CPU op needs: tensors of torch's stable ABI, dtypes, threads. csrc/README.md shows an op written with it.
+// Shared by all CPU ops: tensors of torch's stable ABI, dtypes, threads. csrc/README.md shows how to write an op.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,8 +14,8 @@
 #include <tuple>
 #include <type_traits>
 
-// The library is compiled once for each instruction set, and Python loads the one that ATen itself uses (extension.py).
-// So an op is ordinary C++: loops under `#pragma omp simd`, templates, lambdas, and intrinsics behind these macros.
+// The library is compiled once per instruction set, and Python loads the one that ATen uses (fastgan/ops/extension.py).
+// An op is ordinary C++: loops under `#pragma omp simd`, and intrinsics behind these macros.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define FASTGAN_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -28,7 +28,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Floats of one vector register.
+// Floats in a vector register.
 #if defined(FASTGAN_AVX512)
 inline constexpr int64_t kVector = 16;
 #elif defined(FASTGAN_AVX2)
@@ -37,8 +37,9 @@ inline constexpr int64_t kVector = 8;
 inline constexpr int64_t kVector = 4;
 #endif
 
-// Storage is float or BFloat16; arithmetic is float. Written with bit operations alone, so that loops vectorize; and in
-// place by its type: to a memcpy there any variable might belong, and would be read again after each element.
+// Storage is float or BFloat16, arithmetic is float. The conversions are bit operations, so that loops vectorize.
+// BFloat16 is read and written through its type: a memcpy may alias anything, and would force reloads after each
+// element.
 inline float load(const float* p) { return *p; }
 
 inline float load(const BFloat16* p) {
@@ -58,23 +59,23 @@ inline void store(BFloat16* p, float value) {
   p->x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : nearest_even);
 }
 
-// Calls f with a value of the tensor's element type: dispatch(x, "x", [&](auto element) { using T = decltype(element); });
+// Calls f with a value of x's element type: dispatch(x, "x", [&](auto element) { using T = decltype(element); });
 template <class F>
 decltype(auto) dispatch(const Tensor& x, const char* name, const F& f) {
   const ScalarType type = x.scalar_type();
   if (type == ScalarType::Float) return f(float{});
-  STD_TORCH_CHECK(type == ScalarType::BFloat16, name, ": was ", torch::headeronly::toString(type),
-                  "; it may be Float or BFloat16");
+  STD_TORCH_CHECK(type == ScalarType::BFloat16, name, " must be Float or BFloat16, got ",
+                  torch::headeronly::toString(type));
   return f(BFloat16{});
 }
 
-// Address of the first element; raises if the dtype is another. Writing goes through output().
+// Address of the first element, for reading; throws if the dtype is not T. output() is for writing.
 template <class T>
 const T* data(const Tensor& x) {
   return x.const_data_ptr<T>();
 }
 
-// nullptr where there is no tensor.
+// nullptr if there is no tensor.
 template <class T>
 const T* data(const std::optional<Tensor>& x) {
   return x ? x->const_data_ptr<T>() : nullptr;
@@ -95,18 +96,18 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return s.size() == t.size() && std::equal(s.begin(), s.end(), t.begin());
 }
 
-// What autograd guarantees and a caller of torch.ops.fastgan does not: `other` has the shape and dtype of `x`, on the CPU.
+// Checks that `other` has the shape and dtype of x, on the CPU. Autograd ensures it, a caller of torch.ops need not.
 inline void check_like(const Tensor& other, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(other.is_cpu(), name, ": is not on the CPU");
-  STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), name, ": was ",
-                  torch::headeronly::toString(other.scalar_type()), "; it may be ",
-                  torch::headeronly::toString(x.scalar_type()), ", as the op's first tensor");
-  STD_TORCH_CHECK(same_sizes(other, x), name, ": its shape is not that of the op's first tensor");
+  STD_TORCH_CHECK(other.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), name, " must be ",
+                  torch::headeronly::toString(x.scalar_type()), ", as the op's first tensor, got ",
+                  torch::headeronly::toString(other.scalar_type()));
+  STD_TORCH_CHECK(same_sizes(other, x), name, " must have the shape of the op's first tensor");
 }
 
-// f(begin, end) over [0, count), in torch's threads (torch.set_num_threads). `work` is what one item costs, in float
-// operations or bytes moved: below about 32768 of them a second thread costs more than it brings. How the range is cut
-// depends on the number of threads, so a result must not: let each item write its own output.
+// Calls f(begin, end) over [0, count) in torch's threads (torch.set_num_threads). `work` is the cost of one item, in
+// float operations or bytes moved; below a total of about 32768 a second thread does not pay. The ranges depend on the
+// number of threads, and results must not: each item should write its own output.
 template <class F>
 void parallel(int64_t count, int64_t work, const F& f) {
   if (count <= 0) return;
@@ -118,8 +119,8 @@ void parallel(int64_t count, int64_t work, const F& f) {
   }
 }
 
-// As `parallel`, with memory of its own for each thread: f(begin, end, scratch), `floats` uninitialized ones at scratch.
-// It is allocated before the threads start, so that what cannot be had raises where it can be caught.
+// As `parallel`, with scratch for each thread: f(begin, end, scratch), `floats` uninitialized floats at scratch. It is
+// allocated before the threads start, where an exception can be caught.
 template <class F>
 void parallel_with_scratch(const Tensor& like, int64_t count, int64_t work, int64_t floats, const F& f) {
   if (count <= 0) return;

@@ -1,4 +1,4 @@
-// The functions that bindings.cpp registers, one group for each op; what they compute is said in fastgan/ops/OP.py.
+// The functions that bindings.cpp registers, one group per op. fastgan/ops/OP.py documents what they compute.
 #pragma once
 
 #include "op.h"

@@ -1,4 +1,5 @@
-// pixel_norm is the same without bias and activation: a product with a gain of 1 costs nothing beside the memory.
+// pixel_norm is bias_act_pixel_norm without bias and activation: multiplying by a gain of 1 is free beside memory
+// access.
 #include "pixel_norm.h"
 
 #include "ops.h"

@@ -1,6 +1,6 @@
-// pixel_norm of act(x + bias) gain with a piecewise-linear act, forward and both backwards; the formulas stand in
-// fastgan/ops/bias_act_pixel_norm.py. Each goes over a pixel's features twice, sums first and results second, in tiles
-// that stay in the second-level cache between.
+// pixel_norm of act(x + bias) gain with a piecewise-linear act, forward and both backwards. The formulas are in
+// fastgan/ops/bias_act_pixel_norm.py. Each pass reads a pixel's features twice, for sums and then for results, in tiles
+// that stay in the L2 cache in between.
 #pragma once
 
 #include "act.h"
@@ -13,23 +13,23 @@ decltype(auto) with_piecewise_linear(int64_t act, double negative_slope, double 
   const auto g = static_cast<float>(gain);
   if (act == kLinear) return f(LinearAct{g});
   if (act == kRelu) return f(ReluAct{g});
-  STD_TORCH_CHECK(act == kLrelu, "act: was number ", act, "; it may be linear, relu or lrelu");
+  STD_TORCH_CHECK(act == kLrelu, "act must be 0 to 2 (linear, relu, lrelu), got ", act);
   return f(LreluAct{g, static_cast<float>(negative_slope * gain)});
 }
 
 inline constexpr int64_t kMostPixels = 512;
 
-// Sums over features are sums of sums of so many: the second derivative is a small difference of large numbers, and
-// chains of hundreds of roundings would show in it.
+// Features are summed in groups of this many, then the groups are summed: the second derivative is a small difference
+// of large numbers, and one long sum would lose accuracy in it.
 inline constexpr int64_t kChain = 16;
 
-// Pixels in a tile of a contiguous x, of which `arrays` inputs with c features are to stay in cache. Of sizes alone.
+// Pixels in a tile of a contiguous x, such that `arrays` inputs with c features stay in cache.
 inline int64_t tile_pixels(const Features& f, int64_t arrays) {
-  const int64_t fitting = (int64_t{1} << 17) / (f.c * arrays) / 64 * 64;  // 512 KiB of floats
-  return std::min(std::max<int64_t>(fitting, 64), std::min(kMostPixels, f.l));
+  const int64_t most = (int64_t{1} << 17) / (f.c * arrays) / 64 * 64;  // 512 KiB of floats
+  return std::min(std::max<int64_t>(most, 64), std::min(kMostPixels, f.l));
 }
 
-// Tiles of a contiguous x: offset of the first element, first pixel, pixels.
+// Tiles of a contiguous x.
 struct Tiles {
   Features f;
   int64_t size, per_sample;
@@ -199,7 +199,7 @@ void norm_second_planes(const Features& f, const A act, const T* u, const T* dy,
       for (int64_t p = 0; p < pixels; ++p) {
         wy[p] *= share;
         dyy[p] *= share;
-        wdy[p] = 3.0f * wy[p] * dyy[p] - wdy[p] * share;  // from here on: the factor of y in gx
+        wdy[p] = 3.0f * wy[p] * dyy[p] - wdy[p] * share;  // from here: the factor of y in gx
       }
       for (int64_t c = 0; c < f.c; ++c) {
         const T *const a = u + offset + c * f.l, *const b = dy + offset + c * f.l, *const d = y + offset + c * f.l;
@@ -257,8 +257,8 @@ inline Tensor pixel_statistic(const Tensor& x) {
 }
 
 inline void check_statistic(const Tensor& r, const Features& f) {
-  STD_TORCH_CHECK(r.is_cpu() && r.scalar_type() == ScalarType::Float, "r: may be Float, on the CPU");
-  STD_TORCH_CHECK(r.numel() == f.pixels() && walks(r, false), "r: may be contiguous, one number a pixel");
+  STD_TORCH_CHECK(r.is_cpu() && r.scalar_type() == ScalarType::Float, "r must be Float, on the CPU");
+  STD_TORCH_CHECK(r.numel() == f.pixels() && is_dense(r, false), "r must be contiguous with one element per pixel");
 }
 
 template <class A>

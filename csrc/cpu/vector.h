@@ -1,5 +1,5 @@
-// One register of floats, where a loop under `#pragma omp simd` is not enough: kVector of them, with + - * / and > by
-// element. Reads and writes are of any alignment.
+// A register of kVector floats with elementwise + - * / and >, for code that `#pragma omp simd` does not vectorize
+// well. Reads and writes need no alignment.
 #pragma once
 
 #include "op.h"
@@ -18,6 +18,6 @@ FASTGAN_INLINE Vec read(const float* p) {
 
 FASTGAN_INLINE void write(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-FASTGAN_INLINE Vec all(float x) { return x - Vec{}; }
+FASTGAN_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
 }  // namespace fastgan

@@ -1,4 +1,4 @@
-// bias_act, forward and both backwards; the formulas stand in fastgan/ops/bias_act.py.
+// bias_act, forward and both backwards. The formulas are in fastgan/ops/bias_act.py.
 #include "map.h"
 #include "ops.h"
 
@@ -15,7 +15,7 @@ struct Activation {
   __device__ __forceinline__ float value(float v) const {
     switch (act) {
       case kRelu:
-        return v <= 0.0f ? 0.0f : v * gain;  // NaN stays
+        return v <= 0.0f ? 0.0f : v * gain;  // preserves NaN
       case kLrelu:
         return (v > 0.0f ? v : v * negative_slope) * gain;
       case kTanh:
@@ -29,13 +29,13 @@ struct Activation {
     }
   }
 
-  // act' and act'', without the gain. ref: the output, of silu the input with its bias.
+  // act' and act'' without the gain. ref: the output, except for silu, where it is x + bias.
   __device__ __forceinline__ void slopes(float ref, float& first, float& second) const {
     const float y = ref * inverse_gain;
     second = 0.0f;
     switch (act) {
       case kRelu:
-        first = ref <= 0.0f ? 0.0f : 1.0f;  // the gradient of a NaN goes on
+        first = ref <= 0.0f ? 0.0f : 1.0f;  // the gradient passes through a NaN
         break;
       case kLrelu:
         first = ref > 0.0f ? 1.0f : negative_slope;
@@ -74,7 +74,7 @@ struct Backward : Activation {
   __device__ __forceinline__ void operator()(const float (&in)[2], float bias, float (&out)[1]) const {
     float first, second;
     slopes(in[1] + bias, first, second);
-    // Not a product with 0 where relu is flat: dy may be infinite.
+    // Selected rather than multiplied by 0 where relu is flat: dy may be infinite.
     out[0] = act == kRelu && first == 0.0f ? 0.0f : in[0] * first * gain;
   }
 };
@@ -91,7 +91,7 @@ struct SecondBackward : Activation {
 };
 
 Activation activation(int64_t act, double negative_slope, double gain) {
-  STD_TORCH_CHECK(act >= kLinear && act <= kSilu, "act: was number ", act, "; it may be 0 to 5");
+  STD_TORCH_CHECK(act >= kLinear && act <= kSilu, "act must be 0 to 5, got ", act);
   return {static_cast<int>(act), static_cast<float>(negative_slope), static_cast<float>(gain),
           static_cast<float>(1.0 / gain)};
 }
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const std::option
                                              const std::optional<Tensor>& bias, int64_t act, double negative_slope,
                                              double gain, bool want_bias) {
   const Features f = features(dy);
-  STD_TORCH_CHECK(ref.has_value() || act == kLinear, "ref: may be None for linear alone");
+  STD_TORCH_CHECK(ref.has_value() || act == kLinear, "ref must be a tensor unless act is linear, got None");
   if (ref) check_like(*ref, "ref", dy, f);
   check_bias(bias, dy, f.c);
   const Tensor dx = torch::stable::empty_like(dy);

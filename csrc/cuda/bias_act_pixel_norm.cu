@@ -1,3 +1,4 @@
+// bias_act_pixel_norm, forward and both backwards: checks and launches. The kernels are in pixel_norm.h.
 #include "map.h"
 #include "ops.h"
 #include "pixel_norm.h"
@@ -7,18 +8,18 @@ namespace fastgan {
 namespace {
 
 Piecewise piecewise(int64_t act, double negative_slope, double gain) {
-  STD_TORCH_CHECK(act >= kLinear && act <= kLrelu, "act: was number ", act, "; it may be linear, relu or lrelu");
+  STD_TORCH_CHECK(act >= kLinear && act <= kLrelu, "act must be 0 to 2 (linear, relu, lrelu), got ", act);
   const double below = act == kLinear ? 1.0 : act == kRelu ? 0.0 : negative_slope;
   return {static_cast<float>(gain), static_cast<float>(below * gain), act == kRelu};
 }
 
-// The last output alone, summed: for channels that norm_rows cannot sum on the way.
+// Copies its input; `map` then sums it. For channels that norm_rows cannot sum in the same pass.
 struct Identity {
   static constexpr int kIn = 1, kOut = 1;
   __device__ __forceinline__ void operator()(const float (&in)[1], float, float (&out)[1]) const { out[0] = in[0]; }
 };
 
-// Runs f; returns the sum of its last output over all but C, if wanted.
+// Runs f; returns the sum of its last output over all dimensions but C, if wanted.
 template <class T, class F>
 Tensor norm(const Tensor& x, const Features& layout, const F& f, const Arrays<T, F::kIn, F::kOut>& a,
             const std::optional<Tensor>& bias, float* r, bool want_sum) {
@@ -35,12 +36,12 @@ Tensor norm(const Tensor& x, const Features& layout, const F& f, const Arrays<T,
       const int64_t per_row = layout.c / W;
       const int lanes = lanes_for(per_row, 32);
       const unsigned grid = blocks(ceil_div(layout.pixels(), kThreads / lanes), want_sum ? kMostParts : kMostBlocks);
-      const bool on_the_way = want_sum && per_row <= R * lanes;
-      const ChannelSum total(x, on_the_way, grid, layout.c);
-      auto* const kernel = on_the_way ? norm_rows<T, W, R, !F::kMakesR, F> : norm_rows<T, W, R, false, F>;
+      const bool fused_sum = want_sum && per_row <= R * lanes;
+      const ChannelSum total(x, fused_sum, grid, layout.c);
+      auto* const kernel = fused_sum ? norm_rows<T, W, R, !F::kMakesR, F> : norm_rows<T, W, R, false, F>;
       launch(kernel, dim3(grid), dim3(kThreads), f, a, bias_of<T>(bias), r, per_row, layout.pixels(), lanes, share,
              total.pointer());
-      if (want_sum && !on_the_way) {
+      if (want_sum && !fused_sum) {
         T* const last = a.out[F::kOut - 1];
         sum = map<T>(x, layout, Identity{}, {{last}, {last}}, std::nullopt, true);
       } else {
@@ -49,7 +50,8 @@ Tensor norm(const Tensor& x, const Features& layout, const F& f, const Arrays<T,
     } else {
       constexpr int TX = W == 1 ? 32 : 4, R = F::kIn == 1 ? 8 : 4;
       const int64_t per_plane = layout.l / W, vectors = layout.n * per_plane;
-      STD_TORCH_CHECK(vectors < int64_t{1} << 31, "x: may have 2^31 vectors of 16 bytes a channel");
+      STD_TORCH_CHECK(vectors < int64_t{1} << 31, "x must have fewer than 2^31 16-byte vectors per channel, got ",
+                      vectors);
       const unsigned grid = blocks(ceil_div(vectors, TX), want_sum ? kMostParts : kMostBlocks);
       const ChannelSum total(x, want_sum, grid, layout.c);
       launch(norm_planes<T, W, TX, R, F>, dim3(grid), dim3(kThreads), f, a, bias_of<T>(bias), r, layout.c,

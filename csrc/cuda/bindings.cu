@@ -1,4 +1,4 @@
-// The CUDA library's registrations. Schemas are in csrc/cpu/bindings.cpp, whose library is loaded first.
+// Registers the CUDA implementations. The schemas are in csrc/cpu/bindings.cpp, whose library is loaded first.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -7,17 +7,17 @@
 
 namespace fastgan {
 
-// Why no kernel of this library can run here: empty when they can.
+// Why the kernels of this library cannot run on this machine; empty if they can.
 std::string cuda_refusal() {
 #ifndef FASTGAN_EMULATED
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
-  if (error != cudaSuccess) return std::string("CUDA says: ") + cudaGetErrorString(error);
+  if (error != cudaSuccess) return std::string("CUDA error: ") + cudaGetErrorString(error);
   if (devices == 0) return "there is no GPU";
-  // A GPU older than what was compiled for has no code here, and PTX of a newer one is of no use to it.
+  // A GPU older than the architectures compiled for finds neither machine code nor PTX that it can run.
   cudaFuncAttributes attributes;
   const cudaError_t missing = cudaFuncGetAttributes(&attributes, sum_parts<32>);
-  if (missing != cudaSuccess) return std::string("CUDA says: ") + cudaGetErrorString(missing);
+  if (missing != cudaSuccess) return std::string("CUDA error: ") + cudaGetErrorString(missing);
 #endif
   return "";
 }

@@ -1,6 +1,6 @@
-// Elementwise kernels over feature maps, with the sum over all but C of their last output on the way.
+// Elementwise kernels over feature maps, which can sum their last output over all dimensions but C in the same pass.
 //
-// A function F has kIn inputs and kOut outputs: f(in, bias of the channel, out). An input may be absent (nullptr): 0.
+// A function F has kIn inputs and kOut outputs: f(in, bias of the channel, out). A missing input (nullptr) reads as 0.
 #pragma once
 
 #include "op.h"
@@ -29,7 +29,7 @@ __device__ __forceinline__ void map_vector(const F& f, const Arrays<T, F::kIn, F
   for (int i = 0; i < F::kOut; ++i) store<W>(a.out[i] + offset, out[i]);
 }
 
-// Contiguous: a block walks over the pixels of one channel in all samples; per_plane = L / W.
+// Contiguous: a block loops over the pixels of one channel in all samples; per_plane = L / W.
 template <class T, int W, class F>
 __global__ void __launch_bounds__(kThreads)
     map_planes(F f, Arrays<T, F::kIn, F::kOut> a, Bias<T> bias, int64_t channels, int per_plane, int per_channel,
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// channels_last: `lanes` threads, a power of two, side by side in a pixel's features; per_row = C / W.
+// channels_last: `lanes` neighboring threads, a power of two, share a pixel's features; per_row = C / W.
 template <class T, int W, class F>
 __global__ void __launch_bounds__(kThreads, 3)
     map_rows(F f, Arrays<T, F::kIn, F::kOut> a, Bias<T> bias, int64_t per_row, int64_t pixels, int lanes,
@@ -102,7 +102,7 @@ inline int lanes_for(int64_t vectors, int most) {
   return lanes;
 }
 
-// Runs f over tensors of the layout of x; returns the sum of its last output over all but C, if wanted.
+// Runs f over tensors with the layout of x; returns the sum of its last output over all dimensions but C, if wanted.
 template <class T, class F>
 Tensor map(const Tensor& x, const Features& layout, const F& f, const Arrays<T, F::kIn, F::kOut>& a,
            const std::optional<Tensor>& bias, bool want_sum) {
@@ -126,7 +126,8 @@ Tensor map(const Tensor& x, const Features& layout, const F& f, const Arrays<T, 
       sum = total.finish(launch);
     } else {
       const int64_t per_plane = layout.l / W, per_channel = layout.n * per_plane;
-      STD_TORCH_CHECK(per_channel < (int64_t{1} << 31), "x: may have 2^31 vectors of 16 bytes a channel");
+      STD_TORCH_CHECK(per_channel < (int64_t{1} << 31), "x must have fewer than 2^31 16-byte vectors per channel, got ",
+                      per_channel);
       const unsigned parts = blocks(ceil_div(per_channel, kThreads * 4), std::max<int64_t>(1, kMostSums / side));
       const ChannelSum total(x, want_sum, parts, layout.c);
       launch(map_planes<T, W, F>, dim3(parts, static_cast<unsigned>(side)), dim3(kThreads), f, a, bias_of<T>(bias),

@@ -1,8 +1,8 @@
-// minibatch_stddev, forward and both backwards; the formulas stand in fastgan/ops/minibatch_stddev.py.
+// minibatch_stddev, forward and both backwards. The formulas are in fastgan/ops/minibatch_stddev.py.
 //
-// A thread takes W neighboring places of one chunk and goes over the samples of the group there. Means and variances are
-// Welford's, which lose nothing where samples are nearly equal. Each block adds up its places' share of a map; a second
-// kernel adds up the blocks in order and writes the map.
+// A thread takes W neighboring positions of one chunk of channels and loops over the samples of the group. Means and
+// variances follow Welford, which stays accurate if samples are nearly equal. Each block sums its positions; a second
+// kernel sums the blocks in order and writes the map.
 #include "op.h"
 #include "ops.h"
 
@@ -10,26 +10,26 @@ namespace fastgan {
 
 namespace {
 
-// Members of a group that stay in registers; more are read again, from the cache.
+// Samples of a group kept in registers; larger groups are read a second time, from the cache.
 constexpr int kKept = 4;
 constexpr int kMapThreads = 1024;
 
 struct Shape {
   int64_t channels, pixels;    // C, H W
   int features, groups, group;  // F, N / G, G
-  int places, chunk_channels;   // K = C / F H W, C / F
-  bool last, wide;  // channels_last; whether [N, C + F, H, W] takes 16-byte accesses where x does
+  int positions, chunk_channels;  // K = C / F H W, C / F
+  bool last, wide;  // channels_last; whether [N, C + F, H, W] allows 16-byte accesses as well as x
   float eps;
 
   __device__ __forceinline__ int64_t sample(int m, int g) const { return static_cast<int64_t>(g) * groups + m; }
   __device__ __forceinline__ int64_t in_x(int f, int q) const {
-    if (!last) return static_cast<int64_t>(f) * places + q;
+    if (!last) return static_cast<int64_t>(f) * positions + q;
     const int pixel = q / chunk_channels;
     return pixel * channels + f * chunk_channels + (q - pixel * chunk_channels);
   }
-  // Of an element of x in a tensor that has the maps as well.
+  // Offset of an element of x in a tensor [N, C + F, H, W].
   __device__ __forceinline__ int64_t in_y(int f, int q) const {
-    if (!last) return static_cast<int64_t>(f) * places + q;
+    if (!last) return static_cast<int64_t>(f) * positions + q;
     const int pixel = q / chunk_channels;
     return pixel * (channels + features) + f * chunk_channels + (q - pixel * chunk_channels);
   }
@@ -46,7 +46,7 @@ template <class T, int W>
 __global__ void __launch_bounds__(kThreads, 3) stddev_forward(Shape s, const T* x, T* y, float* partial) {
   const int m = static_cast<int>(blockIdx.y) / s.features, f = static_cast<int>(blockIdx.y) % s.features;
   float sum = 0.0f;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * W; i < s.places;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * W; i < s.positions;
        i += static_cast<int64_t>(gridDim.x) * kThreads * W) {
     const int q = static_cast<int>(i);
     const int64_t from = s.in_x(f, q), to = s.in_y(f, q);
@@ -77,14 +77,14 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) write_maps(Shape s, const float* partial, int parts, T* y) {
   float sum = 0.0f;
   for (int i = threadIdx.x; i < parts; i += kThreads) sum += partial[static_cast<int64_t>(blockIdx.x) * parts + i];
-  const T value = from_float<T>(block_sum<kThreads>(sum) / static_cast<float>(s.places));
+  const T value = from_float<T>(block_sum<kThreads>(sum) / static_cast<float>(s.positions));
   const int m = static_cast<int>(blockIdx.x) / s.features, f = static_cast<int>(blockIdx.x) % s.features;
   for (int g = static_cast<int>(blockIdx.y); g < s.group; g += static_cast<int>(gridDim.y)) {
     for (int64_t p = threadIdx.x; p < s.pixels; p += kThreads) y[s.of_map(s.sample(m, g), f, p)] = value;
   }
 }
 
-// grid: N / G * F. t: the sum of the maps' gradients over samples and pixels, divided by the places of a chunk.
+// grid: N / G * F. t: the maps' gradients summed over samples and pixels, divided by the positions of a chunk.
 template <class T>
 __global__ void __launch_bounds__(kMapThreads) sum_maps(Shape s, const T* dy, float* t) {
   const int m = static_cast<int>(blockIdx.x) / s.features, f = static_cast<int>(blockIdx.x) % s.features;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kMapThreads) sum_maps(Shape s, const T* dy, fl
     }
   }
   sum = block_sum<kMapThreads>(sum);
-  if (threadIdx.x == 0) t[blockIdx.x] = sum / static_cast<float>(s.places);
+  if (threadIdx.x == 0) t[blockIdx.x] = sum / static_cast<float>(s.positions);
 }
 
 // grid: (parts, N / G * F).
@@ -104,7 +104,7 @@ template <class T, int W, bool Kept>
 __global__ void __launch_bounds__(kThreads) stddev_backward(Shape s, const T* dy, const T* x, const float* t, T* dx) {
   const int m = static_cast<int>(blockIdx.y) / s.features, f = static_cast<int>(blockIdx.y) % s.features;
   const float members = static_cast<float>(s.group), weight = t[blockIdx.y] / members;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * W; i < s.places;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * W; i < s.positions;
        i += static_cast<int64_t>(gridDim.x) * kThreads * W) {
     const int q = static_cast<int>(i);
     const int64_t in_x = s.in_x(f, q), in_y = s.in_y(f, q);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) stddev_backward(Shape s, const T* dy
     for (int w = 0; w < W; ++w) factor[w] = weight / sqrtf(squares[w] / members + s.eps);
     if constexpr (Kept) {
 #pragma unroll
-      for (int g = 0; g < kKept; ++g) forget(kept[g]);
+      for (int g = 0; g < kKept; ++g) make_opaque(kept[g]);
 #pragma unroll
       for (int g = 0; g < kKept; ++g) {
         if (g < s.group) write(kept[g], g);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int m = static_cast<int>(blockIdx.y) / s.features, f = static_cast<int>(blockIdx.y) % s.features;
   const float members = static_cast<float>(s.group), weight = t[blockIdx.y] / members;
   float sum = 0.0f;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * W; i < s.places;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * W; i < s.positions;
        i += static_cast<int64_t>(gridDim.x) * kThreads * W) {
     const int q = static_cast<int>(i);
     const int64_t in_x = s.in_x(f, q), in_y = s.in_y(f, q);
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto write = [&](const Vec<T, W>& in, const Vec<T, W>& in_u, int g) {
       Vec<T, W> out;
 #pragma unroll
-      for (int w = 0; w < W; ++w) {  // squares is 1 / sigma^2 now, products <u d> / sigma^2
+      for (int w = 0; w < W; ++w) {  // here squares is 1 / sigma^2, products is <u d> / sigma^2
         const float d = to_float(in.v[w]) - mean[w];
         out.v[w] = from_float<T>(weight * sqrtf(squares[w]) *
                                  (to_float(in_u.v[w]) - mean_u[w] - d * products[w]));
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     if constexpr (Kept) {
 #pragma unroll
-      for (int g = 0; g < kKept; ++g) forget(kept[g]), forget(kept_u[g]);
+      for (int g = 0; g < kKept; ++g) make_opaque(kept[g]), make_opaque(kept_u[g]);
 #pragma unroll
       for (int g = 0; g < kKept; ++g) {
         if (g < s.group) write(kept[g], kept_u[g], g);
@@ -237,28 +237,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = sum;
 }
 
-// How a call is laid out and launched.
-struct Plan {
+// Shape and launch configuration of a call.
+struct Call {
   Shape shape;
-  bool wide;  // x takes 16-byte accesses
+  bool wide;  // x allows 16-byte accesses
   unsigned chunks;
 
-  Plan(const Tensor& x, int64_t group, int64_t num_features, double eps) {
-    STD_TORCH_CHECK(x.dim() == 4, "x: had ", x.dim(), " dimensions; it may be [N, C, H, W]");
+  Call(const Tensor& x, int64_t group, int64_t num_features, double eps) {
+    STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", x.dim(), " dimensions");
     const Features f = features(x);
-    STD_TORCH_CHECK(group > 0 && f.n % group == 0, "group: was ", group, "; it may be a divisor of ", f.n);
-    STD_TORCH_CHECK(num_features > 0 && f.c % num_features == 0, "num_features: was ", num_features,
-                    "; it may be a divisor of ", f.c);
-    const int64_t chunk_channels = f.c / num_features, places = chunk_channels * f.l;
+    STD_TORCH_CHECK(group > 0 && f.n % group == 0, "group must be a divisor of ", f.n, ", got ", group);
+    STD_TORCH_CHECK(num_features > 0 && f.c % num_features == 0, "num_features must be a divisor of ", f.c, ", got ",
+                    num_features);
+    const int64_t chunk_channels = f.c / num_features, positions = chunk_channels * f.l;
     const int64_t chunks_ = f.n / group * num_features;
-    STD_TORCH_CHECK(places < int64_t{1} << 31 && chunks_ < 65536, "x: may have 2^31 elements a sample, 65535 groups");
-    STD_TORCH_CHECK(f.n < int64_t{1} << 31, "x: may have 2^31 samples");
+    STD_TORCH_CHECK(positions < int64_t{1} << 31, "x must have fewer than 2^31 elements per sample and feature, got ",
+                    positions);
+    STD_TORCH_CHECK(chunks_ < 65536, "x must have at most 65535 groups times features, got ", chunks_);
+    STD_TORCH_CHECK(f.n < int64_t{1} << 31, "x must have fewer than 2^31 samples, got ", f.n);
     shape = {f.c,
              f.l,
              static_cast<int>(num_features),
              static_cast<int>(f.n / group),
              static_cast<int>(group),
-             static_cast<int>(places),
+             static_cast<int>(positions),
              static_cast<int>(chunk_channels),
              f.last,
              false,
@@ -267,15 +269,15 @@ struct Plan {
     wide = true;
   }
 
-  // Call with every tensor of x's shape, then of y's.
+  // Sets the access widths. like_x: all tensors of x's shape; like_y: all tensors of y's.
   void fit(int64_t width, std::initializer_list<const void*> like_x, std::initializer_list<const void*> like_y) {
     const int64_t all = shape.channels + shape.features;
-    wide = (shape.last ? shape.chunk_channels : shape.places) % width == 0 && aligned(like_x);
+    wide = (shape.last ? shape.chunk_channels : shape.positions) % width == 0 && aligned(like_x);
     shape.wide = wide && (shape.last ? all : shape.features * shape.pixels) % width == 0 && aligned(like_y);
   }
 
   unsigned parts(int width) const {
-    return blocks(ceil_div(shape.places, int64_t{kThreads} * width), std::max<int64_t>(1, kMostSums / chunks));
+    return blocks(ceil_div(shape.positions, int64_t{kThreads} * width), std::max<int64_t>(1, kMostSums / chunks));
   }
   dim3 grid(int width) const { return dim3(parts(width), chunks); }
   dim3 map_grid() const { return dim3(chunks, static_cast<unsigned>(std::min<int64_t>(shape.group, kMostAcross))); }
@@ -284,7 +286,7 @@ struct Plan {
 // [N, C + F, H, W] in the memory format of x.
 Tensor with_maps(const Tensor& x, const Shape& s) {
   const std::vector<int64_t> sizes{x.size(0), s.channels + s.features, x.size(2), x.size(3)};
-  const auto format = walks(x, false) ? torch::headeronly::MemoryFormat::Contiguous
+  const auto format = is_dense(x, false) ? torch::headeronly::MemoryFormat::Contiguous
                                       : torch::headeronly::MemoryFormat::ChannelsLast;
   return torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
 }
@@ -293,26 +295,26 @@ void check_with_maps(const Tensor& dy, const Tensor& x, const Shape& s) {
   check_device(dy, "dy");
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.dim() == 4 && dy.size(0) == x.size(0) &&
                       dy.size(1) == s.channels + s.features && dy.size(2) == x.size(2) && dy.size(3) == x.size(3) &&
-                      walks(dy, !walks(x, false)),
-                  "dy: may be [N, C + F, H, W] in the dtype and memory format of x");
+                      is_dense(dy, !is_dense(x, false)),
+                  "dy must be [N, C + num_features, H, W] with the dtype and memory format of x");
 }
 
 }  // namespace
 
 Tensor minibatch_stddev_forward(const Tensor& x, int64_t group, int64_t num_features, double eps) {
-  Plan plan(x, group, num_features, eps);
-  const Tensor y = with_maps(x, plan.shape);
+  Call call(x, group, num_features, eps);
+  const Tensor y = with_maps(x, call.shape);
   const Launcher launch(x);
   dispatch(x, [&](auto element) {
     using T = decltype(element);
-    plan.fit(kWide<T>, {data<T>(x)}, {data<T>(y)});
-    with_width<T>(plan.wide, [&](auto width) {
+    call.fit(kWide<T>, {data<T>(x)}, {data<T>(y)});
+    with_width<T>(call.wide, [&](auto width) {
       constexpr int W = width();
-      const Tensor partial = floats(x, {plan.chunks, plan.parts(W)});
-      launch(stddev_forward<T, W>, plan.grid(W), dim3(kThreads), plan.shape, data<T>(x), output<T>(y),
+      const Tensor partial = floats(x, {call.chunks, call.parts(W)});
+      launch(stddev_forward<T, W>, call.grid(W), dim3(kThreads), call.shape, data<T>(x), output<T>(y),
              output<float>(partial));
-      launch(write_maps<T>, plan.map_grid(), dim3(kThreads), plan.shape, data<float>(partial),
-             static_cast<int>(plan.parts(W)), output<T>(y));
+      launch(write_maps<T>, call.map_grid(), dim3(kThreads), call.shape, data<float>(partial),
+             static_cast<int>(call.parts(W)), output<T>(y));
     });
   });
   return y;
@@ -320,19 +322,19 @@ Tensor minibatch_stddev_forward(const Tensor& x, int64_t group, int64_t num_feat
 
 std::tuple<Tensor, Tensor> minibatch_stddev_backward(const Tensor& dy, const Tensor& x, int64_t group,
                                                      int64_t num_features, double eps) {
-  Plan plan(x, group, num_features, eps);
-  check_with_maps(dy, x, plan.shape);
+  Call call(x, group, num_features, eps);
+  check_with_maps(dy, x, call.shape);
   const Tensor dx = torch::stable::empty_like(x);
-  const Tensor t = floats(x, {plan.shape.groups, plan.shape.features});
+  const Tensor t = floats(x, {call.shape.groups, call.shape.features});
   const Launcher launch(x);
   dispatch(x, [&](auto element) {
     using T = decltype(element);
-    plan.fit(kWide<T>, {data<T>(x), data<T>(dx)}, {data<T>(dy)});
-    launch(sum_maps<T>, dim3(plan.chunks), dim3(kMapThreads), plan.shape, data<T>(dy), output<float>(t));
-    with_width<T>(plan.wide, [&](auto width) {
+    call.fit(kWide<T>, {data<T>(x), data<T>(dx)}, {data<T>(dy)});
+    launch(sum_maps<T>, dim3(call.chunks), dim3(kMapThreads), call.shape, data<T>(dy), output<float>(t));
+    with_width<T>(call.wide, [&](auto width) {
       constexpr int W = width();
-      launch(group <= kKept ? stddev_backward<T, W, true> : stddev_backward<T, W, false>, plan.grid(W), dim3(kThreads),
-             plan.shape, data<T>(dy), data<T>(x), data<float>(t), output<T>(dx));
+      launch(group <= kKept ? stddev_backward<T, W, true> : stddev_backward<T, W, false>, call.grid(W), dim3(kThreads),
+             call.shape, data<T>(dy), data<T>(x), data<float>(t), output<T>(dx));
     });
   });
   return {dx, t};
@@ -340,22 +342,22 @@ std::tuple<Tensor, Tensor> minibatch_stddev_backward(const Tensor& dy, const Ten
 
 std::tuple<Tensor, Tensor> minibatch_stddev_second_backward(const Tensor& u, const Tensor& x, const Tensor& t,
                                                             int64_t group, int64_t num_features, double eps) {
-  Plan plan(x, group, num_features, eps);
+  Call call(x, group, num_features, eps);
   check_like(u, "u", x, features(x));
-  check_floats(t, "t", plan.chunks);
-  const Tensor gdy = with_maps(x, plan.shape), gx = torch::stable::empty_like(x);
+  check_floats(t, "t", call.chunks);
+  const Tensor gdy = with_maps(x, call.shape), gx = torch::stable::empty_like(x);
   const Launcher launch(x);
   dispatch(x, [&](auto element) {
     using T = decltype(element);
-    plan.fit(kWide<T>, {data<T>(x), data<T>(u), data<T>(gx)}, {data<T>(gdy)});
-    with_width<T>(plan.wide, [&](auto width) {
+    call.fit(kWide<T>, {data<T>(x), data<T>(u), data<T>(gx)}, {data<T>(gdy)});
+    with_width<T>(call.wide, [&](auto width) {
       constexpr int W = width();
-      const Tensor partial = floats(x, {plan.chunks, plan.parts(W)});
-      launch(group <= kKept ? stddev_second_backward<T, W, true> : stddev_second_backward<T, W, false>, plan.grid(W),
-             dim3(kThreads), plan.shape, data<T>(u), data<T>(x), data<float>(t), output<T>(gdy), output<T>(gx),
+      const Tensor partial = floats(x, {call.chunks, call.parts(W)});
+      launch(group <= kKept ? stddev_second_backward<T, W, true> : stddev_second_backward<T, W, false>, call.grid(W),
+             dim3(kThreads), call.shape, data<T>(u), data<T>(x), data<float>(t), output<T>(gdy), output<T>(gx),
              output<float>(partial));
-      launch(write_maps<T>, plan.map_grid(), dim3(kThreads), plan.shape, data<float>(partial),
-             static_cast<int>(plan.parts(W)), output<T>(gdy));
+      launch(write_maps<T>, call.map_grid(), dim3(kThreads), call.shape, data<float>(partial),
+             static_cast<int>(call.parts(W)), output<T>(gdy));
     });
   });
   return {gdy, gx};

@@ -1,4 +1,4 @@
-// What every CUDA op needs: 16-byte accesses in three dtypes, sums over a block, layouts, launches on torch's stream.
+// Shared by all CUDA ops: 16-byte accesses in three dtypes, sums over a block, layouts, launches on torch's stream.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -13,7 +13,7 @@
 #include <vector>
 
 #ifdef FASTGAN_EMULATED
-#include "emulator.h"  // of tests/ops/csrc: kernels as plain C++, one fiber for each thread of a block
+#include "emulator.h"  // in tests/ops/csrc: runs kernels as plain C++, one fiber per thread of a block
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -30,14 +30,15 @@ inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr unsigned kAll = 0xffffffffu;
 
-// Largest grids: of blocks that sum, in a norm and elsewhere, of other blocks, and across.
-#ifdef FASTGAN_EMULATED  // small, so that every loop over a grid goes round
+// Upper limits of grid sizes: blocks with sums in a normalization, blocks with sums elsewhere, other blocks,
+// blockIdx.y.
+#ifdef FASTGAN_EMULATED  // small, so that every grid-stride loop runs more than once
 inline constexpr int64_t kMostParts = 3, kMostSums = 6, kMostBlocks = 6, kMostAcross = 5;
 #else
 inline constexpr int64_t kMostParts = 1024, kMostSums = 4096, kMostBlocks = 1 << 20, kMostAcross = 32768;
 #endif
 
-// Index in fastgan.ops.bias_act.ACTS.
+// Indices into fastgan.ops.bias_act.ACTS.
 enum Act : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kSilu };
 
 // Storage types. Arithmetic is float.
@@ -80,7 +81,7 @@ __device__ __forceinline__ Fp16 from_float<Fp16>(float x) {
 }
 #endif
 
-// W neighbors, read and written in one access: 16 bytes, or one element where alignment or sizes allow no more.
+// W neighboring elements, read and written in one access: 16 bytes, or one element if alignment or sizes require it.
 template <class T, int W>
 struct alignas(sizeof(T) * W) Vec {
   T v[W];
@@ -99,7 +100,7 @@ __device__ __forceinline__ void store(T* p, const Vec<T, W>& x) {
   *reinterpret_cast<Vec<T, W>*>(p) = x;
 }
 
-// As load and store where alignment is only known at run time (and is the same for all threads).
+// load and store with an alignment known only at run time, and the same for all threads.
 template <int W, class T>
 __device__ __forceinline__ Vec<T, W> load(const T* p, bool wide) {
   if (wide) return load<W>(p);
@@ -116,10 +117,10 @@ __device__ __forceinline__ void store(T* p, const Vec<T, W>& x, bool wide) {
   for (int w = 0; w < W; ++w) p[w] = x.v[w];
 }
 
-// The same value, of which the compiler knows nothing any more: it computes what it derived from it (floats, addresses)
-// a second time, where keeping all that between two passes would take more registers than there are.
+// Hides from the compiler where a value came from. It then recomputes what it derived from the value (floats,
+// addresses) instead of keeping all of it between two passes, which would spill registers.
 template <class T, int W>
-__device__ __forceinline__ void forget(Vec<T, W>& x) {
+__device__ __forceinline__ void make_opaque(Vec<T, W>& x) {
 #ifndef FASTGAN_EMULATED
   if constexpr (sizeof(x) % 4 == 0) {
     uint32_t* const words = reinterpret_cast<uint32_t*>(&x);
@@ -129,13 +130,13 @@ __device__ __forceinline__ void forget(Vec<T, W>& x) {
 #endif
 }
 
-__device__ __forceinline__ void forget(int64_t& x) {
+__device__ __forceinline__ void make_opaque(int64_t& x) {
 #ifndef FASTGAN_EMULATED
   asm volatile("" : "+l"(x));
 #endif
 }
 
-// A bias in T or float, or none.
+// An optional bias in T or float.
 template <class T>
 struct Bias {
   const void* data;
@@ -152,13 +153,13 @@ struct Arrays {
   T* out[Out];
 };
 
-// Sum over the block's threads, the same in all of them; every thread of a block of N calls it.
+// Sum over the N threads of a block, returned to all of them. Every thread must call it.
 template <int N>
 __device__ __forceinline__ float block_sum(float x) {
   __shared__ float warps[N / 32];
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kAll, x, offset);
-  __syncthreads();  // those who still read the last sum
+  __syncthreads();  // other threads may still be reading the previous sum
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   float sum = 0.0f;
@@ -167,7 +168,7 @@ __device__ __forceinline__ float block_sum(float x) {
   return sum;
 }
 
-// L pixels a sample; the C features of a pixel are neighbors where `last`, else L apart.
+// l: pixels per sample. last: channels_last, where the c features of a pixel are contiguous; else they are l apart.
 struct Features {
   int64_t n, c, l;
   bool last;
@@ -175,8 +176,8 @@ struct Features {
   int64_t numel() const { return n * c * l; }
 };
 
-// Whether walking the dimensions in the order N, C, ... or, where `last`, N, ..., C walks through memory.
-inline bool walks(const Tensor& x, bool last) {
+// Whether x is dense with its dimensions in the order N, C, ... or, if `last`, in the order N, ..., C.
+inline bool is_dense(const Tensor& x, bool last) {
   const auto sizes = x.sizes(), strides = x.strides();
   int64_t expected = 1;
   const auto dense = [&](int64_t dim) {
@@ -193,21 +194,21 @@ inline bool walks(const Tensor& x, bool last) {
 
 inline void check_device(const Tensor& x, const char* name) {
 #ifndef FASTGAN_EMULATED
-  STD_TORCH_CHECK(x.is_cuda(), name, ": is not on a GPU");
+  STD_TORCH_CHECK(x.is_cuda(), name, " must be on a GPU");
 #endif
 }
 
-// Layout of x, which is dense, contiguous or channels_last; a contiguous one where it is both. At one pixel a sample
-// the features are neighbors in either.
+// Layout of x, which must be dense. If x is both contiguous and channels_last, the layout is contiguous, except with
+// one pixel per sample, where the features of a pixel are contiguous either way.
 inline Features features(const Tensor& x) {
   check_device(x, "x");
   const auto sizes = x.sizes();
-  STD_TORCH_CHECK(sizes.size() >= 2, "x: had ", sizes.size(), " dimensions; it may be [N, C, ...]");
+  STD_TORCH_CHECK(sizes.size() >= 2, "x must be [N, C, ...], got ", sizes.size(), " dimensions");
   Features f{sizes[0], sizes[1], 1, false};
   for (size_t dim = 2; dim < sizes.size(); ++dim) f.l *= sizes[dim];
-  STD_TORCH_CHECK(f.numel() > 0, "x: was empty");
-  const bool contiguous = walks(x, false);
-  STD_TORCH_CHECK(contiguous || walks(x, true), "x: may be dense, contiguous or channels_last");
+  STD_TORCH_CHECK(f.numel() > 0, "x must not be empty");
+  const bool contiguous = is_dense(x, false);
+  STD_TORCH_CHECK(contiguous || is_dense(x, true), "x must be dense, contiguous or channels_last");
   f.last = !contiguous || f.l == 1;
   return f;
 }
@@ -216,24 +217,26 @@ inline void check_like(const Tensor& other, const char* name, const Tensor& x, c
   check_device(other, name);
   const auto s = other.sizes(), t = x.sizes();
   STD_TORCH_CHECK(other.scalar_type() == x.scalar_type() && other.get_device_index() == x.get_device_index(), name,
-                  ": may have the dtype and device of the op's first tensor");
-  STD_TORCH_CHECK(s.size() == t.size() && std::equal(s.begin(), s.end(), t.begin()) && walks(other, f.last && f.l > 1),
-                  name, ": may have the shape and memory format of the op's first tensor");
+                  " must have the dtype and device of the op's first tensor");
+  const bool same_sizes = s.size() == t.size() && std::equal(s.begin(), s.end(), t.begin());
+  STD_TORCH_CHECK(same_sizes && is_dense(other, f.last && f.l > 1), name,
+                  " must have the shape and memory format of the op's first tensor");
 }
 
 inline void check_floats(const Tensor& x, const char* name, int64_t numel) {
   check_device(x, name);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == numel, name,
-                  ": may be Float, contiguous, of ", numel, " elements");
+                  " must be Float, contiguous, with ", numel, " elements");
 }
 
 inline void check_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t channels) {
   if (!bias) return;
   check_device(*bias, "bias");
   STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float || bias->scalar_type() == x.scalar_type(),
-                  "bias: may be Float or as x");
+                  "bias must be Float or ", torch::headeronly::toString(x.scalar_type()), ", as x, got ",
+                  torch::headeronly::toString(bias->scalar_type()));
   STD_TORCH_CHECK(bias->is_contiguous() && bias->dim() == 1 && bias->size(0) == channels,
-                  "bias: may be contiguous, of shape [", channels, "]");
+                  "bias must be [", channels, "], contiguous");
 }
 
 template <class T>
@@ -242,7 +245,7 @@ Bias<T> bias_of(const std::optional<Tensor>& bias) {
   return {bias->const_data_ptr(), bias->scalar_type() == ScalarType::Float};
 }
 
-// Calls f with a value of the storage type of x.
+// Calls f with a value of x's storage type.
 template <class F>
 decltype(auto) dispatch(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
@@ -253,12 +256,11 @@ decltype(auto) dispatch(const Tensor& x, const F& f) {
     case ScalarType::Half:
       return f(Fp16{});
     default:
-      STD_TORCH_CHECK(false, "x: was ", torch::headeronly::toString(x.scalar_type()),
-                      "; it may be Float, BFloat16 or Half");
+      STD_TORCH_CHECK(false, "x must be Float, BFloat16 or Half, got ", torch::headeronly::toString(x.scalar_type()));
   }
 }
 
-// Calls f with an integral constant: the elements of a 16-byte access where `wide`, else 1.
+// Calls f with an integral constant: the elements of a 16-byte access if `wide`, else 1.
 template <class T, class F>
 void with_width(bool wide, const F& f) {
   if (wide) {
@@ -287,7 +289,7 @@ inline Tensor floats(const Tensor& x, const std::vector<int64_t>& sizes) {
   return torch::stable::new_empty(x, sizes, ScalarType::Float);
 }
 
-// Blocks for `work` blocks' worth of independent items, of sizes alone: results must not depend on the device.
+// Number of blocks for `work` blocks of items. It depends on sizes alone: results must not depend on the device.
 inline unsigned blocks(int64_t work, int64_t most) {
   return static_cast<unsigned>(std::max<int64_t>(1, std::min(work, most)));
 }
@@ -305,11 +307,11 @@ class Launcher {
   }
 #else
   explicit Launcher(const Tensor& x) : guard_(x.get_device_index()) {
-    // The runtime linked in here is another copy than torch's: it is told the device too.
+    // The CUDA runtime linked into this library is not torch's copy, so it needs the device as well.
     check(cudaSetDevice(x.get_device_index()));
     using Current = int32_t (*)(int32_t, void**);
     static const auto current = reinterpret_cast<Current>(symbol("aoti_torch_get_current_cuda_stream"));
-    STD_TORCH_CHECK(current != nullptr, "this torch has no CUDA streams");
+    STD_TORCH_CHECK(current != nullptr, "torch has no CUDA streams: it is not built with CUDA");
     void* stream = nullptr;
     STD_TORCH_CHECK(current(x.get_device_index(), &stream) == 0, "torch has no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(stream);
@@ -322,14 +324,14 @@ class Launcher {
   }
 
  private:
-  // Not linked: the library must load where there is no libtorch_cuda.
+  // Looked up at run time: the library must load where there is no libtorch_cuda.
   static void* symbol(const char* name) {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return dlsym(library != nullptr ? library : RTLD_DEFAULT, name);
   }
 
   static void check(cudaError_t error) {
-    STD_TORCH_CHECK(error == cudaSuccess, "CUDA says: ", cudaGetErrorString(error));
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
   }
 
   torch::stable::accelerator::DeviceGuard guard_;
@@ -337,7 +339,7 @@ class Launcher {
 #endif
 };
 
-// out[c] = sum over parts of partial[part][c]: 32 channels a block, `Slices` threads for each, in a fixed order.
+// out[c] = sum over parts of partial[part][c], in a fixed order: 32 channels per block, `Slices` threads per channel.
 template <int Slices>
 __global__ void __launch_bounds__(32 * Slices)
     sum_parts(const float* partial, int64_t parts, int64_t channels, float* out) {
@@ -356,7 +358,7 @@ __global__ void __launch_bounds__(32 * Slices)
   out[c] = sum;
 }
 
-// Sum over all but C in parts that kernels write and sum_parts adds up: float32 [C], or [0] where it is not wanted.
+// Sum over all dimensions but C: kernels write partial sums, sum_parts adds them. float32 [C], or [0] if not wanted.
 struct ChannelSum {
   int64_t parts, channels;
   Tensor partial, sum;

@@ -1,4 +1,4 @@
-// pixel_norm is bias_act_pixel_norm without bias and activation: a product with 1 costs nothing beside the memory.
+// pixel_norm is bias_act_pixel_norm without bias and activation: multiplying by 1 is free beside memory access.
 #include "ops.h"
 
 namespace fastgan {

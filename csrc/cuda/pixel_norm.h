@@ -1,28 +1,29 @@
-// pixel_norm of act(x + bias) gain with a piecewise-linear act, forward and both backwards; the formulas stand in
+// pixel_norm of act(x + bias) gain with a piecewise-linear act, forward and both backwards. The formulas are in
 // fastgan/ops/bias_act_pixel_norm.py. A pixel's features are read once, kept in registers while their sums are formed,
-// and written once; features beyond what registers hold are read again, from the cache.
+// and written once. Features that do not fit in registers are read a second time, from the cache.
 #pragma once
 
 #include "op.h"
 
 namespace fastgan {
 
-// z = act(v) gain, and its slope times a value, by the sign of anything that has z's.
+// value(v) = act(v) gain, and slope(y, d) = d act' gain, where only the sign of y matters: it is that of act(v).
 struct Piecewise {
   float positive, negative;  // slopes, gain included
   bool relu;
   __device__ __forceinline__ float value(float v) const {
-    return relu && v <= 0.0f ? 0.0f : v * (v > 0.0f ? positive : negative);  // NaN stays
+    return relu && v <= 0.0f ? 0.0f : v * (v > 0.0f ? positive : negative);  // preserves NaN
   }
   __device__ __forceinline__ float slope(float y, float d) const {
-    // Not a product with 0, which would turn infinity into NaN. The gradient of a NaN goes on, as in PyTorch.
+    // Selected rather than multiplied by 0, which would turn infinity into NaN. The gradient passes through a NaN, as
+    // in PyTorch.
     if (relu) return y <= 0.0f ? 0.0f : d * positive;
     return d * (y > 0.0f ? positive : negative);
   }
 };
 
-// Each of the three has kIn inputs, kOut outputs, and kSums sums over a pixel's features: `add` adds a feature to them,
-// `finish` turns them into what `write` needs (r is given, or made).
+// Each of the three passes has kIn inputs, kOut outputs, and kSums sums over a pixel's features: `add` adds a feature
+// to the sums, `finish` turns them into what `write` needs. The forward computes r, the others read it.
 
 // in: x. out: y, r.
 struct NormForward {
@@ -67,7 +68,7 @@ struct NormSecondBackward {
     sums[1] += in[1] * in[2];
     sums[2] += w * in[1];
   }
-  // <w y>, <dy y>, and the factor of y in gx.
+  // The sums become mean(w y), mean(dy y), and the factor of y in gx.
   __device__ __forceinline__ void finish(float (&sums)[3], float share, float&) const {
     sums[0] *= share;
     sums[1] *= share;
@@ -93,9 +94,9 @@ __device__ __forceinline__ void floats_of(const Vec<T, W> (&in)[In], int w, floa
   for (int i = 0; i < In; ++i) out[i] = to_float(in[i].v[w]);
 }
 
-// Contiguous. A block takes TX neighboring vectors of W pixels at a time; its threads ty = 0 .. TY share out their
-// features, ty, ty + TY, ...: the first R of them stay in registers. partial: [blocks, C] for the sum of the last
-// output, or nullptr; a thread writes the features of its own alone.
+// Contiguous. A block takes TX neighboring vectors of W pixels at a time. Thread row ty of TY has features ty, ty + TY,
+// ..., the first R of which stay in registers. partial: [blocks, C] for the sum of the last output, or nullptr; each
+// thread writes only its own features.
 template <class T, int W, int TX, int R, class F>
 __global__ void __launch_bounds__(kThreads, 2)
     norm_planes(F f, Arrays<T, F::kIn, F::kOut> a, Bias<T> bias, float* r, int64_t channels, int per_plane,
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
 
-    // Over the lanes of a warp that share a pixel, then over the warps.
+    // Sum over the lanes of a warp that share a pixel, then over the warps.
 #pragma unroll
     for (int w = 0; w < W; ++w) {
 #pragma unroll
@@ -171,13 +172,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       f.finish(sums[w], share, scale[w]);
       if (F::kMakesR && active && ty == 0) r[v * W + w] = scale[w];
     }
-    __syncthreads();  // before the next tile's sums
+    __syncthreads();  // before the next tile overwrites the sums
 
-    forget(base);
+    make_opaque(base);
 #pragma unroll
     for (int k = 0; k < R; ++k) {
 #pragma unroll
-      for (int i = 0; i < F::kIn; ++i) forget(kept[k][i]);
+      for (int i = 0; i < F::kIn; ++i) make_opaque(kept[k][i]);
     }
     const auto write = [&](const Vec<T, W>(&in)[F::kIn], int64_t c) {
       Vec<T, W> out[F::kOut];
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < F::kOut; ++i) store<W>(a.out[i] + base + c * step, out[i]);
       return sum;
     };
-    const auto keep = [&](float sum, int64_t c) {  // called by whole warps
+    const auto keep = [&](float sum, int64_t c) {  // called by full warps
 #pragma unroll
       for (int offset = TX / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAll, sum, offset);
       if (tx == 0 && c < channels) {
@@ -224,9 +225,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// channels_last. `lanes` threads of a warp, a power of two, take one pixel: vectors lane, lane + lanes, ... of its C / W,
-// the first R of which stay in registers. Sum: the last output is summed into partial, [blocks, C]; C / W may then be
-// R * lanes at most.
+// channels_last. `lanes` threads of a warp, a power of two, take one pixel: vectors lane, lane + lanes, ... of its C /
+// W, the first R of which stay in registers. Sum: the last output is summed into partial, [blocks, C]; C / W must then
+// be at most R * lanes.
 template <class T, int W, int R, bool Sum, class F>
 __global__ void __launch_bounds__(kThreads, 2)
     norm_rows(F f, Arrays<T, F::kIn, F::kOut> a, Bias<T> bias, float* r, int64_t per_row, int64_t pixels, int lanes,
@@ -281,14 +282,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     float scale = !F::kMakesR && active ? r[pixel] : 0.0f;
     f.finish(sums, share, scale);
-    if (!active) continue;  // which ends the loop: this was the block's last round
+    if (!active) continue;  // ends the loop: this was the block's last iteration
     if (F::kMakesR && lane == 0) r[pixel] = scale;
 
-    forget(base);
+    make_opaque(base);
 #pragma unroll
     for (int k = 0; k < R; ++k) {
 #pragma unroll
-      for (int i = 0; i < F::kIn; ++i) forget(kept[k][i]);
+      for (int i = 0; i < F::kIn; ++i) make_opaque(kept[k][i]);
     }
     const auto write = [&](const Vec<T, W>(&in)[F::kIn], int64_t v, float (&total)[W]) {
       Vec<T, W> out[F::kOut];

@@ -55,7 +55,7 @@ def kernel_implementations(op: str, unsupported_options: ReasonFn | None = None)
                 if x is None:
                     continue
                 if not (x.is_cpu if on_cpu else x.is_cuda):  # a third of the time of x.device.type, in every call
-                    return f"it runs on {device}, not on {x.device.type}"
+                    return f"it runs on {device}, not {x.device.type}"
                 if x.dtype not in dtypes:
                     return f"it supports {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {x.dtype}"
                 if x.numel() == 0:

@@ -1,14 +1,14 @@
-"""Triton kernels where there is no GPU: interpreted on CPU tensors, and compiled ahead of time.
+"""Triton kernels without a GPU: interpreted on CPU tensors, or compiled ahead of time.
 
-The launchers themselves are called in both cases. To interpret, the kernels they reach for are swapped for interpreted
-ones; how they are compiled is in fastgan/kernels/ahead_of_time.py.
+Both call the real launchers. To interpret, their kernels are replaced by interpreted ones; kernels/ahead_of_time.py
+compiles them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,18 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton", reason="triton is not installed (it exists for Linux alone)")
+triton = pytest.importorskip("triton", reason="triton is not installed (it is for Linux only)")
 
-with contextlib.suppress(
-    ImportError
-):  # the interpreter imports it on its first run, and it wants the library unswapped
+with contextlib.suppress(ImportError):
+    # The interpreter imports this on its first run, when the library is already replaced, which fails.
     import triton.experimental.gluon.language
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastgan.kernels.ahead_of_time import Launch, compiled, launches, swapped
+from fastgan.kernels.ahead_of_time import Launch, compile_launch, record_launches, replaced_kernels
 
-# Interpreted on the CPU, or on the GPU: the same test. Interpreted bfloat16 is silently wrong, so it is a GPU's alone.
+# The same tests run on the CPU, interpreted, and on a GPU. The interpreter computes bfloat16 incorrectly, without an
+# error, so bfloat16 needs a GPU.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [
     pytest.param("cpu", torch.float32, id="cpu-float32"),
@@ -40,12 +40,12 @@ DTYPES = [
 
 @contextlib.contextmanager
 def running(device: str) -> Iterator[None]:
-    """Kernels run on tensors of `device`, on a CPU by interpretation, and every new tensor is full of NaN."""
+    """Run kernels on tensors of `device`, interpreted on a CPU. Uninitialized tensors are filled with NaN."""
 
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-            made = make(*args, **kwargs)
-            return made.fill_(math.nan) if made.is_floating_point() else made
+            x = make(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
 
         return poisoned
 
@@ -54,51 +54,69 @@ def running(device: str) -> Iterator[None]:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, poison(getattr(torch, name)))
         if device == "cpu":
-            # Triton's own library is jitted code as well (tl.cdiv, tl.zeros ...).
+            # Triton's library has jitted functions as well (tl.cdiv, tl.zeros ...).
             library = (triton.language, triton.language.standard)
-            stack.enter_context(swapped(lambda kernel: InterpretedFunction(kernel.fn), *library))
-            # The interpreter patches the language at every call and leaves some of it so, which a later compilation
-            # would meet: patched once here, and restored.
+            stack.enter_context(replaced_kernels(lambda kernel: InterpretedFunction(kernel.fn), *library))
+            # The interpreter patches the language at every call and does not restore all of it, which breaks later
+            # compilations. So it is patched once here, and restored.
             language = SimpleNamespace(tl=triton.language, core=triton.language.core)
             scope = interpreter._patch_lang(SimpleNamespace(__globals__=vars(language)))
-            # Triton 3.6 fails here with numpy 2.4, which makes no number of an array of one.
+            # Triton 3.6 relies on int(array of one element), which numpy 2.4 no longer allows.
             scope.set_attr(triton.language.tensor, "__index__", lambda it: int(it.handle.data.item()))
             stack.callback(scope.restore)
             patch.setattr(interpreter, "_patch_lang", lambda fn: SimpleNamespace(restore=lambda: None))
         yield
 
 
-def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the error over that of the expected values; infinite for a NaN."""
-    difference = (actual.double() - expected.double()).square().mean().sqrt().item()
-    size = expected.double().square().mean().sqrt().item()
-    error = difference / size if size else difference
-    return math.inf if math.isnan(error) else error
+def rms(x: Tensor) -> float:
+    """Root mean square; infinite for a NaN."""
+    value = x.double().square().mean().sqrt().item() if x.numel() else 0.0
+    return math.inf if math.isnan(value) else value
 
 
-def check(actual: Tensor, exact: Tensor, plain: Tensor, name: str, floor: float = 0.0) -> None:
-    """The error against float64 is at most twice that of plain PyTorch in the same dtype, or `floor` if that is more.
+def assert_accurate(
+    actual: Tensor, exact: Tensor, plain: Tensor, name: str, inputs: Iterable[object], floor: float = 0.0
+) -> None:
+    """Compare the root mean square error with that of plain PyTorch in the same dtype, both against float64.
 
-    Beyond that the dtype's rounding is allowed, where plain PyTorch happens to be exact; of zeros, eight of it.
+    It may be twice as large, plus one rounding of the dtype. With few elements the error of plain PyTorch may be small
+    by luck, and four roundings are allowed. If the exact result is zero up to the rounding of float64, the inputs give
+    the scale, and eight roundings are allowed.
+
+    Args:
+        actual: the result to test.
+        exact: the result in float64.
+        plain: the result of plain PyTorch in the dtype of `actual`.
+        name: for the message.
+        inputs: the arguments of the op. The tensors among them give the scale of an exact result of zero.
+        floor: smallest relative error to fail.
     """
     assert actual.shape == exact.shape, name
     assert actual.dtype == plain.dtype, name
     if exact.numel():
-        ours, theirs = relative_rms(actual, exact), relative_rms(plain, exact)
-        limit = max(2 * theirs + torch.finfo(plain.dtype).eps * (1 if exact.any() else 8), floor)
+        of_inputs = max((rms(x) for x in inputs if isinstance(x, Tensor)), default=0.0)
+        is_zero = rms(exact) <= 1e-12 * of_inputs
+        roundings = 8 if is_zero else 4 if exact.numel() < 100 else 1
+        scale = of_inputs if is_zero else rms(exact)
+        ours, theirs = rms(actual - exact) / (scale or 1.0), rms(plain - exact) / (scale or 1.0)
+        limit = max(2 * theirs + torch.finfo(plain.dtype).eps * roundings, floor)
         assert ours <= limit, f"{name}: error {ours:.2e}, plain PyTorch {theirs:.2e}"
 
 
-def check_resources(architecture: str, launcher: Callable[[], Any], record: Callable[[str, object], None]) -> None:
-    """Every kernel that `launcher` launches compiles without a spill, within the memory that a program has."""
-    check_launches(architecture, launches(architecture, launcher), record)
+def assert_compiles_without_spills(
+    architecture: str, launcher: Callable[[], Any], record: Callable[[str, object], None]
+) -> None:
+    """Every kernel that `launcher` launches compiles without a spill, within the memory of a program."""
+    assert_launches_do_not_spill(architecture, record_launches(architecture, launcher), record)
 
 
-def check_launches(architecture: str, found: list[Launch], record: Callable[[str, object], None]) -> None:
-    assert found
+def assert_launches_do_not_spill(
+    architecture: str, launches: list[Launch], record: Callable[[str, object], None]
+) -> None:
+    assert launches
     wrong = []
-    for it in found:
-        resources = compiled(it, architecture)
+    for it in launches:
+        resources = compile_launch(it, architecture)
         record(f"{it.name} {architecture}", str(resources))
         if not resources.fits(architecture):
             wrong.append(f"{it.name}: {resources}")

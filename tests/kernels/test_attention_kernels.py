@@ -1,3 +1,5 @@
+"""Attention kernels against float64, in all layouts and for every missing cotangent; and compiled ahead of time."""
+
 from __future__ import annotations
 
 import contextlib
@@ -8,7 +10,14 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from triton_offline import DEVICES, DTYPES, check, check_launches, check_resources, running
+from triton_offline import (
+    DEVICES,
+    DTYPES,
+    assert_accurate,
+    assert_compiles_without_spills,
+    assert_launches_do_not_spill,
+    running,
+)
 
 from fastgan.kernels import attention, launch, tile_candidates, tiles, tune_ahead_of_time
 
@@ -16,7 +25,7 @@ OPS = ("forward", "backward_rows", "backward_columns", "second_statistics", "sec
 NAMES = ("o", "dq", "dk", "dv", "gq", "gk", "gv", "gdo")
 SCALE = 0.3
 
-# (N, M, d, dv, causal). On a GPU with the tiles of the table, interpreted with tiles of 16 x 16.
+# (N, M, d, dv, causal). Interpreted with tiles of 16 x 16; on a GPU with those of tiles.json.
 SHAPES = [
     (1, 1, 1, 1, False),
     (3, 1, 8, 16, True),
@@ -47,7 +56,7 @@ def inputs(
 
 
 def plain(arguments: list[Tensor], used: tuple[bool, ...], causal: bool, dtype: torch.dtype) -> list[Tensor]:
-    """o, first and second derivatives in plain matrix products of `dtype`, by autograd."""
+    """o, first and second derivatives, by autograd through plain matrix products in `dtype`."""
     q, k, v, do, *cotangents = (x.detach().to(dtype) for x in arguments)
     for x in (q, k, v, do):
         x.requires_grad_()
@@ -65,7 +74,7 @@ def plain(arguments: list[Tensor], used: tuple[bool, ...], causal: bool, dtype: 
 @contextlib.contextmanager
 def small_tiles(device: str) -> Iterator[None]:
     tile = tiles.Tile(16, 16, 4, 1, 32)
-    with running(device), tiles.using({f"attention_{op}": tile for op in OPS} if device == "cpu" else {}):
+    with running(device), tiles.override({f"attention_{op}": tile for op in OPS} if device == "cpu" else {}):
         yield
 
 
@@ -74,23 +83,23 @@ def ours(arguments: list[Tensor], used: tuple[bool, ...], causal: bool) -> list[
     with small_tiles(q.device.type):
         o, lse = attention.attention_forward(q, k, v, SCALE, causal)
         first = attention.attention_backward(do, q, k, v, o, lse, SCALE, causal)
-        asked = [u if use else None for u, use in zip(cotangents, used, strict=True)]
-        second = attention.attention_second_backward(*asked, do, q, k, v, o, lse, SCALE, causal)
+        given = [u if use else None for u, use in zip(cotangents, used, strict=True)]
+        second = attention.attention_second_backward(*given, do, q, k, v, o, lse, SCALE, causal)
     return [o, *first, *second]
 
 
 def compare(arguments: list[Tensor], causal: bool, used: tuple[bool, ...] = (True, True, True)) -> list[Tensor]:
-    found = ours(arguments, used, causal)
+    results = ours(arguments, used, causal)
     exact = plain(arguments, used, causal, torch.float64)
     simple = plain(arguments, used, causal, arguments[0].dtype)
-    for name, a, b, c in zip(NAMES, found, exact, simple, strict=True):
-        check(a, b, c, name)
-    return found
+    for name, a, b, c in zip(NAMES, results, exact, simple, strict=True):
+        assert_accurate(a, b, c, name, arguments)
+    return results
 
 
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)
 @pytest.mark.parametrize(("n", "m", "d", "dv", "causal"), EVERY_SHAPE)
-def test_every_output_is_as_near_to_float64_as_plain_products(
+def test_every_result_is_as_accurate_as_plain_pytorch(
     device: str, dtype: torch.dtype, n: int, m: int, d: int, dv: int, causal: bool
 ) -> None:
     compare(inputs(n, m, d, dv, device, dtype), causal)
@@ -98,11 +107,11 @@ def test_every_output_is_as_near_to_float64_as_plain_products(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("used", [it for it in itertools.product((True, False), repeat=3) if any(it)][1:])
-def test_a_cotangent_may_be_none(device: str, used: tuple[bool, bool, bool]) -> None:
+def test_missing_cotangents(device: str, used: tuple[bool, bool, bool]) -> None:
     compare(inputs(20, 18, 4, 16, device, torch.float32, heads=1), False, used)
 
 
-def test_no_cotangent_gives_zeros() -> None:
+def test_no_cotangents_give_zeros() -> None:
     q, k, v, do, *_ = inputs(4, 5, 3, 2, "cpu", torch.float32)
     for x in attention.attention_second_backward(None, None, None, do, q, k, v, do, do[..., 0], SCALE, False):
         assert not x.any()
@@ -141,21 +150,21 @@ def test_expanded_inputs(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_offsets_of_64_bits_change_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_64_bit_offsets_do_not_change_results(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = inputs(20, 8, 5, 4, device, torch.float32, heads=1)
     expected = ours(arguments, (True,) * 3, True)
-    monkeypatch.setattr(attention, "wide", lambda *tensors, dims: True)
+    monkeypatch.setattr(attention, "needs_int64_offsets", lambda *tensors, dims: True)
     for a, b in zip(ours(arguments, (True,) * 3, True), expected, strict=True):
         assert torch.equal(a, b)
 
 
-def test_offsets_of_64_bits_are_used_where_they_are_needed() -> None:
+def test_64_bit_offsets_are_used_if_needed() -> None:
     def meta(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float16, device="meta")
 
-    assert not launch.wide(meta(64, 64, 2**20, 64), None, dims=2)  # heads begin at 64-bit offsets anyway
-    assert launch.wide(meta(1, 1, 2**25, 64), dims=2)
-    assert launch.wide(meta(8, 8), meta(1, 64, 2**25).transpose(1, 2), dims=2)
+    assert not launch.needs_int64_offsets(meta(64, 64, 2**20, 64), None, dims=2)  # heads always have 64-bit offsets
+    assert launch.needs_int64_offsets(meta(1, 1, 2**25, 64), dims=2)
+    assert launch.needs_int64_offsets(meta(8, 8), meta(1, 64, 2**25).transpose(1, 2), dims=2)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -167,26 +176,26 @@ def test_large_logits_stay_finite(device: str, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_two_runs_agree_bit_for_bit(device: str) -> None:
+def test_results_are_bit_identical_between_runs(device: str) -> None:
     arguments = inputs(20, 18, 8, 8, device, torch.float16)
     for a, b in zip(*(ours(arguments, (True,) * 3, False) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("n", "m", "heads"), [(0, 3, 2), (3, 0, 2), (3, 4, 0)])
-def test_nothing_to_attend_to_and_nothing_that_attends(n: int, m: int, heads: int) -> None:
+def test_empty_inputs(n: int, m: int, heads: int) -> None:
     for x in ours(inputs(n, m, 4, 5, "cpu", torch.float32, heads=heads), (True,) * 3, False):
         assert not x.any()
 
 
-def test_strides_that_are_no_multiples_of_16_have_tiles_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_strides_use_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def find(op: str, kind: str, size: int, device: torch.device, odd: bool) -> tiles.Tile:
+    def lookup(op: str, kind: str, size: int, device: torch.device, odd: bool) -> tiles.Tile:
         seen.append(odd)
         return tiles.Tile(16, 16, 4, 1, 16)
 
-    monkeypatch.setattr(tiles, "find", find)
+    monkeypatch.setattr(tiles, "lookup", lookup)
     for n, d, transposed in ((20, 16, False), (20, 8, False), (32, 8, True), (20, 8, True), (32, 11, True)):
         q, k, v, *_ = (x.float() for x in inputs(n, n, d, d, "cpu", torch.float32, heads=1))
         if transposed:
@@ -213,18 +222,18 @@ def test_compiles_without_spills(
     architecture: str, kind: str, size: int, form: str, record_property: Callable[[str, object], None]
 ) -> None:
     """In bfloat16, TF32 and exact float32, in the forms of kernels/tune_ahead_of_time.py."""
-    found = tune_ahead_of_time.launched(architecture, kind, size, form)
-    assert len(found) == len(OPS)
-    check_launches(architecture, found, record_property)
+    launches = tune_ahead_of_time.launches_of_form(architecture, kind, size, form)
+    assert len(launches) == len(OPS)
+    assert_launches_do_not_spill(architecture, launches, record_property)
 
 
 @pytest.mark.parametrize("case", ["ones", "expanded"])
-def test_compiles_where_sizes_and_strides_become_constants(
-    case: str, record_property: Callable[[str, object], None]
-) -> None:
-    """Triton makes constants of sizes and strides of 1."""
+def test_compiles_with_constant_sizes_and_strides(case: str, record_property: Callable[[str, object], None]) -> None:
+    """Triton turns sizes and strides of 1 into constants."""
     one = torch.empty(1, 1, 1, 1, device="meta")
     q, k = (one, one) if case == "ones" else (torch.empty(2, 2, 64, 16, device="meta"), one.expand(2, 2, 64, 16))
     small = dict.fromkeys((f"attention_{op}" for op in OPS), tiles.Tile(16, 16, 4, 1, 16))
-    with tiles.using(small):
-        check_resources("sm_90", partial(tune_ahead_of_time.every_pass, q, k, k, q, True), record_property)
+    with tiles.override(small):
+        assert_compiles_without_spills(
+            "sm_90", partial(tune_ahead_of_time.run_all_passes, q, k, k, q, True), record_property
+        )

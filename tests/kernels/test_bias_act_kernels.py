@@ -1,3 +1,5 @@
+"""bias_act kernels against the composed form in float64; and compiled ahead of time."""
+
 from __future__ import annotations
 
 import importlib
@@ -6,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_offline import DTYPES, check, check_resources, running
+from triton_offline import DTYPES, assert_accurate, assert_compiles_without_spills, running
 
 from fastgan.kernels import bias_act as kernels
 
@@ -32,7 +34,7 @@ def values(result: object) -> list[Tensor]:
 @pytest.mark.parametrize("act", op.ACTS)
 @pytest.mark.parametrize(("shape", "last"), LAYOUTS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_matches_the_composed_form(
+def test_matches_composed_form(
     device: str,
     dtype: torch.dtype,
     act: str,
@@ -55,22 +57,22 @@ def test_matches_the_composed_form(
         calls.append(("second_backward", (u, dy, ref, given, *settings, bias)))
     for name, arguments in calls:
         with running(device):
-            found = values(getattr(kernels, f"bias_act_{name}")(*arguments))
+            results = values(getattr(kernels, f"bias_act_{name}")(*arguments))
         composed = getattr(op, name)
         wide = [a.double() if isinstance(a, Tensor) else a for a in arguments]
         exact, plain = values(composed(*wide)), values(composed(*arguments))
-        for i, (a, e, p) in enumerate(zip(found, exact, plain, strict=True)):
-            check(a, e, p, f"{name} {i}")
+        for i, (a, e, p) in enumerate(zip(results, exact, plain, strict=True)):
+            assert_accurate(a, e, p, f"{name} {i}", arguments)
             if a.ndim == 4:
                 assert a.stride() == p.stride()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_gradient_of_a_nan_goes_on(device: str) -> None:
+def test_gradient_passes_through_nan(device: str) -> None:
     dy, ref = torch.ones(1, 3, device=device), torch.tensor([[-1.0, torch.nan, 1.0]], device=device)
     with running(device):
-        found = values(kernels.bias_act_backward(dy, ref, None, op.RELU, 0.2, 1.5, False))[0]
-    torch.testing.assert_close(found, torch.tensor([[0.0, 1.5, 1.5]], device=device))
+        dx = values(kernels.bias_act_backward(dy, ref, None, op.RELU, 0.2, 1.5, False))[0]
+    torch.testing.assert_close(dx, torch.tensor([[0.0, 1.5, 1.5]], device=device))
 
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
@@ -100,4 +102,4 @@ def test_compiles_without_spills(
         if code not in op.PIECEWISE_LINEAR:
             kernels.bias_act_second_backward(x, x, x, given, code, 0.2, 1.5, True)
 
-    check_resources(architecture, passes, record_property)
+    assert_compiles_without_spills(architecture, passes, record_property)

@@ -1,3 +1,5 @@
+"""minibatch_stddev kernels against the composed form in float64; and compiled ahead of time."""
+
 from __future__ import annotations
 
 import importlib
@@ -6,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_offline import DTYPES, check, check_resources, running
+from triton_offline import DTYPES, assert_accurate, assert_compiles_without_spills, running
 
 from fastgan.kernels import minibatch_stddev as kernels
 
@@ -32,7 +34,7 @@ def random(*shape: int, seed: int) -> Tensor:
     ("shape", "group", "features"), [*SHAPES, *(pytest.param(*it, marks=pytest.mark.gpu) for it in LARGE)]
 )
 @pytest.mark.parametrize("last", [False, True])
-def test_matches_the_composed_form(
+def test_matches_composed_form(
     device: str,
     dtype: torch.dtype,
     shape: tuple[int, int, int, int],
@@ -55,16 +57,16 @@ def test_matches_the_composed_form(
         ("second_backward", (u, x, t, *settings)),
     ):
         with running(device):
-            found = getattr(kernels, f"minibatch_stddev_{name}")(*arguments)
+            result = getattr(kernels, f"minibatch_stddev_{name}")(*arguments)
         exact = getattr(op, name)(*(a.double() if isinstance(a, Tensor) else a for a in arguments))
         plain = getattr(op, name)(*arguments)
-        results = [(found, exact, plain)] if name == "forward" else list(zip(found, exact, plain, strict=True))
+        results = [(result, exact, plain)] if name == "forward" else list(zip(result, exact, plain, strict=True))
         for i, (a, e, p) in enumerate(results):
             assert a.stride() == p.stride()
-            if i == 0 and name != "backward":  # a copy with maps beside it
+            if i == 0 and name != "backward":  # a copy, and the maps
                 assert torch.equal(a[:, :c], p[:, :c])
                 a, e, p = (it[:, c:] for it in (a, e, p))
-            check(a, e, p, f"{name} {i}")
+            assert_accurate(a, e, p, f"{name} {i}", arguments)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -86,4 +88,4 @@ def test_compiles_without_spills(
         _, t = kernels.minibatch_stddev_backward(dy, x, group, features, 1e-8)
         kernels.minibatch_stddev_second_backward(x, x, t, group, features, 1e-8)
 
-    check_resources(architecture, passes, record_property)
+    assert_compiles_without_spills(architecture, passes, record_property)

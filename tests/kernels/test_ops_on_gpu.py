@@ -1,4 +1,4 @@
-"""The ops on a GPU with their Triton kernels, through autograd: derivatives, CUDA graphs, repeatability."""
+"""The ops with their Triton kernels on a GPU, through autograd: derivatives, CUDA graphs, bit-identical results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_offline import check
+from triton_offline import assert_accurate
 
 from fastgan.ops import (
     bias_act,
@@ -25,17 +25,17 @@ Op = Callable[..., Tensor]
 IMAGES, BIAS = (8, 24, 17, 16), (24,)
 
 
-def attention_in_its_dtype(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     if causal:
         logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).tril().logical_not(), -torch.inf)
     return torch.softmax(logits, -1) @ v
 
 
-# The ops' own plain form computes in float32, which products of bfloat16 are not to be compared with.
+# The plain form of attention in fastgan.ops computes in float32, which is no fair reference for bfloat16 products.
 PLAIN: dict[str, Op] = {
-    "attention": lambda q, k, v, backend: attention_in_its_dtype(q, k, v, False),
-    "causal attention": lambda q, k, v, backend: attention_in_its_dtype(q, k, v, True),
+    "attention": lambda q, k, v, backend: plain_attention(q, k, v, False),
+    "causal attention": lambda q, k, v, backend: plain_attention(q, k, v, True),
 }
 OPS: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
     "attention": (scaled_dot_product_attention, [(2, 3, 200, 40), (2, 3, 129, 40), (2, 3, 129, 24)]),
@@ -55,12 +55,12 @@ OPS: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
 
 def inputs(name: str, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    found = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in OPS[name][1]]
-    return [x.to("cuda", dtype).requires_grad_() for x in found]
+    arrays = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in OPS[name][1]]
+    return [x.to("cuda", dtype).requires_grad_() for x in arrays]
 
 
 def derivatives(name: str, arguments: list[Tensor], backend: str) -> list[Tensor]:
-    """Output, first derivatives, and those of the sum of the squares of the first ones."""
+    """Output, first derivatives, and the derivatives of the sum of their squares."""
     op = PLAIN.get(name, OPS[name][0]) if backend == "torch" else OPS[name][0]
     y = op(*arguments, backend=backend)
     seed = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).view_as(y).to(y.dtype)
@@ -73,25 +73,26 @@ def derivatives(name: str, arguments: list[Tensor], backend: str) -> list[Tensor
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_derivatives_are_as_near_to_float64_as_plain_pytorch(name: str, dtype: torch.dtype) -> None:
+def test_derivatives_are_as_accurate_as_plain_pytorch(name: str, dtype: torch.dtype) -> None:
     arguments = inputs(name, dtype)
     exact = derivatives(name, [x.detach().double().requires_grad_() for x in arguments], "torch")
     plain = derivatives(name, arguments, "torch")
     ours = derivatives(name, arguments, "triton")
     for i, (a, e, p) in enumerate(zip(ours, exact, plain, strict=True)):
-        # A few roundings: second derivatives here go through the rounded output, plain PyTorch's do not.
-        check(a.detach(), e.detach(), p.detach(), f"{name} {i}", floor=2e-6 if dtype == torch.float32 else 0.0)
+        # The floor is a few roundings: second derivatives here use the rounded output, plain PyTorch's do not.
+        floor = 2e-6 if dtype == torch.float32 else 0.0
+        assert_accurate(a.detach(), e.detach(), p.detach(), f"{name} {i}", arguments, floor)
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_two_runs_agree_bit_for_bit(name: str) -> None:
+def test_results_are_bit_identical_between_runs(name: str) -> None:
     arguments = inputs(name, torch.bfloat16)
     for a, b in zip(*(derivatives(name, arguments, "triton") for _ in range(2)), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_a_cuda_graph_replays_on_new_values(name: str) -> None:
+def test_cuda_graph_replays_with_new_values(name: str) -> None:
     arguments = inputs(name, torch.float32)
     op = OPS[name][0]
 

@@ -1,4 +1,4 @@
-"""bias_act_pixel_norm, and pixel_norm, which runs the same kernels."""
+"""bias_act_pixel_norm and pixel_norm, which share kernels, against the composed form in float64; and compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_offline import DTYPES, check, check_resources, running
+from triton_offline import DTYPES, assert_accurate, assert_compiles_without_spills, running
 
 from fastgan.kernels import bias_act_pixel_norm as kernels
 from fastgan.kernels import pixel_norm
@@ -31,18 +31,18 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def compare(name: str, call: Callable[..., object], composed: Callable[..., object], args: tuple[Any, ...]) -> None:
-    """Every result of a launcher, called with `args`, against the composed form in float64."""
+    """Compare every result of a launcher, called with `args`, with the composed form."""
 
     def values(result: object) -> list[Tensor]:
         return list(result) if isinstance(result, tuple) else [result]  # type: ignore[list-item]
 
     device = next(a for a in args if isinstance(a, Tensor)).device.type
     with running(device):
-        found = values(call(*args))
+        results = values(call(*args))
     exact = values(composed(*(a.double() if isinstance(a, Tensor) else a for a in args)))
     plain = values(composed(*args))
-    for i, (a, e, p) in enumerate(zip(found, exact, plain, strict=True)):
-        check(a, e, p, f"{name} {i}")
+    for i, (a, e, p) in enumerate(zip(results, exact, plain, strict=True)):
+        assert_accurate(a, e, p, f"{name} {i}", args)
         if a.ndim == 4:
             assert a.stride() == p.stride() or a.shape[1] == 1
 
@@ -51,7 +51,7 @@ def compare(name: str, call: Callable[..., object], composed: Callable[..., obje
 @pytest.mark.parametrize("act", [op.ACTS[a] for a in op.PIECEWISE_LINEAR])
 @each_layout
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
-def test_matches_the_composed_form(
+def test_matches_composed_form(
     device: str,
     dtype: torch.dtype,
     act: str,
@@ -60,7 +60,7 @@ def test_matches_the_composed_form(
     split: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """split: feature vectors are longer than what a program keeps."""
+    """split: feature vectors do not fit in registers."""
     if split:
         monkeypatch.setattr(kernels, "LARGEST", 4)
     if device == "cpu":
@@ -79,9 +79,7 @@ def test_matches_the_composed_form(
 
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)
 @each_layout
-def test_pixel_norm_matches_the_composed_form(
-    device: str, dtype: torch.dtype, shape: tuple[int, ...], last: bool
-) -> None:
+def test_pixel_norm_matches_composed_form(device: str, dtype: torch.dtype, shape: tuple[int, ...], last: bool) -> None:
     form = torch.channels_last if last else torch.contiguous_format
     x, dy, u = (random(*shape, seed=i).to(device, dtype, memory_format=form) for i in range(3))
     y, r = plain_op.forward(x, 1e-8)
@@ -109,4 +107,4 @@ def test_compiles_without_spills(
         kernels.bias_act_pixel_norm_backward(x, x, r, op.LRELU, 0.2, 1.5, True)
         kernels.bias_act_pixel_norm_second_backward(x, x, x, r, op.LRELU, 0.2, 1.5, True)
 
-    check_resources(architecture, passes, record_property)
+    assert_compiles_without_spills(architecture, passes, record_property)

@@ -1,3 +1,5 @@
+"""scaled_conv kernels, and the ops on them, against float64; and compiled ahead of time."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -6,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton_offline import DEVICES, DTYPES, check, check_resources, running
+from triton_offline import DEVICES, DTYPES, assert_accurate, assert_compiles_without_spills, running
 
 from fastgan import ops
 from fastgan.kernels import scaled_conv, tiles
-from fastgan.ops import conv
+from fastgan.ops import scaled_conv as op_module
 from fastgan.ops.backend import Implementation
 from fastgan.ops.bias_act import ACTS
 
 OPS = ("scaled_conv_down", "scaled_conv_up", "scaled_conv_weight")
-# N, C, K, H, W of the small images; interpreted with tiles of 16 x 16, on a GPU with the table's.
+# (N, C, K, H, W) of the small images. Interpreted with tiles of 16 x 16; on a GPU with those of tiles.json.
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 2, 3), (1, 17, 2, 3, 5), (3, 2, 19, 4, 1), (1, 16, 32, 4, 4)]
 LARGE = [(16, 16, 16, 8, 8), (3, 59, 111, 13, 7), (8, 128, 64, 32, 32), (2, 512, 512, 4, 4), (1, 3, 100, 65, 63)]
 EVERY_SHAPE = [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.gpu) for shape in LARGE)]
@@ -34,7 +36,7 @@ def inputs(n: int, c: int, k: int, h: int, w: int, device: str, dtype: torch.dty
 
 
 def plain(large: Tensor, small: Tensor, w: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """What `down`, `up` and `weight` compute, by PyTorch in `dtype`."""
+    """The results of `down`, `up` and `weight`, by PyTorch in `dtype`."""
     large, small, w = (x.to(dtype) for x in (large, small, w))
     gw = torch.nn.grad.conv2d_weight(large, w.shape, small, stride=2, padding=1)
     return [F.conv2d(large, w, stride=2, padding=1), F.conv_transpose2d(small, w, stride=2, padding=1), gw]
@@ -43,7 +45,7 @@ def plain(large: Tensor, small: Tensor, w: Tensor, dtype: torch.dtype) -> list[T
 def ours(large: Tensor, small: Tensor, w: Tensor) -> list[Tensor]:
     device = large.device.type
     tile = tiles.Tile(16, 16, 4, 1, 16)
-    with running(device), tiles.using(dict.fromkeys(OPS, tile) if device == "cpu" else {}):
+    with running(device), tiles.override(dict.fromkeys(OPS, tile) if device == "cpu" else {}):
         return [scaled_conv.down(large, w), scaled_conv.up(small, w), scaled_conv.weight(small, large)]
 
 
@@ -56,17 +58,17 @@ def exact_float32() -> Iterator[None]:
 
 
 def compare(large: Tensor, small: Tensor, w: Tensor) -> list[Tensor]:
-    found = ours(large, small, w)
+    results = ours(large, small, w)
     exact, simple = (plain(large, small, w, dtype) for dtype in (torch.float64, w.dtype))
-    for name, a, b, c in zip(OPS, found, exact, simple, strict=True):
-        check(a, b, c, name)
-    return found
+    for name, a, b, c in zip(OPS, results, exact, simple, strict=True):
+        assert_accurate(a, b, c, name, (large, small, w))
+    return results
 
 
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("n", "c", "k", "h", "w"), EVERY_SHAPE)
-def test_the_three_products_are_as_near_to_float64_as_pytorch(
+def test_products_are_as_accurate_as_pytorch(
     device: str, dtype: torch.dtype, layout: torch.memory_format, n: int, c: int, k: int, h: int, w: int
 ) -> None:
     large, small, weight = inputs(n, c, k, h, w, device, dtype)
@@ -84,24 +86,24 @@ def test_any_strides(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("act", ["linear", "relu", "lrelu"])
-def test_the_end_of_down_and_up_is_bias_act(device: str, act: str) -> None:
+def test_down_and_up_apply_bias_and_act(device: str, act: str) -> None:
     large, small, w = inputs(2, 3, 5, 2, 3, device, torch.float32)
     code = ACTS.index(act)
     for name, x, channels, stage in (("down", large, 5, 0), ("up", small, 3, 1)):
         bias = random(channels, seed=9).to(device, torch.float32)
         tile = tiles.Tile(16, 16, 4, 1, 16)
-        with running(device), tiles.using(dict.fromkeys(OPS, tile) if device == "cpu" else {}):
+        with running(device), tiles.override(dict.fromkeys(OPS, tile) if device == "cpu" else {}):
             y = getattr(scaled_conv, name)(x, w, bias, code, 0.1, 1.5)
         expected = []
         for dtype in (torch.float64, torch.float32):
             z = plain(large, small, w, dtype)[stage] + bias.to(dtype).view(-1, 1, 1)
             slope = {"linear": 1.0, "relu": 0.0, "lrelu": 0.1}[act]
             expected.append(torch.where(z < 0, z * slope, z) * 1.5)
-        check(y, *expected, name)
+        assert_accurate(y, *expected, name, (large, small, w, bias))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_weight_gradient_is_summed_in_parts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_gradient_is_summed_in_parts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     large, small, w = inputs(3, 2, 3, 11, 13, device, torch.float32)
     seen: list[int] = []
     empty = torch.empty
@@ -116,22 +118,22 @@ def test_a_weight_gradient_is_summed_in_parts(device: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_two_runs_and_offsets_of_64_bits_change_no_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bit_identical_between_runs_and_with_64_bit_offsets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = inputs(2, 5, 3, 5, 4, device, torch.float16)
     first, again = ours(*arguments), ours(*arguments)
-    monkeypatch.setattr(scaled_conv, "wide", lambda *tensors, dims: True)
+    monkeypatch.setattr(scaled_conv, "needs_int64_offsets", lambda *tensors, dims: True)
     for a, b, c in zip(first, again, ours(*arguments), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_float32_is_multiplied_as_convolutions_are_allowed_to() -> None:
+def test_float32_precision_follows_torch() -> None:
     assert scaled_conv.float32_precision() == "ieee"
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     assert scaled_conv.float32_precision() == "tf32"
 
 
 def derivatives(name: str, act: str, arguments: list[Tensor], backend: str) -> list[Tensor]:
-    """The op, its first derivatives, and those of the sum of the squares of the first ones."""
+    """Output, first derivatives, and the derivatives of the sum of their squares."""
     y = getattr(ops, name)(*arguments, act, 0.3, 1.5, backend=backend)
     seed = random(*y.shape, seed=7).to(y.device, y.dtype).requires_grad_()
     first = torch.autograd.grad(y, arguments, seed, create_graph=True)
@@ -143,25 +145,25 @@ def derivatives(name: str, act: str, arguments: list[Tensor], backend: str) -> l
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("act", ["linear", "lrelu"])
 @pytest.mark.parametrize("name", ["upsample_conv2d", "conv2d_downsample"])
-def test_the_op_and_its_derivatives(name: str, act: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in (conv.UPSAMPLE_CONV2D, conv.CONV2D_DOWNSAMPLE):  # which refuse tensors of a CPU
+def test_ops_and_derivatives(name: str, act: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in (op_module.UPSAMPLE_CONV2D, op_module.CONV2D_DOWNSAMPLE):  # without the check for a GPU
         monkeypatch.setitem(op.implementations, "triton", Implementation())
     sizes = [(2, 3, 4, 2), (5, 3, 3, 3), (5,)]
     exact, plain, mine = (
         [random(*size, seed=i).to(device, dtype).requires_grad_() for i, size in enumerate(sizes)]
         for dtype in (torch.float64, torch.float32, torch.float32)
     )
-    with running(device), tiles.using(dict.fromkeys(OPS, tiles.Tile(16, 16, 4, 1, 16)) if device == "cpu" else {}):
-        found = derivatives(name, act, mine, "triton")
+    with running(device), tiles.override(dict.fromkeys(OPS, tiles.Tile(16, 16, 4, 1, 16)) if device == "cpu" else {}):
+        results = derivatives(name, act, mine, "triton")
     expected, simple = derivatives(name, act, exact, "torch"), derivatives(name, act, plain, "torch")
-    assert len(found) == 7  # y, three first derivatives, those of the seed, the input and the weight
-    for i, (a, b, c) in enumerate(zip(found, expected, simple, strict=True)):
-        check(a, b, c, f"{name} {i}")
+    assert len(results) == 7  # y, three first derivatives, those of the seed, the input and the weight
+    for i, (a, b, c) in enumerate(zip(results, expected, simple, strict=True)):
+        assert_accurate(a, b, c, f"{name} {i}", mine)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_nothing_but_what_is_asked_for_is_computed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in (conv.UPSAMPLE_CONV2D, conv.CONV2D_DOWNSAMPLE):
+def test_only_needed_products_are_computed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in (op_module.UPSAMPLE_CONV2D, op_module.CONV2D_DOWNSAMPLE):
         monkeypatch.setitem(op.implementations, "triton", Implementation())
     calls: list[str] = []
 
@@ -175,7 +177,7 @@ def test_nothing_but_what_is_asked_for_is_computed(device: str, monkeypatch: pyt
     for name in ("down", "up", "weight"):
         monkeypatch.setattr(scaled_conv, name, counted(name, getattr(scaled_conv, name)))
     x, w = (random(*size, seed=1).to(device, torch.float32).requires_grad_() for size in ((1, 2, 2, 2), (3, 2, 3, 3)))
-    with running(device), tiles.using(dict.fromkeys(OPS, tiles.Tile(16, 16, 4, 1, 16)) if device == "cpu" else {}):
+    with running(device), tiles.override(dict.fromkeys(OPS, tiles.Tile(16, 16, 4, 1, 16)) if device == "cpu" else {}):
         with torch.no_grad():
             ops.upsample_conv2d(x, w, backend="triton")
         assert calls == ["up"]
@@ -183,16 +185,15 @@ def test_nothing_but_what_is_asked_for_is_computed(device: str, monkeypatch: pyt
         y = ops.upsample_conv2d(x, w, act="lrelu", backend="triton")
         (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         torch.autograd.grad(g.square().sum(), w)
-    assert calls == ["up", "down", "weight"]  # no layer comes before or behind
+    assert calls == ["up", "down", "weight"]  # no other layer is needed
 
 
-def test_the_triton_form_is_not_the_default_and_says_why() -> None:
-    found = ops.backends("upsample_conv2d")
-    assert next(iter(found)) == "lean"
-    reason = conv.UPSAMPLE_CONV2D.implementations["triton"].not_preferred_reason()
+def test_triton_is_not_the_default_and_gives_a_reason() -> None:
+    assert next(iter(ops.backends("upsample_conv2d"))) == "lean"
+    reason = op_module.UPSAMPLE_CONV2D.implementations["triton"].not_preferred_reason()
     assert reason is not None and "cuDNN" in reason
-    x, w = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3)
-    with pytest.raises(ValueError, match="backend: was 'triton', but it runs on cuda, not cpu"):
+    x, w = random(1, 2, 4, 4, seed=0).float(), random(3, 2, 3, 3, seed=1).float()
+    with pytest.raises(ValueError, match=r"triton.*runs on cuda, not cpu"):
         ops.conv2d_downsample(x, w, backend="triton")
     y = ops.conv2d_downsample(x, w, act="silu", gain=2.0)
     torch.testing.assert_close(y, 2 * F.silu(F.avg_pool2d(F.conv2d(x, w, padding=1), 2)))
@@ -225,4 +226,4 @@ def test_compiles_without_spills(
             assert product(x, w, bias, ACTS.index("lrelu"), 0.2, 1.4).shape == y.shape
         scaled_conv.weight(small, large)
 
-    check_resources(architecture, products, record_property)
+    assert_compiles_without_spills(architecture, products, record_property)

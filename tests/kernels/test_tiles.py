@@ -1,3 +1,5 @@
+"""tiles.json: lookup, tuning, and the tiles fitted ahead of time."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -18,39 +20,39 @@ CPU = torch.device("cpu")
 OPS = [op for ops in tile_candidates.PASSES.values() for op in ops]
 
 
-def test_every_operation_has_a_tile_for_every_kind_and_size() -> None:
+def test_every_kernel_has_a_tile_for_every_kind_and_size() -> None:
     for op, kind, size in itertools.product(OPS, tiles.KINDS, tile_candidates.SIZES):
-        tile = tiles.find(op, kind, size, CPU)
+        tile = tiles.lookup(op, kind, size, CPU)
         assert min(tile.rows, tile.cols) >= 16 and tile.warps in (1, 2, 4, 8, 16) and tile.stages >= 1
         assert tile.chunk == 0 or tile.chunk >= 16
     assert {op for ops in tiles.table().values() for op in ops} == set(OPS)
 
 
-def test_an_architecture_has_its_own_tiles_or_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookup_falls_back_to_default(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = {"op": {"half/16": Tile(1, 2, 3, 4)}}
     table = {"default": {"op": {"half/16": Tile(5, 6, 7, 8), "half/32": Tile(9, 9, 9, 9)}}, "sm_90": mine}
     monkeypatch.setattr(tiles, "table", lambda: table)
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
-    assert tiles.find("op", "half", 16, CPU) == (1, 2, 3, 4, 0)
-    assert tiles.find("op", "half", 32, CPU) == (9, 9, 9, 9, 0)
+    assert tiles.lookup("op", "half", 16, CPU) == (1, 2, 3, 4, 0)
+    assert tiles.lookup("op", "half", 32, CPU) == (9, 9, 9, 9, 0)
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_86")
-    assert tiles.find("op", "half", 16, CPU) == (5, 6, 7, 8, 0)
-    # Odd strides have entries of their own where the others' would spill.
+    assert tiles.lookup("op", "half", 16, CPU) == (5, 6, 7, 8, 0)
+    # Odd strides have their own entry if the other tile would spill.
     table["default"]["op"]["half/16/odd"] = Tile(4, 4, 4, 4)
-    assert tiles.find("op", "half", 16, CPU, odd=True) == (4, 4, 4, 4, 0)
-    assert tiles.find("op", "half", 32, CPU, odd=True) == (9, 9, 9, 9, 0)
+    assert tiles.lookup("op", "half", 16, CPU, odd=True) == (4, 4, 4, 4, 0)
+    assert tiles.lookup("op", "half", 32, CPU, odd=True) == (9, 9, 9, 9, 0)
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
-    assert tiles.find("op", "half", 16, CPU, odd=True) == (1, 2, 3, 4, 0)  # it needs none there
+    assert tiles.lookup("op", "half", 16, CPU, odd=True) == (1, 2, 3, 4, 0)  # no entry of its own
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_86")
-    with tiles.using({"op": Tile(0, 0, 0, 0)}):
-        assert tiles.find("op", "half", 16, CPU) == (0, 0, 0, 0, 0)
-    assert tiles.find("op", "half", 16, CPU) == (5, 6, 7, 8, 0)
+    with tiles.override({"op": Tile(0, 0, 0, 0)}):
+        assert tiles.lookup("op", "half", 16, CPU) == (0, 0, 0, 0, 0)
+    assert tiles.lookup("op", "half", 16, CPU) == (5, 6, 7, 8, 0)
 
 
-def test_what_was_tuned_is_merged_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuned_tiles_are_merged_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tiles.table()
     monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
-    tile_candidates.write(
+    tile_candidates.write_tiles(
         "sm_77", {"attention_forward": {"half/64": Tile(16, 32, 4, 2), "half/64/odd": Tile(16, 16, 4, 2)}}
     )
     try:
@@ -62,16 +64,16 @@ def test_what_was_tuned_is_merged_into_the_table(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune on")
-def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tuning_without_a_gpu_reports_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([]) == 1
-    assert "there is no GPU here" in capsys.readouterr().err
+    assert "torch sees no GPU" in capsys.readouterr().err
 
 
 @pytest.fixture
 def copied_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[dict[str, dict[str, dict[str, list[int]]]]]:
-    """What tiles.json says, to be changed and written to the copy that is in use."""
+    """The contents of tiles.json. `tiles.TABLE` is a copy of it, for the test to overwrite."""
     table = json.loads(tiles.TABLE.read_text())
     monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
     tiles.TABLE.write_text(json.dumps(table))
@@ -81,7 +83,7 @@ def copied_table(
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_missing_entry_is_found_again_by_compiling(
+def test_missing_entry_is_fitted_by_compiling(
     real: bool,
     copied_table: dict[str, dict[str, dict[str, list[int]]]],
     monkeypatch: pytest.MonkeyPatch,
@@ -93,19 +95,19 @@ def test_a_missing_entry_is_found_again_by_compiling(
     tiles.TABLE.write_text(json.dumps(copied_table))
     tiles.table.cache_clear()
     entry = tune_ahead_of_time.Entry("default", op, kind, size, odd=True)
-    assert [*entry.tile()] == entries["half/16"] != expected  # that of even strides stands in, and spills
+    assert [*entry.tile()] == entries["half/16"] != expected  # falls back to even strides, which spills
     if not real:
         spilled = Resources(255, 98_560, 40, 0)
-        fits = dataclasses.replace(spilled, local=0)
+        fits = dataclasses.replace(spilled, spilled=0)
         monkeypatch.setattr(
-            tune_ahead_of_time, "isolated", lambda entry, form, tile: fits if [*tile] == expected else spilled
+            tune_ahead_of_time, "compile_isolated", lambda entry, form, tile: fits if [*tile] == expected else spilled
         )
     command = ["--ahead-of-time", "default", "--kind", kind, "--size", str(size)]
-    monkeypatch.setattr(tune_ahead_of_time, "entries", lambda *asked: [entry])
+    monkeypatch.setattr(tune_ahead_of_time, "entries", lambda *arguments: [entry])
     assert tune.main([*command, "--check"]) == 1
     assert json.loads(tiles.TABLE.read_text()) == copied_table
-    said = capsys.readouterr().out
-    assert f"{entry}: (128, 128, 8, 2, 0) does not fit (odd: 255 registers" in said and "0 of 1 entries fit" in said
+    output = capsys.readouterr().out
+    assert f"{entry}: (128, 128, 8, 2, 0) does not fit (odd: 255 registers" in output and "0 of 1 entries fit" in output
     assert tune.main(command) == 0
     entries["half/16/odd"] = expected
     assert json.loads(tiles.TABLE.read_text()) == copied_table
@@ -113,51 +115,51 @@ def test_a_missing_entry_is_found_again_by_compiling(
     assert "1 of 1 entries fit" in capsys.readouterr().out
 
 
-def test_every_entry_is_asked_for_and_the_default_first() -> None:
-    found = tune_ahead_of_time.entries(["sm_90", "default"], ("half",), (16, 32))
-    assert len(set(found)) == len(found) == 2 * 2 * 2 * 6
-    assert [it.architecture for it in found] == ["default"] * 24 + ["sm_90"] * 24
-    assert [it.odd for it in found[:24]] == [False] * 12 + [True] * 12
+def test_entries_are_complete_and_start_with_the_default() -> None:
+    entries = tune_ahead_of_time.entries(["sm_90", "default"], ("half",), (16, 32))
+    assert len(set(entries)) == len(entries) == 2 * 2 * 2 * 6
+    assert [it.architecture for it in entries] == ["default"] * 24 + ["sm_90"] * 24
+    assert [it.odd for it in entries[:24]] == [False] * 12 + [True] * 12
     with pytest.raises(SystemExit):
         tune.main(["--check"])
 
 
-def test_the_nearest_tile_that_fits_in_every_form_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_takes_the_nearest_tile_that_fits_in_all_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = tune_ahead_of_time.Entry("sm_90", "op", "half", 64, odd=False)
     monkeypatch.setattr(tiles, "table", lambda: {"sm_90": {"op": {"half/64": Tile(64, 32, 8, 2)}}})
-    asked: list[Tile] = []
+    tried: list[Tile] = []
 
     def compile_one(entry: tune_ahead_of_time.Entry, form: str, tile: Tile) -> Resources | str:
-        asked.append(tile)
+        tried.append(tile)
         if tile.warps == 8:
             return "crashed"
         return Resources(
-            200, shared=40_000 * tile.stages, local=8 * (form == "narrow" and tile[:2] != (32, 16)), tensor=0
+            200, shared=40_000 * tile.stages, spilled=8 * (form == "narrow" and tile[:2] != (32, 16)), tensor_columns=0
         )
 
-    found = tune_ahead_of_time.fit(entry, compile_one)
-    assert (found.tile, found.why) == (Tile(32, 16, 4, 2), "even: crashed")
-    # Stages and warps are given up before rows and columns.
-    assert list(dict.fromkeys(asked))[:4] == [Tile(64, 32, *it) for it in ((8, 2), (8, 1), (4, 2), (4, 1))]
+    fitted = tune_ahead_of_time.fit(entry, compile_one)
+    assert (fitted.tile, fitted.why) == (Tile(32, 16, 4, 2), "even: crashed")
+    # Stages and warps are reduced before rows and columns.
+    assert list(dict.fromkeys(tried))[:4] == [Tile(64, 32, *it) for it in ((8, 2), (8, 1), (4, 2), (4, 1))]
     assert tune_ahead_of_time.Entry("sm_90", "op", "half", 32, odd=True).tile() == Tile(128, 128, 8, 3)  # none yet
     none = tune_ahead_of_time.fit(entry, lambda entry, form, tile: Resources(255, 10**6, 8, 0))
     assert none.tile is None and none.why == "even: 255 registers, 1000000 bytes shared, 8 bytes spilled"
 
 
-def test_a_compiler_that_does_not_end_is_given_up() -> None:
+def test_compiler_that_hangs_is_stopped() -> None:
     entry = tune_ahead_of_time.Entry("default", "attention_forward", "half", 16, odd=False)
-    assert "more than 0 s" in str(tune_ahead_of_time.isolated(entry, "even", entry.tile(), seconds=0))
-    assert "power of 2" in str(tune_ahead_of_time.isolated(entry, "even", Tile(17, 16, 4, 1)))
+    assert "more than 0 s" in str(tune_ahead_of_time.compile_isolated(entry, "even", entry.tile(), seconds=0))
+    assert "power of 2" in str(tune_ahead_of_time.compile_isolated(entry, "even", Tile(17, 16, 4, 1)))
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("kind", tiles.KINDS)
-def test_there_are_candidates_to_tune(op: str, kind: str) -> None:
+def test_there_are_candidates(op: str, kind: str) -> None:
     for size in tile_candidates.SIZES:
         assert len(list(tile_candidates.candidates(op, kind, size))) > 5
 
 
-def test_new_tensors_are_full_of_nan_where_kernels_are_tested() -> None:
+def test_uninitialized_tensors_are_nan_in_kernel_tests() -> None:
     with running("cpu"):
         assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(2)).isnan().all()
 
@@ -165,6 +167,6 @@ def test_new_tensors_are_full_of_nan_where_kernels_are_tested() -> None:
 @pytest.mark.parametrize(
     ("capability", "name"), [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((10, 0), "sm_100"), ((10, 3), "sm_100")]
 )
-def test_the_name_of_an_architecture(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architecture_name(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert tiles.architecture.__wrapped__(torch.device("cuda", 0)) == name

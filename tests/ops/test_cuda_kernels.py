@@ -1,6 +1,6 @@
-"""The CUDA kernels: on a GPU (`pytest -m gpu`), and anywhere as plain C++, one fiber for each thread (csrc/emulator.h).
+"""The CUDA kernels, on a GPU (`pytest -m gpu`) and on any machine as plain C++, one fiber per thread (csrc/emulator.h).
 
-What the emulation cannot see is what only hardware does: races, alignment faults, speed.
+The emulation does not show hardware effects: races, alignment faults, speed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert schemas is not None
     with open(sources / "bindings.cpp", "a") as file:
         file.write(schemas.group().replace("(fastgan, m)", "(fastgan_emulated, m)"))
-    # In the cache, so that the workers of one run, and the next run, need not compile it again.
+    # In the cache, to share it between workers and runs.
     library = extension.cached_library("cpu", "baseline", folder, extension.cache_folder() / "tests")
     torch.ops.load_library(str(library))
     return torch.ops.fastgan_emulated
@@ -72,7 +72,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, last: bool, device: str, seed: int, shift: int = 0) -> Tensor:
-    """Normal numbers, contiguous or channels_last, `shift` elements off the alignment of fresh memory."""
+    """Normal random numbers, contiguous or channels_last, `shift` elements off the alignment of a new allocation."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     order = [0, *range(2, len(shape)), 1] if last else list(range(len(shape)))
     memory = torch.full((x.numel() + shift,), torch.nan, dtype=dtype, device=device)
@@ -81,14 +81,14 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype, last: bool, device: str, 
 
 
 def agree(actual: Any, expected: Any, dtype: torch.dtype, like: Tensor | None = None) -> None:
-    """Against float64; relative to the largest number, since sums cancel."""
+    """Compare with float64, relative to the largest expected number, since sums cancel."""
     actual, expected = (r if isinstance(r, tuple) else (r,) for r in (actual, expected))
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == e.shape
         if a.numel() == 0:
             continue
-        # The reference sums its results as they are stored.
+        # The reference sums results as stored, in `dtype`.
         eps = torch.finfo(dtype if a.ndim == 1 else a.dtype).eps
         scale = max(float(e.abs().max()), 0.1)
         assert float((a.double().cpu() - e).abs().max()) <= 4 * max(eps, 2e-6) * scale
@@ -100,7 +100,7 @@ def wide(*arguments: Any) -> list[Any]:
     return [a.double().cpu() if isinstance(a, Tensor) else a for a in arguments]
 
 
-# Channels and pixels that take 16-byte accesses, that do not, one of each, and more channels than registers hold.
+# Sizes that allow 16-byte accesses, sizes that do not, and sizes of 1.
 LAYOUTS = [
     ((2, 8, 4, 4), False, 0),
     ((2, 8, 4, 4), True, 0),
@@ -115,6 +115,7 @@ LAYOUTS = [
     ((3, 1, 6, 16), False, 0),
     ((2, 3, 11, 10), True, 0),
 ]
+# More channels than fit in registers.
 MANY_CHANNELS = [((1, 1300, 1, 4), False, 0), ((1, 1304, 1, 3), True, 0), ((1, 140, 1, 3), False, 0)]
 
 
@@ -181,7 +182,7 @@ def test_bias_act_pixel_norm(kernels: Any, act: int, shape: tuple[int, ...], las
         ((4, 15, 2, 2), True, 0, 4, 1),  # with its map, 16 channels
         ((8, 8, 4, 4), False, 1, 2, 2),
         ((6, 8, 2, 2), True, 1, 3, 1),
-        ((6, 6, 3, 1), False, 0, 6, 3),  # more members than registers hold
+        ((6, 6, 3, 1), False, 0, 6, 3),  # more samples than fit in registers
         ((6, 6, 1, 3), True, 0, 6, 3),
         ((1, 1, 1, 1), False, 0, 1, 1),
         ((5, 2, 1, 1), False, 0, 1, 2),
@@ -203,8 +204,8 @@ def test_minibatch_stddev(
     agree(found, MINIBATCH_STDDEV.minibatch_stddev_second_backward(*wide(u, x, t), *options), dtype, x)
 
 
-def test_equal_samples(kernels: Any) -> None:
-    """A large number in common is no deviation, and the derivatives are finite."""
+def test_equal_samples_have_no_deviation(kernels: Any) -> None:
+    """The deviation of equal, large numbers is exactly sqrt(eps), and the derivatives are finite."""
     f, device = kernels
     x = torch.full((4, 8, 2, 2), 12345.6789, device=device)
     maps = f.minibatch_stddev_forward(x, 4, 1, 1e-8)[:, 8]
@@ -215,7 +216,7 @@ def test_equal_samples(kernels: Any) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_results_repeat_bit_for_bit(kernels: Any, last: bool) -> None:
+def test_results_are_bit_identical_between_runs(kernels: Any, last: bool) -> None:
     f, device = kernels
     u, dy, x = (tensor((4, 16, 5, 8), torch.float32, last, device, seed) for seed in range(3))
     more = tensor((4, 17, 5, 8), torch.float32, last, device, 4)
@@ -232,7 +233,7 @@ def test_results_repeat_bit_for_bit(kernels: Any, last: bool) -> None:
             assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-def test_nan_stays_and_infinity_is_no_nan(kernels: Any) -> None:
+def test_relu_preserves_nan_and_infinity(kernels: Any) -> None:
     f, device = kernels
     x = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]], device=device)
     expected = BIAS_ACT.bias_act_forward(x, None, RELU, 0.2, 2.0)
@@ -240,7 +241,7 @@ def test_nan_stays_and_infinity_is_no_nan(kernels: Any) -> None:
     ref = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
     found = f.bias_act_backward(x, ref, None, RELU, 0.2, 2.0, False)[0]
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, -torch.inf, 2.0]], device=device))
-    # The gradient of a NaN goes on, as in PyTorch.
+    # The gradient passes through a NaN, as in PyTorch.
     found = f.bias_act_backward(torch.ones_like(x), torch.full_like(x, torch.nan), None, RELU, 0.2, 2.0, False)[0]
     torch.testing.assert_close(found, torch.full_like(x, 2.0))
 
@@ -253,7 +254,7 @@ def needs_nvcc() -> None:
 
 
 @pytest.mark.timeout(900)
-def test_the_library_compiles_and_refuses_politely_without_a_gpu(tmp_path: Path) -> None:
+def test_library_compiles_and_reports_a_missing_gpu(tmp_path: Path) -> None:
     needs_nvcc()
     reason = extension.cpu()
     if reason is not None:
@@ -271,8 +272,8 @@ print(extension.cuda())
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     refusal, reason = done.stdout.splitlines()
-    assert refusal.startswith("CUDA says: ")
-    assert reason == "there is no GPU that this torch can use"
+    assert refusal.startswith("CUDA error: ")
+    assert "there is no GPU" in reason
 
 
 @pytest.mark.slow
@@ -285,11 +286,11 @@ def test_no_kernel_spills(tmp_path: Path, file: str, architecture: int) -> None:
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     headers = f"-I{extension._torch_folder() / 'include'}"
     flags = [*extension._flags("cuda", str(architecture)), "-cubin", "-Xptxas=-v", target, headers]
-    said = extension._run([*nvcc, *flags, str(CSRC / "cuda" / file), "-o", str(tmp_path / "cubin")])
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
-    registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
+    report = extension._run([*nvcc, *flags, str(CSRC / "cuda" / file), "-o", str(tmp_path / "cubin")])
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
     assert len(spills) >= len(registers) > 0
-    assert set(spills) == {("0", "0")}, said
+    assert set(spills) == {("0", "0")}, report
     assert max(registers) <= 128
 
 
@@ -297,17 +298,17 @@ def test_wrong_arguments_raise(kernels: Any) -> None:
     f, device = kernels
     x = torch.zeros(2, 4, 3, 3, device=device)
     for call, words in (
-        (lambda: f.bias_act_forward(x[:, :, ::2], None, 1, 0.2, 1.0), "dense"),
-        (lambda: f.bias_act_forward(x, None, 6, 0.2, 1.0), "act: was number 6"),
-        (lambda: f.bias_act_forward(x, torch.zeros(3, device=device), 1, 0.2, 1.0), "bias"),
-        (lambda: f.bias_act_forward(x.double(), None, 1, 0.2, 1.0), "Double"),
-        (lambda: f.bias_act_backward(x, x[:1], None, 1, 0.2, 1.0, False), "ref"),
-        (lambda: f.bias_act_backward(x, None, None, 1, 0.2, 1.0, False), "ref"),
-        (lambda: f.pixel_norm_backward(x, x.contiguous(memory_format=torch.channels_last), x[:, :1]), "dy"),
-        (lambda: f.pixel_norm_backward(x, x, x[:, 0, 0]), "r: "),
-        (lambda: f.minibatch_stddev_forward(x, 3, 1, 1.0), "group: was 3"),
-        (lambda: f.minibatch_stddev_forward(x, 2, 3, 1.0), "num_features: was 3"),
-        (lambda: f.minibatch_stddev_backward(x, x, 2, 1, 1.0), "dy: "),
+        (lambda: f.bias_act_forward(x[:, :, ::2], None, 1, 0.2, 1.0), "x must be dense"),
+        (lambda: f.bias_act_forward(x, None, 6, 0.2, 1.0), "act must be 0 to 5, got 6"),
+        (lambda: f.bias_act_forward(x, torch.zeros(3, device=device), 1, 0.2, 1.0), r"bias must be \[4\]"),
+        (lambda: f.bias_act_forward(x.double(), None, 1, 0.2, 1.0), "x must be Float, BFloat16 or Half, got Double"),
+        (lambda: f.bias_act_backward(x, x[:1], None, 1, 0.2, 1.0, False), "ref must have the shape"),
+        (lambda: f.bias_act_backward(x, None, None, 1, 0.2, 1.0, False), "ref must be a tensor"),
+        (lambda: f.pixel_norm_backward(x, x.contiguous(memory_format=torch.channels_last), x[:, :1]), "dy must have"),
+        (lambda: f.pixel_norm_backward(x, x, x[:, 0, 0]), "r must be Float"),
+        (lambda: f.minibatch_stddev_forward(x, 3, 1, 1.0), "group must be a divisor of 2, got 3"),
+        (lambda: f.minibatch_stddev_forward(x, 2, 3, 1.0), "num_features must be a divisor of 4, got 3"),
+        (lambda: f.minibatch_stddev_backward(x, x, 2, 1, 1.0), r"dy must be \[N, C \+ num_features, H, W\]"),
     ):
         with pytest.raises(RuntimeError, match=words):
             call()

@@ -1,4 +1,4 @@
-"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their op tests, in a process of its own."""
+"""The op tests, rerun in another process with C++ kernels built under AddressSanitizer and UBSan."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-
 
 
 def _runtime() -> tuple[str, str]:
-    """(compiler, what must be loaded before Python is), or a skip."""
+    """The compiler, and the libraries to preload into Python; skips the test if there are none."""
     try:
         compiler = extension._compiler("cpu")[0]
     except extension.BuildError as reason:
         pytest.skip(str(reason))
-    # Without the C++ library at its side, AddressSanitizer does not see exceptions.
-    found = []
+    # AddressSanitizer intercepts exceptions only if the C++ library is preloaded too.
+    libraries = []
     for library in ("libasan.so", "libubsan.so", "libstdc++.so.6"):
         path = extension._run([compiler, f"-print-file-name={library}"]).strip()
         if not os.path.isabs(path):
             pytest.skip(f"{compiler} has no {library}")
-        found.append(os.path.realpath(path))
-    return compiler, " ".join(found)
+        libraries.append(os.path.realpath(path))
+    return compiler, " ".join(libraries)
 
 
 def _run(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """A Python whose C++ library is built under `cache`, instrumented."""
+    """Run Python with an instrumented C++ library, built in `cache`."""
     compiler, preload = _runtime()
     environment = {
         **os.environ,
@@ -43,11 +43,11 @@ def _run(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
         "XDG_CACHE_HOME": str(cache),
         "FASTGAN_BUILD": "force",
         "LD_PRELOAD": preload,
-        # Leaks and mismatches are of Python and torch, whose memory nobody instruments.
+        # Python and torch are not instrumented, so their leaks and mismatches are not reported.
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
-        # Threads that wait in a loop take the processor from those that work, where there are more of them.
+        # Busy-waiting threads would take the cores from working ones.
         "OMP_WAIT_POLICY": "passive",
     }
     return subprocess.run(
@@ -57,12 +57,12 @@ def _run(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the pieces below find the library that the first of them built."""
+    """Shared by the tests below: the first one builds the library."""
     return tmp_path_factory.mktemp("cache")
 
 
-# Not those of building and importing the library, which run compilers and interpreters of their own.
-PIECES = sorted(
+# Without the tests that build and import the library, which start compilers and interpreters.
+FILES = sorted(
     path.name
     for path in Path(__file__).parent.glob("test_*.py")
     if path.name not in ("test_extension.py", "test_ops_import.py", "test_sanitizers.py", "test_cuda_kernels.py")
@@ -71,12 +71,12 @@ PIECES = sorted(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("piece", PIECES)
-def test_op_tests_pass_under_sanitizers(piece: str, cache: Path) -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_op_tests_pass_under_sanitizers(file: str, cache: Path) -> None:
     done = _run(
         cache,
-        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/ops/{piece}"),
-        # torch.compile runs compilers of its own, and makes no other call of the kernels than eager PyTorch does.
+        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/ops/{file}"),
+        # torch.compile starts compilers, and calls the kernels just as eager mode does.
         *("--timeout", "1400", "-k", "not compile"),
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
@@ -88,8 +88,8 @@ def test_op_tests_pass_under_sanitizers(piece: str, cache: Path) -> None:
     ("fault", "words"),
     [("scale_rows(x, torch.ones(16))", "heap-buffer-overflow"), ("shift(40)", "runtime error: shift exponent 40")],
 )
-def test_the_sanitizers_see_a_fault(tmp_path: Path, fault: str, words: str) -> None:
-    """The worked example does not check the length of `scale`: here it reads beyond its end."""
+def test_sanitizers_report_a_fault(tmp_path: Path, fault: str, words: str) -> None:
+    """The worked example does not check the length of `scale`, and here reads beyond its end."""
     sources = tmp_path / "csrc" / "cpu"
     sources.mkdir(parents=True)
     shutil.copy(REPOSITORY / "csrc" / "cpu" / "op.h", sources)
@@ -107,9 +107,9 @@ fastgan_example = torch.ops.fastgan_example
 scale_rows, shift = fastgan_example.scale_rows_forward, fastgan_example.shift
 x, scale = torch.ones(64, 8), torch.ones(64)
 assert torch.equal(scale_rows(x, scale), x) and shift(4) == 16
-print("so far so good", flush=True)
+print("correct calls passed", flush=True)
 {fault}
 """
     done = _run(tmp_path, "-c", code)
-    assert "so far so good" in done.stdout, done.stderr
+    assert "correct calls passed" in done.stdout, done.stderr
     assert done.returncode != 0 and words in done.stderr, done.stderr

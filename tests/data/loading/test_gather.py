@@ -86,7 +86,7 @@ def test_c_looks_at_what_it_is_given() -> None:
     for arguments, words in {
         (one, one, one, 4): "starts",
         (one, two, one - 1, 4): "indices must be 0 to 2, got -1",
-        (one, two, one, 0): "bytes: was 0",
+        (one, two, one, 0): "bytes must be at least 1, got 0",
         (one, two, one.int(), 4): "Int",
     }.items():
         with pytest.raises(RuntimeError, match=words):

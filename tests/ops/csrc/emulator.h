@@ -1,5 +1,5 @@
-// CUDA kernels as plain C++, for tests without a GPU: one block after another, each thread of a block a fiber that runs
-// until it has to wait for others. Slow, and blind to what only hardware does; it does see every index, barrier and sum.
+// Runs CUDA kernels as plain C++, for tests without a GPU: one block after another, each thread of a block a fiber that
+// runs until it has to wait for others. Slow, and blind to hardware effects, but every index, barrier and sum is real.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -31,7 +31,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done = false;
-  int64_t barriers = 0, shuffles = 0;  // how many it has reached
+  int64_t barriers = 0, shuffles = 0;  // number reached so far
   float offered[2] = {};
 };
 
@@ -48,8 +48,8 @@ inline void enter() {
 
 inline void wait() { swapcontext(&fibers[current].context, &scheduler); }
 
-// Waits until every fiber of [first, last) has counted as far as this one. One that has ended never will: as on a GPU,
-// where that is undefined, it is an error.
+// Waits until every fiber of [first, last) has reached the same count. A fiber that has ended never will: on a GPU that is
+// undefined behavior, here it aborts.
 inline void meet(int first, int last, int64_t Fiber::*count) {
   const int64_t target = ++(fibers[current].*count);
   for (bool all = false; !all;) {
@@ -65,7 +65,7 @@ inline void meet(int first, int last, int64_t Fiber::*count) {
 
 inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const int threads = static_cast<int>(block.x);
-  // Forwards or backwards, in no rhythm: what lacks a barrier gives two results.
+  // Forwards or backwards, in an irregular order: a missing barrier then gives different results.
   const bool backwards = __builtin_parity(launches++) != 0;
   if (block.y != 1 || block.z != 1 || threads % 32 != 0 || threads > 1024 || grid.y > 65535) std::abort();
   block_size = block, grid_size = grid, body = &kernel;
@@ -92,7 +92,7 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
           swapcontext(&scheduler, &fibers[i].context);
         }
       }
-      // Barriers that not all threads reach hang a GPU.
+      // A barrier that not all threads reach would hang a GPU.
       for (const Fiber& fiber : fibers) {
         if (fiber.barriers != fibers[0].barriers) std::abort();
       }
@@ -117,7 +117,7 @@ inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
   const int warp = current / 32 * 32, slot = static_cast<int>(fibers[current].shuffles % 2);
   fibers[current].offered[slot] = value;
   meet(warp, warp + 32, &Fiber::shuffles);
-  return fibers[current ^ lanes].offered[slot];  // overwritten two shuffles later, when all have read it
+  return fibers[current ^ lanes].offered[slot];  // overwritten two shuffles later, when all fibers have read it
 }
 
 namespace emulator {

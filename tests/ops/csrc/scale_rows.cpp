@@ -1,4 +1,4 @@
-// The worked example of csrc/README.md: y[r, :] = x[r, :] * scale[r], scale optional (then 1).
+// The worked example of csrc/README.md: y[r, :] = x[r, :] * scale[r], where scale is optional and 1 by default.
 #include <torch/csrc/stable/library.h>
 
 #include "op.h"
@@ -8,7 +8,7 @@ namespace example {
 using namespace fastgan;
 
 Tensor scale_rows_forward(const Tensor& x, const std::optional<Tensor>& scale) {
-  STD_TORCH_CHECK(x.dim() == 2, "x: had ", x.dim(), " dimensions; it may be [R, C]");
+  STD_TORCH_CHECK(x.dim() == 2, "x must be [R, C], got ", x.dim(), " dimensions");
   const int64_t rows = x.size(0), columns = x.size(1), row = x.stride(0), column = x.stride(1);
   const Tensor y = torch::stable::new_empty(x, x.sizes());
   dispatch(x, "x", [&](auto element) {
@@ -29,7 +29,7 @@ Tensor scale_rows_forward(const Tensor& x, const std::optional<Tensor>& scale) {
   return y;
 }
 
-// What is not asked for is not computed, and comes back as None.
+// Gradients that are not needed are not computed, and are None in Python.
 std::tuple<std::optional<Tensor>, std::optional<Tensor>> scale_rows_backward(
     const Tensor& grad, const Tensor& x, const std::optional<Tensor>& scale, bool need_x, bool need_scale) {
   check_like(grad, "grad", x);
