@@ -78,3 +78,13 @@ def test_derivatives() -> None:
 def test_refuses_too_few_channels() -> None:
     with pytest.raises(ValueError, match="channels must be at least 8, got 7"):
         SelfAttention2d(7)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_empty_batches(pool: bool) -> None:
+    block, x = SelfAttention2d(8, pool), torch.zeros(0, 8, 4, 4, requires_grad=True)
+    y = block(x)
+    assert y.shape == (0, 8, 4, 4)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())
