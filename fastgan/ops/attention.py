@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 
 from fastgan.ops import attention_chunked
 from fastgan.ops.arguments import require_number
-from fastgan.ops.autograd import autocast, autocast_enabled, raise_no_third_order, tracked, without_autocast
+from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, tracked, without_autocast
 from fastgan.ops.backend import Implementation, Op
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.torch_private import constant_when_compiled, in_forward_mode
@@ -76,18 +76,22 @@ def scaled_dot_product_attention(
         _require_mask(attn_mask, query, (*leading, query.shape[-2], key.shape[-2]), is_causal)
     scale = _scale(query, scale)
     if enable_gqa:
-        heads = query.shape[-3]
-        key = key.repeat_interleave(heads // key.shape[-3], -3)
-        value = value.repeat_interleave(heads // value.shape[-3], -3)
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     empty = 0 in (*leading, query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1])
     plain_only = attn_mask is not None or dropout_p > 0
     name = "torch" if empty else OP.choose(backend, query, key, value, plain_only=plain_only)
-    if name == "torch" and backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if name != "torch":
+        return _run_kernels(name, query, key, value, leading, scale, is_causal)
+    if backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # Compiled code is differentiated once at most: torch's fused kernels are the fastest for it.
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    if name == "torch":
-        with without_autocast(query) if casting else nullcontext():
-            return _reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    with without_autocast(query) if casting else nullcontext():
+        return _reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def _run_kernels(
+    name: str, query: Tensor, key: Tensor, value: Tensor, leading: tuple[int, ...], scale: float, is_causal: bool
+) -> Tensor:
     query, key, value = (_four_dimensional(x, leading) for x in (query, key, value))
     kernels = _kernels(name)
     if tracked(query, key, value):
@@ -283,22 +287,10 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None) -> tuple[Any, ...]:
         if uq is None and uk is None and uv is None:
             return (None,) * 9
-        gq, gk, gv, gdo = _SecondBackward.apply(uq, uk, uv, *ctx.saved_tensors, *ctx.rest)
+        *options, kernels = ctx.rest
+        arguments = (uq, uk, uv, *ctx.saved_tensors, *options)
+        gq, gk, gv, gdo = SecondBackward.apply(OP.name, kernels.attention_second_backward, *arguments)
         return *_needed(ctx, (gdo, gq, gk, gv)), None, None, None, None, None
-
-
-class _SecondBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None, *rest: Any) -> Any:
-        ctx.set_materialize_grads(False)
-        *tensors, scale, causal, kernels = rest
-        return kernels.attention_second_backward(uq, uk, uv, *tensors, scale, causal)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        if all(u is None for u in cotangents):
-            return (None,) * 12
-        raise_no_third_order(OP.name)
 
 
 def _needed(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

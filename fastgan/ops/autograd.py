@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from fastgan.ops.torch_private import constant_when_compiled, in_forward_mode, will_execute_node
 
@@ -58,9 +60,23 @@ def add_gradients(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-def raise_no_third_order(op: str) -> NoReturn:
-    """For the backward of an op's second backward, where autograd would otherwise drop terms silently."""
-    raise NotImplementedError(f"third derivative of {op} is not implemented; backend='torch' has it")
+class SecondBackward(Function):
+    """Runs the kernel of an op's second backward, `apply(op, kernel, *arguments)`; a third derivative raises.
+
+    Autograd would otherwise drop its terms silently. Every tensor on which the result depends must be an argument.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.op, ctx.inputs = op, 2 + len(arguments)
+        return kernel(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[None, ...]:
+        if any(u is not None for u in cotangents):
+            raise NotImplementedError(f"third derivative of {ctx.op} is not implemented; backend='torch' has it")
+        return (None,) * ctx.inputs
 
 
 @constant_when_compiled  # torch.compile of torch 2.10 cannot trace this function

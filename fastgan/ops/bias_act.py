@@ -21,7 +21,7 @@ from fastgan.ops.arguments import (
     require_feature_map,
     require_number,
 )
-from fastgan.ops.autograd import add_gradients, needs_gradient, non_leaf, placeholder, raise_no_third_order, tracked
+from fastgan.ops.autograd import SecondBackward, add_gradients, needs_gradient, non_leaf, placeholder, tracked
 from fastgan.ops.backend import LEAN, Op, in_transform
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.torch_private import in_forward_mode
@@ -316,34 +316,14 @@ class BiasActBackward(Function):
         if not (need_bias or needs_gradient(ctx, 1)):
             # As a function of dy alone it is linear and self-adjoint for these acts too.
             return _backward(u, origin, bias, ref, settings, False)[0], *none[1:]
-        gdy, gx, gb = _BiasActSecondBackward.apply(non_leaf(u), dy, origin, bias, ref, settings, need_bias)
+
+        def kernel(u: Tensor, dy: Tensor, origin: Tensor, bias: Tensor | None, ref: Tensor) -> tuple[Any, ...]:
+            bias = _silu_bias(bias, settings)
+            return settings.kernels.bias_act_second_backward(u, dy, ref, bias, *settings[1:], need_bias)
+
+        gdy, gx, gb = SecondBackward.apply("bias_act", kernel, non_leaf(u), dy, origin, bias, ref)
+        gb = gb if need_bias else None
         return gdy, gx, None if gb is None else gb.to(bias.dtype), *none[3:]
-
-
-class _BiasActSecondBackward(Function):
-    """Returns gdy, gx and gb or None, for acts with a second derivative."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        dy: Tensor,
-        origin: Tensor,
-        bias: Tensor | None,
-        ref: Tensor,
-        settings: BiasActSettings,
-        need_bias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        bias = _silu_bias(bias, settings)
-        gdy, gx, gb = settings.kernels.bias_act_second_backward(u, dy, ref, bias, *settings[1:], need_bias)
-        return gdy, gx, gb if need_bias else None
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        if any(c is not None for c in cotangents):
-            raise_no_third_order("bias_act")
-        return (None,) * 7
 
 
 # The kernels' functions in plain PyTorch: the specification of what a kernel computes, and the `lean` implementation.

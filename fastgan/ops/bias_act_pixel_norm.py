@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_number
-from fastgan.ops.autograd import add_gradients, needs_gradient, non_leaf, placeholder, raise_no_third_order, tracked
+from fastgan.ops.autograd import SecondBackward, add_gradients, needs_gradient, non_leaf, placeholder, tracked
 from fastgan.ops.backend import Op
 from fastgan.ops.bias_act import (
     ACTS,
@@ -167,34 +167,14 @@ class _BiasActPixelNormBackward(Function):
             # As a function of dy alone it is linear and self-adjoint. Not with lrelu, whose slope s does not commute
             # with the projection; relu's does, as y is 0 where s is.
             return _BiasActPixelNormBackward.apply(u, origin, bias, y, r, settings, False)[0], *none[1:]
-        gdy, gx, gb = _BiasActPixelNormSecondBackward.apply(u, dy, origin, bias, y, r, settings, need_bias)
+
+        def kernel(u: Tensor, dy: Tensor, origin: Tensor, bias: Tensor | None, y: Tensor, r: Tensor) -> tuple[Any, ...]:
+            function = settings.kernels.bias_act_pixel_norm_second_backward
+            return function(u, dy, y, r, *settings[1:4], need_bias)
+
+        gdy, gx, gb = SecondBackward.apply("bias_act_pixel_norm", kernel, u, dy, origin, bias, y, r)
+        gb = gb if need_bias else None
         return gdy, gx, None if gb is None else gb.to(bias.dtype), *none[3:]
-
-
-class _BiasActPixelNormSecondBackward(Function):
-    """Returns gdy, gx and gb or None."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        dy: Tensor,
-        origin: Tensor,
-        bias: Tensor | None,
-        y: Tensor,
-        r: Tensor,
-        settings: _Settings,
-        need_bias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        gdy, gx, gb = settings.kernels.bias_act_pixel_norm_second_backward(u, dy, y, r, *settings[1:4], need_bias)
-        return gdy, gx, gb if need_bias else None
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        if any(c is not None for c in cotangents):
-            raise_no_third_order("bias_act_pixel_norm")
-        return (None,) * 8
 
 
 # The kernels' functions in plain PyTorch: the specification of what a kernel computes.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_feature_map
-from fastgan.ops.autograd import needs_gradient, non_leaf, raise_no_third_order, tracked
+from fastgan.ops.autograd import SecondBackward, needs_gradient, non_leaf, tracked
 from fastgan.ops.backend import Op
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 
@@ -134,23 +134,9 @@ class _MinibatchStddevBackward(Function):
         if u is None:
             return None, None, None
         x, t = ctx.saved_tensors
-        gdy, gx = _MinibatchStddevSecondBackward.apply(non_leaf(dense_like(u, x)), x, t, ctx.settings)
+        kernel, u = ctx.settings.kernels.minibatch_stddev_second_backward, non_leaf(dense_like(u, x))
+        gdy, gx = SecondBackward.apply("minibatch_stddev", kernel, u, x, t, *ctx.settings[1:])
         return gdy, gx if needs_gradient(ctx, 1) else None, None
-
-
-class _MinibatchStddevSecondBackward(Function):
-    """Returns gdy and gx."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, x: Tensor, t: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        return settings.kernels.minibatch_stddev_second_backward(u, x, t, *settings[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        if any(c is not None for c in cotangents):
-            raise_no_third_order("minibatch_stddev")
-        return None, None, None, None
 
 
 # The kernels' functions in plain PyTorch: the specification of what a kernel computes. F is num_features.

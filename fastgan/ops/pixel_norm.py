@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_feature_map
-from fastgan.ops.autograd import add_gradients, needs_gradient, non_leaf, placeholder, raise_no_third_order, tracked
+from fastgan.ops.autograd import SecondBackward, add_gradients, needs_gradient, non_leaf, placeholder, tracked
 from fastgan.ops.backend import Op
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 
@@ -108,24 +108,11 @@ class _PixelNormBackward(Function):
         if not needs_gradient(ctx, 1):
             # As a function of dy alone it is linear and self-adjoint.
             return _PixelNormBackward.apply(u, origin, y, r, ctx.settings), None, None, None, None
-        return *_PixelNormSecondBackward.apply(u, dy, origin, y, r, ctx.settings), None, None, None
 
+        def kernel(u: Tensor, dy: Tensor, origin: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            return ctx.settings.kernels.pixel_norm_second_backward(u, dy, y, r)
 
-class _PixelNormSecondBackward(Function):
-    """Returns gdy and gx."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, dy: Tensor, origin: Tensor, y: Tensor, r: Tensor, settings: _Settings
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        return settings.kernels.pixel_norm_second_backward(u, dy, y, r)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        if any(c is not None for c in cotangents):
-            raise_no_third_order("pixel_norm")
-        return (None,) * 6
+        return *SecondBackward.apply("pixel_norm", kernel, u, dy, origin, y, r), None, None, None
 
 
 # The kernels' functions in plain PyTorch: the specification of what a kernel computes.
