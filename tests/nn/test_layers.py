@@ -74,7 +74,7 @@ def test_equalized_conv_resamples() -> None:
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_equalized_conv_refusals() -> None:
+def test_equalized_conv_argument_errors() -> None:
     with pytest.raises(ValueError, match="resample must be none, up or down, got 'half'"):
         EqualizedConv2d(3, 3, 3, resample="half")
     with pytest.raises(ValueError, match="kernel_size must be 3 with resample 'up', got 1"):
@@ -83,7 +83,7 @@ def test_equalized_conv_refusals() -> None:
         EqualizedConv2d(3, 3, 4)
 
 
-def test_thin_modules_are_their_ops() -> None:
+def test_thin_modules_equal_their_ops() -> None:
     x = torch.randn(6, 4, 3, 3)
     assert torch.equal(PixelNorm()(x), ops.pixel_norm(x))
     assert torch.equal(MinibatchStdDev()(x), ops.minibatch_stddev(x))

@@ -75,7 +75,7 @@ def test_derivatives() -> None:
     assert gradgradcheck(block, x)
 
 
-def test_refuses_too_few_channels() -> None:
+def test_rejects_too_few_channels() -> None:
     with pytest.raises(ValueError, match="channels must be at least 8, got 7"):
         SelfAttention2d(7)
 

@@ -30,7 +30,7 @@ def test_derivatives_of_scale_changes(op: Callable[..., torch.Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(3, 5, 6, 8), (16, 16, 8, 8)])
-def test_a_small_mean_over_two_pixels_is_that_of_pytorch_to_a_rounding(
+def test_small_2x2_mean_equals_pytorch_up_to_rounding(
     shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype
 ) -> None:
     x = torch.randn(shape).to(dtype, memory_format=layout)
@@ -94,7 +94,7 @@ def test_avg_pool2d_kernel(shape: tuple[int, ...], k: int, layout: str, dtype: t
         assert (actual.double() - expected).norm() <= torch.finfo(dtype).eps * expected.norm()
 
 
-def test_avg_pool2d_kernel_is_the_same_for_one_thread_and_two() -> None:
+def test_avg_pool2d_kernel_does_not_depend_on_threads() -> None:
     x = torch.randn(4, 8, 64, 64)
     if (reason := AVG_POOL2D.implementations["cpp"].unsupported_reason(x)) is not None:
         pytest.skip(reason)

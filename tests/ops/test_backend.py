@@ -36,13 +36,13 @@ def op() -> Iterator[Op]:
 SMALL, LARGE, DOUBLE = torch.zeros(3), torch.zeros(300), torch.zeros(300, dtype=torch.float64)
 
 
-def test_the_first_that_can_and_is_worth_it_runs(op: Op) -> None:
+def test_first_supported_and_preferred_implementation_runs(op: Op) -> None:
     assert op.choose(None, LARGE) == "cpp"
     assert op.choose(None, SMALL) == "torch"
     assert op.choose(None, DOUBLE) == "torch"
 
 
-def test_a_wish_is_met_or_raises(op: Op) -> None:
+def test_requested_backend_runs_or_raises(op: Op) -> None:
     assert op.choose("cpp", SMALL) == "cpp"
     assert op.choose("torch", LARGE) == "torch"
     with pytest.raises(ValueError, match=r"^backend 'triton': there is no GPU; can run this call: cpp, torch$"):
@@ -55,7 +55,7 @@ def test_a_wish_is_met_or_raises(op: Op) -> None:
         op.choose("gpu", LARGE)
 
 
-def test_use_backend_reaches_every_op_that_has_it(op: Op) -> None:
+def test_use_backend_applies_to_every_op_that_has_it(op: Op) -> None:
     other = ops.backend.OPS["gradient_penalty"]
     with ops.use_backend("cpp"):
         assert op.choose(None, SMALL) == "cpp"
@@ -70,7 +70,7 @@ def test_use_backend_reaches_every_op_that_has_it(op: Op) -> None:
     assert op.choose(None, SMALL) == "torch"
 
 
-def test_use_backend_ends_with_an_exception_and_names_are_checked(op: Op) -> None:
+def test_use_backend_is_undone_by_an_exception_and_checks_names(op: Op) -> None:
     with pytest.raises(RuntimeError, match="mine"), ops.use_backend(an_op="torch"):
         raise RuntimeError("mine")
     assert op.choose(None, LARGE) == "cpp"
@@ -85,7 +85,7 @@ def test_use_backend_ends_with_an_exception_and_names_are_checked(op: Op) -> Non
         pass
 
 
-def test_explanations_begin_with_what_runs_and_give_reasons(op: Op) -> None:
+def test_explanations_begin_with_the_default_and_give_reasons(op: Op) -> None:
     found = ops.backends("an_op", SMALL)
     assert list(found) == ["torch", "triton", "cpp"]
     assert found["triton"] == "Triton; cannot run: there is no GPU"
@@ -99,7 +99,7 @@ def test_explanations_begin_with_what_runs_and_give_reasons(op: Op) -> None:
         ops.backends("softmax")
 
 
-def test_transforms_and_the_compiler_get_plain_pytorch(op: Op) -> None:
+def test_transforms_and_compilers_get_plain_pytorch(op: Op) -> None:
     seen = []
 
     def f(x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_transforms_and_the_compiler_get_plain_pytorch(op: Op) -> None:
     assert torch.compile(g, backend="eager", fullgraph=True)(LARGE)[0] == 1
 
 
-def test_every_public_op_can_be_asked_about() -> None:
+def test_backends_knows_every_public_op() -> None:
     public = {name for name in ops.__all__ if name not in ("backends", "use_backend")}
     assert public == set(backend.OPS)
     assert all("torch" in ops.backends(name) for name in public)

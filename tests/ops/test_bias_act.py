@@ -165,7 +165,7 @@ def test_special_values_pass_as_in_pytorch(act: str) -> None:
     torch.testing.assert_close(bias_act(x, None, act, backend="cpp"), expected, equal_nan=True, atol=1e-37, rtol=1e-6)
 
 
-def test_what_the_graph_keeps() -> None:
+def test_saved_memory() -> None:
     x = torch.randn(2, 8, 16, 16, requires_grad=True)
     need(("cpp", "cpu"), bias_act, x)
     size = 4 * x.numel()
@@ -191,7 +191,7 @@ def test_under_torch_compile(act: str) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("act", CURVED)
-def test_a_third_derivative_raises(kernel: tuple[str, str], act: str) -> None:
+def test_third_derivative_raises(kernel: tuple[str, str], act: str) -> None:
     check_third_order(bias_act, kernel, random(2, 3, 2, 2), random(3, seed=1), act=act)
 
 
@@ -226,7 +226,7 @@ def test_large_maps_take_the_kernel_in_bfloat16_too() -> None:
         assert backends("bias_act", t)["cpp"] == "C++ kernels"
 
 
-def test_empty_and_plain_forms() -> None:
+def test_empty_inputs_and_options_without_kernels() -> None:
     for shape in ((0, 3, 2, 2), (2, 3, 0, 2), (2, 0, 2, 2)):
         x, bias = torch.zeros(shape, requires_grad=True), torch.zeros(shape[1], requires_grad=True)
         y = bias_act(x, bias)
@@ -240,7 +240,7 @@ def test_empty_and_plain_forms() -> None:
         torch.testing.assert_close(bias_act(x, **options), bias_act(x, backend="torch", **options))
 
 
-def test_refusals() -> None:
+def test_argument_errors() -> None:
     x = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match="act must be linear, relu, lrelu, tanh, sigmoid, silu, got 'gelu'"):
         bias_act(x, act="gelu")
@@ -286,7 +286,7 @@ def test_a_bias_with_a_stride() -> None:
 
 @pytest.mark.parametrize("act", ["relu", "lrelu"])
 @pytest.mark.parametrize("backend", ["cpp", "lean", "torch"])
-def test_a_nan_is_not_hidden(act: str, backend: str) -> None:
+def test_nan_propagates(act: str, backend: str) -> None:
     x = torch.tensor([[-1.0, math.nan, 1.0]])
     need((backend, "cpu"), bias_act, x)
     x.requires_grad_()

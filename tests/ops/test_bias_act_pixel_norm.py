@@ -37,7 +37,7 @@ def composed(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
     return module._BiasActPixelNorm.apply(x, bias, settings)[0]
 
 
-def test_is_its_two_steps() -> None:
+def test_equals_its_two_steps() -> None:
     x, bias = random(2, 5, 3, 4), random(5, seed=1)
     expected = F.leaky_relu(x + bias[:, None, None], 0.1) * 3
     expected = expected / (expected.square().mean(dim=1, keepdim=True) + 0.5).sqrt()
@@ -111,7 +111,7 @@ def test_penalty_with_a_constant_seed(kernel: tuple[str, str]) -> None:
     check_penalty(bias_act_pixel_norm, kernel, act="lrelu", gain=1.4)
 
 
-def test_what_the_graph_keeps() -> None:
+def test_saved_memory() -> None:
     x, bias = torch.randn(2, 8, 16, 16, requires_grad=True), torch.zeros(8)
     need(("cpp", "cpu"), bias_act_pixel_norm, x)
     # The output, a number for each pixel, the ghost of x, the bias.
@@ -131,7 +131,7 @@ def test_under_torch_compile() -> None:
 
 
 @each_kernel
-def test_a_third_derivative_raises(kernel: tuple[str, str]) -> None:
+def test_third_derivative_raises(kernel: tuple[str, str]) -> None:
     check_third_order(bias_act_pixel_norm, kernel, random(2, 3, 2, 2), random(3, seed=1))
 
 
@@ -160,7 +160,7 @@ def test_bias_alone() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
 
 
-def test_other_acts_and_empty_take_the_plain_form() -> None:
+def test_other_acts_and_empty_inputs_run_in_plain_pytorch() -> None:
     x = random(2, 3, 4, 4).float()
     torch.testing.assert_close(
         bias_act_pixel_norm(x, None, "tanh"), bias_act_pixel_norm(x, None, "tanh", backend="torch")
@@ -173,7 +173,7 @@ def test_other_acts_and_empty_take_the_plain_form() -> None:
         assert empty.grad is not None and empty.grad.shape == shape
 
 
-def test_refusals() -> None:
+def test_argument_errors() -> None:
     x = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match="act must be linear, relu, lrelu, tanh, sigmoid, silu, got 'gelu'"):
         bias_act_pixel_norm(x, act="gelu")

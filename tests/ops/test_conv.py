@@ -96,7 +96,7 @@ def test_gradcheck(transposed: bool) -> None:
     assert gradgradcheck(op, inputs)
 
 
-def test_only_what_is_asked_is_computed(products: Callable[[Callable[[], object]], int]) -> None:
+def test_only_needed_products_are_computed(products: Callable[[Callable[[], object]], int]) -> None:
     tensors = random(1, 2, 5, 5), random(3, 2, 3, 3, seed=1), random(1, 3, 3, 3, seed=2)
     x, w1, w2 = (t.requires_grad_() for t in tensors)
     score = conv2d(conv2d(x, w1), w2).sum()
@@ -231,7 +231,7 @@ def test_no_samples() -> None:
     assert w.grad is not None and w.grad.abs().sum() == 0
 
 
-def test_linear_is_at_the_floor() -> None:
+def test_linear_needs_four_products_in_a_penalty() -> None:
     """Four matrix products for each layer in a penalty with weight gradients."""
 
     class Matmuls(TorchDispatchMode):
@@ -279,12 +279,12 @@ def test_linear_is_at_the_floor() -> None:
         ({"backend": "cuda"}, ValueError, "backend must be cpp, lean, torch for conv2d, got 'cuda'"),
     ],
 )
-def test_conv2d_refuses(how: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_conv2d_argument_errors(how: dict[str, Any], error: type[Exception], message: str) -> None:
     given = {"input": torch.zeros(2, 3, 5, 5), "weight": torch.zeros(4, 3, 3, 3, requires_grad=True), **how}
     with pytest.raises(error, match=message):
         conv2d(**given)
 
 
-def test_conv_transpose2d_refuses_a_weight_of_conv2d() -> None:
+def test_conv_transpose2d_rejects_a_weight_of_conv2d() -> None:
     with pytest.raises(ValueError, match=r"weight must be \[3, O/groups, kH, kW\], got shape \(4, 3, 3, 3\)"):
         conv_transpose2d(torch.zeros(2, 3, 5, 5), torch.zeros(4, 3, 3, 3))

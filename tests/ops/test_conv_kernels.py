@@ -80,7 +80,7 @@ def test_equals_torch_everywhere(given: tuple[list[Tensor], tuple[int, int]]) ->
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_every_result_is_written(layout: torch.memory_format, poison: None) -> None:
+def test_all_outputs_are_written(layout: torch.memory_format, poison: None) -> None:
     x = random(2, 3, 9, 21).float().contiguous(memory_format=layout)
     w = random(6, 3, 3, 3, seed=1).float()
     need(x, w)
@@ -90,7 +90,7 @@ def test_every_result_is_written(layout: torch.memory_format, poison: None) -> N
     assert y.is_contiguous(memory_format=layout) and gx.is_contiguous(memory_format=layout)
 
 
-def test_one_thread_and_two_give_the_same_bits() -> None:
+def test_results_do_not_depend_on_threads() -> None:
     x, w = random(3, 16, 33, 31).float(), random(20, 16, 3, 3, seed=1).float()
     need(x, w)
     before = torch.get_num_threads()
@@ -139,7 +139,7 @@ def test_the_default_follows_channels_and_layout() -> None:
         ),
     ],
 )
-def test_refusals(how: dict[str, Any], words: str) -> None:
+def test_argument_errors(how: dict[str, Any], words: str) -> None:
     given = {"input": torch.zeros(2, 3, 5, 5), "weight": torch.zeros(4, 3, 3, 3), **how}
     with pytest.raises(ValueError, match=f"backend 'cpp': {words}"):
         conv2d(**given, backend="cpp")

@@ -57,22 +57,22 @@ def direct(x: torch.Tensor, group: int, features: int, eps: float) -> list[list[
 
 
 @pytest.mark.parametrize(
-    ("n", "asked", "used", "features"),
+    ("n", "requested", "used", "features"),
     [
         (8, 4, 4, 1),  # two strided groups
         (12, 4, 4, 3),
         (4, 4, 4, 2),  # one group
         (6, 4, 3, 1),  # 4 does not divide 6; 3 is the largest divisor below it
         (5, 4, 1, 1),  # a prime batch: groups of one
-        (5, 8, 5, 2),  # fewer samples than asked for
+        (5, 8, 5, 2),  # fewer samples than requested
         (9, 8, 3, 6),
         (1, 4, 1, 1),
         (4, 1, 1, 1),
     ],
 )
-def test_matches_loops(n: int, asked: int, used: int, features: int) -> None:
+def test_matches_loops(n: int, requested: int, used: int, features: int) -> None:
     x = random(n, 6, 2, 3)
-    y = minibatch_stddev(x, asked, features, eps=1e-3)
+    y = minibatch_stddev(x, requested, features, eps=1e-3)
     assert y.shape == (n, 6 + features, 2, 3)
     assert torch.equal(y[:, :6], x)
     expected = torch.tensor(direct(x, used, features, 1e-3), dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y, minibatch_stddev(x.double()).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-def test_refusals() -> None:
+def test_argument_errors() -> None:
     x = torch.zeros(4, 6, 2, 2)
     with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\], got 2 dimensions"):
         minibatch_stddev(torch.zeros(4, 6))
@@ -236,7 +236,7 @@ def test_penalty_with_a_constant_seed(kernel: tuple[str, str]) -> None:
     check_penalty(minibatch_stddev, kernel, eps=0.1)
 
 
-def test_what_the_graph_keeps() -> None:
+def test_saved_memory() -> None:
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
     need(("cpp", "cpu"), minibatch_stddev, x)
     assert saved_bytes(lambda: minibatch_stddev(x, backend="cpp")) == 4 * x.numel()
@@ -253,7 +253,7 @@ def test_under_torch_compile() -> None:
 
 
 @each_kernel
-def test_a_third_derivative_raises(kernel: tuple[str, str]) -> None:
+def test_third_derivative_raises(kernel: tuple[str, str]) -> None:
     check_third_order(minibatch_stddev, kernel, random(4, 3, 2, 2))
 
 

@@ -108,7 +108,7 @@ def test_penalty_with_a_constant_seed(kernel: tuple[str, str]) -> None:
     check_penalty(pixel_norm, kernel)
 
 
-def test_what_the_graph_keeps() -> None:
+def test_saved_memory() -> None:
     x = torch.randn(2, 8, 16, 16, requires_grad=True)
     need(("cpp", "cpu"), pixel_norm, x)
     # The output, a number for each pixel, and the ghost of x.
@@ -126,7 +126,7 @@ def test_under_torch_compile() -> None:
 
 
 @each_kernel
-def test_a_third_derivative_raises(kernel: tuple[str, str]) -> None:
+def test_third_derivative_raises(kernel: tuple[str, str]) -> None:
     check_third_order(pixel_norm, kernel, random(2, 3, 2, 2))
 
 
@@ -140,7 +140,7 @@ def test_opcheck() -> None:
         opcheck(fastgan.pixel_norm_second_backward.default, (t, t.clone(), t.clone(), r))
 
 
-def test_only_what_is_asked_for() -> None:
+def test_only_needed_gradients_are_computed() -> None:
     x, dy = random(2, 3, 4, 4).float().requires_grad_(), random(2, 3, 4, 4, seed=1).float().requires_grad_()
     need(("cpp", "cpu"), pixel_norm, x)
     found = []
@@ -157,7 +157,7 @@ def test_empty() -> None:
         assert x.grad is not None and x.grad.shape == shape
 
 
-def test_refusals() -> None:
+def test_argument_errors() -> None:
     with pytest.raises(ValueError, match=r"x must be \[N, C, ...\], got 1 dimensions"):
         pixel_norm(torch.zeros(3))
     with pytest.raises(ValueError, match="eps must be at least 0, got -1"):

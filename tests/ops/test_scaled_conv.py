@@ -93,7 +93,7 @@ def test_derivatives(op: Callable[..., torch.Tensor], form: str) -> None:
 
 
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
-def test_refusals(op: Callable[..., torch.Tensor]) -> None:
+def test_argument_errors(op: Callable[..., torch.Tensor]) -> None:
     x, w = torch.zeros(2, 3, 4, 4), torch.zeros(5, 3, 3, 3)
     with pytest.raises(ValueError, match=r"x must be \[N, I, H, W\], got 3 dimensions"):
         op(x[0], w)
@@ -103,16 +103,14 @@ def test_refusals(op: Callable[..., torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("size", [(3, 4), (4, 5)])
-def test_conv2d_downsample_refuses_odd_sizes(size: tuple[int, int]) -> None:
+def test_conv2d_downsample_rejects_odd_sizes(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"x must have an even height and width, got \(\d, \d\)"):
         conv2d_downsample(torch.zeros(1, 2, *size), torch.zeros(2, 2, 3, 3))
 
 
 @pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
-def test_the_kernel_with_the_box_is_in_channels_last_too(
-    op: Callable[..., Tensor], weights: torch.memory_format, form: str
-) -> None:
+def test_channels_last(op: Callable[..., Tensor], weights: torch.memory_format, form: str) -> None:
     x = random(2, 3, 4, 6).to(memory_format=torch.channels_last).requires_grad_()
     w = random(5, 3, 3, 3, seed=1).to(memory_format=weights).requires_grad_()
     kernels = []
@@ -134,7 +132,7 @@ def test_the_kernel_with_the_box_is_in_channels_last_too(
 
 
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
-def test_inference_mode_first_spoils_nothing(op: Callable[..., Tensor], form: str) -> None:
+def test_inference_mode_before_training(op: Callable[..., Tensor], form: str) -> None:
     scaled_conv._box_on.cache_clear()
     x, w = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3, requires_grad=True)
     with torch.inference_mode():
@@ -147,7 +145,7 @@ def test_inference_mode_first_spoils_nothing(op: Callable[..., Tensor], form: st
 @pytest.mark.parametrize(
     ("n", "channels", "size"), [(4, 32, 16), (2, 512, 4), (2, 8, 4)], ids=["fused", "steps", "native"]
 )
-def test_what_runs_is_said_and_is_the_same_without_autograd(n: int, channels: int, size: int) -> None:
+def test_backends_names_the_form_and_autograd_does_not_change_it(n: int, channels: int, size: int) -> None:
     x, w = torch.randn(n, channels, size, size), torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5
     words = {512: "conv2d and ", 8: "PyTorch's own convolution and ", 32: "convolution of stride 2"}[channels]
     for name, op in (("upsample_conv2d", upsample_conv2d), ("conv2d_downsample", conv2d_downsample)):
@@ -161,7 +159,7 @@ def test_what_runs_is_said_and_is_the_same_without_autograd(n: int, channels: in
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_bfloat16_has_a_crossover_of_its_own(dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_bfloat16_has_its_own_crossover(dtype: torch.dtype, layout: torch.memory_format) -> None:
     x = torch.randn(16, 32, 8, 8).to(dtype, memory_format=layout)
     w = (torch.randn(32, 32, 3, 3) / 17).to(dtype, memory_format=layout)
     what = backends("upsample_conv2d", x, w)["lean"]
@@ -173,14 +171,14 @@ def test_bfloat16_has_a_crossover_of_its_own(dtype: torch.dtype, layout: torch.m
 
 
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
-def test_a_tracer_of_any_size_may_follow_a_scaled_convolution(op: Callable[..., Tensor]) -> None:
+def test_symbolic_tracing(op: Callable[..., Tensor]) -> None:
     x, w = torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3)
     traced = make_fx(lambda x, w: op(x, w), tracing_mode="symbolic")(x, w)
     torch.testing.assert_close(traced(x, w), op(x, w, backend="torch"))
 
 
 @pytest.mark.parametrize("op", [upsample_conv2d, conv2d_downsample])
-def test_scaled_convolutions_under_autocast_round_the_kernel_once(op: Callable[..., Tensor], form: str) -> None:
+def test_autocast_rounds_the_kernel_once(op: Callable[..., Tensor], form: str) -> None:
     x, w = torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = op(x, w)
