@@ -42,7 +42,7 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`: softmax(scale * query key^T + mask) value.
 
     First and second derivatives in query, key and value use no N x M arrays; a third derivative raises
-    (`backend="torch"` has every order). A call with `attn_mask` or dropout takes the plain PyTorch form, which is
+    (`backend="torch"` has every order). A call with `attn_mask` or dropout runs in plain PyTorch,
     differentiable to any order, in the mask too.
 
     Args:

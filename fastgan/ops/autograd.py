@@ -16,9 +16,9 @@ from fastgan.ops.torch_private import constant_when_compiled, in_forward_mode, w
 def needs_gradient(ctx: Any, index: int) -> bool:
     """Whether the running backward pass needs the gradient of tensor input `index` of this Function.
 
-    `ctx.needs_input_grad` tells what could be needed. The inner gradient of a penalty is with respect to the images
-    alone, yet there it is True for every weight, and a third of the penalty's work would be for nothing. The engine
-    knows, except for leaves: pass inputs through `non_leaf` first. Tensors must be the first inputs of the Function.
+    `ctx.needs_input_grad` tells which gradients could be needed. For the inner gradient of a penalty, which is with
+    respect to the images alone, it is True for every weight, and a third of the work would be wasted. The engine knows
+    what is needed, except for leaves: pass inputs through `non_leaf` first. Tensors must be the Function's first inputs.
     """
     if not ctx.needs_input_grad[index]:
         return False

@@ -137,7 +137,7 @@ class Op:
         requested = _requested.get()
         if not requested:
             return None
-        # use_backend may name an implementation that this op lacks: it stands around calls of many ops.
+        # use_backend may name an implementation that this op lacks: its block may contain calls of many ops.
         everywhere = requested.get("*")
         return requested.get(self.name) or (everywhere if everywhere in self.implementations else None)
 

@@ -278,7 +278,7 @@ def _run_backward(
 
 
 class BiasActBackward(Function):
-    """Returns dx and db or None. `origin`, x or its placeholder, stands for x in the graph; `ref` has the values."""
+    """Returns dx and db or None. `origin`, x or its placeholder, represents x in the graph; `ref` has the values."""
 
     @staticmethod
     def forward(

@@ -131,7 +131,7 @@ class _BiasActPixelNorm(Function):
 
 
 class _BiasActPixelNormBackward(Function):
-    """Returns dx and db or None. `origin`, the placeholder of x, and `bias` only stand in the graph."""
+    """Returns dx and db or None. `origin`, the placeholder of x, and `bias` are there for the graph alone."""
 
     @staticmethod
     def forward(

@@ -90,7 +90,7 @@ class _PixelNorm(Function):
 
 
 class _PixelNormBackward(Function):
-    """Returns dx. `origin`, the placeholder of x, stands for x in the graph."""
+    """Returns dx. `origin`, the placeholder of x, represents x in the graph."""
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, origin: Tensor, y: Tensor, r: Tensor, settings: _Settings) -> Tensor:

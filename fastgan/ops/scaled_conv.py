@@ -140,8 +140,7 @@ def _is_one(gain: Any) -> bool:
 def _is_native(direction: str, x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
     """Whether `_native` runs this call; False for arguments that do not fit, which are checked afterwards.
 
-    It runs in every eager call, and in the smallest ones each attribute of a tensor that is read here takes time that
-    shows.
+    It runs in every eager call; in the smallest ones each attribute of a tensor that is read here adds measurable time.
     """
     dtype = x.dtype
     bf16 = dtype is torch.bfloat16

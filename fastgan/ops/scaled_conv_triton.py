@@ -8,6 +8,7 @@ the sign of the output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -38,72 +39,43 @@ def triton_implementation() -> Implementation:
 
 
 def _products() -> Any:
+    """The functions down(large, w), up(small, w) and weight(small, large)."""
     return kernel_functions("scaled_conv", "triton")
 
 
-class _Down(Function):
-    """small = down(large, w)."""
+# The gradients of each product in its two arguments, for the cotangent g.
+_GRADIENTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "down": (lambda g, large, w: _product("up", g, w), lambda g, large, w: _product("weight", g, large)),
+    "up": (lambda g, small, w: _product("down", g, w), lambda g, small, w: _product("weight", small, g)),
+    "weight": (lambda g, small, large: _product("down", large, g), lambda g, small, large: _product("up", small, g)),
+}
+
+
+class _Product(Function):
+    """One of the three products, whose gradients are the other two."""
 
     @staticmethod
-    def forward(ctx: Any, large: Tensor, w: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, name: str) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(large, w)
-        return _products().down(large, w)
+        ctx.save_for_backward(a, b)
+        ctx.name = name
+        return getattr(_products(), name)(a, b)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return None, None
-        large, w = ctx.saved_tensors
-        return _up(g, w) if needs_gradient(ctx, 0) else None, _weight(g, large) if needs_gradient(ctx, 1) else None
+            return None, None, None
+        gradients = (
+            function(g, *ctx.saved_tensors) if needs_gradient(ctx, i) else None
+            for i, function in enumerate(_GRADIENTS[ctx.name])
+        )
+        return *gradients, None
 
 
-class _Up(Function):
-    """large = up(small, w)."""
-
-    @staticmethod
-    def forward(ctx: Any, small: Tensor, w: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(small, w)
-        return _products().up(small, w)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return None, None
-        small, w = ctx.saved_tensors
-        return _down(g, w) if needs_gradient(ctx, 0) else None, _weight(small, g) if needs_gradient(ctx, 1) else None
-
-
-class _Weight(Function):
-    """Gradient of w."""
-
-    @staticmethod
-    def forward(ctx: Any, small: Tensor, large: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(small, large)
-        return _products().weight(small, large)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return None, None
-        small, large = ctx.saved_tensors
-        return _down(large, g) if needs_gradient(ctx, 0) else None, _up(small, g) if needs_gradient(ctx, 1) else None
-
-
-def _down(large: Tensor, w: Tensor) -> Tensor:
-    return _Down.apply(non_leaf(large), non_leaf(w)) if torch.is_grad_enabled() else _products().down(large, w)
-
-
-def _up(small: Tensor, w: Tensor) -> Tensor:
-    return _Up.apply(non_leaf(small), non_leaf(w)) if torch.is_grad_enabled() else _products().up(small, w)
-
-
-def _weight(small: Tensor, large: Tensor) -> Tensor:
+def _product(name: str, a: Tensor, b: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
-        return _products().weight(small, large)
-    return _Weight.apply(non_leaf(small), non_leaf(large))
+        return getattr(_products(), name)(a, b)
+    return _Product.apply(non_leaf(a), non_leaf(b), name)
 
 
 class _Fused(Function):
@@ -130,11 +102,9 @@ class _Fused(Function):
             gb = gz.sum((0, 2, 3)) if need_bias else None
         else:
             gz, gb = BiasActBackward.apply(non_leaf(dense_like(gy, y)), None, None, y.detach(), ctx.settings, need_bias)
-        back = _up if ctx.direction == "down" else _down
-        gx = back(gz, w) if needs_gradient(ctx, 0) else None
-        gw = None
-        if needs_gradient(ctx, 1):
-            gw = _weight(gz, x) if ctx.direction == "down" else _weight(x, gz)
+        gradient_x, gradient_w = _GRADIENTS[ctx.direction]
+        gx = gradient_x(gz, x, w) if needs_gradient(ctx, 0) else None
+        gw = gradient_w(gz, x, w) if needs_gradient(ctx, 1) else None
         return gx, gw, None if gb is None else gb.to(bias.dtype), None, None
 
 

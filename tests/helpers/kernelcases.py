@@ -44,7 +44,7 @@ def dtypes(device: str) -> list[torch.dtype]:
 
 
 def need(kernel: tuple[str, str], op: Op, *inputs: Tensor) -> None:
-    """Skip where the implementation cannot run at all: no compiler, no such kernel."""
+    """Skip a test whose implementation cannot run here: no compiler, no such kernel."""
     name, device = kernel
     reason = ops.backend.OPS[op.__name__].implementations[name].unsupported_reason(*inputs)
     if reason is not None:
@@ -156,7 +156,7 @@ def all_orders(f: Op, inputs: list[Tensor], dy: Tensor, cotangents: list[Tensor]
 
 
 def derivatives(op: Callable[..., Tensor], inputs: list[Tensor], order: int) -> list[Tensor]:
-    """Values and derivatives of a function that curves in every input, up to `order`, each through the one before."""
+    """Value and derivatives up to `order` of a function that is nonlinear in every input."""
     y = op(*inputs)
     found = [y]
     value = (y * y).sum()
@@ -202,7 +202,7 @@ def check_against_float64(
 def penalty_weight_gradients(op: Op, dtype: torch.dtype, device: str, **arguments: Any) -> list[Tensor]:
     """Weight gradients of a gradient-norm penalty through two convolutions, each followed by `op`, with constant seeds.
 
-    A backward that cannot be differentiated, or is differentiated wrongly, changes these numbers and nothing else.
+    A backward whose derivative is missing or wrong changes these numbers without an error.
     """
     x, w1 = random(4, 3, 6, 5, seed=1), random(8, 3, 3, 3, seed=2) / 5
     channels = op(torch.zeros(4, 8, 6, 5), backend="torch").shape[1]
@@ -249,12 +249,12 @@ def check_threads(op: Op, *inputs: Tensor, **arguments: Any) -> None:
 
 
 def opcheck(op: Any, arguments: tuple[Any, ...]) -> None:
-    """The schema tells the truth, and the fake kernel gives the shapes, strides and dtypes of the real one."""
+    """The schema is right, and the fake kernel returns the shapes, strides and dtypes of the real one."""
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 def check_compiled(op: Op, *inputs: Tensor, **arguments: Any) -> None:
-    """Forward and backward under torch.compile, as chosen there and with the kernel by name."""
+    """Forward and backward under torch.compile, with the default and with the kernel requested by name."""
     need(("cpp", "cpu"), op, *inputs)
     made = [x.detach().requires_grad_() for x in inputs]
     torch.compiler.reset()  # else what was compiled for other ops counts against a limit
@@ -288,7 +288,7 @@ def check_third_order(op: Op, kernel: tuple[str, str], *inputs: Tensor, raises: 
 
 
 def saved_bytes(f: Callable[[], Tensor]) -> int:
-    """Memory that the graph of a call keeps."""
+    """Bytes that the graph of a call keeps."""
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

@@ -215,7 +215,9 @@ def test_sagan_starts_orthogonal() -> None:
                 torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("resolution", "requested", "width"), [(8, None, 4), (32, None, 16), (64, None, 32), (32, 8, 8)])
+@pytest.mark.parametrize(
+    ("resolution", "requested", "width"), [(8, None, 4), (32, None, 16), (64, None, 32), (32, 8, 8)]
+)
 def test_sagan_attention_is_at_the_requested_size(resolution: int, requested: int | None, width: int) -> None:
     for network in build("sagan", resolution, attention_at=requested):
         seen = []

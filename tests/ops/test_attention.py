@@ -96,7 +96,7 @@ def test_half_precision(backend: str, dtype: torch.dtype, sizes: tuple[int, ...]
 
 @pytest.mark.parametrize("backend", FORMS)
 def test_any_strides(backend: str) -> None:
-    """Features apart in memory, lengths reversed in order with heads, and dimensions of stride 0."""
+    """Features not adjacent in memory, lengths and heads exchanged in memory, and dimensions of stride 0."""
 
     def transposed(x: Tensor) -> Tensor:
         return x.detach().mT.contiguous().mT.requires_grad_()
@@ -151,7 +151,7 @@ def test_absent_cotangents(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FORMS)
 def test_penalty_with_a_constant_seed_through_two_layers(backend: str) -> None:
-    """Weight gradients of a gradient-norm penalty: wrong in silence wherever a second derivative is dropped."""
+    """Weight gradients of a gradient-norm penalty: wrong without an error wherever a second derivative is dropped."""
 
     def weight_gradients(dtype: torch.dtype, attend: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         weights = [random(8, 8, seed=i, dtype=dtype).mul_(0.3).requires_grad_() for i in range(6)]

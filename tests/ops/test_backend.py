@@ -14,7 +14,7 @@ from fastgan.ops.backend import Implementation, Op
 
 @pytest.fixture
 def op() -> Iterator[Op]:
-    """A kernel for float32, one that is worth it from 100 elements on, one that this machine lacks."""
+    """An op with a kernel for float32, the default from 100 elements on, and a kernel that cannot run here."""
 
     def float32_only(*inputs: Tensor) -> str | None:
         wrong = [str(x.dtype) for x in inputs if x.dtype != torch.float32]

@@ -170,7 +170,7 @@ def test_saved_memory() -> None:
     need(("cpp", "cpu"), bias_act, x)
     size = 4 * x.numel()
     assert saved_bytes(lambda: bias_act(x, None, "lrelu", backend="cpp")) == size
-    # The ghost of x is one element.
+    # The placeholder of x is one element.
     assert saved_bytes(lambda: bias_act(x, None, "tanh", backend="cpp")) == size + 4
     assert saved_bytes(lambda: bias_act(x, None, "linear", backend="cpp")) == 0
 
@@ -267,7 +267,7 @@ def test_argument_errors() -> None:
 @pytest.mark.parametrize("act", CURVED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_bias_alone_has_its_second_derivative(act: str, dtype: torch.dtype) -> None:
-    """Whether x wants none, or is merely not asked for."""
+    """Both if x needs no gradient, and if it does but its gradient is not computed."""
     x = torch.randn(4, 3, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
     for tracked in (False, True):
         found = []

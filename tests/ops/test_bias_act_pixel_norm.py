@@ -114,7 +114,7 @@ def test_penalty_with_a_constant_seed(kernel: tuple[str, str]) -> None:
 def test_saved_memory() -> None:
     x, bias = torch.randn(2, 8, 16, 16, requires_grad=True), torch.zeros(8)
     need(("cpp", "cpu"), bias_act_pixel_norm, x)
-    # The output, a number for each pixel, the ghost of x, the bias.
+    # The output, a number for each pixel, the placeholder of x, the bias.
     expected = 4 * (x.numel() + 2 * 16 * 16 + 1 + 8)
     assert saved_bytes(lambda: bias_act_pixel_norm(x, bias, backend="cpp")) == expected
 
@@ -150,7 +150,7 @@ def test_opcheck() -> None:
 
 
 def test_bias_alone() -> None:
-    """Of a bias that is the only input with a gradient, and in second order the only one asked for."""
+    """The bias is the only input with a gradient, in first and in second order."""
     x, bias = random(2, 8, 4, 4).float(), random(8, seed=1).float().requires_grad_()
     need(("cpp", "cpu"), bias_act_pixel_norm, x)
     found = []

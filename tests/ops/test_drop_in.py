@@ -32,7 +32,7 @@ NUMBERS |= {
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_tensors_are_rejected_as_numbers(name: str) -> None:
-    """A learnable one would get no gradient, in silence."""
+    """A learnable one would get no gradient, without an error."""
     NUMBERS[name](0.5)
     NUMBERS[name](1)
     with pytest.raises(TypeError, match=f"^{name.strip()} must be a number, got a tensor"):

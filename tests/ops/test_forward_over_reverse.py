@@ -37,7 +37,7 @@ def random(*shape: int, seed: int) -> Tensor:
 def tangents(
     op: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], create_graph: bool, **k: str
 ) -> list[Tensor]:
-    """Of the gradients of a function that curves, along random directions."""
+    """Tangents of the gradients of a nonlinear function, along random directions."""
     inputs = [random(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
     found = []
     with forward_ad.dual_level():

@@ -34,7 +34,7 @@ def composed(x: torch.Tensor, group: int, features: int, eps: float) -> torch.Te
 
 
 def direct(x: torch.Tensor, group: int, features: int, eps: float) -> list[list[float]]:
-    """The appended values, [N][features], sample by sample; `group` is the size in force."""
+    """The appended values, [N][features], sample by sample; `group` divides the batch."""
     n, c, h, w = x.shape
     values = x.tolist()
     groups, chunk = n // group, c // features

@@ -71,8 +71,8 @@ def test_value_matches_the_derivative_on_paper(name: str) -> None:
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_weight_gradient_matches_finite_differences(name: str) -> None:
-    """The composite that goes wrong in silence when a backward is not differentiable: the seed of the inner gradient
-    is a constant, so nothing raises, and the terms through it are merely missing."""
+    """If a backward is not differentiable, terms of this gradient are missing without an error: the seed of the inner
+    gradient is a constant."""
     weights, real, fake, t = setting()
     weights = tuple(w.requires_grad_() for w in weights)
     value = PENALTIES[name](functools.partial(critic_of, *weights), real, fake, weight=t)

@@ -75,7 +75,7 @@ def test_products_with_a_layer_that_curves(products: Products) -> None:
 
 @pytest.mark.parametrize("model", ["dcgan", "pggan", "sagan"])
 def test_products_of_the_critics_of_this_package(model: str, products: Products) -> None:
-    """Nothing in them undoes the saving: dcgan's is at the floor, the others curve where they must."""
+    """No layer undoes the saving: dcgan's critic needs the minimum, the others more for their nonlinear layers."""
     torch.manual_seed(0)
     _, critic = models.build(
         model, resolution=16, channels=3, latent=4, width=8, max_width=8, norm_d="none", fmap_base=32, fmap_max=8

@@ -111,7 +111,7 @@ def test_penalty_with_a_constant_seed(kernel: tuple[str, str]) -> None:
 def test_saved_memory() -> None:
     x = torch.randn(2, 8, 16, 16, requires_grad=True)
     need(("cpp", "cpu"), pixel_norm, x)
-    # The output, a number for each pixel, and the ghost of x.
+    # The output, a number for each pixel, and the placeholder of x.
     assert saved_bytes(lambda: pixel_norm(x, backend="cpp")) == 4 * (x.numel() + 2 * 16 * 16 + 1)
 
 

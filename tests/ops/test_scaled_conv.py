@@ -166,7 +166,7 @@ def test_bfloat16_has_its_own_crossover(dtype: torch.dtype, layout: torch.memory
     assert ("stride 2" if dtype == torch.float32 else "PyTorch's own convolution") in what
     y, expected = upsample_conv2d(x, w), upsample_conv2d(x, w, backend="torch")
     assert y.is_contiguous(memory_format=layout)
-    assert torch.equal(y, expected) == (dtype == torch.bfloat16)  # the very ops that are said, or others
+    assert torch.equal(y, expected) == (dtype == torch.bfloat16)  # the same ops as in PyTorch, or not
     torch.testing.assert_close(y.float(), expected.float(), rtol=0.02, atol=0.02)
 
 
