@@ -18,7 +18,7 @@ def needs_gradient(ctx: Any, index: int) -> bool:
 
     `ctx.needs_input_grad` tells which gradients could be needed. For the inner gradient of a penalty, which is with
     respect to the images alone, it is True for every weight, and a third of the work would be wasted. The engine knows
-    what is needed, except for leaves: pass inputs through `non_leaf` first. Tensors must be the Function's first inputs.
+    what is needed, except for leaves: pass inputs through `non_leaf` first. Tensors must come first among the inputs.
     """
     if not ctx.needs_input_grad[index]:
         return False

@@ -67,7 +67,8 @@ def test_equals_torch_to_third_order(g: dict[str, Any], transposed: bool) -> Non
         derivatives(lambda *t: theirs(*t, **how), inputs, 3),
         strict=True,
     ):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+        scale = max(1.0, expected.abs().max().item())  # terms are of size 1 even where they cancel
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * scale)
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (2, 4)])
@@ -126,11 +127,11 @@ def test_a_bias_has_the_sum_of_the_cotangent_alone_and_beside_others(
     tensors = random(2, 3, 5, 6), random(3, 3, 3, 3, seed=1), random(3, seed=2)
     x, w, b = (t.to(dtype).requires_grad_() for t in tensors)
     seed = random(*op(x, w, b).shape, seed=3).to(dtype)
-    exact = seed.double().sum((0, 2, 3))
+    exact, scale = seed.double().sum((0, 2, 3)), seed.double().abs().sum((0, 2, 3)).norm()
     for wanted in ([b], [b, x], [b, w], [b, x, w]):
         found = torch.autograd.grad(op(x, w, b), wanted, seed)
         assert found[0].dtype == dtype and all(t.isfinite().all() and t.any() for t in found)
-        assert (found[0].double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+        assert (found[0].double() - exact).norm() <= 0.5 * torch.finfo(dtype).eps * scale
 
 
 @pytest.mark.parametrize("op", [conv2d, conv_transpose2d])
