@@ -6,10 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
-namespace fastgan {
+#include "common.h"
 
-// Indices into fastgan.ops.bias_act.ACTS.
-enum Act : int64_t { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kSilu };
+namespace fastgan {
 
 // Each struct has value(v) = gain act(v), slope(ref, d) = d gain act'(v) and, unless piecewise linear,
 // curvature(ref, d) = d gain act''(v). `ref` is value(v), except for silu, where it is v.

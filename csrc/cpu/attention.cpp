@@ -56,8 +56,8 @@ Tensor floats(const Tensor& like, int64_t count) {
 template <class F>
 void run(const Tensor& like, int64_t jobs, int64_t scratch, const F& f) {
   constexpr int64_t kAlwaysShared = 32768;
-  parallel_with_scratch(like, jobs, kAlwaysShared, scratch, [&](int64_t begin, int64_t end, float* mine) {
-    for (int64_t job = begin; job < end; ++job) f(job, mine);
+  parallel_with_scratch(like, jobs, kAlwaysShared, scratch, [&](int64_t begin, int64_t end, float* memory) {
+    for (int64_t job = begin; job < end; ++job) f(job, memory);
   });
 }
 

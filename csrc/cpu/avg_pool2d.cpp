@@ -156,8 +156,8 @@ template <class T>
 Tensor sized(const Tensor& x, bool last, int64_t height, int64_t width) {
   const int64_t n = x.size(0), c = x.size(1);
   if (!last) return fresh<T>(torch::stable::new_empty(x, std::vector<int64_t>{n, c, height, width}));
-  const Tensor made = torch::stable::new_empty(x, std::vector<int64_t>{n, height, width, c});
-  return torch::stable::transpose(torch::stable::transpose(fresh<T>(made), 2, 3), 1, 2);
+  const Tensor result = torch::stable::new_empty(x, std::vector<int64_t>{n, height, width, c});
+  return torch::stable::transpose(torch::stable::transpose(fresh<T>(result), 2, 3), 1, 2);
 }
 
 void check_planes(const Tensor& x, const char* name, int64_t kernel_size) {

@@ -130,9 +130,9 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const std::option
   BiasSum db(want_bias, bias_parts(layout).number, f.c);
   Tensor dx = dispatch(dy, "dy", [&](auto element) {
     using T = decltype(element);
-    const Tensor made = fresh_like<T>(dy);
+    const Tensor result = fresh_like<T>(dy);
     const T *const from = data<T>(dy), *const reference = ref ? data<T>(*ref) : from;
-    T* const to = output<T>(made);
+    T* const to = output<T>(result);
     with_act(act, negative_slope, gain, [&](auto a) {
       const float* const given = bias || (layout.last && want_bias) ? offsets.data() : nullptr;
       for_runs(layout, given, db, 3, [=](int64_t at, int64_t count, auto b, float* sums) {
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& dy, const std::option
               [=](int64_t i) { return a.slope(load(reference + at + i) + b[i], load(from + at + i)); });
       });
     });
-    return made;
+    return result;
   });
   return {dx, db.result(dy)};
 }

@@ -5,47 +5,14 @@
 
 #include <vector>
 
+#include "common.h"
 #include "op.h"
 
 namespace fastgan {
 
-// l: pixels per sample. last: channels_last, where the c features of a pixel are contiguous; else they are l apart.
-struct Features {
-  int64_t n, c, l;
-  bool last;
-  int64_t pixels() const { return n * l; }
-  int64_t numel() const { return n * c * l; }
-};
-
-// Whether x is dense with its dimensions in the order N, C, ... or, if `last`, in the order N, ..., C.
-inline bool is_dense(const Tensor& x, bool last) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  const auto dims = static_cast<int64_t>(sizes.size());
-  int64_t expected = 1;
-  const auto dense = [&](int64_t dim) {
-    const bool fits = sizes[dim] == 1 || strides[dim] == expected;
-    expected *= sizes[dim];
-    return fits;
-  };
-  if (last && !dense(1)) return false;
-  for (int64_t dim = dims - 1; dim >= 2; --dim) {
-    if (!dense(dim)) return false;
-  }
-  return (last || dense(1)) && dense(0);
-}
-
-// Layout of x, which must be dense. If x is both contiguous and channels_last, the layout is contiguous.
 inline Features features(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
-  const auto sizes = x.sizes();
-  STD_TORCH_CHECK(sizes.size() >= 2, "x must be [N, C, ...], got ", sizes.size(), " dimensions");
-  Features f{sizes[0], sizes[1], 1, false};
-  for (size_t dim = 2; dim < sizes.size(); ++dim) f.l *= sizes[dim];
-  STD_TORCH_CHECK(f.numel() > 0, "x must not be empty");
-  const bool contiguous = is_dense(x, false);
-  STD_TORCH_CHECK(contiguous || is_dense(x, true), "x must be dense, contiguous or channels_last");
-  f.last = !contiguous;
-  return f;
+  return dense_features(x);
 }
 
 // With one pixel per sample, a contiguous x also has the features of a pixel next to each other.
@@ -71,9 +38,9 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
 }
 
 template <class T>
-Tensor fresh(Tensor made) {
-  prefer_huge_pages(made.mutable_data_ptr(), made.numel() * static_cast<int64_t>(sizeof(T)));
-  return made;
+Tensor fresh(Tensor result) {
+  prefer_huge_pages(result.mutable_data_ptr(), result.numel() * static_cast<int64_t>(sizeof(T)));
+  return result;
 }
 
 // An uninitialized tensor with the shape, dtype and memory format of x.

@@ -116,8 +116,8 @@ Tensor finish_images(const Tensor& images, const std::optional<Tensor>& flips) {
   const uint8_t* x = data<uint8_t>(images);
   const int64_t* flip = data<int64_t>(flips);
   const auto sizes = f.last ? std::vector<int64_t>{f.n, h, w, f.c} : std::vector<int64_t>{f.n, f.c, h, w};
-  const Tensor made = fresh<float>(torch::stable::new_empty(images, sizes, ScalarType::Float));
-  float* y = output<float>(made);
+  const Tensor result = fresh<float>(torch::stable::new_empty(images, sizes, ScalarType::Float));
+  float* y = output<float>(result);
   const int64_t step = f.last ? f.c : 1, rows = f.last ? h : f.c * h, size = rows * w * step;
   for (int64_t first = 0, next = 0; first < f.n; first = next) {
     const bool flipped = flip != nullptr && flip[first] != 0;
@@ -129,7 +129,7 @@ Tensor finish_images(const Tensor& images, const std::optional<Tensor>& flips) {
       finish_bytes(x + first * size, y + first * size, (next - first) * size);
     }
   }
-  return f.last ? torch::stable::transpose(torch::stable::transpose(made, 2, 3), 1, 2) : made;
+  return f.last ? torch::stable::transpose(torch::stable::transpose(result, 2, 3), 1, 2) : result;
 }
 
 }  // namespace fastgan

@@ -268,10 +268,10 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   const Tensor r = pixel_statistic(x);
   Tensor y = dispatch(x, "x", [&](auto element) {
     using T = decltype(element);
-    Tensor made = fresh_like<T>(x);
+    Tensor result = fresh_like<T>(x);
     const auto run = f.last ? norm_forward_rows<T, A> : norm_forward_planes<T, A>;
-    run(f, act, offsets.data(), static_cast<float>(eps), data<T>(x), output<T>(made), output<float>(r));
-    return made;
+    run(f, act, offsets.data(), static_cast<float>(eps), data<T>(x), output<T>(result), output<float>(r));
+    return result;
   });
   return {y, r};
 }
@@ -279,21 +279,21 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
 template <class A>
 std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& y, const Tensor& r, const A& act,
                                          bool want_bias) {
-  const Features f = features(y), laid = as_rows(f);
+  const Features f = features(y), layout = as_rows(f);
   check_dense_like(dy, "dy", y, f.last);
   check_statistic(r, f);
-  const Tiles tiles(laid, 2);
-  const Parts parts = row_parts(laid);
-  BiasSum db(want_bias, laid.last ? parts.number : tiles.number(), laid.c);
+  const Tiles tiles(layout, 2);
+  const Parts parts = row_parts(layout);
+  BiasSum db(want_bias, layout.last ? parts.number : tiles.number(), layout.c);
   Tensor dx = dispatch(y, "y", [&](auto element) {
     using T = decltype(element);
-    Tensor made = fresh_like<T>(y);
-    if (laid.last) {
-      norm_backward_rows(laid, act, data<T>(dy), data<T>(y), data<float>(r), output<T>(made), db, parts);
+    Tensor result = fresh_like<T>(y);
+    if (layout.last) {
+      norm_backward_rows(layout, act, data<T>(dy), data<T>(y), data<float>(r), output<T>(result), db, parts);
     } else {
-      norm_backward_planes(laid, act, data<T>(dy), data<T>(y), data<float>(r), output<T>(made), db, tiles);
+      norm_backward_planes(layout, act, data<T>(dy), data<T>(y), data<float>(r), output<T>(result), db, tiles);
     }
-    return made;
+    return result;
   });
   return {dx, db.result(y)};
 }
@@ -301,21 +301,21 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& y, cons
 template <class A>
 std::tuple<Tensor, Tensor, Tensor> norm_second_backward(const Tensor& u, const Tensor& dy, const Tensor& y,
                                                         const Tensor& r, const A& act, bool want_bias) {
-  const Features f = features(y), laid = as_rows(f);
+  const Features f = features(y), layout = as_rows(f);
   check_dense_like(u, "u", y, f.last);
   check_dense_like(dy, "dy", y, f.last);
   check_statistic(r, f);
-  const Tiles tiles(laid, 3);
-  const Parts parts = row_parts(laid);
-  BiasSum gb(want_bias, laid.last ? parts.number : tiles.number(), laid.c);
+  const Tiles tiles(layout, 3);
+  const Parts parts = row_parts(layout);
+  BiasSum gb(want_bias, layout.last ? parts.number : tiles.number(), layout.c);
   return dispatch(y, "y", [&](auto element) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(element);
     Tensor gdy = fresh_like<T>(y), gx = fresh_like<T>(y);
-    if (laid.last) {
-      norm_second_rows(laid, act, data<T>(u), data<T>(dy), data<T>(y), data<float>(r), output<T>(gdy), output<T>(gx),
+    if (layout.last) {
+      norm_second_rows(layout, act, data<T>(u), data<T>(dy), data<T>(y), data<float>(r), output<T>(gdy), output<T>(gx),
                        gb, parts);
     } else {
-      norm_second_planes(laid, act, data<T>(u), data<T>(dy), data<T>(y), data<float>(r), output<T>(gdy),
+      norm_second_planes(layout, act, data<T>(u), data<T>(dy), data<T>(y), data<float>(r), output<T>(gdy),
                          output<T>(gx), gb, tiles);
     }
     return {gdy, gx, gb.result(y)};

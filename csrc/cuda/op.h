@@ -12,6 +12,8 @@
 #include <tuple>
 #include <vector>
 
+#include "common.h"
+
 #ifdef FASTGAN_EMULATED
 #include "emulator.h"  // in tests/ops/csrc: runs kernels as plain C++, one fiber per thread of a block
 #else
@@ -37,9 +39,6 @@ inline constexpr int64_t kMostParts = 3, kMostSums = 6, kMostBlocks = 6, kMostAc
 #else
 inline constexpr int64_t kMostParts = 1024, kMostSums = 4096, kMostBlocks = 1 << 20, kMostAcross = 32768;
 #endif
-
-// Indices into fastgan.ops.bias_act.ACTS.
-enum Act : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kSilu };
 
 // Storage types. Arithmetic is float.
 struct Bf16 {
@@ -168,48 +167,17 @@ __device__ __forceinline__ float block_sum(float x) {
   return sum;
 }
 
-// l: pixels per sample. last: channels_last, where the c features of a pixel are contiguous; else they are l apart.
-struct Features {
-  int64_t n, c, l;
-  bool last;
-  int64_t pixels() const { return n * l; }
-  int64_t numel() const { return n * c * l; }
-};
-
-// Whether x is dense with its dimensions in the order N, C, ... or, if `last`, in the order N, ..., C.
-inline bool is_dense(const Tensor& x, bool last) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  int64_t expected = 1;
-  const auto dense = [&](int64_t dim) {
-    const bool fits = sizes[dim] == 1 || strides[dim] == expected;
-    expected *= sizes[dim];
-    return fits;
-  };
-  if (last && !dense(1)) return false;
-  for (int64_t dim = x.dim() - 1; dim >= 2; --dim) {
-    if (!dense(dim)) return false;
-  }
-  return (last || dense(1)) && dense(0);
-}
-
 inline void check_device(const Tensor& x, const char* name) {
 #ifndef FASTGAN_EMULATED
   STD_TORCH_CHECK(x.is_cuda(), name, " must be on a GPU");
 #endif
 }
 
-// Layout of x, which must be dense. If x is both contiguous and channels_last, the layout is contiguous, except with
-// one pixel per sample, where the features of a pixel are contiguous either way.
+// Layout of x, which must be dense. With one pixel per sample the features of a pixel are contiguous in any case.
 inline Features features(const Tensor& x) {
   check_device(x, "x");
-  const auto sizes = x.sizes();
-  STD_TORCH_CHECK(sizes.size() >= 2, "x must be [N, C, ...], got ", sizes.size(), " dimensions");
-  Features f{sizes[0], sizes[1], 1, false};
-  for (size_t dim = 2; dim < sizes.size(); ++dim) f.l *= sizes[dim];
-  STD_TORCH_CHECK(f.numel() > 0, "x must not be empty");
-  const bool contiguous = is_dense(x, false);
-  STD_TORCH_CHECK(contiguous || is_dense(x, true), "x must be dense, contiguous or channels_last");
-  f.last = !contiguous || f.l == 1;
+  Features f = dense_features(x);
+  f.last = f.last || f.l == 1;
   return f;
 }
 

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from benchmarks.studies import compare_variants as compare
+from benchmarks.studies.result_cache import as_flags
 from fastgan import checkpoint, models
 from fastgan.cli import train
 from fastgan.config import Config, merge, read_yaml
 from fastgan.models.pggan import Progressive
 from fastgan.utils import counter_rng
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "studies" / "compare_variants.py"
 TINY = {
     "lsgan": "--width 8 --max-width 8",
     "pggan": "--fmap-base 32 --fmap-max 8",
 }
 
 
-@pytest.fixture(scope="module")
-def compare() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_variants", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_variants"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("variant", list(TINY))
-def test_gradient_norm(compare: ModuleType, variant: str, tmp_path: Path) -> None:
+def test_gradient_norm(variant: str, tmp_path: Path) -> None:
     """Against finite differences of the loss along the direction of the gradient, for each image."""
     run = tmp_path / "run"
     flags = f"{TINY[variant]} --resolution 8 --latent 4 --batch 8 --kimg 0.08 --samples 4 --out {run}"
@@ -64,7 +52,7 @@ def test_gradient_norm(compare: ModuleType, variant: str, tmp_path: Path) -> Non
     assert norm == pytest.approx(slope.item(), rel=1e-3) and norm > 0
 
 
-def test_table(compare: ModuleType) -> None:
+def test_table() -> None:
     cache = compare.ResultCache(Path("none.json"))
     assert compare.report(cache, 9.0) == "no finished results"
     curve = [
@@ -84,7 +72,7 @@ def test_table(compare: ModuleType) -> None:
     assert "| - | - | not reached | 1,234 |" in text and "pggan" not in text
 
 
-def test_seconds_add_up_the_steps_of_each_stage(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_add_up_the_steps_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """pggan with 30 kimg: 4 px until 5, 8 px fading in until 15 and stable until 20, 16 px fading in until 30."""
     monkeypatch.setattr(compare, "settings", lambda arm: {"schedule": {"fade_kimg": 10.0, "stable_kimg": 5.0}})
     speeds = {"4 px": 1000.0, "8 px, fading": 500.0, "8 px": 100.0, "16 px, fading": 10.0, "16 px": 1.0}
@@ -93,7 +81,7 @@ def test_seconds_add_up_the_steps_of_each_stage(compare: ModuleType, monkeypatch
     assert compare.seconds_until("sagan", 30.0, {"16 px": 100.0}, 30_000) == pytest.approx(300)
 
 
-def test_speed_times_every_kind_of_step(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_times_every_kind_of_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "RESOLUTION", 8)
     tiny = {"networks": {"fmap_base": 16, "fmap_max": 4}, "schedule": {"resolution": 8, "batch": 4}}
     monkeypatch.setattr(compare, "settings", lambda arm: tiny)
@@ -103,11 +91,11 @@ def test_speed_times_every_kind_of_step(compare: ModuleType, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("arm", ["dcgan", "dcgan-r1", "pggan"])
-def test_training_flags_match_the_timed_configuration(compare: ModuleType, arm: str) -> None:
+def test_training_flags_match_the_timed_configuration(arm: str) -> None:
     from fastgan.cli.train import Train, parse
 
     variant, _ = compare.ARMS[arm]
-    changes = sys.modules["benchmarks.studies.result_cache"].as_flags(compare.settings(arm))
+    changes = as_flags(compare.settings(arm))
     flags = ["--variant", variant, "--preset", "digits", *changes, "--kimg", "50"]
     trained, config = parse(flags, Train, "fastgan train").config, compare.configured(arm, 50.0)
     for section in ("networks", "objective", "optimizer", "schedule"):

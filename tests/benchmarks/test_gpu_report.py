@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-
-
-@pytest.fixture
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from benchmarks import gpu
 
 SMALL = """
 import pytest
@@ -40,7 +28,7 @@ def test_time(benchmark):
 """
 
 
-def test_reports(gpu: ModuleType, tmp_path: Path) -> None:
+def test_reports(tmp_path: Path) -> None:
     (tmp_path / "test_small.py").write_text(SMALL)
     junit, times = tmp_path / "tests.xml", tmp_path / "times.json"
     reports = [f"--junitxml={junit}", f"--benchmark-json={times}"]
@@ -54,7 +42,7 @@ def test_reports(gpu: ModuleType, tmp_path: Path) -> None:
     assert row["name"] == "test_time" and row["memory"] == {"ours": 1} and row["seconds"]["median"] > 0
 
 
-def test_missing_reports(gpu: ModuleType, tmp_path: Path) -> None:
+def test_missing_reports(tmp_path: Path) -> None:
     assert gpu.read_benchmark_report(tmp_path / "none.json") == []
     assert gpu.read_test_report(tmp_path / "none.xml") == {"error": "pytest wrote no report"}
 
@@ -68,7 +56,7 @@ FILES = {
 
 
 @pytest.fixture
-def pieces(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """Run `gpu` in a temporary folder, as if there were a GPU. Returns the result of `machine`, to be changed."""
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     for name, text in FILES.items():
@@ -89,7 +77,7 @@ def pieces(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_failures_and_crashes_do_not_affect_other_pieces(
-    gpu: ModuleType, pieces: dict[str, object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    pieces: dict[str, object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     del gpu.PIECES["slow"]
     assert gpu.main([]) == 1
@@ -121,7 +109,7 @@ def test_failures_and_crashes_do_not_affect_other_pieces(
     assert len(json.loads(file.with_name("small-gpu-1.before.json").read_text())["pieces"]) == 4
 
 
-def test_pieces_that_time_out_are_repeated(gpu: ModuleType, pieces: dict[str, object], tmp_path: Path) -> None:
+def test_pieces_that_time_out_are_repeated(pieces: dict[str, object], tmp_path: Path) -> None:
     result = gpu.run_piece(gpu.PIECES["slow"], 4.0)
     assert (result["exit_code"], result["cut_off"], result["done"]) == (None, True, False)
     assert gpu.main(["--minutes", "1"]) == 2  # too short to start a piece
@@ -129,12 +117,12 @@ def test_pieces_that_time_out_are_repeated(gpu: ModuleType, pieces: dict[str, ob
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_missing_gpu_is_reported(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 1
     assert "torch sees no GPU" in capsys.readouterr().err
 
 
-def test_files_of_all_pieces_exist(gpu: ModuleType) -> None:
+def test_files_of_all_pieces_exist() -> None:
     for arguments in gpu.PIECES.values():
         paths = [word.removeprefix("--ignore=") for word in arguments if "tests/" in word or "benchmarks/" in word]
         assert paths and all((gpu.ROOT / path).exists() for path in paths), paths
@@ -142,6 +130,6 @@ def test_files_of_all_pieces_exist(gpu: ModuleType) -> None:
 
 def test_starts_without_an_installation(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(FILE), "--help"]
+    command = [sys.executable, str(gpu.__file__), "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "--minutes" in done.stdout, done.stderr

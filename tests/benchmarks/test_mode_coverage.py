@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from benchmarks.studies import mode_coverage as modes
 from fastgan.config.variants import VARIANTS
-
-FILE = Path(__file__).parents[2] / "benchmarks" / "studies" / "mode_coverage.py"
-
-
-@pytest.fixture(scope="module")
-def modes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("modes", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["modes"] = module  # for dataclasses and pickle
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(("task", "number", "deviation"), [("grid", 25, 0.05), ("ring", 8, 0.02)])
-def test_real_points_hit_every_mode(modes: ModuleType, task: str, number: int, deviation: float) -> None:
+def test_real_points_hit_every_mode(task: str, number: int, deviation: float) -> None:
     means, given = modes.centers(task)
     assert tuple(means.shape) == (number, 2) and given == deviation
     closest = torch.cdist(means, means).fill_diagonal_(9).min()
@@ -43,7 +29,7 @@ def test_real_points_hit_every_mode(modes: ModuleType, task: str, number: int, d
     assert not torch.equal(points[:10], modes.real_points(task, 1, torch.arange(10)))
 
 
-def test_collapsed_and_stray_points(modes: ModuleType) -> None:
+def test_collapsed_and_stray_points() -> None:
     means, deviation = modes.centers("grid")
     points = torch.cat([means[:5].repeat(10, 1), means[:5] + 1.0])
     assert modes.coverage("grid", points) == pytest.approx({"modes": 0.2, "near": 50 / 55})
@@ -52,20 +38,20 @@ def test_collapsed_and_stray_points(modes: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_every_variant_trains_on_points(modes: ModuleType, variant: str) -> None:
+def test_every_variant_trains_on_points(variant: str) -> None:
     first, second = (modes.train_points("ring", variant, 3, 2.56) for _ in range(2))
     assert first["modes"] == second["modes"] and first["near"] == second["near"]
     assert 0 <= first["near"] <= 1
 
 
 @pytest.mark.slow
-def test_wgan_gp_finds_the_ring(modes: ModuleType) -> None:
+def test_wgan_gp_finds_the_ring() -> None:
     result = modes.train_points("ring", "wgan-gp", 0, 640.0)
     assert result["modes"] == 1 and result["near"] > 0.03  # by chance about 0.005
 
 
 def test_results_are_stored_and_resumed(
-    modes: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = f"grid --variants gan lsgan --seeds 2 --kimg 1 --results {tmp_path / 'results.json'}".split()
     train_points = modes.train_points
@@ -94,7 +80,7 @@ def test_results_are_stored_and_resumed(
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_mean_and_range(modes: ModuleType) -> None:
+def test_mean_and_range() -> None:
     cache = modes.ResultCache(Path("none.json"))
     for seed, (hit, near) in enumerate([(0.2, 0.5), (1.0, 0.7), (0.6, 0.9)]):
         cache.results[f"grid/wgan/seed{seed}/9kimg"] = {"modes": hit, "near": near}
@@ -104,10 +90,10 @@ def test_mean_and_range(modes: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_stacked_digits_are_trained_resumed_and_counted(modes: ModuleType, tmp_path: Path) -> None:
+def test_stacked_digits_are_trained_resumed_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains in subprocesses."""
     flags = ["--threads", "1", "--width", "4", "--max-width", "4"]
-    modes.STACKED_SAMPLES = 300
+    monkeypatch.setattr(modes, "STACKED_SAMPLES", 300)
     result = modes.train_stacked("dcgan", 0, 0.064, tmp_path, flags)
     assert result["modes_of"] == 1000 and 0 <= result["modes"] <= 300 and result["kl"] > 0
     (run,) = [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -118,7 +104,7 @@ def test_stacked_digits_are_trained_resumed_and_counted(modes: ModuleType, tmp_p
     assert " at 0.064 kimg" in (tmp_path / f"{run.name}.log").read_text()  # resumed
 
 
-def test_unknown_task(modes: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_task(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         modes.main(["circle"])
     assert "TASK must be grid, ring, stacked, got 'circle'" in capsys.readouterr().err

@@ -68,6 +68,16 @@ def running(device: str) -> Iterator[None]:
         yield
 
 
+def random(*shape: int, seed: int) -> Tensor:
+    """Normal random numbers, float64, on the CPU."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def values(result: Any) -> list[Tensor]:
+    """The result of a launcher, a tensor or a tuple of them, as a list."""
+    return list(result) if isinstance(result, tuple) else [result]
+
+
 def rms(x: Tensor) -> float:
     """Root mean square; infinite for a NaN."""
     value = x.double().square().mean().sqrt().item() if x.numel() else 0.0

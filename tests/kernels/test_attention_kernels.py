@@ -16,6 +16,7 @@ from triton_offline import (
     assert_accurate,
     assert_compiles_without_spills,
     assert_launches_do_not_spill,
+    random,
     running,
 )
 
@@ -41,10 +42,6 @@ LARGE = [
     (100, 300, 8, 256, False),
 ]
 EVERY_SHAPE = [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.gpu) for shape in LARGE)]
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def inputs(

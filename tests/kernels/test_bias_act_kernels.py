@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_offline import DTYPES, assert_accurate, assert_compiles_without_spills, running
+from triton_offline import DTYPES, assert_accurate, assert_compiles_without_spills, random, running, values
 
 from fastgan.kernels import bias_act as kernels
 
@@ -20,14 +20,6 @@ LAYOUTS = [
     *((it, last) for it in SHAPES for last in ((False, True) if len(it) == 4 else (False,))),
     *(pytest.param(it, last, marks=pytest.mark.gpu) for it in LARGE for last in (False, True)),
 ]
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def values(result: object) -> list[Tensor]:
-    return list(result) if isinstance(result, tuple) else [result]  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_offline import DTYPES, assert_accurate, assert_compiles_without_spills, running
+from triton_offline import DTYPES, assert_accurate, assert_compiles_without_spills, random, running
 
 from fastgan.kernels import minibatch_stddev as kernels
 
@@ -23,10 +23,6 @@ SHAPES = [
     ((5, 6, 1, 2), 5, 3),
 ]
 LARGE = [((16, 256, 64, 64), 4, 1), ((12, 512, 4, 4), 4, 4), ((8, 33, 31, 17), 8, 3)]
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)

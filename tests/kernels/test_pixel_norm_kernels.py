@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_offline import DTYPES, assert_accurate, assert_compiles_without_spills, running
+from triton_offline import DTYPES, assert_accurate, assert_compiles_without_spills, random, running, values
 
 from fastgan.kernels import bias_act_pixel_norm as kernels
 from fastgan.kernels import pixel_norm
@@ -26,15 +26,8 @@ LAYOUTS = [
 each_layout = pytest.mark.parametrize(("shape", "last"), LAYOUTS)
 
 
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def compare(name: str, call: Callable[..., object], composed: Callable[..., object], args: tuple[Any, ...]) -> None:
     """Compare every result of a launcher, called with `args`, with the composed form."""
-
-    def values(result: object) -> list[Tensor]:
-        return list(result) if isinstance(result, tuple) else [result]  # type: ignore[list-item]
 
     device = next(a for a in args if isinstance(a, Tensor)).device.type
     with running(device):

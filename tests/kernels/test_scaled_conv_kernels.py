@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton_offline import DEVICES, DTYPES, assert_accurate, assert_compiles_without_spills, running
+from triton_offline import DEVICES, DTYPES, assert_accurate, assert_compiles_without_spills, random, running
 
 from fastgan import ops
 from fastgan.kernels import scaled_conv, tiles
@@ -22,10 +22,6 @@ SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 2, 3), (1, 17, 2, 3, 5), (3, 2, 19, 4, 1), 
 LARGE = [(16, 16, 16, 8, 8), (3, 59, 111, 13, 7), (8, 128, 64, 32, 32), (2, 512, 512, 4, 4), (1, 3, 100, 65, 63)]
 EVERY_SHAPE = [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.gpu) for shape in LARGE)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def inputs(n: int, c: int, k: int, h: int, w: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("emulated")
     sources = folder / "cpu"
     sources.mkdir()
+    shutil.copy(CSRC / "common.h", folder)
     shutil.copy(Path(__file__).parent / "csrc" / "emulator.h", sources)
     for file in (CSRC / "cuda").iterdir():
         text = file.read_text().replace("(fastgan, CUDA, m)", "(fastgan_emulated, CPU, m)")
@@ -80,7 +81,7 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype, last: bool, device: str, 
     return flat.permute([order.index(i) for i in range(len(shape))]).copy_(x)
 
 
-def agree(actual: Any, expected: Any, dtype: torch.dtype, like: Tensor | None = None) -> None:
+def assert_accurate(actual: Any, expected: Any, dtype: torch.dtype, like: Tensor | None = None) -> None:
     """Compare with float64, relative to the largest expected number, since sums cancel."""
     actual, expected = (r if isinstance(r, tuple) else (r,) for r in (actual, expected))
     assert len(actual) == len(expected)
@@ -96,7 +97,7 @@ def agree(actual: Any, expected: Any, dtype: torch.dtype, like: Tensor | None = 
             assert a.dtype == dtype and a.stride() == like.stride()
 
 
-def wide(*arguments: Any) -> list[Any]:
+def double(*arguments: Any) -> list[Any]:
     return [a.double().cpu() if isinstance(a, Tensor) else a for a in arguments]
 
 
@@ -129,16 +130,20 @@ def test_bias_act(kernels: Any, act: int, shape: tuple[int, ...], last: bool, sh
     bias = tensor(shape[1:2], bias_dtype, False, device, 3)
     options = (act, 0.2, 1.3)
     y = f.bias_act_forward(x, bias, *options)
-    agree(y, BIAS_ACT.bias_act_forward(*wide(x, bias), *options), dtype, x)
-    agree(f.bias_act_forward(x, None, *options), BIAS_ACT.bias_act_forward(*wide(x, None), *options), dtype, x)
+    assert_accurate(y, BIAS_ACT.bias_act_forward(*double(x, bias), *options), dtype, x)
+    assert_accurate(
+        f.bias_act_forward(x, None, *options), BIAS_ACT.bias_act_forward(*double(x, None), *options), dtype, x
+    )
     ref = {LINEAR: None, SILU: x}.get(act, y)
     bias = bias if act == SILU else None
     for want in (True, False):
-        found = f.bias_act_backward(dy, ref, bias, *options, want)
-        agree(found, BIAS_ACT.bias_act_backward(*wide(dy, ref, bias), *options, want), dtype, dy)
+        result = f.bias_act_backward(dy, ref, bias, *options, want)
+        assert_accurate(result, BIAS_ACT.bias_act_backward(*double(dy, ref, bias), *options, want), dtype, dy)
         if act not in (LINEAR, RELU, LRELU):
-            found = f.bias_act_second_backward(u, dy, ref, bias, *options, want)
-            agree(found, BIAS_ACT.bias_act_second_backward(*wide(u, dy, ref, bias), *options, want), dtype, dy)
+            result = f.bias_act_second_backward(u, dy, ref, bias, *options, want)
+            assert_accurate(
+                result, BIAS_ACT.bias_act_second_backward(*double(u, dy, ref, bias), *options, want), dtype, dy
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,10 +152,10 @@ def test_pixel_norm(kernels: Any, dtype: torch.dtype, shape: tuple[int, ...], la
     f, device = kernels
     u, dy, x = (tensor(shape, dtype, last, device, seed, shift) for seed in range(3))
     y, r = f.pixel_norm_forward(x, 1e-2)
-    agree((y, r), PIXEL_NORM.pixel_norm_forward(*wide(x), 1e-2), dtype, x if x.shape[1] > 1 else None)
-    agree(f.pixel_norm_backward(dy, y, r), PIXEL_NORM.pixel_norm_backward(*wide(dy, y, r)), dtype, x)
-    found = f.pixel_norm_second_backward(u, dy, y, r)
-    agree(found, PIXEL_NORM.pixel_norm_second_backward(*wide(u, dy, y, r)), dtype, x)
+    assert_accurate((y, r), PIXEL_NORM.pixel_norm_forward(*double(x), 1e-2), dtype, x if x.shape[1] > 1 else None)
+    assert_accurate(f.pixel_norm_backward(dy, y, r), PIXEL_NORM.pixel_norm_backward(*double(dy, y, r)), dtype, x)
+    result = f.pixel_norm_second_backward(u, dy, y, r)
+    assert_accurate(result, PIXEL_NORM.pixel_norm_second_backward(*double(u, dy, y, r)), dtype, x)
 
 
 @pytest.mark.parametrize("act", [LINEAR, RELU, LRELU])
@@ -162,15 +167,15 @@ def test_bias_act_pixel_norm(kernels: Any, act: int, shape: tuple[int, ...], las
     bias = tensor(shape[1:2], torch.float32 if act else dtype, False, device, 3)
     options = (act, 0.2, 1.3)
     y, r = f.bias_act_pixel_norm_forward(x, bias, *options, 1e-2)
-    expected = BIAS_ACT_PIXEL_NORM.bias_act_pixel_norm_forward(*wide(x, bias), *options, 1e-2)
-    agree((y, r), expected, dtype, x if x.shape[1] > 1 else None)
+    expected = BIAS_ACT_PIXEL_NORM.bias_act_pixel_norm_forward(*double(x, bias), *options, 1e-2)
+    assert_accurate((y, r), expected, dtype, x if x.shape[1] > 1 else None)
     for want in (True, False):
-        found = f.bias_act_pixel_norm_backward(dy, y, r, *options, want)
-        expected = BIAS_ACT_PIXEL_NORM.bias_act_pixel_norm_backward(*wide(dy, y, r), *options, want)
-        agree(found, expected, dtype, x)
-        found = f.bias_act_pixel_norm_second_backward(u, dy, y, r, *options, want)
-        expected = BIAS_ACT_PIXEL_NORM.bias_act_pixel_norm_second_backward(*wide(u, dy, y, r), *options, want)
-        agree(found, expected, dtype, x)
+        result = f.bias_act_pixel_norm_backward(dy, y, r, *options, want)
+        expected = BIAS_ACT_PIXEL_NORM.bias_act_pixel_norm_backward(*double(dy, y, r), *options, want)
+        assert_accurate(result, expected, dtype, x)
+        result = f.bias_act_pixel_norm_second_backward(u, dy, y, r, *options, want)
+        expected = BIAS_ACT_PIXEL_NORM.bias_act_pixel_norm_second_backward(*double(u, dy, y, r), *options, want)
+        assert_accurate(result, expected, dtype, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -197,11 +202,11 @@ def test_minibatch_stddev(
     dy = tensor((shape[0], shape[1] + features, *shape[2:]), dtype, last, device, 2, shift)
     options = (group, features, 1e-2)
     y = f.minibatch_stddev_forward(x, *options)
-    agree(y, MINIBATCH_STDDEV.minibatch_stddev_forward(*wide(x), *options), dtype, dy)
+    assert_accurate(y, MINIBATCH_STDDEV.minibatch_stddev_forward(*double(x), *options), dtype, dy)
     dx, t = f.minibatch_stddev_backward(dy, x, *options)
-    agree((dx, t), MINIBATCH_STDDEV.minibatch_stddev_backward(*wide(dy, x), *options), dtype, x)
-    found = f.minibatch_stddev_second_backward(u, x, t, *options)
-    agree(found, MINIBATCH_STDDEV.minibatch_stddev_second_backward(*wide(u, x, t), *options), dtype, x)
+    assert_accurate((dx, t), MINIBATCH_STDDEV.minibatch_stddev_backward(*double(dy, x), *options), dtype, x)
+    result = f.minibatch_stddev_second_backward(u, x, t, *options)
+    assert_accurate(result, MINIBATCH_STDDEV.minibatch_stddev_second_backward(*double(u, x, t), *options), dtype, x)
 
 
 def test_equal_samples_have_no_deviation(kernels: Any) -> None:
@@ -239,11 +244,11 @@ def test_relu_preserves_nan_and_infinity(kernels: Any) -> None:
     expected = BIAS_ACT.bias_act_forward(x, None, RELU, 0.2, 2.0)
     torch.testing.assert_close(f.bias_act_forward(x, None, RELU, 0.2, 2.0), expected, equal_nan=True)
     ref = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
-    found = f.bias_act_backward(x, ref, None, RELU, 0.2, 2.0, False)[0]
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, -torch.inf, 2.0]], device=device))
+    result = f.bias_act_backward(x, ref, None, RELU, 0.2, 2.0, False)[0]
+    torch.testing.assert_close(result, torch.tensor([[0.0, 0.0, -torch.inf, 2.0]], device=device))
     # The gradient passes through a NaN, as in PyTorch.
-    found = f.bias_act_backward(torch.ones_like(x), torch.full_like(x, torch.nan), None, RELU, 0.2, 2.0, False)[0]
-    torch.testing.assert_close(found, torch.full_like(x, 2.0))
+    result = f.bias_act_backward(torch.ones_like(x), torch.full_like(x, torch.nan), None, RELU, 0.2, 2.0, False)[0]
+    torch.testing.assert_close(result, torch.full_like(x, 2.0))
 
 
 def needs_nvcc() -> None:

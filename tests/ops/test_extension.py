@@ -358,13 +358,13 @@ def test_worked_example_does_not_depend_on_threads(example: Callable[[str], Any]
     x = torch.randn(301, 777, generator=torch.Generator().manual_seed(1))
     threads = torch.get_num_threads()
     try:
-        found = []
+        results = []
         for n in (1, 2):
             torch.set_num_threads(n)
-            found.append(example(RUNNABLE[-1]).scale_rows_backward(x, x, x[:, 0], True, True))
+            results.append(example(RUNNABLE[-1]).scale_rows_backward(x, x, x[:, 0], True, True))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def wheel(folder: Path, **environment: str) -> Path:
@@ -392,6 +392,7 @@ def test_wheel_without_a_compiler_has_the_sources(tmp_path: Path) -> None:
 
 @compiler
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_wheel_has_the_library_and_loads_it(tmp_path: Path) -> None:
     file = wheel(tmp_path, FASTGAN_BUILD="force")
     assert re.search(r"-py3-none-(?!any)\w+\.whl$", file.name)
@@ -409,5 +410,5 @@ print(e.file("cpu"), torch.ops.fastgan.cpu_instructions())
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        path, found = done.stdout.split()
-        assert found == level and Path(path).is_relative_to(installed.resolve() / "fastgan" / "ops" / "lib")
+        path, level_used = done.stdout.split()
+        assert level_used == level and Path(path).is_relative_to(installed.resolve() / "fastgan" / "ops" / "lib")
