@@ -20,7 +20,7 @@ test: lint
 	$(PYTEST)
 
 test-all: lint
-	$(PYTEST) -m "not gpu" --timeout 3600
+	$(PYTEST) -m "not gpu" --timeout 3600 --hypothesis-profile random
 
 gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py $(ARGS)

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis.configuration import set_hypothesis_home_dir
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # A shell starts its background jobs with Ctrl-C ignored, and the commands that tests interrupt would inherit that.
@@ -16,6 +21,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # As `fastgan train` has it without --tf32: what is called float32 here is float32 in cuDNN too.
 torch.backends.cudnn.allow_tf32 = False
 
+# The same examples in every run, and others in each `make test-all` (--hypothesis-profile random). Hypothesis keeps its
+# files out of the checkout: no database of examples, and a folder for the rest that lasts as long as this process.
+hypothesis.settings.register_profile("default", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("random", database=None, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("default")
+_hypothesis_folder = tempfile.mkdtemp(prefix="hypothesis-")
+set_hypothesis_home_dir(_hypothesis_folder)
+atexit.register(shutil.rmtree, _hypothesis_folder, ignore_errors=True)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests that are not for a GPU see none, as commands that they start would take it, and ranks share it."""
@@ -24,8 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def denormals() -> Iterator[None]:
-    """Training flushes denormal numbers for its whole process; the next test finds it as it was."""
+def independent_of_other_tests() -> Iterator[None]:
+    """Every test starts with the same random numbers, and with the denormals that training flushes to zero."""
+    torch.manual_seed(0)
     yield
     torch.set_flush_denormal(False)
 

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import side_by_side
 from fastgan.ops import attention, scaled_dot_product_attention
 from fastgan.ops.attention import OP
-from fastgan.ops.kernel_registry import functions
+from fastgan.ops.kernel_registry import kernel_functions
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -109,7 +109,7 @@ class FusedFirstOrder:
 
     @staticmethod
     def attention_second_backward(*arguments: Any) -> tuple[Tensor, ...]:
-        gradients: tuple[Tensor, ...] = functions("attention", "triton").attention_second_backward(*arguments)
+        gradients: tuple[Tensor, ...] = kernel_functions("attention", "triton").attention_second_backward(*arguments)
         return gradients
 
     @staticmethod

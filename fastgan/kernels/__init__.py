@@ -1,6 +1,7 @@
-"""In a checkout, `fastgan.kernels` is the folder kernels/ beside fastgan/; an installed wheel has that folder here.
+"""Makes the folder kernels/ beside fastgan/ the package `fastgan.kernels` in a checkout.
 
-Python then finds `fastgan.kernels.NAME` without an installation: on PYTHONPATH, through torch.hub and for scripts.
+An installed wheel has the content of that folder in place of this file. In a checkout this file lets Python find
+`fastgan.kernels.NAME` without an installation: on PYTHONPATH, through torch.hub and for scripts.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Networks: a generator and a discriminator for each name, built from plain values."""
+"""The networks: a generator and a discriminator for each model, built from plain values."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ MODELS: dict[str, ModuleType] = {"mlp": mlp, "dcgan": dcgan, "sagan": sagan, "pg
 
 
 def _build(cls: type[nn.Module], values: dict[str, Any]) -> nn.Module:
-    wanted = inspect.signature(cls).parameters
-    return cls(**{name: value for name, value in values.items() if name in wanted})
+    parameters = inspect.signature(cls).parameters
+    return cls(**{name: value for name, value in values.items() if name in parameters})
 
 
 def build(model: str, *, norm_g: str = "batch", norm_d: str = "batch", **values: Any) -> tuple[nn.Module, nn.Module]:
-    """Generator and discriminator of the named model, on the CPU, initialized from torch's global generator.
+    """Build a model on the CPU, with weights from torch's global random generator.
 
     Args:
         model: mlp, dcgan, sagan or pggan.
-        norm_g, norm_d: batch or none, for the models that offer the choice.
-        values: `resolution`, `channels`, `latent`, `width`, ...; each network takes the ones in its signature.
+        norm_g: batch or none, for generators with that choice.
+        norm_d: as `norm_g`, for discriminators.
+        values: `resolution`, `channels`, `latent`, `width`, ...; each network gets those in its signature.
+
+    Returns:
+        The generator and the discriminator.
 
     Raises:
-        KeyError: no such model.
+        KeyError: an unknown model.
     """
     module = MODELS[model]
     generator = _build(module.Generator, {**values, "norm": norm_g})

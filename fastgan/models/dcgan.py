@@ -1,8 +1,8 @@
-"""Deep convolutional networks of Radford et al. 2015, "Unsupervised representation learning with DCGANs".
+"""The deep convolutional networks of Radford et al. 2015, "Unsupervised representation learning with DCGANs".
 
 Each 4x4 convolution of stride 2 halves (discriminator) or doubles (generator) the size, from the image down to 4x4.
-Channels double towards 4x4, up to `max_width`. 4x4 is the size in the authors' Torch code, which Arjovsky et al. 2017
-took over; figure 1 of the paper and its Theano code have 5x5. Latents are Gaussian, the paper's uniform.
+Channels double towards 4x4, up to `max_width`. The kernels are 4x4 as in the authors' Torch code and in Arjovsky et al.
+2017; figure 1 of the paper and its Theano code have 5x5. Latents are Gaussian; in the paper they are uniform.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Generator(nn.Module, Pretrained):
 
 
 class Discriminator(nn.Module):
-    """images [N, C, R, R] -> scores [N]. With `norm` "none" it is the critic that a gradient penalty asks for."""
+    """images [N, C, R, R] -> scores [N]. A critic with a gradient penalty needs `norm` "none"."""
 
     def __init__(self, *, resolution: int, channels: int, width: int, max_width: int, norm: str = "batch") -> None:
         super().__init__()

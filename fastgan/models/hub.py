@@ -1,4 +1,4 @@
-"""What makes a generator one of the Hugging Face hub's: `from_pretrained`, `save_pretrained`, `push_to_hub`."""
+"""Loading and saving of generators as on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _CARD: Any = {
 
 
 def _missing(*_: Any, **__: Any) -> Any:
-    raise ModuleNotFoundError("pip install 'fastgan[export]' brings huggingface_hub", name="huggingface_hub")
+    raise ModuleNotFoundError("huggingface_hub is not installed: pip install 'fastgan[export]'", name="huggingface_hub")
 
 
 if _Mixin is None:
 
     class Pretrained:
-        """Stands in where huggingface_hub is not installed: the networks work, their part of the hub says so."""
+        """Without huggingface_hub the networks work, and the three methods raise an error that names the package."""
 
         from_pretrained = classmethod(_missing)
         save_pretrained = push_to_hub = _missing
@@ -32,18 +32,18 @@ if _Mixin is None:
 else:
 
     class Pretrained(_Mixin, **_CARD):  # type: ignore[no-redef]
-        """A generator that a folder or a repository of the hub holds as model.safetensors and config.json.
+        """A generator that can be stored as model.safetensors and config.json, in a folder or a hub repository.
 
-        `fastgan export` writes such a folder, `fastgan.load` reads one.
+        `fastgan export` writes such a folder and `fastgan.load` reads one.
         """
 
         @classmethod
         def from_pretrained(cls, *args: Any, strict: bool = True, **options: Any) -> Any:
-            """The generator of a folder or a repository, in evaluation mode; `strict`: every weight must be there."""
+            """Load a generator, in evaluation mode; `strict`: every weight must be there."""
             return super().from_pretrained(*args, strict=strict, **options)
 
         def save_pretrained(self, *args: Any, config: Any = None, **options: Any) -> Any:
-            """Write config.json, with the name of the model, and model.safetensors into a folder."""
+            """Write config.json, which includes the name of the model, and model.safetensors into a folder."""
             values: Any = self._hub_mixin_config
             named = {"model": type(self).__module__.rpartition(".")[2], **values}
             return super().save_pretrained(*args, config=named if config is None else config, **options)

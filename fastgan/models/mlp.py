@@ -1,9 +1,9 @@
-"""Multilayer perceptrons: the networks of the first GAN (Goodfellow et al. 2014, section 5).
+"""Multilayer perceptrons, the networks of the first GAN (Goodfellow et al. 2014, section 5).
 
-The generator has two hidden layers of rectifiers, the discriminator two of maxout units, as many (the authors: 1200
-and 240). The paper's dropout in the discriminator is left out: it would be the one random number of a step that no
-sample owns (see `fastgan.utils.counter_rng`). Images are in [-1, 1] and the output is a tanh, for the authors' [0, 1]
-and sigmoid. Weights start as torch's do.
+The generator has two hidden layers of rectifiers, the discriminator two of as many maxout units (the authors' have 1200
+and 240). There is no dropout in the discriminator, unlike in the paper: its random numbers would not belong to a sample
+(see `fastgan.utils.counter_rng`). Images are in [-1, 1] from a tanh; the authors' are in [0, 1] from a sigmoid. Weights
+have torch's default initialization.
 """
 
 from __future__ import annotations

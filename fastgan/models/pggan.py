@@ -1,10 +1,10 @@
-"""Progressive networks of Karras et al. 2018, "Progressive growing of GANs", table 2 and appendix A.
+"""The progressive networks of Karras et al. 2018, "Progressive growing of GANs", table 2 and appendix A.
 
 A network is built for the resolution of a stage, with every level below it; a grown network loads the state of the
 smaller one by name. The feature map at resolution r has min(2 `fmap_base` / r, `fmap_max`) channels.
 
-`fade` is static: with it the newest level is blended with the one below by the buffer `alpha` (0: the old resolution
-alone, 1: the new), without it the newest level stands alone and the blend costs nothing. `set_alpha` sets both.
+The buffer `alpha` blends the newest level with the one below: 0 is the old resolution alone, 1 the new one. The blend
+is computed only if `fade` is set, a Python constant of the step. `set_alpha` sets both.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ def _resolutions(resolution: int) -> list[int]:
     return [2**i for i in range(2, int(math.log2(resolution)) + 1)]
 
 
+def _restore_fade(network: Progressive, _: object) -> None:
+    """Set `fade` by the loaded `alpha`: the state may be from the middle of a growth."""
+    network.set_alpha(network.alpha.item())
+
+
 class Progressive(nn.Module):
-    """What both networks share: the stage, its fade-in, and which toRGB/fromRGB layers it trains."""
+    """Base of both networks: the resolution of a stage, its fade-in, and which toRGB/fromRGB layers it trains."""
 
     alpha: Tensor
 
@@ -37,16 +42,15 @@ class Progressive(nn.Module):
         self.resolution = resolution
         self.fade = False
         self.register_buffer("alpha", torch.ones(()))
-        # A state that was stored in the middle of a growth says so by its alpha.
-        self.register_load_state_dict_post_hook(lambda module, _: module.set_alpha(module.alpha.item()))
+        self.register_load_state_dict_post_hook(_restore_fade)
 
     def set_alpha(self, alpha: float) -> None:
-        """Blend the newest level in by `alpha`; from 1 on it stands alone."""
+        """Blend the newest level in by `alpha`; at 1 it is used alone."""
         self.alpha.fill_(alpha)
         self.fade = alpha < 1.0 and self.resolution > 4
 
     def _freeze_idle(self, rgb: nn.ModuleDict) -> None:
-        """Levels two or more below the newest keep their RGB layer in the file but take no part in the stage."""
+        """Freeze the RGB layers that the stage does not use, two or more levels below the newest."""
         for size, layer in rgb.items():
             layer.requires_grad_(int(size) * 2 >= self.resolution)
 
@@ -77,14 +81,14 @@ class Generator(Progressive, Pretrained):
         fused_scale: bool = True,
         fmaps_at: dict[str, int] | None = None,
     ) -> None:
-        """`fmaps_at`: channels at each resolution, in place of `fmap_base` and `fmap_max`, for networks of others."""
+        """`fmaps_at`: channels at each resolution instead of `fmap_base` and `fmap_max`, for imported networks."""
         super().__init__(resolution)
         self.latent = latent
 
         def fmaps(size: int) -> int:
             return fmaps_at[str(size)] if fmaps_at else _fmaps(size, fmap_base, fmap_max)
 
-        # The authors divide this layer's gain by 4 so that its scale is that of a convolution.
+        # The authors divide the gain by 4, which gives this layer the scale of a convolution.
         self.input = EqualizedLinear(latent, fmaps(4) * 16, gain=math.sqrt(2.0) / 4.0)
         self.conv = EqualizedConv2d(fmaps(4), fmaps(4), 3, act="lrelu", normalize=True)
         self.blocks = nn.ModuleDict()

@@ -1,11 +1,11 @@
-"""Residual networks with self-attention of Zhang et al. 2018, "Self-attention generative adversarial networks".
+"""The residual networks with self-attention of Zhang et al. 2018, "Self-attention generative adversarial networks".
 
-Spectral norm is on every convolution and linear layer of both networks. Channels double towards 4x4, up to 16 times
-`width` or `max_width`. Attention sits where the feature map is `attention_at` pixels wide, in both networks; by default
-32, or half of an image that is smaller than 64.
+Every convolution and linear layer of both networks has spectral norm. Channels double towards 4x4, up to 16 times
+`width` or `max_width`. Both networks have an attention block where the feature map is `attention_at` pixels wide; the
+default is 32, or half of an image that is smaller than 64.
 
-Two things are not as in the authors' code: weights start orthogonal, there as Xavier's, and the discriminator's last
-block, which keeps size and width, has a 1x1 convolution beside it where theirs passes its input on as it is.
+Two things differ from the authors' code: weights have orthogonal and not Xavier initialization, and the shortcut of the
+discriminator's last block, which keeps size and width, is a 1x1 convolution and not the identity.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from fastgan import ops
 from fastgan.models.hub import Pretrained
-from fastgan.nn import ConditionalBatchNorm2d, Conv2d, SelfAttention2d
+from fastgan.nn import ConditionalBatchNorm2d, Conv2d, SelfAttention2d, spectral_norm
 
 
 def _relu(x: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ class _DiscriminatorBlock(nn.Module):
 class Discriminator(nn.Module):
     """images [N, C, R, R], labels int64 [N] (when `num_classes`) -> scores [N].
 
-    Classes enter by projection: the score gains the inner product of the features with an embedding of the label
+    Classes enter by projection: the inner product of the features with an embedding of the label is added to the score
     (Miyato and Koyama 2018).
     """
 
@@ -132,7 +131,7 @@ class Discriminator(nn.Module):
         num_classes: int = 0,
     ) -> None:
         super().__init__()
-        # A block has the width of the size it reads; the last one, which keeps the size, that of 4x4.
+        # A block has the width that belongs to the size of its input.
         widths = _widths(resolution, width, max_width)
         attention_at = attention_at or min(32, resolution // 2)
         self.blocks = nn.ModuleDict()

@@ -11,6 +11,7 @@ from fastgan.nn.layers import (
     MinibatchStdDev,
     PixelNorm,
 )
+from fastgan.nn.spectral_norm import spectral_norm
 
 __all__ = [
     "Activation",
@@ -22,4 +23,5 @@ __all__ = [
     "MinibatchStdDev",
     "PixelNorm",
     "SelfAttention2d",
+    "spectral_norm",
 ]

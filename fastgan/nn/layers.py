@@ -1,4 +1,4 @@
-"""Layers that the networks are made of; each is a thin module over `fastgan.ops` or `torch.nn`."""
+"""The layers of the networks: thin modules over `fastgan.ops` and `torch.nn`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastgan import ops
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` over `ops.conv2d`, for critics that are penalised."""
+    """`torch.nn.Conv2d` over `ops.conv2d`, for critics with a gradient penalty."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros":
@@ -20,10 +20,11 @@ class Conv2d(nn.Conv2d):
 
 
 class Activation(nn.Module):
-    """`ops.bias_act` without a bias: an activation that sends nothing backward where its second derivative is zero.
+    """`ops.bias_act` without a bias, which does not compute second derivatives that are zero.
 
     Args:
-        act: linear, relu, lrelu, tanh, sigmoid or silu; negative_slope: of lrelu.
+        act: linear, relu, lrelu, tanh, sigmoid or silu.
+        negative_slope: of lrelu.
     """
 
     def __init__(self, act: str, negative_slope: float = 0.2) -> None:
@@ -39,11 +40,17 @@ class Activation(nn.Module):
 
 
 class EqualizedLinear(nn.Module):
-    """Linear layer with equalized learning rate: weights drawn from N(0, 1), scaled at run time by gain / sqrt(fan in).
+    """Linear layer with equalized learning rate (Karras et al. 2018, section 4.1), followed by an activation.
 
-    Karras et al. 2018, section 4.1. Adam's step does not depend on the gradient's scale, so layers of every size then
-    learn at the same speed. [..., in_features] -> [..., out_features], through the activation `act` (see
-    `ops.bias_act`).
+    Weights are drawn from N(0, 1) and scaled by gain / sqrt(in_features) in every forward pass. As Adam's step does not
+    depend on the scale of the gradient, layers of every size learn at the same speed.
+    [..., in_features] -> [..., out_features].
+
+    Args:
+        in_features: fan in.
+        out_features: size of the result.
+        gain: numerator of the scale.
+        act: an activation of `ops.bias_act`.
     """
 
     def __init__(self, in_features: int, out_features: int, gain: float = math.sqrt(2.0), act: str = "linear") -> None:
@@ -64,15 +71,18 @@ class EqualizedLinear(nn.Module):
 
 
 class EqualizedConv2d(nn.Module):
-    """Convolution of stride 1 and same size with equalized learning rate (see `EqualizedLinear`).
+    """Convolution of stride 1 and "same" padding with equalized learning rate (see `EqualizedLinear`).
 
     [N, in_channels, H, W] -> [N, out_channels, H, W], or without N.
 
     Args:
+        in_channels: channels of the input.
+        out_channels: channels of the result.
         kernel_size: odd.
-        resample: "up" doubles the size before the convolution, "down" halves it by averaging after it, both inside
-            one strided convolution (`ops.upsample_conv2d`, `ops.conv2d_downsample`); they need `kernel_size` 3.
-        act: the activation that follows, in one pass with the bias (`ops.bias_act`).
+        gain: numerator of the scale, whose denominator is sqrt(in_channels kernel_size^2).
+        resample: "up" doubles the size before the convolution, "down" halves it by averaging after it, in one strided
+            convolution (`ops.upsample_conv2d`, `ops.conv2d_downsample`) for which `kernel_size` must be 3; or "none".
+        act: an activation of `ops.bias_act`, in one pass with the bias.
         normalize: pixel norm after the activation, in the same pass (`ops.bias_act_pixel_norm`).
     """
 
@@ -90,9 +100,9 @@ class EqualizedConv2d(nn.Module):
         if resample not in ("none", "up", "down"):
             raise ValueError(f"resample must be none, up or down, got {resample!r}")
         if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, as the size is to stay the same, got {kernel_size}")
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         if resample != "none" and kernel_size != 3:
-            raise ValueError(f"kernel_size must be 3 with resample, got {kernel_size}")
+            raise ValueError(f"kernel_size must be 3 with resample {resample!r}, got {kernel_size}")
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.scale = gain / math.sqrt(in_channels * kernel_size**2)
@@ -105,15 +115,15 @@ class EqualizedConv2d(nn.Module):
         if x.ndim == 3:
             return self.forward(x[None])[0]
         weight = self.weight * self.scale
-        plain = self.act == "linear" and not self.normalize
-        bias = self.bias if plain else None
+        bias_only = self.act == "linear" and not self.normalize
+        bias = self.bias if bias_only else None
         if self.resample == "up":
             x = ops.upsample_conv2d(x, weight, bias)
         elif self.resample == "down":
             x = ops.conv2d_downsample(x, weight, bias)
         else:
             x = ops.conv2d(x, weight, bias, padding=self.padding)
-        if plain:
+        if bias_only:
             return x
         return (ops.bias_act_pixel_norm if self.normalize else ops.bias_act)(x, self.bias, self.act)
 
@@ -138,7 +148,7 @@ class MinibatchStdDev(nn.Module):
 
 
 class Maxout(nn.Module):
-    """Largest of `pieces` linear maps for each output (Goodfellow et al. 2013): [N, in] -> [N, out]."""
+    """The largest of `pieces` linear maps for each output (Goodfellow et al. 2013): [N, in] -> [N, out]."""
 
     def __init__(self, in_features: int, out_features: int, pieces: int = 5) -> None:
         super().__init__()
@@ -150,9 +160,9 @@ class Maxout(nn.Module):
 
 
 class ConditionalBatchNorm2d(nn.Module):
-    """Batch norm with a gain and a bias for each class (Dumoulin et al. 2017); a plain one without classes.
+    """Batch norm with a gain and a bias for each class (Dumoulin et al. 2017); with 0 classes, plain batch norm.
 
-    x: [N, C, H, W]; labels: int64 [N] in [0, num_classes), or None when `num_classes` is 0.
+    x: [N, C, H, W] -> the same; labels: int64 [N] in [0, num_classes), or None when `num_classes` is 0.
     """
 
     def __init__(self, channels: int, num_classes: int = 0) -> None:

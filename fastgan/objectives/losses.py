@@ -1,7 +1,6 @@
 """Adversarial losses: pure functions of scores, in float32.
 
-A loss is a pair: of the discriminator from its scores on real and fake images, of the generator from the scores of its
-images. Scores are [N], unbounded (logits); each loss is the mean over samples.
+Scores are logits, [N]; each loss is the mean over samples.
 """
 
 from __future__ import annotations
@@ -14,15 +13,22 @@ from torch import Tensor
 
 
 class Loss(NamedTuple):
+    """The losses of both networks.
+
+    Attributes:
+        discriminator: (scores of real images, scores of fake images) -> scalar.
+        generator: scores of fake images -> scalar.
+    """
+
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor], Tensor]
 
 
 def minimax(saturating: bool = False) -> Loss:
-    """-log D(x) - log(1 - D(G(z))) with D the sigmoid of the score (Goodfellow et al. 2014, eq. 1).
+    """-log D(x) - log(1 - D(G(z))), where D is the sigmoid of the score (Goodfellow et al. 2014, eq. 1).
 
-    The generator maximizes log D(G(z)) (section 3's remedy for vanishing gradients), or with `saturating` minimizes
-    log(1 - D(G(z))), the game as first stated.
+    The generator maximizes log D(G(z)), section 3's remedy for vanishing gradients, or with `saturating` minimizes
+    log(1 - D(G(z))), as in equation 1.
     """
 
     def discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ def least_squares(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
 
 
 def wasserstein() -> Loss:
-    """Difference of mean scores (Arjovsky et al. 2017, eq. 2); what keeps the critic Lipschitz is a regularizer."""
+    """Difference of mean scores (Arjovsky et al. 2017, eq. 2); the critic needs a regularizer to stay Lipschitz."""
 
     def discriminator(real: Tensor, fake: Tensor) -> Tensor:
         return fake.mean() - real.mean()

@@ -1,14 +1,15 @@
-"""Operations of generative adversarial networks, usable without the rest of the package: torch is all they need."""
+"""Operations of generative adversarial networks. They need torch alone, not the rest of the package."""
 
 from fastgan.ops.attention import scaled_dot_product_attention
 from fastgan.ops.avg_pool2d import avg_pool2d, interpolate_nearest
 from fastgan.ops.backend import backends, use_backend
 from fastgan.ops.bias_act import bias_act
 from fastgan.ops.bias_act_pixel_norm import bias_act_pixel_norm
-from fastgan.ops.conv import conv2d, conv2d_downsample, conv_transpose2d, linear, upsample_conv2d
+from fastgan.ops.conv import conv2d, conv_transpose2d, linear
 from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.penalty import gradient_penalty, wasserstein_divergence, zero_centered_penalty
 from fastgan.ops.pixel_norm import pixel_norm
+from fastgan.ops.scaled_conv import conv2d_downsample, upsample_conv2d
 
 __all__ = [
     "avg_pool2d",

@@ -1,8 +1,8 @@
 """Scaled dot-product attention that can be differentiated twice (Vaswani et al. 2017, equation 1).
 
 `torch.nn.functional.scaled_dot_product_attention` raises under a gradient penalty on every fused backend, and its math
-backend stores several arrays of N x M. Here the backward pass is an autograd Function with a backward of its own, and
-nothing of size N x M is kept in any of the three passes.
+backend stores several N x M arrays. Here the backward pass is an autograd Function with a backward of its own, and none
+of the three passes stores an N x M array.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from fastgan.ops import attention_chunked
-from fastgan.ops.autograd import autocast, autocasts, without_autocast
-from fastgan.ops.backend import Implementation, Op, forward_mode
-from fastgan.ops.kernel_registry import functions, kernels, no_third_order, number, tracked
+from fastgan.ops.arguments import require_number
+from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, tracked, without_autocast
+from fastgan.ops.backend import Implementation, Op
+from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
+from fastgan.ops.torch_private import constant_when_compiled, in_forward_mode
 
 
 def scaled_dot_product_attention(
@@ -37,77 +39,77 @@ def scaled_dot_product_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """softmax(scale * query key^T + mask) value, as `torch.nn.functional.scaled_dot_product_attention`.
+    """`torch.nn.functional.scaled_dot_product_attention`: softmax(scale * query key^T + mask) value.
 
-    First and second derivatives in query, key and value without arrays of N x M; a third raises
-    (`backend="torch"` has every order). `attn_mask` and dropout take the plain form, differentiable to any order, in
-    the mask too.
+    First and second derivatives in query, key and value use no N x M arrays; a third derivative raises
+    (`backend="torch"` has every order). A call with `attn_mask` or dropout runs in plain PyTorch,
+    differentiable to any order, in the mask too.
 
     Args:
-        query: [..., H, N, d]; key: [..., H, M, d]; value: [..., H, M, dv]; one floating dtype, or such as autocast
-            makes one; at least two dimensions, leading ones broadcast. float16 and bfloat16 accumulate in float32.
-        attn_mask: broadcasts to [..., N, M]; bool, True where a query sees a key, or floating, added to the logits.
-            A query that sees no key has the output 0, and gradients of 0.
-        dropout_p: probability that a weight is dropped, in every call: nothing here knows of training and evaluation.
-        is_causal: query i sees the keys 0 .. i, also where N != M; not together with `attn_mask`.
+        query: [..., H, N, d], at least two dimensions. The three tensors have one floating-point dtype (or get it from
+            autocast), and their leading dimensions broadcast. float16 and bfloat16 accumulate in float32.
+        key: [..., H, M, d].
+        value: [..., H, M, dv].
+        attn_mask: broadcasts to [..., N, M]; bool, True where a query may attend to a key, or floating-point, added to
+            the logits. A query without keys has output 0 and gradients 0.
+        dropout_p: probability of dropping an attention weight, in every call: there is no training flag here.
+        is_causal: query i attends to the keys 0 .. i, also where N != M; not together with `attn_mask`.
         scale: factor of the logits; 1 / sqrt(d) when None.
-        enable_gqa: key and value have fewer heads than query, in dimension -3, by a whole factor; each serves as many
-            heads of the query, next to each other.
+        enable_gqa: key and value have fewer heads (dimension -3) than query, by a whole factor; each serves as many
+            consecutive heads of the query.
         backend: None, "torch", "chunked", "cpp" or "triton"; see `fastgan.ops.backends`.
 
     Returns:
-        [..., H, N, dv], dtype of `query`, or autocast's.
+        [..., H, N, dv], in the dtype of `query`, or autocast's.
 
     Raises:
-        TypeError: a dtype that is not floating, or dtypes that differ.
-        ValueError: shapes or devices do not fit each other, `dropout_p` is no probability, a mask is given with
-            `is_causal`, or `backend` cannot run the call.
-        NotImplementedError: from autograd, when a third derivative is taken through a form other than "torch".
+        TypeError: a dtype that is not floating-point, or dtypes that differ.
+        ValueError: shapes or devices that do not fit, a `dropout_p` outside [0, 1], a mask together with `is_causal`,
+            or a `backend` that cannot run the call.
+        NotImplementedError: from autograd, for a third derivative through an implementation other than "torch".
     """
-    casting = autocasts(query)
+    casting = autocast_enabled(query)
     if casting:
         query, key, value, attn_mask = autocast(query, key, value, attn_mask)
-    leading = _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    leading = _require_fit(query, key, value, dropout_p, enable_gqa)
+    if attn_mask is not None:
+        _require_mask(attn_mask, query, (*leading, query.shape[-2], key.shape[-2]), is_causal)
     scale = _scale(query, scale)
     if enable_gqa:
-        heads = query.shape[-3]
-        key = key.repeat_interleave(heads // key.shape[-3], -3)
-        value = value.repeat_interleave(heads // value.shape[-3], -3)
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     empty = 0 in (*leading, query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1])
     plain_only = attn_mask is not None or dropout_p > 0
     name = "torch" if empty else OP.choose(backend, query, key, value, plain_only=plain_only)
-    if name == "torch" and backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        # Compiled code is differentiated once at most: torch's fused kernels serve it best.
+    if name != "torch":
+        return _run_kernels(name, query, key, value, leading, scale, is_causal)
+    if backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # Compiled code is differentiated once at most: torch's fused kernels are the fastest for it.
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    if name == "torch":
-        with without_autocast(query) if casting else nullcontext():
-            return _reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    implementation = _kernels(name)
+    with without_autocast(query) if casting else nullcontext():
+        return _reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def _run_kernels(
+    name: str, query: Tensor, key: Tensor, value: Tensor, leading: tuple[int, ...], scale: float, is_causal: bool
+) -> Tensor:
     query, key, value = (_four_dimensional(x, leading) for x in (query, key, value))
+    kernels = _kernels(name)
     if tracked(query, key, value):
-        output: Tensor = _Forward.apply(query, key, value, scale, is_causal, implementation)
+        output: Tensor = _Forward.apply(query, key, value, scale, is_causal, kernels)
     else:
-        output, _ = implementation.attention_forward(query, key, value, scale, is_causal)
-    # A view is a node of the graph, which a small input would notice.
+        output, _ = kernels.attention_forward(query, key, value, scale, is_causal)
+    # A view is a node of the graph, which costs time that shows with small inputs.
     return output if len(leading) == 2 else output.reshape(*leading, *output.shape[2:])
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
     if scale is not None:
-        return float(number("scale", scale))
+        return float(require_number("scale", scale))
     return 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    enable_gqa: bool,
-) -> tuple[int, ...]:
-    """The leading dimensions of the result."""
+def _require_fit(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool) -> tuple[int, ...]:
+    """Raise unless the arguments fit; returns the leading dimensions of the result."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not x.is_floating_point():
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
@@ -118,40 +120,41 @@ def _check(
         if x.ndim < 2 + enable_gqa:
             raise ValueError(f"{name} must be [..., {'H, ' * enable_gqa}length, features], got {x.ndim} dimensions")
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key must be {query.shape[-1]}, as in query, got feature size {key.shape[-1]}")
+        raise ValueError(f"key must have {query.shape[-1]} features, as query, got {key.shape[-1]}")
     if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"value must be {key.shape[-2]}, as in key, got length {value.shape[-2]}")
-    if not 0 <= number("dropout_p", dropout_p) <= 1:
+        raise ValueError(f"value must have length {key.shape[-2]}, as key, got {value.shape[-2]}")
+    if not 0 <= require_number("dropout_p", dropout_p) <= 1:
         raise ValueError(f"dropout_p must be 0 to 1, got {dropout_p}")
-    before = {"query": query.shape[:-2], "key": key.shape[:-2], "value": value.shape[:-2]}
-    if enable_gqa:
-        for name in ("key", "value"):
-            heads = before[name][-1]
+    leading: tuple[int, ...] = query.shape[:-2]
+    for name, x in (("key", key), ("value", value)):
+        own = x.shape[:-2]
+        if enable_gqa:
+            heads = own[-1]
             if heads < 1 or query.shape[-3] % heads:
-                raise ValueError(f"{name} must have a divisor of query's {query.shape[-3]}, got {heads} heads")
-            before[name] = torch.Size((*before[name][:-1], query.shape[-3]))
-    leading: tuple[int, ...] = before["query"]
-    for name in ("key", "value"):
-        if before[name] != leading:
+                raise ValueError(f"{name} must have heads that divide the {query.shape[-3]} of query, got {heads}")
+            own = torch.Size((*own[:-1], query.shape[-3]))
+        if own != leading:
             try:
-                leading = torch.broadcast_shapes(leading, before[name])
+                leading = torch.broadcast_shapes(leading, own)
             except RuntimeError:
-                fit = f"must have some that broadcast with {tuple(leading)}"
-                raise ValueError(f"{name}: had leading dimensions {tuple(before[name])}; {fit}") from None
-    if mask is not None:
-        if is_causal:
-            raise ValueError("is_causal: was True; with attn_mask it may be False")
-        if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            raise TypeError(f"attn_mask must be bool, float32 or {query.dtype}, got {mask.dtype}")
-        if mask.device != query.device:
-            raise ValueError(f"attn_mask must be on {query.device}, as query, got {mask.device}")
-        logits = (*leading, query.shape[-2], key.shape[-2])
-        fits = len(mask.shape) <= len(logits) and all(
-            size in (1, full) for size, full in zip(reversed(mask.shape), reversed(logits), strict=False)
-        )
-        if not fits:
-            raise ValueError(f"attn_mask must be one that broadcasts to {logits}, got shape {tuple(mask.shape)}")
+                needed = f"must have leading dimensions that broadcast to {tuple(leading)}"
+                raise ValueError(f"{name} {needed}, got {tuple(own)}") from None
     return leading
+
+
+def _require_mask(mask: Tensor, query: Tensor, logits: tuple[int, ...], is_causal: bool) -> None:
+    """Raise unless the mask fits a query and logits of this shape."""
+    if is_causal:
+        raise ValueError("is_causal must be False with attn_mask, got True")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(f"attn_mask must be bool, float32 or {query.dtype}, got {mask.dtype}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask must be on {query.device}, as query, got {mask.device}")
+    fits = len(mask.shape) <= len(logits) and all(
+        size in (1, full) for size, full in zip(reversed(mask.shape), reversed(logits), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"attn_mask must broadcast to {logits}, got shape {tuple(mask.shape)}")
 
 
 def _four_dimensional(x: Tensor, leading: tuple[int, ...]) -> Tensor:
@@ -185,38 +188,38 @@ def _reference(
         weights = _softmax(logits)
     else:
         logits = logits.masked_fill(mask.logical_not(), -torch.inf) if mask.dtype == torch.bool else logits + mask
-        # Zero logits in a row that sees nothing, then zero weights: 0 / 0 is neither computed nor differentiated.
-        blind = (logits == -torch.inf).all(dim=-1, keepdim=True)
-        weights = _softmax(logits.masked_fill(blind, 0.0)).masked_fill(blind, 0.0)
+        # Zero logits in a row without keys, then zero weights: 0 / 0 is neither computed nor differentiated.
+        no_keys = (logits == -torch.inf).all(dim=-1, keepdim=True)
+        weights = _softmax(logits.masked_fill(no_keys, 0.0)).masked_fill(no_keys, 0.0)
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     return (weights @ value).to(dtype)
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    if not forward_mode():
+    if not in_forward_mode():
         return torch.softmax(logits, dim=-1)
-    # The forward-mode rule of PyTorch's changes in place what its own backward needs.
+    # The forward-mode rule of torch.softmax changes in place what its backward needs.
     exponentials = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp()
     return exponentials / exponentials.sum(dim=-1, keepdim=True)
 
 
 def _kernels(name: str) -> Any:
-    """What holds the three functions of the implementation `name`, none of which autograd sees.
+    """The three functions of an implementation, which autograd does not see.
 
     - attention_forward(q, k, v, scale, causal) -> o, lse
     - attention_backward(do, q, k, v, o, lse, scale, causal) -> dq, dk, dv
     - attention_second_backward(uq, uk, uv, do, q, k, v, o, lse, scale, causal) -> gq, gk, gv, gdo; each u may be None
 
-    q: [B, H, N, d]; k: [B, H, M, d]; v: [B, H, M, dv]; one dtype, any strides, none of size 0. `lse` [B, H, N], float32
-    (float64 in float64), is the logarithm of a row's sum of exp(scale q k^T). They compute in their own dtype under
-    autocast too.
+    q: [B, H, N, d]; k: [B, H, M, d]; v: [B, H, M, dv]; one dtype, any strides, no dimension of size 0. `lse` [B, H, N],
+    float32 (float64 for float64), is the log-sum-exp of a row of scale q k^T. All compute in the dtype of their inputs,
+    under autocast too.
     """
     if name == "chunked":
         return attention_chunked
     if name == "cpp":
         _register_fakes()
-    return functions("attention", name)
+    return kernel_functions("attention", name)
 
 
 @cache
@@ -249,16 +252,16 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None) -> tuple[Any, ...]:
         if do is None:
             return (None,) * 6
-        if forward_mode() and forward_ad.unpack_dual(do).tangent is not None:
+        if in_forward_mode() and forward_ad.unpack_dual(do).tangent is not None:
             raise NotImplementedError(f"{OP.name}: its gradient has no forward-mode derivative; backend='torch' has it")
         q, k, v, o, lse = ctx.saved_tensors
         scale, causal, kernels = ctx.rest
         if torch.is_grad_enabled():
-            # o and lse are functions of q, k and v whose part in the second derivative is in second_backward.
-            found = _Backward.apply(do, q, k, v, o.detach(), lse, scale, causal, kernels)
+            # o and lse depend on q, k and v; attention_second_backward includes their part of the second derivative.
+            gradients = _Backward.apply(do, q, k, v, o.detach(), lse, scale, causal, kernels)
         else:
-            found = kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
-        return *_asked(ctx, found), None, None, None
+            gradients = kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
+        return *_needed(ctx, gradients), None, None, None
 
 
 class _Backward(torch.autograd.Function):
@@ -284,75 +287,59 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None) -> tuple[Any, ...]:
         if uq is None and uk is None and uv is None:
             return (None,) * 9
-        gq, gk, gv, gdo = _SecondBackward.apply(uq, uk, uv, *ctx.saved_tensors, *ctx.rest)
-        return *_asked(ctx, (gdo, gq, gk, gv)), None, None, None, None, None
+        *options, kernels = ctx.rest
+        arguments = (uq, uk, uv, *ctx.saved_tensors, *options)
+        gq, gk, gv, gdo = SecondBackward.apply(OP.name, kernels.attention_second_backward, *arguments)
+        return *_needed(ctx, (gdo, gq, gk, gv)), None, None, None, None, None
 
 
-class _SecondBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None, *rest: Any) -> Any:
-        ctx.set_materialize_grads(False)
-        *tensors, scale, causal, kernels = rest
-        return kernels.attention_second_backward(uq, uk, uv, *tensors, scale, causal)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        if all(u is None for u in cotangents):
-            return (None,) * 12
-        no_third_order(OP.name)
+def _needed(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(x if need else None for x, need in zip(gradients, ctx.needs_input_grad, strict=False))
 
 
-def _asked(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(x if need else None for x, need in zip(found, ctx.needs_input_grad, strict=False))
+def _unsupported_options(plain_only: bool = False) -> str | None:
+    return "attn_mask and dropout run in plain PyTorch" if plain_only else None
 
 
-def _no_mask(plain_only: bool = False) -> str | None:
-    return "attn_mask and dropout take the plain form" if plain_only else None
-
-
-def _chunked_worth(*inputs: Tensor, **options: object) -> str | None:
-    if not inputs:
-        return None
-    query, key, _ = inputs
-    if query.shape[-2] * key.shape[-2] < 2**16:
+def _chunked_not_preferred(*inputs: Tensor, **options: object) -> str | None:
+    if inputs and inputs[0].shape[-2] * inputs[1].shape[-2] < 2**16:
         return "plain matrix products are faster below 256 x 256 logits"
     return None
 
 
+@constant_when_compiled
 @cache
-def _not_on(gpu: int | None) -> str | None:
-    """Why the GPU of this index cannot run the Triton kernels: tiles need bfloat16 and 99 KiB of shared memory."""
+def _unsupported_gpu(gpu: int | None) -> str | None:
+    """Why this GPU cannot run the Triton kernels: tiles need bfloat16 and 99 KiB of shared memory."""
     if torch.version.hip:
         return "it needs an NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(gpu)
-    return None if major >= 8 else f"it needs compute capability 8.0, and GPU {gpu} has {major}.{minor}"
+    return None if major >= 8 else f"it needs compute capability 8.0, GPU {gpu} has {major}.{minor}"
 
 
-_not_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _kernel_implementations() -> dict[str, Implementation]:
+    """The kernels; Triton's keep whole feature vectors on the chip, which limits their size."""
+    entries = kernel_implementations("attention", _unsupported_options)
+    triton = entries["triton"]
 
-
-def _compiled() -> dict[str, Implementation]:
-    """The kernels; Triton's keep whole feature vectors on the chip and take no larger ones."""
-    found = kernels("attention", _no_mask)
-    triton = found["triton"]
-
-    def able(*inputs: Tensor, **options: object) -> str | None:
+    def unsupported_reason(*inputs: Tensor, **options: object) -> str | None:
         largest = max((x.shape[-1] for x in inputs), default=0)
         if largest > 256:
-            return f"it takes 256 features, not {largest}"
-        return triton.unsupported_reason(*inputs, **options) or (_not_on(inputs[0].device.index) if inputs else None)
+            return f"it supports 256 features, not {largest}"
+        reason = triton.unsupported_reason(*inputs, **options)
+        return reason or (_unsupported_gpu(inputs[0].device.index) if inputs else None)
 
-    return {**found, "triton": replace(triton, unsupported_reason=able)}
+    return {**entries, "triton": replace(triton, unsupported_reason=unsupported_reason)}
 
 
 OP = Op(
     "scaled_dot_product_attention",
     {
-        **_compiled(),
+        **_kernel_implementations(),
         "chunked": Implementation(
-            unsupported_reason=lambda *inputs, **options: _no_mask(**options),
-            not_preferred_reason=_chunked_worth,
-            note="plain PyTorch by blocks of rows, in O(N) memory",
+            unsupported_reason=lambda *inputs, **options: _unsupported_options(**options),
+            not_preferred_reason=_chunked_not_preferred,
+            note="plain PyTorch in blocks of rows, with O(N) memory",
         ),
     },
 )

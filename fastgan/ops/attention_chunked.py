@@ -1,4 +1,4 @@
-"""Attention and its first and second derivative in plain PyTorch, a block of rows at a time: O(N) memory anywhere.
+"""Attention and its first and second derivatives in plain PyTorch, a block of rows at a time, with O(N) memory.
 
 With S = scale Q K^T, P = softmax(S), O = P V and a cotangent dO of O,
 
@@ -11,7 +11,7 @@ and with cotangents uQ, uK, uV of dQ, dK, dV,
     e_i = sum_j P_ij E_ij    c_i = sum_j G_ij    A = P * (E - e)    gS = G - e dS - c P
     gdO = A V + P uV    gV = A^T dO    gQ = scale (gS K + dS uK)    gK = scale (gS^T Q + dS^T uQ)
 
-A block of rows meets all its columns at once, so P, the row sums D, e and c, and all results need one sweep.
+A block has all columns of its rows, so one sweep over the blocks gives P, the row sums D, e and c, and all results.
 """
 
 from __future__ import annotations
@@ -24,22 +24,20 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.autograd import without_autocast
+from fastgan.ops.torch_private import flash_attention_for_cpu, flash_attention_for_cpu_backward
 
 _Pass = TypeVar("_Pass", bound=Callable[..., Any])
 
 HALF = (torch.float16, torch.bfloat16)
 
-# Elements of one block of logits. On a CPU four such blocks and the products that fill them share the caches of the
-# cores; a GPU wants blocks that fill it.
+# Elements of one block of logits. On a CPU four such blocks and their operands fit into the caches of the cores; a GPU
+# needs blocks that occupy all of it.
 _BLOCK = {"cpu": 2**18}
 _BLOCK_ELSEWHERE = 2**24
 
-_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
-
-def _in_its_dtype(function: _Pass) -> _Pass:
-    """Autocast would compute matrix products of a backward pass in another dtype than the forward pass had."""
+def _disable_autocast(function: _Pass) -> _Pass:
+    """Autocast would compute matrix products of a backward pass in another dtype than that of the forward pass."""
 
     @wraps(function)
     def run(*arguments: Any) -> Any:
@@ -49,17 +47,17 @@ def _in_its_dtype(function: _Pass) -> _Pass:
     return run  # type: ignore[return-value]
 
 
-def _flash_takes(q: Tensor, v: Tensor, scale: float, causal: bool) -> bool:
-    """Whether torch's fused attention for CPUs, which hands back the log of the row sums, takes these shapes.
+def _flash_supports(q: Tensor, v: Tensor, scale: float, causal: bool) -> bool:
+    """Whether torch's fused attention for CPUs can run this call.
 
-    It multiplies what is hidden, minus infinity, by the scale: NaN unless that is positive.
+    It multiplies masked logits, minus infinity, by the scale: NaN unless the scale is positive.
     """
-    there = _flash is not None and _flash_backward is not None and q.device.type == "cpu"
-    return there and q.shape[-1] == v.shape[-1] and (scale > 0 or not causal)
+    exists = flash_attention_for_cpu is not None and flash_attention_for_cpu_backward is not None
+    return exists and q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and (scale > 0 or not causal)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, H, N, d] with features next to each other in memory, without which the fused kernels read wrong numbers."""
+def _adjacent_features(x: Tensor) -> Tensor:
+    """[B, H, N, d] with stride 1 between features: with any other the fused kernels read wrong numbers."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -70,7 +68,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
-    """(heads, rows, columns, what to hide) of each block of the logits of [B H, N, d] and [B H, M, d]."""
+    """(heads, rows, columns, causal mask) of each block of the logits of [B H, N, d] and [B H, M, d]."""
     heads, n, m = q.shape[0], q.shape[1], k.shape[1]
     block = _BLOCK.get(q.device.type, _BLOCK_ELSEWHERE)
     rows = min(n, max(16, block // m))
@@ -78,21 +76,21 @@ def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice, 
     for head in range(0, heads, group):
         for row in range(0, n, rows):
             end = min(row + rows, n)
-            columns, hidden = m, None
+            columns, masked = m, None
             if causal:
                 columns = min(m, end)
-                hidden = torch.ones(end - row, columns, dtype=torch.bool, device=q.device).triu_(row + 1)
-            yield slice(head, head + group), slice(row, end), slice(0, columns), hidden
+                masked = torch.ones(end - row, columns, dtype=torch.bool, device=q.device).triu_(row + 1)
+            yield slice(head, head + group), slice(row, end), slice(0, columns), masked
 
 
-def _logits(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
+def _logits(q: Tensor, k: Tensor, scale: float, masked: Tensor | None) -> Tensor:
     logits = torch.bmm(q, k.mT).mul_(scale)
-    return logits if hidden is None else logits.masked_fill_(hidden, -torch.inf)
+    return logits if masked is None else logits.masked_fill_(masked, -torch.inf)
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, scale: float, masked: Tensor | None) -> Tensor:
     # Not exp(logits - lse): the rounding of lse is the same for a whole row and would add up in every sum over it.
-    return torch.softmax(_logits(q, k, scale, hidden), dim=2)
+    return torch.softmax(_logits(q, k, scale, masked), dim=2)
 
 
 def _logit_gradient(p: Tensor, do: Tensor, v: Tensor) -> Tensor:
@@ -102,37 +100,36 @@ def _logit_gradient(p: Tensor, do: Tensor, v: Tensor) -> Tensor:
     return ds.addcmul_(p, ds.sum(dim=2, keepdim=True), value=-1)
 
 
-@_in_its_dtype
+@_disable_autocast
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """O [B, H, N, dv] in the dtype of q, and lse [B, H, N], float32 at least."""
-    if _flash_takes(q, v, scale, causal):
-        o, lse = _flash(_rows(q), _rows(k), _rows(v), 0.0, causal, scale=scale)
-        return o, lse
+    if _flash_supports(q, v, scale, causal):
+        q, k, v = (_adjacent_features(x) for x in (q, k, v))
+        return flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     batch, heads = q.shape[:2]
     dtype = q.dtype
     q, k, v = _wide(q), _wide(k), _wide(v)
     o, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
-    for h, i, j, hidden in _blocks(q, k, causal):
-        logits = _logits(q[h, i], k[h, j], scale, hidden)
+    for h, i, j, masked in _blocks(q, k, causal):
+        logits = _logits(q[h, i], k[h, j], scale, masked)
         lse[h, i] = torch.logsumexp(logits, dim=2)
         o[h, i] = torch.bmm(torch.softmax(logits, dim=2), v[h, j])
     return o.to(dtype).unflatten(0, (batch, heads)), lse.unflatten(0, (batch, heads))
 
 
-@_in_its_dtype
+@_disable_autocast
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV in the shapes and the dtype of q, k, v."""
-    if _flash_takes(q, v, scale, causal):
-        do, q, k, v, o = (_rows(x) for x in (do, q, k, v, o))
-        dq, dk, dv = _flash_backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
-        return dq, dk, dv
+    if _flash_supports(q, v, scale, causal):
+        do, q, k, v, o = (_adjacent_features(x) for x in (do, q, k, v, o))
+        return flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
     leading, dtype = q.shape[:2], q.dtype
     do, q, k, v = _wide(do), _wide(q), _wide(k), _wide(v)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for h, i, j, hidden in _blocks(q, k, causal):
-        p = _probabilities(q[h, i], k[h, j], scale, hidden)
+    for h, i, j, masked in _blocks(q, k, causal):
+        p = _probabilities(q[h, i], k[h, j], scale, masked)
         dv[h, j].baddbmm_(p.mT, do[h, i])
         ds = _logit_gradient(p, do[h, i], v[h, j])
         dq[h, i].baddbmm_(ds, k[h, j], beta=0, alpha=scale)
@@ -140,7 +137,7 @@ def attention_backward(
     return tuple(x.to(dtype).unflatten(0, leading) for x in (dq, dk, dv))
 
 
-@_in_its_dtype
+@_disable_autocast
 def attention_second_backward(
     uq: Tensor | None,
     uk: Tensor | None,
@@ -159,8 +156,8 @@ def attention_second_backward(
     do, q, k, v = _wide(do), _wide(q), _wide(k), _wide(v)
     uq, uk, uv = (None if u is None else _wide(u) for u in (uq, uk, uv))
     gq, gk, gv, gdo = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(do)
-    for h, i, j, hidden in _blocks(q, k, causal):
-        p = _probabilities(q[h, i], k[h, j], scale, hidden)
+    for h, i, j, masked in _blocks(q, k, causal):
+        p = _probabilities(q[h, i], k[h, j], scale, masked)
         ds = _logit_gradient(p, do[h, i], v[h, j])
         g = None
         if uv is not None:
@@ -179,7 +176,7 @@ def attention_second_backward(
             a.addcmul_(p, e, value=-1)
             gdo[h, i].baddbmm_(a, v[h, j])
             gv[h, j].baddbmm_(a.mT, do[h, i])
-        assert g is not None  # autograd asks for no derivative where every cotangent is absent
+        assert g is not None  # autograd does not call this with every cotangent absent
         c = g.sum(dim=2, keepdim=True)
         g.addcmul_(p, c, value=-1)
         if e is not None:

@@ -1,67 +1,108 @@
-"""What the autograd Functions of the ops share."""
+"""What the autograd Functions of the ops share: which gradients are needed, placeholders, autocast."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-_will_execute = getattr(torch._C, "_will_engine_execute_node", None)
+from fastgan.ops.torch_private import constant_when_compiled, in_forward_mode, will_execute_node
 
 
-def asked(ctx: Any, index: int) -> bool:
-    """Whether the backward pass that is running wants the gradient of tensor input `index` of this Function.
+def needs_gradient(ctx: Any, index: int) -> bool:
+    """Whether the running backward pass needs the gradient of tensor input `index` of this Function.
 
-    `ctx.needs_input_grad` tells only what could be wanted: for the inner gradient of a penalty, with respect to the
-    images alone, it says yes to every weight, and a third of the penalty's work would be for nothing. The engine knows,
-    except of leaves: hand inputs through `node_of` first. The tensors must come first among the Function's inputs.
+    `ctx.needs_input_grad` tells which gradients could be needed. For the inner gradient of a penalty, which is with
+    respect to the images alone, it is True for every weight, and a third of the work would be wasted. The engine knows
+    what is needed, except for leaves: pass inputs through `non_leaf` first. Tensors must come first among the inputs.
     """
     if not ctx.needs_input_grad[index]:
         return False
-    if _will_execute is None or torch.compiler.is_compiling():
+    if will_execute_node is None or torch.compiler.is_compiling():
         return True
     node = ctx.next_functions[index][0]
     try:
-        return _will_execute(node)
+        return will_execute_node(node)
     except RuntimeError:  # a leaf all the same, under autograd.grad
         return True
 
 
-def node_of(x: Tensor) -> Tensor:
-    """`x`, or a view of it where it is a leaf, so that `asked` can ask about it."""
+def non_leaf(x: Tensor) -> Tensor:
+    """`x`, or a view of it where it is a leaf, so that `needs_gradient` can tell."""
     # A view by `...` keeps strides, where view_as makes up those of dimensions of size 1.
     return x[...] if x.requires_grad and x.is_leaf else x
 
 
-def _can_autocast(device: str) -> bool:
+def tracked(*tensors: Tensor | None) -> bool:
+    """Whether autograd tracks a call with these tensors, in reverse or in forward mode."""
+    if in_forward_mode():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def placeholder(x: Tensor) -> Tensor:
+    """A tensor of x's shape on one element of uninitialized memory, which nothing reads.
+
+    A forward Function returns it as a second output and saves it in place of x. The second derivative with respect to
+    x is the gradient of the placeholder, which the backward of that Function passes on to x: x's memory can be freed.
+    """
+    return torch.empty_strided(x.shape, [0] * x.ndim, dtype=x.dtype, device=x.device)
+
+
+def add_gradients(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Sum of two gradients, where None is zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+class SecondBackward(Function):
+    """Runs the kernel of an op's second backward, `apply(op, kernel, *arguments)`; a third derivative raises.
+
+    Autograd would otherwise drop its terms silently. Every tensor on which the result depends must be an argument.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.op, ctx.inputs = op, 2 + len(arguments)
+        return kernel(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[None, ...]:
+        if any(u is not None for u in cotangents):
+            raise NotImplementedError(f"third derivative of {ctx.op} is not implemented; backend='torch' has it")
+        return (None,) * ctx.inputs
+
+
+@constant_when_compiled  # torch.compile of torch 2.10 cannot trace this function
+def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-# torch.compile takes the answer: that of torch 2.10 cannot trace the question.
-_can_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on where `x` is; the meta device has none."""
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; the meta device has none."""
     if x.is_cpu:  # a third of the time of x.device.type, in every call
         return torch.is_autocast_enabled("cpu")
     device = x.device.type
-    return _can_autocast(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast off, where it is on: what is computed inside has its dtype already, or gets it later."""
-    if torch.compiler.is_compiling() or not autocasts(x):
+    """Context in which autocast is off for the device of `x`."""
+    if torch.compiler.is_compiling() or not autocast_enabled(x):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in the dtype that autocast, where it is on, has for matrix products; float64 is left as it is."""
+    """The tensors in autocast's dtype for matrix products, where autocast is on; float64 stays."""
     first = next(x for x in tensors if x is not None)
-    if not autocasts(first):
+    if not autocast_enabled(first):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
 

@@ -1,4 +1,4 @@
-"""Averaging over squares, whose derivatives are linear to autograd, and repetition, its adjoint but for a factor."""
+"""Average pooling, linear for autograd in every order, and nearest-neighbor upsampling, its adjoint up to a factor."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgan.ops.backend import LEAN, Op, forward_mode
-from fastgan.ops.bias_act import SMALL
-from fastgan.ops.kernel_registry import dense, kernels, tracked
+from fastgan.ops.arguments import SMALL_NUMEL, dense, require_floating
+from fastgan.ops.autograd import tracked
+from fastgan.ops.backend import LEAN, Op
+from fastgan.ops.kernel_registry import kernel_implementations
+from fastgan.ops.torch_private import in_forward_mode, upsample_bilinear2d
 
-AVG_POOL2D = Op("avg_pool2d", {"cpp": kernels("avg_pool2d")["cpp"], "lean": LEAN}, forward_mode=True)
+AVG_POOL2D = Op(
+    "avg_pool2d", {"cpp": kernel_implementations("avg_pool2d")["cpp"], "lean": LEAN}, supports_forward_mode=True
+)
 Op("interpolate_nearest")
-
-_bilinear, _HALF = torch._C._nn.upsample_bilinear2d, (0.5, 0.5)  # what F.interpolate calls, without its own checks
 
 
 def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -> Tensor:
-    """Mean over non-overlapping squares, linear to autograd too: nothing is sent backward in second order.
+    """Mean over non-overlapping squares, as `torch.nn.functional.avg_pool2d`.
 
-    `torch.nn.functional.avg_pool2d` sends zeros there, back through every layer before it.
+    That function's double backward sends zeros back through every layer before it; this one's sends nothing.
 
     Args:
-        x: [N, C, H, W], any floating dtype; kernel_size: k, side of the squares.
+        x: [N, C, H, W], any floating-point dtype.
+        kernel_size: k, the side of the squares.
         backend: "cpp", "lean" (PyTorch's kernels) or "torch" (PyTorch's own function).
 
     Returns:
         [N, C, H // k, W // k].
 
     Raises:
-        TypeError: `x` is not floating.
-        ValueError: `x` is not 4-dimensional or smaller than a square, or `kernel_size` is no integer from 1 on.
+        TypeError: the dtype of `x` is not floating-point.
+        ValueError: `x` is not 4-dimensional or smaller than a square, or `kernel_size` is not an integer of at least 1.
     """
     if not isinstance(kernel_size, int) or kernel_size < 1:
         raise ValueError(f"kernel_size must be an integer of at least 1, got {kernel_size}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating dtype, got {x.dtype}")
+    require_floating("x", x)
     if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
         raise ValueError(f"x must be [N, C, H, W], H and W at least {kernel_size}, got shape {tuple(x.shape)}")
-    if kernel_size == 2 and AVG_POOL2D.free(backend) and halves(x):
+    if kernel_size == 2 and AVG_POOL2D.allows_fast_path(backend) and is_small_and_even(x):
         return halve(x)
     name = AVG_POOL2D.choose(backend, x)
     if name == "torch" or (name == "lean" and torch.compiler.is_compiling()):
@@ -53,22 +55,22 @@ def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -
 def interpolate_nearest(x: Tensor, scale_factor: int = 2) -> Tensor:
     """Repeat each pixel `scale_factor` times in both directions: [N, C, H, W] -> [N, C, sH, sW].
 
-    PyTorch's own derivatives of it are linear already: it sends nothing backward in second order.
+    PyTorch's own derivatives of it send nothing back in second order.
     """
     return F.interpolate(x, scale_factor=scale_factor, mode="nearest")
 
 
-def halves(x: Tensor) -> bool:
-    """Whether `halve` is the way to average 2x2: up to some size, where its Function would cost more than the work."""
-    if not x.is_cpu or x.numel() > SMALL:
-        return False
-    return x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+def is_small_and_even(x: Tensor) -> bool:
+    """Whether `halve` can average x and is faster than an autograd Function, whose creation would take longer."""
+    return x.is_cpu and x.numel() <= SMALL_NUMEL and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
 
 
 def halve(x: Tensor) -> Tensor:
-    """2x2 mean, to a rounding: bilinear at half the size reads in the middle of four pixels. Its derivative is linear
-    to autograd, where that of `F.avg_pool2d` sends zeros back through every layer before it."""
-    return _bilinear(x, None, False, _HALF)
+    """2x2 mean, up to rounding: bilinear interpolation at half the size, which samples between four pixels.
+
+    Its derivative is linear for autograd, where that of `F.avg_pool2d` sends zeros back through every layer before it.
+    """
+    return upsample_bilinear2d(x, None, False, (0.5, 0.5))
 
 
 def _pool(x: Tensor, k: int, name: str) -> Tensor:
@@ -82,12 +84,12 @@ def _spread(gy: Tensor, k: int, size: tuple[int, int], name: str) -> Tensor:
     gx = F.interpolate(gy * (1.0 / k**2), scale_factor=k, mode="nearest")
     if gx.shape[-2:] == size:
         return gx
-    # Rows and columns beyond the last whole square took no part.
+    # Rows and columns beyond the last whole square have gradient 0.
     return F.pad(gx, (0, size[1] - gx.shape[-1], 0, size[0] - gx.shape[-2]))
 
 
 class _AvgPool(Function):
-    """Linear: its backward is its adjoint, whose backward is this."""
+    """Linear: its backward is `_AvgPoolAdjoint`, whose backward is this."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: int, name: str) -> Tensor:
@@ -103,7 +105,7 @@ class _AvgPool(Function):
     def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
         if gy is None:
             return None, None, None
-        if forward_mode():  # gy may have a tangent, which PyTorch's own ops carry on
+        if in_forward_mode():  # gy may have a tangent, which only PyTorch's own ops propagate
             return _spread(gy, ctx.k, ctx.size, "lean"), None, None
         adjoint = _AvgPoolAdjoint.apply if torch.is_grad_enabled() else _spread
         return adjoint(gy, ctx.k, ctx.size, ctx.name), None, None
@@ -120,14 +122,14 @@ class _AvgPoolAdjoint(Function):
     def backward(ctx: Any, ggx: Tensor | None) -> tuple[Any, ...]:
         if ggx is None:
             return None, None, None, None
-        if forward_mode():
+        if in_forward_mode():
             return _pool(ggx, ctx.k, "lean"), None, None, None
         pool = _AvgPool.apply if torch.is_grad_enabled() else _pool
         return pool(ggx, ctx.k, ctx.name), None, None, None
 
 
-# Shapes and strides of what the compiled functions give.
-COMPOSED = SimpleNamespace(
+# The shapes and strides that the compiled functions return.
+PYTORCH_KERNELS = SimpleNamespace(
     avg_pool2d_forward=lambda x, k: _pool(x, k, "lean"),
     avg_pool2d_backward=lambda gy, k, height, width: _spread(gy, k, (height, width), "lean"),
 )

@@ -1,7 +1,8 @@
-"""The three products that a convolution and its derivatives of every order are made of, and their autograd Functions.
+"""The three products of which all derivatives of a convolution consist, and their autograd Functions.
 
-Each runs in PyTorch's kernel or in ours (csrc/cpu/conv2d.cpp), which leaves the layout of contiguous tensors alone
-where oneDNN changes it to blocks of 16 channels and back.
+They are the convolution itself, the gradient of its input and the gradient of its weight. Each runs in PyTorch's kernel
+or, the first two, in csrc/cpu/conv2d.cpp, which works on contiguous tensors as they are where oneDNN reorders them to
+blocks of 16 channels and back.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgan.ops.autograd import asked, node_of
-from fastgan.ops.backend import Implementation, forward_mode
-from fastgan.ops.kernel_registry import dense, kernels, like
+from fastgan.ops.arguments import dense, dense_like, is_channels_last
+from fastgan.ops.autograd import needs_gradient, non_leaf
+from fastgan.ops.backend import Implementation
+from fastgan.ops.kernel_registry import kernel_implementations
+from fastgan.ops.torch_private import in_forward_mode
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 class Geometry(NamedTuple):
-    """All that a convolution is besides its tensors, in the order in which ATen takes it."""
+    """The arguments of a convolution besides its tensors, in ATen's order."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -31,45 +34,45 @@ class Geometry(NamedTuple):
     groups: int
 
 
-class Way(NamedTuple):
-    """A geometry, and whether our kernels compute the convolution and the gradient of its input."""
+class Dispatch(NamedTuple):
+    """A geometry, and whether the C++ kernels compute the convolution and the gradient of its input."""
 
     geometry: Geometry
-    forward: bool = False
-    gradient: bool = False
+    cpp_forward: bool = False
+    cpp_input_gradient: bool = False
 
 
-_CPP = kernels("conv2d")["cpp"]
+_CPP = kernel_implementations("conv2d")["cpp"]
 
 
-def _able(*inputs: Tensor | None, geometry: Geometry | None = None, **_: object) -> str | None:
+def _cpp_unsupported_reason(*inputs: Tensor | None, geometry: Geometry | None = None, **_: object) -> str | None:
     for t in inputs:
         if t is not None and t.dtype != torch.float32:
-            return f"it takes float32, not {str(t.dtype).removeprefix('torch.')}"
+            return f"it supports float32, not {str(t.dtype).removeprefix('torch.')}"
     if geometry is not None and len(inputs) > 1:
         x, w = inputs[:2]
         assert x is not None and w is not None
         if (geometry.stride, geometry.dilation, geometry.groups) != ((1, 1), (1, 1), 1):
-            return "it takes stride 1, dilation 1 and one group"
+            return "it supports stride 1, dilation 1 and one group"
         for size, padding, kernel in zip(x.shape[2:], geometry.padding, w.shape[2:], strict=True):
             if not 0 <= padding < kernel <= size + 2 * padding:
-                return "it takes paddings below the kernel's size and no kernel larger than the image"
+                return "it supports paddings below the kernel's size and no kernel larger than the image"
     return _CPP.unsupported_reason(*inputs) or _register_fakes()
 
 
-def _worth(*inputs: Tensor | None, **_: object) -> str | None:
+def _cpp_not_preferred_reason(*inputs: Tensor | None, **_: object) -> str | None:
     """Crossovers measured on two cores with AVX-512 (docs/penalties.md)."""
     if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
         return None
     x, w = inputs[:2]
     assert x is not None and w is not None
-    if forward_mode():
-        return "in forward mode PyTorch hands on zeros that have no memory"
+    if in_forward_mode():
+        return "in forward mode PyTorch propagates zeros without computing them"
     if _instructions() != "avx512":
         return "without AVX-512 oneDNN's kernels are the default"
-    if in_channels_last(x):
+    if is_channels_last(x):
         few = x.shape[1] <= 4 and w.shape[2] > 1
-        return None if few else "oneDNN's kernels take channels_last as it is"
+        return None if few else "oneDNN's kernels need no reordering in channels_last"
     return None if w.shape[0] * w.shape[1] <= 2304 else "beyond 2304 pairs of channels oneDNN's kernels are faster"
 
 
@@ -78,30 +81,26 @@ def _instructions() -> str:
     return str(torch.ops.fastgan.cpu_instructions())
 
 
-def in_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
 CPP = Implementation(
-    unsupported_reason=_able,
-    not_preferred_reason=_worth,
+    unsupported_reason=_cpp_unsupported_reason,
+    not_preferred_reason=_cpp_not_preferred_reason,
     note="C++ kernels; PyTorch's for the weight's gradient",
     device="cpu",
 )
 
 
-def way_of(name: str, asked_for: bool, x: Tensor, geometry: Geometry) -> Way:
-    """Which products our kernels compute, where the implementation `name` was chosen, or asked for by the caller."""
-    cpp = name == "cpp"
-    # With channels_last oneDNN's forward product of a first layer is the faster one.
-    return Way(geometry, cpp and (asked_for or not in_channels_last(x)), cpp)
+def dispatch_of(implementation: str, requested: bool, x: Tensor, geometry: Geometry) -> Dispatch:
+    """The products that the C++ kernels compute, under a chosen implementation that may be the caller's request."""
+    cpp = implementation == "cpp"
+    # In channels_last oneDNN's forward product is the faster one for a first layer.
+    return Dispatch(geometry, cpp and (requested or not is_channels_last(x)), cpp)
 
 
 @cache
 def _register_fakes() -> None:
     def result(x: Tensor, channels: int, w: Tensor, padding: tuple[int, int], sign: int) -> Tensor:
         sizes = [s + sign * (2 * p - k + 1) for s, p, k in zip(x.shape[2:], padding, w.shape[2:], strict=True)]
-        last = torch.channels_last if in_channels_last(x) else torch.contiguous_format
+        last = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         return torch.empty((x.shape[0], channels, *sizes), dtype=x.dtype, device=x.device, memory_format=last)
 
     @torch.library.register_fake("fastgan::conv2d_forward")
@@ -113,48 +112,48 @@ def _register_fakes() -> None:
         return result(gy, w.shape[1], w, (pad_h, pad_w), -1)
 
 
-def forward(x: Tensor, w: Tensor, bias: Tensor | None, how: Way) -> Tensor:
-    if how.forward:
-        return torch.ops.fastgan.conv2d_forward.default(dense(x), w, bias, *how.geometry.padding)
-    return torch.convolution(x, w, bias, *how.geometry)
+def forward(x: Tensor, w: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Tensor:
+    if dispatch.cpp_forward:
+        return torch.ops.fastgan.conv2d_forward.default(dense(x), w, bias, *dispatch.geometry.padding)
+    return torch.convolution(x, w, bias, *dispatch.geometry)
 
 
-def input_gradient(gy: Tensor, w: Tensor, x: Tensor, how: Way) -> Tensor:
-    if how.gradient:
-        return torch.ops.fastgan.conv2d_input_gradient.default(like(gy, x), w, *how.geometry.padding)
-    return _convolution_backward(gy, x, w, None, *how.geometry, [True, False, False])[0]
+def input_gradient(gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Tensor:
+    if dispatch.cpp_input_gradient:
+        return torch.ops.fastgan.conv2d_input_gradient.default(dense_like(gy, x), w, *dispatch.geometry.padding)
+    return _convolution_backward(gy, x, w, None, *dispatch.geometry, [True, False, False])[0]
 
 
-def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, how: Way) -> Tensor:
-    return _convolution_backward(gy, x, w, None, *how.geometry, [False, True, False])[1]
+def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
+    return _convolution_backward(gy, x, w, None, *dispatch.geometry, [False, True, False])[1]
 
 
-def _keep(ctx: Any, how: Way, *factors: Tensor) -> None:
-    """What the derivatives of a product need: its two factors. A gradient that nobody sends is None to them."""
+def _keep(ctx: Any, dispatch: Dispatch, *factors: Tensor) -> None:
+    """Keep the two factors of a product for its derivatives."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*factors)
-    ctx.how = how
+    ctx.dispatch = dispatch
 
 
 class _Conv(Function):
     """y = x * w + bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, how: Way) -> Tensor:
-        _keep(ctx, how, x, w)
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Tensor:
+        _keep(ctx, dispatch, x, w)
         ctx.save_for_forward(x, w)
-        return forward(x, w, bias, how)
+        return forward(x, w, bias, dispatch)
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tbias: Tensor | None, _: None) -> Tensor:
         x, w = ctx.saved_tensors
-        ty = convolution(tx, w, tbias if tw is None else None, ctx.how) if tx is not None else None
+        ty = convolution(tx, w, tbias if tw is None else None, ctx.dispatch) if tx is not None else None
         if tw is not None:
-            through_w = convolution(x, tw, tbias, ctx.how)
+            through_w = convolution(x, tw, tbias, ctx.dispatch)
             ty = through_w if ty is None else ty + through_w
-        if ty is None:  # the bias alone moves
+        if ty is None:  # only the bias has a tangent
             zero = torch.zeros((), dtype=x.dtype, device=x.device).expand_as(x)
-            ty = convolution(zero, w, tbias, ctx.how)
+            ty = convolution(zero, w, tbias, ctx.dispatch)
         return ty
 
     @staticmethod
@@ -162,82 +161,82 @@ class _Conv(Function):
         if gy is None:
             return None, None, None, None
         x, w = ctx.saved_tensors
-        want = [asked(ctx, i) for i in range(3)]
-        how = _carrying(ctx.how)
+        need = [needs_gradient(ctx, i) for i in range(3)]
+        dispatch = _native_in_forward_mode(ctx.dispatch)
         if not torch.is_grad_enabled():
-            ours = input_gradient(gy, w, x, how) if want[0] and how.gradient else None
-            want[0] = want[0] and not how.gradient
-            # oneDNN's own takes longer: in a transposed convolution up to three times as long as the two others.
-            apart = want[2] and (how.geometry.transposed or gy.dtype == torch.float32)
-            gb = gy.sum((0, 2, 3)) if apart else None
-            want[2] = want[2] and not apart
-            if not any(want):
-                return ours, None, gb, None
-            sizes = [gy.shape[1]] if want[2] else None
-            gx, gw, its_gb = _convolution_backward(gy, x, w, sizes, *how.geometry, want)
-            return gx if ours is None else ours, gw, gb if apart else its_gb, None
-        gx = _input_gradient(gy, w, x, ctx.how) if want[0] else None
-        gw = _weight_gradient(gy, x, w, ctx.how) if want[1] else None
-        return gx, gw, gy.sum((0, 2, 3)) if want[2] else None, None
+            cpp_gx = input_gradient(gy, w, x, dispatch) if need[0] and dispatch.cpp_input_gradient else None
+            need[0] = need[0] and not dispatch.cpp_input_gradient
+            # oneDNN's sum takes longer: in a transposed convolution up to three times as long as the other gradients.
+            own_sum = need[2] and (dispatch.geometry.transposed or gy.dtype == torch.float32)
+            gb = gy.sum((0, 2, 3)) if own_sum else None
+            need[2] = need[2] and not own_sum
+            if not any(need):
+                return cpp_gx, None, gb, None
+            sizes = [gy.shape[1]] if need[2] else None
+            gx, gw, native_gb = _convolution_backward(gy, x, w, sizes, *dispatch.geometry, need)
+            return gx if cpp_gx is None else cpp_gx, gw, gb if own_sum else native_gb, None
+        gx = _input_gradient(gy, w, x, ctx.dispatch) if need[0] else None
+        gw = _weight_gradient(gy, x, w, ctx.dispatch) if need[1] else None
+        return gx, gw, gy.sum((0, 2, 3)) if need[2] else None, None
 
 
 class _InputGradient(Function):
-    """Gradient of x, linear in `gy` and in `w`; `x` lends its shape and memory format."""
+    """Gradient of x, linear in `gy` and in `w`; of `x` it uses shape and memory format."""
 
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, w: Tensor, x: Tensor, how: Way) -> Tensor:
-        _keep(ctx, how, gy, w)
-        return input_gradient(gy, w, x, how)
+    def forward(ctx: Any, gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Tensor:
+        _keep(ctx, dispatch, gy, w)
+        return input_gradient(gy, w, x, dispatch)
 
     @staticmethod
     def backward(ctx: Any, ggx: Tensor | None) -> tuple[Any, ...]:
         if ggx is None:
             return None, None, None, None
         gy, w = ctx.saved_tensors
-        ggy = convolution(ggx, w, None, ctx.how) if asked(ctx, 0) else None
-        gw = _weight_gradient(gy, ggx, w, ctx.how) if asked(ctx, 1) else None
+        ggy = convolution(ggx, w, None, ctx.dispatch) if needs_gradient(ctx, 0) else None
+        gw = _weight_gradient(gy, ggx, w, ctx.dispatch) if needs_gradient(ctx, 1) else None
         return ggy, gw, None, None
 
 
 class _WeightGradient(Function):
-    """Gradient of w, linear in `gy` and in `x`; `w` lends its shape and memory format."""
+    """Gradient of w, linear in `gy` and in `x`; of `w` it uses shape and memory format."""
 
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, w: Tensor, how: Way) -> Tensor:
-        _keep(ctx, how, gy, x)
-        return weight_gradient(gy, x, w, how)
+    def forward(ctx: Any, gy: Tensor, x: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
+        _keep(ctx, dispatch, gy, x)
+        return weight_gradient(gy, x, w, dispatch)
 
     @staticmethod
     def backward(ctx: Any, ggw: Tensor | None) -> tuple[Any, ...]:
         if ggw is None:
             return None, None, None, None
         gy, x = ctx.saved_tensors
-        ggy = convolution(x, ggw, None, ctx.how) if asked(ctx, 0) else None
-        gx = _input_gradient(gy, ggw, x, ctx.how) if asked(ctx, 1) else None
+        ggy = convolution(x, ggw, None, ctx.dispatch) if needs_gradient(ctx, 0) else None
+        gx = _input_gradient(gy, ggw, x, ctx.dispatch) if needs_gradient(ctx, 1) else None
         return ggy, gx, None, None
 
 
-# Where nothing is recorded, the last pass of a penalty among them, a Function would cost its making alone. Inside a
-# level of forward mode, where tensors may have tangents, gradients are PyTorch's own, which carry them on.
+# Where autograd is off, as in the last pass of a penalty, the products run without the overhead of a Function. In
+# forward mode, where tensors may have tangents, they are PyTorch's, which propagate tangents.
 
 
-def _carrying(how: Way) -> Way:
-    return Way(how.geometry) if forward_mode() else how
+def _native_in_forward_mode(dispatch: Dispatch) -> Dispatch:
+    return Dispatch(dispatch.geometry) if in_forward_mode() else dispatch
 
 
-def convolution(x: Tensor, w: Tensor, bias: Tensor | None, how: Way) -> Tensor:
+def convolution(x: Tensor, w: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Tensor:
     if not torch.is_grad_enabled():
-        return forward(x, w, bias, _carrying(how))
-    return _Conv.apply(node_of(x), node_of(w), None if bias is None else node_of(bias), how)
+        return forward(x, w, bias, _native_in_forward_mode(dispatch))
+    return _Conv.apply(non_leaf(x), non_leaf(w), None if bias is None else non_leaf(bias), dispatch)
 
 
-def _input_gradient(gy: Tensor, w: Tensor, x: Tensor, how: Way) -> Tensor:
-    if not torch.is_grad_enabled() or forward_mode():
-        return input_gradient(gy, w, x, _carrying(how))
-    return _InputGradient.apply(node_of(gy), node_of(w), x.detach(), how)
+def _input_gradient(gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Tensor:
+    if not torch.is_grad_enabled() or in_forward_mode():
+        return input_gradient(gy, w, x, _native_in_forward_mode(dispatch))
+    return _InputGradient.apply(non_leaf(gy), non_leaf(w), x.detach(), dispatch)
 
 
-def _weight_gradient(gy: Tensor, x: Tensor, w: Tensor, how: Way) -> Tensor:
-    if not torch.is_grad_enabled() or forward_mode():
-        return weight_gradient(gy, x, w, how)
-    return _WeightGradient.apply(node_of(gy), node_of(x), w.detach(), how)
+def _weight_gradient(gy: Tensor, x: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
+    if not torch.is_grad_enabled() or in_forward_mode():
+        return weight_gradient(gy, x, w, dispatch)
+    return _WeightGradient.apply(non_leaf(gy), non_leaf(x), w.detach(), dispatch)

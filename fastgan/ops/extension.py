@@ -1,13 +1,13 @@
-"""The compiled libraries of csrc/: found, else built on first use, and loaded; or the reason why not.
+"""Finds, builds and loads the compiled libraries of csrc/.
 
-There are two, `cpu` (C++) and `cuda` (CUDA C++), each one shared library against torch's stable ABI, so that one binary
-serves torch 2.10 and later, any Python and none. `compile_library` is the one place where a compiler runs: setup.py
-calls it for the wheel (it loads this file by its path, so nothing of fastgan or torch is imported up here), and `cpu`
-and `cuda` call it on first use, into a cache shared by all processes of a user. Whatever goes wrong there, ops run in
-plain PyTorch: one warning says why.
+There are two, `cpu` (C++) and `cuda` (CUDA C++), each a shared library against torch's stable ABI: one binary works
+with torch 2.10 and later and with any Python. Only `compile_library` runs a compiler: setup.py calls it for a wheel (it
+loads this file by its path, so nothing of fastgan or torch is imported at the top), and `cpu` and `cuda` call it on
+first use, into a cache that all processes of a user share. If anything fails, one warning says why and the ops run in
+plain PyTorch.
 
-FASTGAN_BUILD=0 leaves the compiled libraries alone, FASTGAN_BUILD=force turns a failure into an error; CXX and NVCC
-name other compilers, XDG_CACHE_HOME another cache.
+Environment variables: FASTGAN_BUILD=0 does not use the compiled libraries, FASTGAN_BUILD=force turns a failure into an
+error; CXX and NVCC name other compilers, XDG_CACHE_HOME another cache.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from pathlib import Path
 
 LIBRARIES = {"cpu": ".cpp", "cuda": ".cu"}
 
-# The flags of ATen's own kernels, and ATen chooses among them too: what torch runs here, these libraries run.
-# A library is compiled as a whole for one instruction set. Mixing them in one would let the linker keep an inline
-# function's AVX-512 copy for everyone.
+# ATen compiles its kernels with these flags and chooses among them when it runs; these libraries follow its choice.
+# A library is compiled as a whole for one instruction set: with several in one, the linker could keep the AVX-512 copy
+# of an inline function for all of them.
 INSTRUCTIONS: dict[str, list[str]] = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -45,15 +45,15 @@ CUDA_ARCHITECTURES = (80, 90, 100)
 # -fno-trapping-math and -fno-math-errno change no result; without them few conditionals and roots vectorize.
 _COMMON = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 _CPU = ["-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]
-_TIMEOUT = 900.0  # seconds for one compiler call: a hang must not hold every process that waits for the lock
+_TIMEOUT = 900.0  # seconds for one compiler call: others wait for the lock meanwhile
 
 
 class Unavailable(Exception):
-    """There is no library here, and nothing is wrong: no GPU, another system."""
+    """There is no library here, and nothing is wrong: no GPU, or an unsupported system."""
 
 
 class BuildError(RuntimeError):
-    """A library could not be built. `output` is what the compiler said."""
+    """A library could not be built. `output` is the output of the compiler."""
 
     def __init__(self, message: str, output: str = "") -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class BuildError(RuntimeError):
 
 
 def source_folder() -> Path:
-    """csrc/ of an installed package, or of the repository this file is in."""
+    """csrc/ of an installed package, or of the repository that this file is in."""
     here = Path(__file__).resolve()
     for folder in (here.parents[1] / "csrc", here.parents[2] / "csrc"):
         if (folder / "cpu" / "bindings.cpp").is_file():
@@ -70,7 +70,7 @@ def source_folder() -> Path:
 
 
 def source_digest(library: str, sources: Path) -> str:
-    """Changes with any file that `library` is compiled from, by name and content, not by place."""
+    """Digest of the names and contents of the files from which `library` is compiled, wherever they are."""
     digest = hashlib.sha256()
     for file in sorted([*sources.iterdir(), *(sources / library).iterdir()]):
         if file.suffix in (".h", LIBRARIES[library]):
@@ -81,48 +81,48 @@ def source_digest(library: str, sources: Path) -> str:
 
 
 def instructions() -> list[str]:
-    """Instruction sets that a wheel for this machine's architecture carries."""
+    """Instruction sets for which a wheel for this machine's architecture has a library."""
     return list(INSTRUCTIONS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
 
 
 def _compiler(library: str) -> list[str]:
-    """The command, without flags; it exists."""
+    """The command of an existing compiler, without flags."""
     variable, usual = ("CXX", ["g++", "c++", "clang++"]) if library == "cpu" else ("NVCC", ["nvcc"])
-    asked = os.environ.get(variable, "").strip()
-    if asked:
-        command = shlex.split(asked)
-        found = shutil.which(command[0])
-        if found is None:
+    requested = os.environ.get(variable, "").strip()
+    if requested:
+        command = shlex.split(requested)
+        program = shutil.which(command[0])
+        if program is None:
             raise BuildError(f"there is no compiler {command[0]!r}, which the variable {variable} names")
-        return [found, *command[1:]]
+        return [program, *command[1:]]
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] if library == "cuda" else []
     candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home] + usual
     if library == "cuda":
         candidates.append("/usr/local/cuda/bin/nvcc")
     for name in candidates:
-        found = shutil.which(name)
-        if found is not None:
-            return [found]
-    raise BuildError(f"there is no compiler: neither {', '.join(usual)} nor the variable {variable} names one")
+        program = shutil.which(name)
+        if program is not None:
+            return [program]
+    raise BuildError(f"there is no compiler: {', '.join(usual)} not found, and the variable {variable} names none")
 
 
 def _flags(library: str, level: str) -> list[str]:
-    """To compile one file, without paths and without what the compiler itself must be asked."""
+    """Flags to compile one file, without paths and without those that depend on the compiler's version."""
     if library == "cpu":
         return [*_COMMON, *_CPU, *INSTRUCTIONS[level]]
-    # The CUDA runtime is linked in statically (nvcc's default), so the library loads where there is none.
+    # nvcc links the CUDA runtime statically by default, so the library loads on machines without it.
     return [*_COMMON, "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "--threads=2"]
 
 
 def _targets(nvcc: list[str], level: str) -> list[str]:
-    """Machine code for each architecture of `level`, "80-90" say, that this nvcc knows, and PTX for later ones."""
+    """Flags for machine code of each architecture in `level` ("80-90", say) that nvcc knows, and PTX for later ones."""
     known = sorted({int(number) for number in re.findall(r"compute_(\d+)\b", _run([*nvcc, "--list-gpu-arch"]))})
-    asked = CUDA_ARCHITECTURES if level == "all" else tuple(int(number) for number in level.split("-"))
-    chosen = [number for number in asked if number in known]
+    requested = CUDA_ARCHITECTURES if level == "all" else tuple(int(number) for number in level.split("-"))
+    chosen = [number for number in requested if number in known]
     # Before 12.8 there is no sm_100: the PTX of the newest below it runs there too.
-    below = [number for number in known if number <= max(asked)]
+    below = [number for number in known if number <= max(requested)]
     if not below:
-        raise BuildError(f"{nvcc[0]} knows none of the architectures {', '.join(map(str, asked))}")
+        raise BuildError(f"{nvcc[0]} knows none of the architectures {', '.join(map(str, requested))}")
     return [
         *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in chosen),
         f"-gencode=arch=compute_{below[-1]},code=compute_{below[-1]}",
@@ -130,7 +130,7 @@ def _targets(nvcc: list[str], level: str) -> list[str]:
 
 
 def _torch_folder() -> Path:
-    """Where torch's headers and libraries are; torch itself is not imported for it."""
+    """The folder with torch's headers and libraries; does not import torch."""
     module = sys.modules.get("torch")
     if module is not None:
         folder = Path(str(module.__file__)).parent
@@ -140,7 +140,7 @@ def _torch_folder() -> Path:
             raise BuildError("torch is not installed")
         folder = Path(spec.origin).parent
     if not (folder / "include" / "torch" / "csrc" / "stable" / "ops.h").is_file():
-        raise BuildError(f"torch's headers have no stable ABI (2.10 and later have): {folder / 'include'}")
+        raise BuildError(f"no stable ABI in torch's headers, which torch 2.10 and later have: {folder / 'include'}")
     return folder
 
 
@@ -152,12 +152,12 @@ def _run(command: Sequence[str]) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} does not run: {error}", str(error)) from error
-    said = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     if done.returncode != 0:
-        first = next((line.strip() for line in said.splitlines() if re.search(r"\b(error|fatal)\b", line)), "")
-        first = first or f"it ended with status {done.returncode}"
-        raise BuildError(f"{os.path.basename(command[0])} failed: {first[:200]}", f"{shlex.join(command)}\n{said}")
-    return said
+        first = next((line.strip() for line in output.splitlines() if re.search(r"\b(error|fatal)\b", line)), "")
+        first = first or f"exit code {done.returncode}"
+        raise BuildError(f"{os.path.basename(command[0])} failed: {first[:200]}", f"{shlex.join(command)}\n{output}")
+    return output
 
 
 def compile_library(library: str, target: Path, level: str, sources: Path | None = None) -> None:
@@ -165,8 +165,8 @@ def compile_library(library: str, target: Path, level: str, sources: Path | None
 
     Args:
         library: "cpu" or "cuda".
-        target: the file to write; it appears whole, or not at all.
-        level: for "cpu" a key of INSTRUCTIONS; for "cuda" the architectures, "80-90" say, or "all" of
+        target: the file to write, atomically.
+        level: for "cpu" a key of INSTRUCTIONS; for "cuda" the architectures, such as "80-90", or "all" of
             CUDA_ARCHITECTURES.
         sources: the folder csrc/; default the package's own.
 
@@ -177,16 +177,16 @@ def compile_library(library: str, target: Path, level: str, sources: Path | None
     compiler = _compiler(library)
     flags = _flags(library, level) + (_targets(compiler, level) if library == "cuda" else [])
     torch_folder = _torch_folder()
-    # No path of the building machine goes into the library: __FILE__ is in the messages of failed checks.
+    # The messages of failed checks contain __FILE__: keep paths of the building machine out of the library.
     host = "-Xcompiler=" if library == "cuda" else ""
-    names = [f"{host}-ffile-prefix-map={sources}=csrc", f"{host}-ffile-prefix-map={torch_folder}=torch"]
+    prefixes = [f"{host}-ffile-prefix-map={sources}=csrc", f"{host}-ffile-prefix-map={torch_folder}=torch"]
     include = [f"-I{sources}", f"-I{torch_folder / 'include'}"]
     files = sorted((sources / library).glob(f"*{LIBRARIES[library]}"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as folder:
         objects = [os.path.join(folder, f"{file.stem}.o") for file in files]
         commands = [
-            [*compiler, *flags, *names, *include, "-c", str(file), "-o", made]
+            [*compiler, *flags, *prefixes, *include, "-c", str(file), "-o", made]
             for file, made in zip(files, objects, strict=True)
         ]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -197,7 +197,7 @@ def compile_library(library: str, target: Path, level: str, sources: Path | None
 
 
 def prebuilt_name(library: str, level: str, sources: Path) -> str:
-    """File name of a wheel's library: one made from other sources is not taken for it."""
+    """File name of a wheel's library; it depends on the sources, so that an old library is not used."""
     return f"{library}-{level}-{source_digest(library, sources)}.so"
 
 
@@ -210,7 +210,7 @@ def _key(library: str, level: str, sources: Path) -> str:
 
     compiler = _compiler(library)
     program = os.path.realpath(compiler[0])
-    status = os.stat(program)  # asking the compiler its version would cost every process a start of it
+    status = os.stat(program)  # in place of the compiler's version: starting it would delay every process
     parts = [
         *(source_digest(library, sources), platform.system(), platform.machine(), torch.__version__),
         *(*compiler, program, str(status.st_size), str(status.st_mtime_ns)),
@@ -221,7 +221,7 @@ def _key(library: str, level: str, sources: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """One process at a time. Where the file system has no locks each builds for itself: the result is the same."""
+    """Lock for one process at a time. On file systems without locks every process builds, with the same result."""
     import fcntl
 
     with open(file, "a") as handle:
@@ -235,7 +235,7 @@ def _content(file: Path) -> str:
 
 
 def _cached(folder: Path, key: str) -> Path | None:
-    """The library, if it is whole: its name ends with its content's digest. Loading a truncated one is a SIGBUS."""
+    """The library, if its content has the digest in its name: loading a truncated one would end in SIGBUS."""
     for file in sorted(folder.glob(f"{key}-*.so")):
         with contextlib.suppress(OSError):
             if file.stem.rpartition("-")[2] == _content(file):
@@ -246,59 +246,61 @@ def _cached(folder: Path, key: str) -> Path | None:
 def cached_library(library: str, level: str, sources: Path | None = None, folder: Path | None = None) -> Path:
     """The library for this machine, compiled if the cache has none.
 
-    Processes that start at once compile once: the others wait, and share a failure as they share a library.
+    Of processes that start together one compiles; the others wait and share its library or its failure.
 
     Raises:
-        BuildError: as `compile_library`; the message names the log with the compiler's words.
+        BuildError: as `compile_library`; the message names the log with the compiler's output.
     """
     sources, folder = sources or source_folder(), folder or cache_folder()
     key = _key(library, level, sources)
-    found = _cached(folder, key)
-    if found is not None:
-        return found
+    cached = _cached(folder, key)
+    if cached is not None:
+        return cached
     log = folder / f"{key}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        began = time.time()
+        started = time.time()
         with _locked(folder / f"{key}.lock"):
-            found = _cached(folder, key)
-            if found is not None:
-                return found
-            if log.exists() and log.stat().st_mtime >= began:
+            cached = _cached(folder, key)
+            if cached is not None:
+                return cached
+            if log.exists() and log.stat().st_mtime >= started:
                 raise BuildError(log.read_text().split("\n", 1)[0])
             for broken in folder.glob(f"{key}-*.so"):
                 broken.unlink()
             if sys.stderr.isatty():
                 print(f"fastgan: compiling its {library} kernels; this happens once", file=sys.stderr)
-            made = folder / f"{key}.{os.getpid()}.tmp"
+            built = folder / f"{key}.{os.getpid()}.tmp"
             try:
-                compile_library(library, made, level, sources)
+                compile_library(library, built, level, sources)
             except BuildError as error:
-                message = f"{error}; the compiler's words are in {log}"
+                message = f"{error}; compiler output: {log}"
                 log.write_text(f"{message}\n{error.output}\n")
                 raise BuildError(message, error.output) from error
             log.unlink(missing_ok=True)
-            found = folder / f"{key}-{_content(made)}.so"
-            os.replace(made, found)
-            return found
+            cached = folder / f"{key}-{_content(built)}.so"
+            os.replace(built, cached)
+            return cached
     except OSError as error:
-        raise BuildError(f"the cache folder {folder} cannot be used ({error}); XDG_CACHE_HOME names another") from error
+        raise BuildError(
+            f"the cache folder {folder} cannot be used ({error}); set XDG_CACHE_HOME to another"
+        ) from error
 
 
-_found: dict[str, str | None] = {}  # library -> None when loaded, else the reason why not
-_files: dict[str, Path] = {}
+_reasons: dict[str, str | None] = {}  # library -> why it is not loaded; None when it is
+_files: dict[str, Path] = {}  # library -> where it was loaded from
 _lock = threading.RLock()
 
 
-def _wish() -> str:
-    wish = os.environ.get("FASTGAN_BUILD", "").strip().lower()
-    if wish not in ("", "0", "1", "force"):
-        raise ValueError(f"FASTGAN_BUILD must be 0, 1 or force, got {wish!r}")
-    return wish
+def _build_mode() -> str:
+    mode = os.environ.get("FASTGAN_BUILD", "").strip().lower()
+    if mode not in ("", "0", "1", "force"):
+        raise ValueError(f"FASTGAN_BUILD must be 0, 1 or force, got {mode!r}")
+    return mode
 
 
 def level() -> str:
-    """The instruction set that torch itself uses here, ATEN_CPU_CAPABILITY included."""
+    """The instruction set that torch uses here; the variable ATEN_CPU_CAPABILITY changes it."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -310,7 +312,7 @@ def level() -> str:
 
 
 def architectures() -> str:
-    """Those of the GPUs here: compiled on first use, the CUDA library is for this machine alone, which takes less."""
+    """The architectures of the GPUs here: on first use the CUDA library is compiled for them alone, which is faster."""
     import torch
 
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -330,7 +332,7 @@ def _load(library: str) -> Path:
     kind = level() if library == "cpu" else architectures()
     prebuilt = Path(__file__).resolve().parent / "lib" / prebuilt_name(library, kind, sources)
     if prebuilt.is_file():
-        with contextlib.suppress(OSError):  # made for another C library, say: then it is built here
+        with contextlib.suppress(OSError):  # built for another C library, for example: compile it here
             _open(prebuilt)
             return prebuilt
     file = cached_library(library, kind, sources)
@@ -348,14 +350,14 @@ def _load_cuda() -> Path:
         raise Unavailable("there is no GPU that this torch can use")
     if torch.version.hip is not None:
         raise Unavailable("this torch is built for ROCm, and the kernels are CUDA")
-    reason = cpu()  # it defines what the CUDA library registers kernels for
+    reason = cpu()  # the CPU library defines the ops for which the CUDA library registers kernels
     if reason is not None:
         raise Unavailable(f"the CUDA library needs the CPU library: {reason}")
     try:
         _compiler("cuda")
     except BuildError as error:
-        # Most machines with a GPU have no CUDA toolkit, and triton needs none: no reason to warn.
-        if _wish() != "force":
+        # Most machines with a GPU have no CUDA toolkit, and Triton needs none: no warning.
+        if _build_mode() != "force":
             raise Unavailable(str(error)) from error
         raise
     file = _load("cuda")
@@ -366,49 +368,52 @@ def _load_cuda() -> Path:
 
 
 def _state(library: str, load: Callable[[], Path]) -> str | None:
-    if library in _found:
-        return _found[library]
+    if library in _reasons:
+        return _reasons[library]
     with _lock:
-        if library in _found:
-            return _found[library]
-        wish = _wish()
+        if library in _reasons:
+            return _reasons[library]
+        mode = _build_mode()
         try:
-            if wish == "0":
-                raise Unavailable("FASTGAN_BUILD=0 switches it off")
+            if mode == "0":
+                raise Unavailable("switched off by FASTGAN_BUILD=0")
             _files[library] = load()
-            _found[library] = None
+            _reasons[library] = None
         except Unavailable as reason:
-            _found[library] = str(reason)
-        except Exception as error:  # whatever it is, plain PyTorch can go on
-            if wish == "force":
-                raise RuntimeError(f"FASTGAN_BUILD=force, and the {library} library is not there: {error}") from error
-            _found[library] = str(error)
+            _reasons[library] = str(reason)
+        except Exception as error:  # plain PyTorch can run in any case
+            if mode == "force":
+                raise RuntimeError(f"FASTGAN_BUILD=force, but the {library} library cannot be used: {error}") from error
+            _reasons[library] = str(error)
             warnings.warn(
-                f"fastgan's compiled {library} kernels cannot be used, and plain PyTorch runs instead: {error} "
+                f"fastgan's compiled {library} kernels cannot be used, plain PyTorch runs instead: {error} "
                 "(FASTGAN_BUILD=0 silences this)",
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return _found[library]
+        return _reasons[library]
 
 
 def cpu() -> str | None:
-    """None once the CPU library is loaded (its ops are torch.ops.fastgan.*), else the reason why it is not.
+    """Load the CPU library: its ops are then torch.ops.fastgan.*.
 
-    The first call looks for it, and compiles it where there is none (seconds); the answer then stays.
+    The first call finds the library, or compiles it in some seconds; later calls return the same answer.
+
+    Returns:
+        None when it is loaded, else the reason why not.
 
     Raises:
-        RuntimeError: it cannot be built, under FASTGAN_BUILD=force.
+        RuntimeError: the library cannot be built, under FASTGAN_BUILD=force.
         ValueError: FASTGAN_BUILD has another value than 0, 1 or force.
     """
     return _state("cpu", lambda: _load("cpu"))
 
 
 def cuda() -> str | None:
-    """As `cpu`, for the CUDA library: without a GPU, nvcc or a driver that runs it there is a reason, not a warning."""
+    """As `cpu`, for the CUDA library. There is no warning without a GPU, nvcc or a suitable driver."""
     return _state("cuda", _load_cuda)
 
 
 def file(library: str) -> Path | None:
-    """Where the library that is loaded was loaded from."""
+    """The file from which a library was loaded, if it was."""
     return _files.get(library)

@@ -1,15 +1,17 @@
-"""What the elementwise and norm ops share: which machine runs their kernels, where those are, layouts, the ghost.
+"""The implementations that are compiled kernels: `triton`, `cuda` and `cpp`, and whether they can run here.
 
-For each op the kernels of every implementation have the same functions, `OP_forward`, `OP_backward` and
-`OP_second_backward`, whose arguments and results the op's file documents. They are `torch.ops.fastgan.*` for `cpp` and
-`cuda` and the launchers in `fastgan.kernels.OP` for `triton`. All of them can rely on what the op's file sees to:
+Which implementation of an op runs is decided in `fastgan.ops.backend`; this file gives it the entries of the kernels.
 
-- tensors of x's shape in one call are dense and in one memory format, contiguous or channels_last (`dense`, `like`),
-  at any alignment, with at least one element; the others are contiguous;
+The kernels of an op have the same functions in every implementation, `OP_forward`, `OP_backward` and
+`OP_second_backward`, with the arguments and results that the op's file documents: `torch.ops.fastgan.*` for `cpp` and
+`cuda`, the launchers in `fastgan.kernels.OP` for `triton`. They contain no autograd. The op's file makes sure that
+
+- tensors of x's shape in one call are dense and in one memory format, contiguous or channels_last (`arguments.dense`
+  and `dense_like`), at any alignment, with at least one element; other tensors are contiguous;
 - dtypes and shapes fit, `act` is an index into `bias_act.ACTS`, gain > 0 and negative_slope >= 0.
 
-They return tensors of x's shape in x's dtype and memory format, compute and accumulate in float32, and give
-the same result for the same input, whatever the number of threads. Autograd is in the op's file alone.
+They return tensors of x's shape in x's dtype and memory format, compute and accumulate in float32, and give the same
+result for the same input, whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -19,67 +21,69 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgan.ops.backend import Implementation, Judge, forward_mode
+from fastgan.ops.backend import Implementation, ReasonFn
+from fastgan.ops.torch_private import constant_when_compiled, dispatcher_has_kernel
 
 
-def functions(op: str, name: str) -> Any:
-    """What holds `OP_forward` and the others of the implementation `name`, which must be able to run here."""
-    if name == "triton":
+def kernel_functions(op: str, implementation: str) -> Any:
+    """The module or namespace with `OP_forward` and the others, of an implementation that can run here."""
+    if implementation == "triton":
         return importlib.import_module(f"fastgan.kernels.{op}")
     return torch.ops.fastgan
 
 
-def kernels(op: str, refuse: Judge | None = None) -> dict[str, Implementation]:
-    """Entries of the kernels of `op` for its `Op`, in order of preference.
+def kernel_implementations(op: str, unsupported_options: ReasonFn | None = None) -> dict[str, Implementation]:
+    """Entries of the kernels of `op` for its `Op`.
 
     Args:
-        refuse: why none of them can run a call with these options (keywords, all optional); None when they can.
+        op: name of the op, as in the names of its files and functions.
+        unsupported_options: called with the options of a call (keywords, all optional); returns why no kernel of this
+            op supports them, or None.
     """
+    half = (torch.float32, torch.bfloat16, torch.float16)
 
-    def judge(device: str, dtypes: tuple[torch.dtype, ...], machine: Callable[[], str | None]) -> Judge:
-        cpu = device == "cpu"
+    def entry(note: str, device: str, dtypes: tuple[torch.dtype, ...], machine: ReasonFn) -> Implementation:
+        on_cpu = device == "cpu"
 
-        def able(*inputs: Tensor | None, **options: object) -> str | None:
+        def unsupported_reason(*inputs: Tensor | None, **options: object) -> str | None:
             for x in inputs:
                 if x is None:
                     continue
-                if not (x.is_cpu if cpu else x.is_cuda):  # a third of the time of x.device.type, in every call
+                if not (x.is_cpu if on_cpu else x.is_cuda):  # a third of the time of x.device.type, in every call
                     return f"it runs on {device}, not {x.device.type}"
                 if x.dtype not in dtypes:
-                    return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {x.dtype}"
+                    return f"it supports {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {x.dtype}"
                 if x.numel() == 0:
-                    return "it takes no empty tensors"
-            return (refuse(**options) if refuse else None) or machine()
+                    return "it supports no empty tensors"
+            return (unsupported_options(**options) if unsupported_options else None) or machine()
 
-        return able
+        return Implementation(unsupported_reason, note=note, device=device)
 
-    half = (torch.float32, torch.bfloat16, torch.float16)
     return {
-        "triton": Implementation(judge("cuda", half, partial(_no_triton, op)), note="Triton kernels", device="cuda"),
-        "cuda": Implementation(judge("cuda", half, partial(_no_cuda, op)), note="CUDA kernels", device="cuda"),
-        "cpp": Implementation(judge("cpu", half[:2], partial(_no_cpp, op)), note="C++ kernels", device="cpu"),
+        "triton": entry("Triton kernels", "cuda", half, partial(_no_triton, op)),
+        "cuda": entry("CUDA kernels", "cuda", half, partial(_no_cuda, op)),
+        "cpp": entry("C++ kernels", "cpu", half[:2], partial(_no_cpp, op)),
     }
 
 
-def _constant(judge: Callable[[str], str | None]) -> Callable[[str], str | None]:
-    """Ask once for each op; torch.compile takes the answer and does not trace the question."""
-    cached = cache(judge)
+def _once_per_op(reason: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """Compute the answer once for each op; torch.compile takes it for a constant."""
+    cached = cache(reason)
 
-    def ask(op: str) -> str | None:
+    def call(op: str) -> str | None:
         return cached(op)
 
-    # What torch.compiler.assume_constant_result does; that imports the compiler.
-    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return ask
+    return constant_when_compiled(call)
 
 
-@_constant
+@_once_per_op
 def _no_triton(op: str) -> str | None:
+    """Why the Triton kernels of `op` cannot run on this machine."""
     if not torch.cuda.is_available():
         return "there is no GPU"
     if importlib.util.find_spec("triton") is None:
@@ -87,8 +91,9 @@ def _no_triton(op: str) -> str | None:
     return None if importlib.util.find_spec(f"fastgan.kernels.{op}") else f"there is no Triton kernel of {op}"
 
 
-@_constant
+@_once_per_op
 def _no_cuda(op: str) -> str | None:
+    """Why the CUDA kernels of `op` cannot run on this machine."""
     if not torch.cuda.is_available():
         return "there is no GPU"
     from fastgan.ops import extension
@@ -96,8 +101,9 @@ def _no_cuda(op: str) -> str | None:
     return extension.cuda() or _not_registered(op, "CUDA") or _register_fakes(op)
 
 
-@_constant
+@_once_per_op
 def _no_cpp(op: str) -> str | None:
+    """Why the C++ kernels of `op` cannot run on this machine."""
     from fastgan.ops import extension
 
     return extension.cpu() or _not_registered(op, "CPU") or _register_fakes(op)
@@ -105,100 +111,23 @@ def _no_cpp(op: str) -> str | None:
 
 def _not_registered(op: str, key: str) -> str | None:
     name = f"{op}_forward"
-    # A dispatcher that is asked about an op it does not know raises.
-    if hasattr(torch.ops.fastgan, name) and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgan::{name}", key):
+    # The dispatcher raises for a name that it does not know.
+    if hasattr(torch.ops.fastgan, name) and dispatcher_has_kernel(f"fastgan::{name}", key):
         return None
     return f"the compiled library has no {op}"
 
 
 @cache
 def _register_fakes(op: str) -> None:
-    """Tell torch.compile and torch.export the shapes and strides of the compiled functions' results.
+    """Register for torch.compile and torch.export the shapes and strides of what the compiled functions return.
 
-    They are those of the same functions in plain PyTorch, where the op's file has them as COMPOSED.
+    They are those of the same functions in plain PyTorch, `PYTORCH_KERNELS` in the op's file.
     """
-    composed = getattr(sys.modules.get(f"fastgan.ops.{op}"), "COMPOSED", None)
-    for name, function in vars(composed).items() if composed else ():
+    kernels = getattr(sys.modules.get(f"fastgan.ops.{op}"), "PYTORCH_KERNELS", None)
+    for name, function in vars(kernels).items() if kernels else ():
 
         def fake(*arguments: Any, function: Callable[..., Any] = function) -> Any:
-            found = function(*arguments)
-            return tuple(map(torch.empty_like, found)) if isinstance(found, tuple) else torch.empty_like(found)
+            result = function(*arguments)
+            return tuple(map(torch.empty_like, result)) if isinstance(result, tuple) else torch.empty_like(result)
 
         torch.library.register_fake(f"fastgan::{name}", fake)
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    """The memory format of x where it is dense, else the nearer one."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if last is not None and (x.is_contiguous(memory_format=last) or x.stride(1) == 1):
-        return last
-    return torch.contiguous_format
-
-
-def dense(x: Tensor) -> Tensor:
-    """x itself, or a copy of it, contiguous or in channels_last."""
-    return x.contiguous(memory_format=_format(x))
-
-
-def like(x: Tensor, other: Tensor) -> Tensor:
-    """x itself, or a copy of it, in the memory format of `other`, which is dense and as large."""
-    return x.contiguous(memory_format=_format(other))
-
-
-def ghost(x: Tensor) -> Tensor:
-    """A tensor of x's shape on one element of memory that nobody reads.
-
-    Returned by a forward Function beside its output it stands for x in the graph: the second derivative with respect
-    to x is sent to it and arrives at x as it is, while x's memory can be freed.
-    """
-    return torch.empty_strided(x.shape, [0] * x.ndim, dtype=x.dtype, device=x.device)
-
-
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Sum of two gradients, where None is nothing."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
-
-
-def no_third_order(op: str) -> NoReturn:
-    """Raised by the backward of an op's second backward: a wrong result in silence would be the alternative."""
-    raise NotImplementedError(f"third derivative of {op} is not implemented; backend='torch' has it")
-
-
-def tracked(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows a call on these tensors, backward or in forward mode."""
-    if forward_mode():
-        return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def number(name: str, value: Any) -> float:
-    """`value`, if it is a real number; a tensor is none, as kernels would keep no graph of it."""
-    if value.__class__ is float or value.__class__ is int:
-        return value
-    if isinstance(value, (Tensor, str, bytes, complex)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {'a tensor' if isinstance(value, Tensor) else repr(value)}")
-    return value
-
-
-def plain(x: Any) -> bool:
-    """Whether x is a tensor and of no class that stands for another, as FakeTensor does."""
-    return x.__class__ is Tensor or x.__class__ is torch.nn.Parameter
-
-
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """dtype that sums over x are kept in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def check_features(x: Tensor) -> None:
-    """Raise TypeError or ValueError unless x is a floating [N, C, ...]."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x must be a floating-point one, got dtype {x.dtype}")
-    if x.ndim < 2:
-        raise ValueError(f"x must be [N, C, ...], got {x.ndim} dimensions")

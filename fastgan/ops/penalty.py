@@ -1,17 +1,18 @@
 """Penalties on the gradient of a critic with respect to its input.
 
-The weights' gradient of a penalty mean_n f(|g_n|), g_n = dD/dx_n, can be had in two ways. `reverse` differentiates the
-gradient's own graph. `tangent` holds the cotangent v_n = d penalty / d g_n constant and differentiates the sum over n
-of D'(x_n; v_n), the critic's directional derivative in forward mode, of which that gradient is the same: everything in
-it is first order, at the price of one more forward pass. docs/penalties.md has both, counted and measured.
+The gradient of a penalty mean_n f(|g_n|), g_n = dD/dx_n, with respect to the weights can be computed in two ways.
+`reverse` differentiates the graph of the gradient. `tangent` holds the cotangent v_n = d penalty / d g_n constant and
+differentiates the sum over n of D'(x_n; v_n), the directional derivative of the critic in forward mode, which has the
+same gradient: everything in it is first order, at the price of one more forward pass. docs/penalties.md has the costs
+and measurements of both.
 
-`critic` is any callable of x that gives one score for each sample, [N] or [N, 1] (of several, [N, ...], the sum is
-penalised); a conditional critic is a lambda that closes over its labels. Scores of one sample must not depend on
-another for the penalties to be what the papers define (batch norm breaks that; minibatch standard deviation does too,
-and the progressive-growing paper accepts it).
+A `critic` is any callable of x that returns one score for each sample, [N] or [N, 1]; of several scores, [N, ...], the
+sum is penalized. A conditional critic is a lambda that closes over its labels. The papers define the penalties for
+critics whose score of one sample does not depend on other samples. Batch norm breaks that, and so does minibatch
+standard deviation, which the progressive-growing paper accepts.
 
-The gradient, its norm and the penalty are float32 at least, whatever precision the critic computes in: squares of
-half-precision gradients overflow and vanish, which is where NaNs in penalised mixed-precision training come from.
+The gradient, its norm and the penalty are in float32 at least, whatever the precision of the critic: squares of
+half-precision gradients overflow and underflow, a source of NaN in mixed-precision training with a penalty.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from fastgan.ops.arguments import require_floating
 from fastgan.ops.backend import Op
 
 for _name in ("gradient_penalty", "wasserstein_divergence", "zero_centered_penalty"):
@@ -38,13 +40,11 @@ def _flat(gradient: Tensor) -> Tensor:
 
 
 def _penalty(critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor], method: str) -> Tensor:
-    """`of_gradient` of d(sum of scores)/dx, which it gets as [N, features], float32 at least."""
+    """`of_gradient` applied to d(sum of scores)/dx as [N, features], float32 at least."""
     if method not in METHODS:
         raise ValueError(f"method must be {' or '.join(METHODS)}, got {method!r}")
     if not torch.is_grad_enabled():
-        raise RuntimeError(
-            "a penalty is made of derivatives: it may be taken where gradients are on, not under no_grad"
-        )
+        raise RuntimeError("a penalty needs gradients: call it outside torch.no_grad")
     x = x.detach().requires_grad_(True)
     reverse = method == "reverse"
     (gradient,) = torch.autograd.grad(_sum_of_scores(critic(x), x), x, create_graph=reverse)
@@ -58,29 +58,27 @@ def _penalty(critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor],
         tangent = forward_ad.unpack_dual(scores).tangent
     value = value.detach()
     if tangent is None:
-        raise RuntimeError("critic: has a layer that lost the forward-mode derivative; method='reverse' needs none")
-    _refuse_norms(scores)
+        raise RuntimeError("critic: a layer lost the forward-mode derivative; method='reverse' needs none")
+    _reject_norms(scores)
     slope = tangent.sum(dtype=value.dtype)
     return value + (slope - slope.detach())
 
 
 def _sum_of_scores(scores: Any, x: Tensor) -> Tensor:
-    """One score for each sample, or several that are added up, as a critic of patches gives."""
+    """Sum of the scores: one for each sample, or several, as from a critic of patches."""
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        was = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"critic must give a floating tensor, [N] or [N, 1], got {was}")
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"critic must return a floating-point tensor, [N] or [N, 1], got {got}")
     if scores.ndim == 0 or scores.shape[0] != x.shape[0]:
         # A mean over the batch would divide each sample's gradient by N.
-        raise ValueError(
-            f"critic must give [{x.shape[0]}] or [{x.shape[0]}, 1], , got scores of shape {tuple(scores.shape)}"
-            "one for each sample"
-        )
+        n = x.shape[0]
+        raise ValueError(f"critic must return [{n}] or [{n}, 1], one score for each sample, got {tuple(scores.shape)}")
     return scores.float().sum()
 
 
-# PyTorch's forward-mode rules of these hold the mean and the deviation, which depend on the weights, for constants, so
-# that the weights' gradient through them is another.
-_HOLD_STATISTICS = {
+# PyTorch's forward-mode rules of these take the mean and the deviation, which depend on the weights, for constants: the
+# gradient of the weights through them is wrong.
+_CONSTANT_STATISTICS = {
     "NativeLayerNormBackward0": "layer norm",
     "NativeBatchNormBackward0": "batch norm or instance norm",
     "CudnnBatchNormBackward0": "batch norm or instance norm",
@@ -88,25 +86,24 @@ _HOLD_STATISTICS = {
 }
 
 
-def _refuse_norms(scores: Tensor) -> None:
-    """Raise if a norm of the batch, in training, or of a layer is in the graph of these scores."""
+def _reject_norms(scores: Tensor) -> None:
+    """Raise if layer norm, or batch norm in training, is in the graph of these scores."""
     seen, stack = set(), [scores.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        what = _HOLD_STATISTICS.get(type(node).__name__)
-        if what is not None and getattr(node, "_saved_training", True):
+        norm = _CONSTANT_STATISTICS.get(type(node).__name__)
+        if norm is not None and getattr(node, "_saved_training", True):
             raise RuntimeError(
-                f"critic: has {what}, whose forward-mode derivative in PyTorch is not to be differentiated; "
-                "method may be 'reverse'"
+                f"critic: the forward-mode derivative of {norm} in PyTorch has a wrong gradient; use method='reverse'"
             )
         stack.extend(function for function, _ in node.next_functions)
 
 
 class _Norm(Function):
-    """Euclidean norm over features: [N, features] -> [N], read once. Its derivative where the norm is 0 is 0."""
+    """Euclidean norm over features, [N, features] -> [N]. Where the norm is 0, its derivative is 0."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -117,7 +114,7 @@ class _Norm(Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Tensor:
         gradient, norm = ctx.saved_tensors
-        # 0 / 0 at norm 0 would be NaN in this derivative or in the next, so both branches stay finite.
+        # Both branches stay finite: 0 / 0 at norm 0 would be NaN in this derivative or in the next.
         zero = norm == 0
         return gradient * torch.where(zero, 0.0, cotangent / torch.where(zero, 1.0, norm))[:, None]
 
@@ -129,10 +126,9 @@ def _norm(gradient: Tensor) -> Tensor:
 def _interpolates(real: Tensor, fake: Tensor, weight: Tensor | None, generator: torch.Generator | None) -> Tensor:
     if real.shape != fake.shape:
         raise ValueError(f"fake must be {tuple(real.shape)}, as real, got shape {tuple(fake.shape)}")
-    if not real.is_floating_point():
-        raise TypeError(f"real must be a floating dtype, got {real.dtype}")
+    require_floating("real", real)
     if real.ndim < 2:
-        raise ValueError(f"real must be [N, ...], of two dimensions or more, got shape {tuple(real.shape)}")
+        raise ValueError(f"real must be [N, ...] with at least two dimensions, got shape {tuple(real.shape)}")
     if real.dtype != fake.dtype:
         raise TypeError(f"fake must be {real.dtype}, as real, got {fake.dtype}")
     if real.device != fake.device:
@@ -144,7 +140,7 @@ def _interpolates(real: Tensor, fake: Tensor, weight: Tensor | None, generator: 
     elif weight.device != real.device:
         raise ValueError(f"weight must be on {real.device}, as real, got {weight.device}")
     elif weight.numel() != real.shape[0]:
-        raise ValueError(f"weight must have {real.shape[0]}, one for each sample, got {weight.numel()} elements")
+        raise ValueError(f"weight must have {real.shape[0]} elements, one for each sample, got {weight.numel()}")
     return torch.lerp(real, fake, weight.to(real.dtype).reshape(-1, *[1] * (real.ndim - 1)))
 
 
@@ -161,22 +157,23 @@ def gradient_penalty(
     """Mean over samples of (|grad critic(x)| - target)^2 at random interpolates x (Gulrajani et al. 2017, eq. 3).
 
     Args:
-        critic: scores [N] or [N, 1] of x; called once by `reverse`, twice by `tangent`.
-        real, fake: [N, ...], same shape; no gradient flows into them.
-        target: the norm asked for.
+        critic: returns scores [N] or [N, 1] of x; called once by `reverse`, twice by `tangent`.
+        real: [N, ...]; no gradient flows into it.
+        fake: as `real`.
+        target: the norm that is not penalized.
         generator: draws the interpolation weights, one uniform number for each sample.
-        weight: [N], the interpolation weights themselves (0 is real, 1 is fake) in place of drawing them.
-        method: "reverse", differentiable to any order the critic is, or "tangent", once more than the inner gradient.
+        weight: [N], the interpolation weights (0 is real, 1 is fake); None draws them.
+        method: "reverse", differentiable to any order that the critic is, or "tangent", differentiable once.
 
     Returns:
-        Scalar, float32 at least, not multiplied by any coefficient. Where the gradient is exactly 0 its norm has
-        derivative 0. The critic's last bias has no gradient from it: `autograd.grad` needs `allow_unused=True`.
+        Scalar, float32 at least, without a coefficient. Where the gradient is exactly 0, its norm has derivative 0. The
+        critic's last bias has no gradient from it: `autograd.grad` needs `allow_unused=True`.
 
     Raises:
-        TypeError: `real` is not floating, `fake` has another dtype, or the scores are no floating tensor.
+        TypeError: a dtype that is not floating-point, or dtypes that differ.
         ValueError: `fake`, `weight` or the scores do not fit `real`, or an unknown method.
-        RuntimeError: under no_grad; or with `tangent`, where a layer of the critic has no forward-mode derivative or,
-            as layer norm and batch norm in training, one that is not to be differentiated.
+        RuntimeError: under no_grad; or with `tangent`, for a layer of the critic without a forward-mode derivative or,
+            as layer norm and batch norm in training, with one whose gradient is wrong.
     """
 
     def of_gradient(gradient: Tensor) -> Tensor:
@@ -198,8 +195,8 @@ def wasserstein_divergence(
 ) -> Tensor:
     """k times the mean over samples of |grad critic(x)|^p (Wu et al. 2018, "Wasserstein divergence for GANs", eq. 6).
 
-    x is sampled on the straight lines between paired real and fake samples, uniformly, as in the paper's experiments;
-    arguments, reduction and behavior at gradient 0 are those of `gradient_penalty`.
+    x is sampled uniformly on the straight lines between paired real and fake samples, as in the paper's experiments.
+    The other arguments, the reduction and the derivative at gradient 0 are as in `gradient_penalty`.
     """
 
     def of_gradient(gradient: Tensor) -> Tensor:
@@ -213,8 +210,7 @@ def wasserstein_divergence(
 def zero_centered_penalty(critic: Critic, x: Tensor, *, method: str = "reverse") -> Tensor:
     """Mean over samples of |grad critic(x)|^2: R1 on real samples, R2 on fake ones (Mescheder et al. 2018, eq. 9).
 
-    The paper multiplies by gamma / 2. Differentiable where the gradient is 0. `method` as in `gradient_penalty`.
+    The paper multiplies it by gamma / 2. Differentiable where the gradient is 0. `method`: as in `gradient_penalty`.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating dtype, got {x.dtype}")
+    require_floating("x", x)
     return _penalty(critic, x, lambda gradient: gradient.square().sum(dim=1).mean(), method)

@@ -12,7 +12,7 @@ from triton_offline import DEVICES, DTYPES, assert_accurate, assert_compiles_wit
 
 from fastgan import ops
 from fastgan.kernels import scaled_conv, tiles
-from fastgan.ops import conv
+from fastgan.ops import scaled_conv as op_module
 from fastgan.ops.backend import Implementation
 from fastgan.ops.bias_act import ACTS
 
@@ -142,7 +142,7 @@ def derivatives(name: str, act: str, arguments: list[Tensor], backend: str) -> l
 @pytest.mark.parametrize("act", ["linear", "lrelu"])
 @pytest.mark.parametrize("name", ["upsample_conv2d", "conv2d_downsample"])
 def test_ops_and_derivatives(name: str, act: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in (conv.UPSAMPLE_CONV2D, conv.CONV2D_DOWNSAMPLE):  # without the check for a GPU
+    for op in (op_module.UPSAMPLE_CONV2D, op_module.CONV2D_DOWNSAMPLE):  # without the check for a GPU
         monkeypatch.setitem(op.implementations, "triton", Implementation())
     sizes = [(2, 3, 4, 2), (5, 3, 3, 3), (5,)]
     exact, plain, mine = (
@@ -159,7 +159,7 @@ def test_ops_and_derivatives(name: str, act: str, device: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_only_needed_products_are_computed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in (conv.UPSAMPLE_CONV2D, conv.CONV2D_DOWNSAMPLE):
+    for op in (op_module.UPSAMPLE_CONV2D, op_module.CONV2D_DOWNSAMPLE):
         monkeypatch.setitem(op.implementations, "triton", Implementation())
     calls: list[str] = []
 
@@ -186,7 +186,7 @@ def test_only_needed_products_are_computed(device: str, monkeypatch: pytest.Monk
 
 def test_triton_is_not_the_default_and_gives_a_reason() -> None:
     assert next(iter(ops.backends("upsample_conv2d"))) == "lean"
-    reason = conv.UPSAMPLE_CONV2D.implementations["triton"].not_preferred_reason()
+    reason = op_module.UPSAMPLE_CONV2D.implementations["triton"].not_preferred_reason()
     assert reason is not None and "cuDNN" in reason
     x, w = random(1, 2, 4, 4, seed=0).float(), random(3, 2, 3, 3, seed=1).float()
     with pytest.raises(ValueError, match=r"triton.*runs on cuda, not cpu"):

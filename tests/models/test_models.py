@@ -21,8 +21,8 @@ TINY: dict[str, dict[str, Any]] = {
 
 def build(model: str, resolution: int = 16, channels: int = 3, **values: Any) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    asked = {"latent": 6, **TINY[model], "resolution": resolution, "channels": channels, **values}
-    return models.build(model, **asked)
+    requested = {"latent": 6, **TINY[model], "resolution": resolution, "channels": channels, **values}
+    return models.build(model, **requested)
 
 
 CASES = [(m, r, c) for m in TINY for r in (4, 8, 16, 32, 64) for c in (1, 3) if r > 4 or m == "pggan"]
@@ -215,9 +215,11 @@ def test_sagan_starts_orthogonal() -> None:
                 torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("resolution", "asked", "width"), [(8, None, 4), (32, None, 16), (64, None, 32), (32, 8, 8)])
-def test_sagan_attention_sits_where_it_is_asked_for(resolution: int, asked: int | None, width: int) -> None:
-    for network in build("sagan", resolution, attention_at=asked):
+@pytest.mark.parametrize(
+    ("resolution", "requested", "width"), [(8, None, 4), (32, None, 16), (64, None, 32), (32, 8, 8)]
+)
+def test_sagan_attention_is_at_the_requested_size(resolution: int, requested: int | None, width: int) -> None:
+    for network in build("sagan", resolution, attention_at=requested):
         seen = []
         blocks = [m for m in network.modules() if isinstance(m, SelfAttention2d)]
         assert len(blocks) == 1 and blocks[0].gamma.item() == 0.0

@@ -21,11 +21,6 @@ from fastgan.nn import (
 )
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def test_equalized_linear_is_a_scaled_linear_layer() -> None:
     layer, x = EqualizedLinear(6, 4, gain=3.0), torch.randn(5, 6)
     with torch.no_grad():
@@ -79,16 +74,16 @@ def test_equalized_conv_resamples() -> None:
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_equalized_conv_refusals() -> None:
+def test_equalized_conv_argument_errors() -> None:
     with pytest.raises(ValueError, match="resample must be none, up or down, got 'half'"):
         EqualizedConv2d(3, 3, 3, resample="half")
-    with pytest.raises(ValueError, match="kernel_size must be 3 with resample, got 1"):
+    with pytest.raises(ValueError, match="kernel_size must be 3 with resample 'up', got 1"):
         EqualizedConv2d(3, 3, 1, resample="up")
     with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
         EqualizedConv2d(3, 3, 4)
 
 
-def test_thin_modules_are_their_ops() -> None:
+def test_thin_modules_equal_their_ops() -> None:
     x = torch.randn(6, 4, 3, 3)
     assert torch.equal(PixelNorm()(x), ops.pixel_norm(x))
     assert torch.equal(MinibatchStdDev()(x), ops.minibatch_stddev(x))

@@ -9,11 +9,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from fastgan.nn import SelfAttention2d
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def direct(block: SelfAttention2d, x: Tensor) -> Tensor:
     """The block, one query position at a time."""
     query, key, value, out = (m.weight.flatten(1) for m in (block.query, block.key, block.value, block.output))
@@ -80,6 +75,16 @@ def test_derivatives() -> None:
     assert gradgradcheck(block, x)
 
 
-def test_refuses_too_few_channels() -> None:
+def test_rejects_too_few_channels() -> None:
     with pytest.raises(ValueError, match="channels must be at least 8, got 7"):
         SelfAttention2d(7)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_empty_batches(pool: bool) -> None:
+    block, x = SelfAttention2d(8, pool), torch.zeros(0, 8, 4, 4, requires_grad=True)
+    y = block(x)
+    assert y.shape == (0, 8, 4, 4)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())

@@ -1,4 +1,4 @@
-"""Tests of kernels share `kernelcases`."""
+"""Fixtures of the tests of kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Memory that nobody has written is NaN, in C++ too."""
+    """Fills uninitialized memory with NaN, in C++ too."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1000).isnan().all()

@@ -5,16 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from kernelcases import derivatives, laid_out, random
+from kernelcases import check_errors, derivatives, laid_out, random, rounding_effects
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastgan.ops import avg_pool2d, interpolate_nearest, use_backend
-from fastgan.ops.avg_pool2d import AVG_POOL2D, halves
+from fastgan.ops.avg_pool2d import AVG_POOL2D, is_small_and_even
 
 
 def test_scale_changes_by_other_factors() -> None:
-    x = random((2, 3, 6, 6))
+    x = random(2, 3, 6, 6)
     torch.testing.assert_close(avg_pool2d(interpolate_nearest(x, 3), 3), x)
     assert avg_pool2d(x, 3).shape == (2, 3, 2, 2)
     torch.testing.assert_close(avg_pool2d(x, 3)[0, 0, 1, 0], x[0, 0, 3:6, 0:3].mean())
@@ -22,7 +22,7 @@ def test_scale_changes_by_other_factors() -> None:
 
 @pytest.mark.parametrize("op", [avg_pool2d, interpolate_nearest])
 def test_derivatives_of_scale_changes(op: Callable[..., torch.Tensor]) -> None:
-    x = random((1, 2, 4, 2)).requires_grad_()
+    x = random(1, 2, 4, 2).requires_grad_()
     assert gradcheck(lambda t: op(t).square(), x)
     assert gradgradcheck(lambda t: op(t).square(), x)
 
@@ -30,12 +30,12 @@ def test_derivatives_of_scale_changes(op: Callable[..., torch.Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(3, 5, 6, 8), (16, 16, 8, 8)])
-def test_a_small_mean_over_two_pixels_is_that_of_pytorch_to_a_rounding(
+def test_small_2x2_mean_equals_pytorch_up_to_rounding(
     shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype
 ) -> None:
     x = torch.randn(shape).to(dtype, memory_format=layout)
     x[0, 0, 0, 0], x[1, 1, 2, 3], x[2, 4, 5, 7] = float("nan"), float("inf"), -float("inf")
-    assert halves(x)
+    assert is_small_and_even(x)
     y, expected = avg_pool2d(x), F.avg_pool2d(x, 2)
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(y, expected, rtol=rounding, atol=rounding, equal_nan=True)
@@ -45,7 +45,7 @@ def test_a_small_mean_over_two_pixels_is_that_of_pytorch_to_a_rounding(
 @pytest.mark.parametrize("shape", [(2, 3, 6, 4), (1, 1, 7, 5), (2, 2, 3, 2)])
 @pytest.mark.parametrize("k", [2, 3])
 def test_avg_pool2d_equals_torch_and_sends_nothing_backward(shape: tuple[int, ...], k: int) -> None:
-    x = random(shape).requires_grad_()
+    x = random(*shape).requires_grad_()
     if min(shape[2:]) < k:
         with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\], H and W at least 3, got shape .*"):
             avg_pool2d(x, k)
@@ -71,8 +71,8 @@ def test_avg_pool2d_equals_torch_and_sends_nothing_backward(shape: tuple[int, ..
 def test_avg_pool2d_kernel(shape: tuple[int, ...], k: int, layout: str, dtype: torch.dtype) -> None:
     if (reason := AVG_POOL2D.implementations["cpp"].unsupported_reason(torch.zeros(shape))) is not None:
         pytest.skip(reason)
-    x = laid_out(random(shape).to(dtype), layout).requires_grad_()
-    seed = laid_out(random(avg_pool2d(x, k).shape, seed=1).to(dtype), layout)
+    x = laid_out(random(*shape).to(dtype), layout).requires_grad_()
+    seed = laid_out(random(*avg_pool2d(x, k).shape, seed=1).to(dtype), layout)
 
     def run(x: Tensor, seed: Tensor, backend: str) -> list[Tensor]:
         seed = seed.detach().requires_grad_()
@@ -81,7 +81,10 @@ def test_avg_pool2d_kernel(shape: tuple[int, ...], k: int, layout: str, dtype: t
         (gseed,) = torch.autograd.grad(gx, seed, torch.cos(x).detach())
         return [y, gx, gseed]
 
-    exact = run(x.detach().double().requires_grad_(), seed.double(), "torch")
+    def reference() -> list[Tensor]:
+        return run(x.detach().double().requires_grad_(), seed.double(), "torch")
+
+    exact = reference()
     poisoned: list[Tensor] = []
     for _ in range(2):  # what the first run frees, full of NaN by then, the second is likely to get
         found = run(x, seed, "cpp")
@@ -89,12 +92,10 @@ def test_avg_pool2d_kernel(shape: tuple[int, ...], k: int, layout: str, dtype: t
             poisoned.append(t.detach().clone())
             t.detach().fill_(torch.nan)
         del found
-    for actual, expected in zip(poisoned[3:], exact, strict=True):
-        assert actual.dtype == dtype and actual.shape == expected.shape
-        assert (actual.double() - expected).norm() <= torch.finfo(dtype).eps * expected.norm()
+    check_errors(poisoned[3:], exact, rounding_effects(reference, exact), dtype)
 
 
-def test_avg_pool2d_kernel_is_the_same_for_one_thread_and_two() -> None:
+def test_avg_pool2d_kernel_does_not_depend_on_threads() -> None:
     x = torch.randn(4, 8, 64, 64)
     if (reason := AVG_POOL2D.implementations["cpp"].unsupported_reason(x)) is not None:
         pytest.skip(reason)

@@ -35,7 +35,7 @@ CURVED = ("tanh", "sigmoid", "silu")
 
 def composed(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
     """Through the autograd Functions, with the kernels' functions in plain PyTorch."""
-    settings = module._Settings(module.COMPOSED, ACTS.index(act), 0.2, 1.3)
+    settings = module.BiasActSettings(module.PYTORCH_KERNELS, ACTS.index(act), 0.2, 1.3)
     return module._BiasAct.apply(x, bias, settings)[0]
 
 
@@ -59,7 +59,7 @@ def test_values(act: str) -> None:
 @pytest.mark.parametrize("form", ["torch", "composed"])
 @pytest.mark.parametrize("biased", [True, False])
 def test_derivatives(act: str, form: str, biased: bool) -> None:
-    inputs = [random((2, 3, 2, 2)).requires_grad_(), *[random((3,), seed=1).requires_grad_()] * biased]
+    inputs = [random(2, 3, 2, 2).requires_grad_(), *[random(3, seed=1).requires_grad_()] * biased]
 
     def f(x: Tensor, bias: Tensor | None = None) -> Tensor:
         return composed(x, bias, act) if form == "composed" else bias_act(x, bias, act, gain=1.3, backend="torch")
@@ -70,8 +70,8 @@ def test_derivatives(act: str, form: str, biased: bool) -> None:
 
 @pytest.mark.parametrize("act", ACTS)
 def test_second_derivatives_agree_and_are_none_where_they_are_zero(act: str) -> None:
-    x, bias = random((2, 3, 2, 2)).requires_grad_(), random((3,), seed=1).requires_grad_()
-    dy = random((2, 3, 2, 2), seed=2).requires_grad_()
+    x, bias = random(2, 3, 2, 2).requires_grad_(), random(3, seed=1).requires_grad_()
+    dy = random(2, 3, 2, 2, seed=2).requires_grad_()
 
     def second(y: Tensor) -> tuple[Tensor | None, ...]:
         dx, db = grad(y, (x, bias), dy, create_graph=True)
@@ -92,8 +92,8 @@ def test_second_derivatives_agree_and_are_none_where_they_are_zero(act: str) -> 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels(poison: None, kernel: tuple[str, str], act: str, shape: tuple[int, ...]) -> None:
     for dtype in dtypes(kernel[1]):
-        for bias in ([], [random(shape[1:2], 1)]):
-            inputs = [random(shape), *bias]
+        for bias in ([], [random(*shape[1:2], seed=1)]):
+            inputs = [random(*shape), *bias]
             check_against_float64(bias_act, kernel, inputs, dtype, act=act, gain=1.4, negative_slope=0.1)
 
 
@@ -103,11 +103,13 @@ def test_layouts(poison: None, kernel: tuple[str, str], layout: str) -> None:
     for dtype in dtypes(kernel[1]):
         for act in ("lrelu", "silu"):
             for shape in ((3, 5, 4, 6), (2, 20, 3, 3)):
-                check_against_float64(bias_act, kernel, [random(shape), random(shape[1:2], 1)], dtype, layout, act=act)
+                check_against_float64(
+                    bias_act, kernel, [random(*shape), random(*shape[1:2], seed=1)], dtype, layout, act=act
+                )
 
 
 @each_kernel
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=5),
     layout=st.sampled_from(LAYOUTS),
@@ -129,14 +131,9 @@ def test_any_call(
     slope: float,
     scale: float,
 ) -> None:
-    if act in ("tanh", "sigmoid"):
-        scale = min(scale, 1.0)  # beyond, all of a small x may be saturated
-    inputs = [random(shape) * scale, *[random(shape[1:2], 1)] * biased]
-    # Where an act saturates, or hardly curves, its output has few digits of its slope and curvature.
-    single, brain = {0.1: (2e-5, 0.2), 1.0: (2e-5, 0.2), 30.0: (1e-4, 0.5)}[scale]
-    floors = {torch.float32: single, torch.bfloat16: brain}
+    inputs = [random(*shape) * scale, *[random(*shape[1:2], seed=1)] * biased]
     dtype = torch.bfloat16 if half else torch.float32
-    check_against_float64(bias_act, kernel, inputs, dtype, layout, floors, act=act, gain=gain, negative_slope=slope)
+    check_against_float64(bias_act, kernel, inputs, dtype, layout, act=act, gain=gain, negative_slope=slope)
 
 
 @each_kernel
@@ -146,7 +143,7 @@ def test_penalty_with_a_constant_seed(kernel: tuple[str, str], act: str) -> None
 
 
 def test_float32_bias_of_a_bfloat16_map() -> None:
-    x, bias = random((2, 5, 3, 3)).bfloat16().requires_grad_(), random((5,), 1).float().requires_grad_()
+    x, bias = random(2, 5, 3, 3).bfloat16().requires_grad_(), random(5, seed=1).float().requires_grad_()
     need(("cpp", "cpu"), bias_act, x)
     y = bias_act(x, bias, "silu", backend="cpp")
     dx, db = grad(y, (x, bias), torch.ones_like(y))
@@ -168,12 +165,12 @@ def test_special_values_pass_as_in_pytorch(act: str) -> None:
     torch.testing.assert_close(bias_act(x, None, act, backend="cpp"), expected, equal_nan=True, atol=1e-37, rtol=1e-6)
 
 
-def test_what_the_graph_keeps() -> None:
+def test_saved_memory() -> None:
     x = torch.randn(2, 8, 16, 16, requires_grad=True)
     need(("cpp", "cpu"), bias_act, x)
     size = 4 * x.numel()
     assert saved_bytes(lambda: bias_act(x, None, "lrelu", backend="cpp")) == size
-    # The ghost of x is one element.
+    # The placeholder of x is one element.
     assert saved_bytes(lambda: bias_act(x, None, "tanh", backend="cpp")) == size + 4
     assert saved_bytes(lambda: bias_act(x, None, "linear", backend="cpp")) == 0
 
@@ -182,24 +179,24 @@ def test_what_the_graph_keeps() -> None:
 @pytest.mark.parametrize("act", ["lrelu", "silu"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_threads(shape: tuple[int, ...], act: str, channels_last: bool) -> None:
-    x = random(shape).float()
+    x = random(*shape).float()
     x = x.to(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
-    check_threads(bias_act, x, random(shape[1:2], 1).float(), act=act)
+    check_threads(bias_act, x, random(*shape[1:2], seed=1).float(), act=act)
 
 
 @pytest.mark.parametrize("act", ["lrelu", "tanh"])
 def test_under_torch_compile(act: str) -> None:
-    check_compiled(bias_act, random((2, 3, 4, 5)).float(), random((3,), 1).float(), act=act)
+    check_compiled(bias_act, random(2, 3, 4, 5).float(), random(3, seed=1).float(), act=act)
 
 
 @each_kernel
 @pytest.mark.parametrize("act", CURVED)
-def test_a_third_derivative_raises(kernel: tuple[str, str], act: str) -> None:
-    check_third_order(bias_act, kernel, random((2, 3, 2, 2)), random((3,), 1), act=act)
+def test_third_derivative_raises(kernel: tuple[str, str], act: str) -> None:
+    check_third_order(bias_act, kernel, random(2, 3, 2, 2), random(3, seed=1), act=act)
 
 
 def test_piecewise_linear_acts_have_every_order() -> None:
-    x, dy = random((2, 3)).requires_grad_(), random((2, 3), 1).requires_grad_()
+    x, dy = random(2, 3).requires_grad_(), random(2, 3, seed=1).requires_grad_()
     (dx,) = grad(bias_act(x, None, "lrelu", backend="lean"), x, dy, create_graph=True)
     (second,) = grad(dx.pow(3).sum(), dy, create_graph=True)
     (third,) = grad(second.sum(), dy)
@@ -209,7 +206,7 @@ def test_piecewise_linear_acts_have_every_order() -> None:
 
 @pytest.mark.parametrize("act", ["lrelu", "silu"])
 def test_opcheck(act: str) -> None:
-    x, bias = random((2, 3, 4, 5)).float(), random((3,), 1).float()
+    x, bias = random(2, 3, 4, 5).float(), random(3, seed=1).float()
     need(("cpp", "cpu"), bias_act, x)
     fastgan, code = torch.ops.fastgan, ACTS.index(act)
     for t in (x, x.to(memory_format=torch.channels_last), x.bfloat16()):
@@ -229,48 +226,48 @@ def test_large_maps_take_the_kernel_in_bfloat16_too() -> None:
         assert backends("bias_act", t)["cpp"] == "C++ kernels"
 
 
-def test_empty_and_plain_forms() -> None:
+def test_empty_inputs_and_options_without_kernels() -> None:
     for shape in ((0, 3, 2, 2), (2, 3, 0, 2), (2, 0, 2, 2)):
         x, bias = torch.zeros(shape, requires_grad=True), torch.zeros(shape[1], requires_grad=True)
         y = bias_act(x, bias)
         y.sum().backward()
         assert y.shape == shape and x.grad is not None and not bias.grad.any()
     # A kernel reads the slope off the output's sign, which these options spoil; the default takes another form.
-    x = random((2, 3)).float()
+    x = random(2, 3).float()
     for options in ({"gain": -1.0}, {"gain": 0.0}, {"negative_slope": -0.1}):
-        with pytest.raises(ValueError, match=r"backend: was 'cpp', but it takes a"):
+        with pytest.raises(ValueError, match=r"backend 'cpp': it supports only a"):
             bias_act(x, backend="cpp", **options)
         torch.testing.assert_close(bias_act(x, **options), bias_act(x, backend="torch", **options))
 
 
-def test_refusals() -> None:
+def test_argument_errors() -> None:
     x = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match="act must be linear, relu, lrelu, tanh, sigmoid, silu, got 'gelu'"):
         bias_act(x, act="gelu")
-    with pytest.raises(ValueError, match=r"bias must be \[3\], as x has channels, got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"bias must be \[3\], one for each channel of x, got shape \(4,\)"):
         bias_act(x, torch.zeros(4))
-    with pytest.raises(ValueError, match=r"bias must be \[3\], got shape \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"bias must be \[3\], one for each channel of x, got shape \(3, 1\)"):
         bias_act(x, torch.zeros(3, 1))
     with pytest.raises(ValueError, match="bias must be on cpu, as x, got meta"):
         bias_act(x, torch.zeros(3, device="meta"))
-    with pytest.raises(TypeError, match=r"bias must be torch.float32, as x, got dtype torch.float64"):
+    with pytest.raises(TypeError, match=r"bias must be torch.float32, as x, or torch.float32, got torch.float64"):
         bias_act(x, torch.zeros(3, dtype=torch.float64))
     with pytest.raises(TypeError, match="bias must be a tensor or None, got float"):
         bias_act(x, 1.0)
-    with pytest.raises(TypeError, match=r"x must be a floating-point one, got dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"x must have a floating-point dtype, got torch.int64"):
         bias_act(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match="x must be a tensor, got list"):
         bias_act([1.0])
-    with pytest.raises(ValueError, match="x: had 1 dimensions"):
+    with pytest.raises(ValueError, match=r"x must be \[N, C, ...\], got 1 dimensions"):
         bias_act(torch.zeros(3))
-    with pytest.raises(ValueError, match="backend 'chunked': for bias_act it may be"):
+    with pytest.raises(ValueError, match="backend must be triton, cuda, cpp, lean, torch for bias_act, got 'chunked'"):
         bias_act(x, backend="chunked")
 
 
 @pytest.mark.parametrize("act", CURVED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_bias_alone_has_its_second_derivative(act: str, dtype: torch.dtype) -> None:
-    """Whether x wants none, or is merely not asked for."""
+    """Both if x needs no gradient, and if it does but its gradient is not computed."""
     x = torch.randn(4, 3, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
     for tracked in (False, True):
         found = []
@@ -289,7 +286,7 @@ def test_a_bias_with_a_stride() -> None:
 
 @pytest.mark.parametrize("act", ["relu", "lrelu"])
 @pytest.mark.parametrize("backend", ["cpp", "lean", "torch"])
-def test_a_nan_is_not_hidden(act: str, backend: str) -> None:
+def test_nan_propagates(act: str, backend: str) -> None:
     x = torch.tensor([[-1.0, math.nan, 1.0]])
     need((backend, "cpu"), bias_act, x)
     x.requires_grad_()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernelcases import LAYOUTS, all_orders, error, laid_out, opcheck, random
+from kernelcases import LAYOUTS, all_orders, check_errors, laid_out, opcheck, random, rounding_effects
 from torch import Tensor
 
 from fastgan import ops
@@ -24,7 +24,7 @@ def need(*inputs: Tensor) -> None:
 
 
 def case(n: int, i: int, o: int, size: tuple[int, int], kernel: tuple[int, int], layout: str) -> list[Tensor]:
-    x, w, bias = random((n, i, *size)).float(), random((o, i, *kernel), 1).float() / 3, random((o,), 2).float()
+    x, w, bias = random(n, i, *size).float(), random(o, i, *kernel, seed=1).float() / 3, random(o, seed=2).float()
     return [laid_out(x, layout), w, bias]
 
 
@@ -33,16 +33,13 @@ def check(inputs: list[Tensor], padding: tuple[int, int]) -> None:
 
     def run(dtype: torch.dtype, backend: str) -> list[Tensor | None]:
         made = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        dy = random(F.conv2d(*inputs, padding=padding).shape, 3).to(dtype).requires_grad_()
-        cotangents = [random(tuple(x.shape), 4 + at).to(dtype) for at, x in enumerate(inputs)]
+        dy = random(*F.conv2d(*inputs, padding=padding).shape, seed=3).to(dtype).requires_grad_()
+        cotangents = [random(*x.shape, seed=4 + at).to(dtype) for at, x in enumerate(inputs)]
         return all_orders(lambda *t: conv2d(*t, padding=padding, backend=backend), made, dy, cotangents)
 
-    for found, expected in zip(run(torch.float32, "cpp"), run(torch.float64, "torch"), strict=True):
-        if found is None:
-            assert expected is None or not expected.any()
-        else:
-            assert expected is not None and found.shape == expected.shape
-            assert error(found, expected) < 2e-6
+    exact = run(torch.float64, "torch")
+    effects = rounding_effects(lambda: run(torch.float64, "torch"), exact)
+    check_errors(run(torch.float32, "cpp"), exact, effects, torch.float32, run(torch.float32, "torch"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,16 +73,16 @@ def geometries(draw: st.DrawFn) -> tuple[list[Tensor], tuple[int, int]]:
 
 
 @given(geometries())
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_equals_torch_everywhere(given: tuple[list[Tensor], tuple[int, int]]) -> None:
     need(*given[0])
     check(*given)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_every_result_is_written(layout: torch.memory_format, poison: None) -> None:
-    x = random((2, 3, 9, 21)).float().contiguous(memory_format=layout)
-    w = random((6, 3, 3, 3), 1).float()
+def test_all_outputs_are_written(layout: torch.memory_format, poison: None) -> None:
+    x = random(2, 3, 9, 21).float().contiguous(memory_format=layout)
+    w = random(6, 3, 3, 3, seed=1).float()
     need(x, w)
     y = torch.ops.fastgan.conv2d_forward(x, w, None, 1, 1)
     gx = torch.ops.fastgan.conv2d_input_gradient(y, w, 1, 1)
@@ -93,8 +90,8 @@ def test_every_result_is_written(layout: torch.memory_format, poison: None) -> N
     assert y.is_contiguous(memory_format=layout) and gx.is_contiguous(memory_format=layout)
 
 
-def test_one_thread_and_two_give_the_same_bits() -> None:
-    x, w = random((3, 16, 33, 31)).float(), random((20, 16, 3, 3), 1).float()
+def test_results_do_not_depend_on_threads() -> None:
+    x, w = random(3, 16, 33, 31).float(), random(20, 16, 3, 3, seed=1).float()
     need(x, w)
     before = torch.get_num_threads()
     found = []
@@ -109,9 +106,9 @@ def test_one_thread_and_two_give_the_same_bits() -> None:
 
 
 def test_opcheck() -> None:
-    w, bias = random((6, 3, 3, 2), 1).float(), random((6,), 2).float()
+    w, bias = random(6, 3, 3, 2, seed=1).float(), random(6, seed=2).float()
     for layout in (torch.contiguous_format, torch.channels_last):
-        x = random((2, 3, 9, 8)).float().contiguous(memory_format=layout)
+        x = random(2, 3, 9, 8).float().contiguous(memory_format=layout)
         need(x, w)
         opcheck(torch.ops.fastgan.conv2d_forward.default, (x, w, bias, 2, 1))
         y = torch.ops.fastgan.conv2d_forward(x, w, bias, 2, 1)
@@ -134,20 +131,23 @@ def test_the_default_follows_channels_and_layout() -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"stride": 2}, "it takes stride 1, dilation 1 and one group"),
-        ({"padding": 3}, "it takes paddings below the kernel's size and"),
-        ({"input": torch.zeros(2, 3, 5, 5).double(), "weight": torch.zeros(4, 3, 3, 3).double()}, "it takes float32"),
+        ({"stride": 2}, "it supports stride 1, dilation 1 and one group"),
+        ({"padding": 3}, "it supports paddings below the kernel's size and"),
+        (
+            {"input": torch.zeros(2, 3, 5, 5).double(), "weight": torch.zeros(4, 3, 3, 3).double()},
+            "it supports float32",
+        ),
     ],
 )
-def test_refusals(how: dict[str, Any], words: str) -> None:
+def test_argument_errors(how: dict[str, Any], words: str) -> None:
     given = {"input": torch.zeros(2, 3, 5, 5), "weight": torch.zeros(4, 3, 3, 3), **how}
-    with pytest.raises(ValueError, match=f"backend: was 'cpp', but {words}"):
+    with pytest.raises(ValueError, match=f"backend 'cpp': {words}"):
         conv2d(**given, backend="cpp")
     assert CONV2D.choose(None, given["input"].double(), given["weight"].double()) == "lean"
 
 
 def test_unbatched_same_padding_and_autocast() -> None:
-    x, w = random((3, 9, 8)).float().requires_grad_(), random((4, 3, 2, 3), 1).float().requires_grad_()
+    x, w = random(3, 9, 8).float().requires_grad_(), random(4, 3, 2, 3, seed=1).float().requires_grad_()
     need(x[None], w)
     for track in (True, False):
         with torch.set_grad_enabled(track):

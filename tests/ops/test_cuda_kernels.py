@@ -21,10 +21,10 @@ from torch import Tensor
 import fastgan
 from fastgan.ops import extension
 from fastgan.ops.bias_act import ACTS, LINEAR, LRELU, RELU, SILU
-from fastgan.ops.bias_act import COMPOSED as BIAS_ACT
-from fastgan.ops.bias_act_pixel_norm import COMPOSED as BIAS_ACT_PIXEL_NORM
-from fastgan.ops.minibatch_stddev import COMPOSED as MINIBATCH_STDDEV
-from fastgan.ops.pixel_norm import COMPOSED as PIXEL_NORM
+from fastgan.ops.bias_act import PYTORCH_KERNELS as BIAS_ACT
+from fastgan.ops.bias_act_pixel_norm import PYTORCH_KERNELS as BIAS_ACT_PIXEL_NORM
+from fastgan.ops.minibatch_stddev import PYTORCH_KERNELS as MINIBATCH_STDDEV
+from fastgan.ops.pixel_norm import PYTORCH_KERNELS as PIXEL_NORM
 
 CSRC = Path(fastgan.__file__).parents[1] / "csrc"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -37,7 +37,7 @@ def random(*shape: int, seed: int) -> Tensor:
 def tangents(
     op: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], create_graph: bool, **k: str
 ) -> list[Tensor]:
-    """Of the gradients of a function that curves, along random directions."""
+    """Tangents of the gradients of a nonlinear function, along random directions."""
     inputs = [random(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
     found = []
     with forward_ad.dual_level():
@@ -59,7 +59,7 @@ def test_tangents_of_gradients(name: str, create_graph: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["bias_act relu", "avg_pool2d 3", "conv2d"])
-def test_a_kernel_that_is_asked_for_keeps_tangents(name: str) -> None:
+def test_requested_kernels_keep_tangents(name: str) -> None:
     op, shapes = OPS[name]
     inputs = [random(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
     if "cannot run" in ops.backends(name.split()[0], *inputs)["cpp"]:
@@ -69,7 +69,7 @@ def test_a_kernel_that_is_asked_for_keeps_tangents(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bias_act relu", "avg_pool2d", "avg_pool2d 3", "conv2d", "conv2d_downsample"])
-def test_a_tangent_that_comes_after_the_forward(name: str) -> None:
+def test_tangent_that_starts_after_the_forward(name: str) -> None:
     op, shapes = OPS[name]
     inputs = [random(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
 
@@ -84,7 +84,7 @@ def test_a_tangent_that_comes_after_the_forward(name: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_attention_says_that_it_cannot() -> None:
+def test_attention_raises() -> None:
     q, k, v = (random(1, 1, 300, 8, seed=i).requires_grad_() for i in range(3))
     y = ops.scaled_dot_product_attention(q, k, v, backend="chunked")
     with forward_ad.dual_level():

@@ -18,9 +18,9 @@ from kernelcases import (
     each_kernel,
     need,
     opcheck,
+    random,
     saved_bytes,
 )
-from kernelcases import random as random_of
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastgan.ops import minibatch_stddev
@@ -28,17 +28,13 @@ from fastgan.ops import minibatch_stddev
 module = importlib.import_module("fastgan.ops.minibatch_stddev")  # the package's attribute is the function
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return random_of(shape, seed)
-
-
 def composed(x: torch.Tensor, group: int, features: int, eps: float) -> torch.Tensor:
     """Through the autograd Functions, with the kernels' functions in plain PyTorch; `group` divides the batch."""
-    return module._MinibatchStddev.apply(x, module._Settings(module.COMPOSED, group, features, eps))
+    return module._MinibatchStddev.apply(x, module._Settings(module.PYTORCH_KERNELS, group, features, eps))
 
 
 def direct(x: torch.Tensor, group: int, features: int, eps: float) -> list[list[float]]:
-    """The appended values, [N][features], sample by sample; `group` is the size in force."""
+    """The appended values, [N][features], sample by sample; `group` divides the batch."""
     n, c, h, w = x.shape
     values = x.tolist()
     groups, chunk = n // group, c // features
@@ -61,22 +57,22 @@ def direct(x: torch.Tensor, group: int, features: int, eps: float) -> list[list[
 
 
 @pytest.mark.parametrize(
-    ("n", "asked", "used", "features"),
+    ("n", "requested", "used", "features"),
     [
         (8, 4, 4, 1),  # two strided groups
         (12, 4, 4, 3),
         (4, 4, 4, 2),  # one group
         (6, 4, 3, 1),  # 4 does not divide 6; 3 is the largest divisor below it
         (5, 4, 1, 1),  # a prime batch: groups of one
-        (5, 8, 5, 2),  # fewer samples than asked for
+        (5, 8, 5, 2),  # fewer samples than requested
         (9, 8, 3, 6),
         (1, 4, 1, 1),
         (4, 1, 1, 1),
     ],
 )
-def test_matches_loops(n: int, asked: int, used: int, features: int) -> None:
+def test_matches_loops(n: int, requested: int, used: int, features: int) -> None:
     x = random(n, 6, 2, 3)
-    y = minibatch_stddev(x, asked, features, eps=1e-3)
+    y = minibatch_stddev(x, requested, features, eps=1e-3)
     assert y.shape == (n, 6 + features, 2, 3)
     assert torch.equal(y[:, :6], x)
     expected = torch.tensor(direct(x, used, features, 1e-3), dtype=torch.float64)
@@ -125,22 +121,22 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y, minibatch_stddev(x.double()).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-def test_refusals() -> None:
+def test_argument_errors() -> None:
     x = torch.zeros(4, 6, 2, 2)
     with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\], got 2 dimensions"):
         minibatch_stddev(torch.zeros(4, 6))
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
         minibatch_stddev(x, 0)
     for features in (0, 4):
-        with pytest.raises(ValueError, match=f"num_features must be a divisor of the 6 channels, got {features}"):
+        with pytest.raises(ValueError, match=f"num_features must be a divisor of the 6 channels of x, got {features}"):
             minibatch_stddev(x, 4, features)
     with pytest.raises(TypeError, match=r"group_size must be an integer, got 2.0"):
         minibatch_stddev(x, 2.0)
-    with pytest.raises(TypeError, match=r"x must be a floating-point one, got dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"x must have a floating-point dtype, got torch.int64"):
         minibatch_stddev(x.long())
     with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
         minibatch_stddev(x, eps=-1)
-    with pytest.raises(ValueError, match="backend: was 'cpp', but it takes a positive eps"):
+    with pytest.raises(ValueError, match="backend 'cpp': it supports only a positive eps"):
         minibatch_stddev(x, eps=0, backend="cpp")
 
 
@@ -198,7 +194,7 @@ def test_layouts(poison: None, kernel: tuple[str, str], layout: str) -> None:
 
 
 @each_kernel
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     n=st.integers(1, 9),
     features=st.integers(1, 3),
@@ -220,9 +216,8 @@ def test_any_call(
 ) -> None:
     dtype = torch.bfloat16 if half else torch.float32
     x = random(n, features * chunk, *size)
-    floors = {torch.float32: 5e-6, torch.bfloat16: 5e-2}
     check_against_float64(
-        minibatch_stddev, kernel, [x], dtype, layout, floors, group_size=group, num_features=features, eps=0.1
+        minibatch_stddev, kernel, [x], dtype, layout, group_size=group, num_features=features, eps=0.1
     )
 
 
@@ -241,7 +236,7 @@ def test_penalty_with_a_constant_seed(kernel: tuple[str, str]) -> None:
     check_penalty(minibatch_stddev, kernel, eps=0.1)
 
 
-def test_what_the_graph_keeps() -> None:
+def test_saved_memory() -> None:
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
     need(("cpp", "cpu"), minibatch_stddev, x)
     assert saved_bytes(lambda: minibatch_stddev(x, backend="cpp")) == 4 * x.numel()
@@ -258,7 +253,7 @@ def test_under_torch_compile() -> None:
 
 
 @each_kernel
-def test_a_third_derivative_raises(kernel: tuple[str, str]) -> None:
+def test_third_derivative_raises(kernel: tuple[str, str]) -> None:
     check_third_order(minibatch_stddev, kernel, random(4, 3, 2, 2))
 
 

@@ -19,9 +19,9 @@ from kernelcases import (
     each_kernel,
     need,
     opcheck,
+    random,
     saved_bytes,
 )
-from kernelcases import random as random_of
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
@@ -30,13 +30,9 @@ from fastgan.ops import pixel_norm
 module = importlib.import_module("fastgan.ops.pixel_norm")  # the package's attribute of that name is the function
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return random_of(shape, seed)
-
-
 def composed(x: Tensor) -> Tensor:
     """Through the autograd Functions, with the kernels' functions in plain PyTorch."""
-    return module._PixelNorm.apply(x, module._Settings(module.COMPOSED, 1e-8))[0]
+    return module._PixelNorm.apply(x, module._Settings(module.PYTORCH_KERNELS, 1e-8))[0]
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 7, 3), (2, 3, 4, 5), (1, 1, 1, 1)])
@@ -82,9 +78,7 @@ def test_keeps_dtype_and_memory_format(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels(poison: None, kernel: tuple[str, str], shape: tuple[int, ...]) -> None:
     for dtype in dtypes(kernel[1]):
-        # The direction of one feature turns by eps alone.
-        eps = 10.0 if shape[1] == 1 else 1e-3
-        check_against_float64(pixel_norm, kernel, [random(*shape)], dtype, eps=eps)
+        check_against_float64(pixel_norm, kernel, [random(*shape)], dtype, eps=1e-3)
 
 
 @each_kernel
@@ -96,7 +90,7 @@ def test_layouts(poison: None, kernel: tuple[str, str], layout: str) -> None:
 
 
 @each_kernel
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=5),
     layout=st.sampled_from(LAYOUTS),
@@ -105,11 +99,8 @@ def test_layouts(poison: None, kernel: tuple[str, str], layout: str) -> None:
     scale=st.sampled_from([1e-3, 1.0, 1e4]),
 )
 def test_any_call(kernel: tuple[str, str], shape: list[int], layout: str, half: bool, eps: float, scale: float) -> None:
-    # Of one feature, or of few in bfloat16, the normalized direction hardly turns: what is left is rounding.
-    shape[1] += 7
     dtype = torch.bfloat16 if half else torch.float32
-    floors = {torch.float32: 5e-6, torch.bfloat16: 5e-2}
-    check_against_float64(pixel_norm, kernel, [random(*shape) * scale], dtype, layout, floors, eps=eps)
+    check_against_float64(pixel_norm, kernel, [random(*shape) * scale], dtype, layout, eps=eps)
 
 
 @each_kernel
@@ -117,10 +108,10 @@ def test_penalty_with_a_constant_seed(kernel: tuple[str, str]) -> None:
     check_penalty(pixel_norm, kernel)
 
 
-def test_what_the_graph_keeps() -> None:
+def test_saved_memory() -> None:
     x = torch.randn(2, 8, 16, 16, requires_grad=True)
     need(("cpp", "cpu"), pixel_norm, x)
-    # The output, a number for each pixel, and the ghost of x.
+    # The output, a number for each pixel, and the placeholder of x.
     assert saved_bytes(lambda: pixel_norm(x, backend="cpp")) == 4 * (x.numel() + 2 * 16 * 16 + 1)
 
 
@@ -135,7 +126,7 @@ def test_under_torch_compile() -> None:
 
 
 @each_kernel
-def test_a_third_derivative_raises(kernel: tuple[str, str]) -> None:
+def test_third_derivative_raises(kernel: tuple[str, str]) -> None:
     check_third_order(pixel_norm, kernel, random(2, 3, 2, 2))
 
 
@@ -149,7 +140,7 @@ def test_opcheck() -> None:
         opcheck(fastgan.pixel_norm_second_backward.default, (t, t.clone(), t.clone(), r))
 
 
-def test_only_what_is_asked_for() -> None:
+def test_only_needed_gradients_are_computed() -> None:
     x, dy = random(2, 3, 4, 4).float().requires_grad_(), random(2, 3, 4, 4, seed=1).float().requires_grad_()
     need(("cpp", "cpu"), pixel_norm, x)
     found = []
@@ -166,12 +157,12 @@ def test_empty() -> None:
         assert x.grad is not None and x.grad.shape == shape
 
 
-def test_refusals() -> None:
+def test_argument_errors() -> None:
     with pytest.raises(ValueError, match=r"x must be \[N, C, ...\], got 1 dimensions"):
         pixel_norm(torch.zeros(3))
     with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
         pixel_norm(torch.zeros(2, 3), eps=-1)
-    with pytest.raises(TypeError, match=r"x must be a floating-point one, got dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"x must have a floating-point dtype, got torch.int64"):
         pixel_norm(torch.zeros(2, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"backend: was 'cpp', but it takes float32, bfloat16, not torch.float64"):
+    with pytest.raises(ValueError, match=r"backend 'cpp': it supports float32, bfloat16, not torch.float64"):
         pixel_norm(random(2, 3), backend="cpp")

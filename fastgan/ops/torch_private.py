@@ -1,0 +1,89 @@
+"""The private names of torch that this package uses: why, and what happens where torch no longer has them.
+
+`fastgan.ops`, `nn`, `objectives` and `models` use no other private name of torch (tests/ops/test_torch_private.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _private(name: str) -> Any:
+    """The object `torch.NAME`, or None where torch does not have it."""
+    found: Any = torch
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _interpolate(mode: str, **options: bool) -> Callable[..., Tensor]:
+    """`F.interpolate` with the arguments of the function that it calls; the scales are the last."""
+    return lambda x, *rest: F.interpolate(x, scale_factor=rest[-1], mode=mode, **options)
+
+
+# What F.interpolate calls, without its Python checks, which take most of the time of a small call.
+# Missing: F.interpolate itself.
+upsample_nearest2d: Callable[..., Tensor] = _private("_C._nn.upsample_nearest2d") or _interpolate("nearest")
+upsample_bilinear2d: Callable[..., Tensor] = _private("_C._nn.upsample_bilinear2d") or _interpolate(
+    "bilinear", align_corners=False
+)
+
+# Whether the running backward pass computes the gradient of a node (see `autograd.needs_gradient`). torch.autograd has
+# no public function for it. Missing: every gradient that could be needed is computed.
+will_execute_node: Callable[[Any], bool] | None = _private("_C._will_engine_execute_node")
+
+# Not None inside torch.func.grad, vmap, jvp, ... No public function tells. Missing: no transform is detected, and an
+# autograd Function without a rule for it raises there.
+peek_interpreter_stack: Callable[[], Any] = _private("_C._functorch.peek_interpreter_stack") or (lambda: None)
+
+# torch.jit.is_tracing asks whether it is being compiled first, which takes longer. Missing: torch.jit.is_tracing.
+is_tracing: Callable[[], bool] = _private("_C._is_tracing") or torch.jit.is_tracing
+
+# Whether the dispatcher has a kernel ("fastgan::NAME", "CPU" or "CUDA"). No public function tells.
+# Missing: a library that is loaded counts as complete.
+dispatcher_has_kernel: Callable[[str, str], bool] = _private("_C._dispatch_has_kernel_for_dispatch_key") or (
+    lambda name, key: True
+)
+
+# torch's fused attention on CPUs and its backward, which also return the log-sum-exp that a second derivative needs;
+# the public function does not. Missing: `attention_chunked` multiplies block by block.
+flash_attention_for_cpu: Any = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu")
+flash_attention_for_cpu_backward: Any = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
+
+_foreach_clamp_min_ = _private("_foreach_clamp_min_")
+_foreach_clamp_max_ = _private("_foreach_clamp_max_")
+
+
+def clamp_all_(tensors: Sequence[Tensor], low: float, high: float) -> None:
+    """Clamp tensors in place, with a few kernels for all of them. Missing: one kernel for each tensor."""
+    if _foreach_clamp_min_ is None or _foreach_clamp_max_ is None:
+        for tensor in tensors:
+            tensor.clamp_(low, high)
+    else:
+        _foreach_clamp_min_(tensors, low)
+        _foreach_clamp_max_(tensors, high)
+
+
+def in_forward_mode() -> bool:
+    """Whether the call is inside `torch.autograd.forward_ad.dual_level`.
+
+    No public function tells. Missing: the answer is False, and autograd Functions without a `jvp` raise there.
+    """
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Let torch.compile call `function` once and take its result for a constant.
+
+    As `torch.compiler.assume_constant_result`, which would import the compiler. Missing: torch.compile traces it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -1,0 +1,83 @@
+"""Private names of torch are used in one file, and each has a fallback where torch no longer has it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernelcases import random
+
+import fastgan
+from fastgan.ops import torch_private
+
+PACKAGE = Path(fastgan.__file__).parent
+FILES = [file for room in ("ops", "nn", "objectives", "models") for file in sorted((PACKAGE / room).glob("*.py"))]
+
+
+def private_names(source: str) -> list[str]:
+    """Dotted names with a private part behind `torch` or `forward_ad`, and assignments to attributes of Dynamo."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        else:
+            continue
+        for name in names:
+            first, *rest = name.split(".")
+            hidden = [part for part in rest if part.startswith("_") and not part.startswith("__")]
+            if (first in ("torch", "forward_ad") and hidden) or "_dynamo" in name:
+                found.append(name)
+    return found
+
+
+def test_private_names_are_found() -> None:
+    source = "import torch._dynamo\nfrom torch._C import _nn\ntorch.ops.aten._x()\nforward_ad._level\nf._dynamo_y = 1"
+    assert len(private_names(source)) >= 5
+    assert private_names("torch.nn.Linear.__init__\nself._x\nfrom torch import nn") == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_private_names_of_torch_are_in_one_file(file: Path) -> None:
+    if file.name != "torch_private.py":
+        assert private_names(file.read_text()) == []
+
+
+@pytest.fixture(scope="module")
+def without() -> SimpleNamespace:
+    """`fastgan.ops.torch_private` for a torch that has none of the names."""
+    source = Path(torch_private.__file__).read_text()
+    changed = source.replace("    for part in name.split(", "    return None\n    for part in name.split(")
+    assert changed != source
+    names: dict[str, object] = {"__name__": "without"}
+    exec(compile(changed, torch_private.__file__, "exec"), names)
+    return SimpleNamespace(**names)
+
+
+def test_every_name_exists_in_this_torch(without: SimpleNamespace) -> None:
+    assert torch_private.will_execute_node is not None and without.will_execute_node is None
+    assert torch_private.flash_attention_for_cpu is not None and without.flash_attention_for_cpu is None
+    for name in ("upsample_nearest2d", "upsample_bilinear2d", "peek_interpreter_stack", "is_tracing"):
+        assert "lambda" not in getattr(getattr(torch_private, name), "__name__", ""), name
+
+
+def test_fallbacks_compute_the_same(without: SimpleNamespace) -> None:
+    x = random(2, 3, 4, 6)
+    assert torch.equal(without.upsample_nearest2d(x, None, (2.0, 2.0)), F.interpolate(x, scale_factor=2))
+    for names in (torch_private, without):
+        torch.testing.assert_close(names.upsample_bilinear2d(x, None, False, (0.5, 0.5)), F.avg_pool2d(x, 2))
+        tensors = [torch.tensor([-3.0, 0.5, 3.0]), torch.tensor([[2.0]])]
+        names.clamp_all_(tensors, -1.0, 1.0)
+        assert [t.tolist() for t in tensors] == [[-1.0, 0.5, 1.0], [[1.0]]]
+        assert not names.is_tracing() and names.peek_interpreter_stack() is None
+        assert not names.in_forward_mode()
+        with torch.autograd.forward_ad.dual_level():
+            assert names.in_forward_mode()
+    assert without.dispatcher_has_kernel("fastgan::anything", "CPU")
