@@ -15,7 +15,7 @@ _PACKAGES = {
     "torch": ("everything", "pip install torch"),
     "triton": ("GPU kernels", "pip install triton"),
     "numpy": ("everything", "pip install numpy"),
-    "deepspeed": ("training with a launcher, many processes, ZeRO", "pip install 'fastgan[train]'"),
+    "deepspeed": ("training on several hosts with --hostfile, and ZeRO", "pip install 'fastgan[train]'"),
     "torchvision": ("--data mnist and celeba", "pip install 'fastgan[train]'"),
     "scikit-learn": ("--data digits", "pip install 'fastgan[train]'"),
     "pillow": ("image files", "pip install 'fastgan[train]'"),

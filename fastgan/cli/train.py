@@ -53,15 +53,12 @@ def main(argv: list[str]) -> int:
     request = parse(argv)
     config = request.config
     assert isinstance(request.flags, Train)
-    if os.environ.get("RANK", "0") == "0":
-        for note in request.notes:
-            print(note, file=sys.stderr, flush=True)
     if request.flags.dry_run:
         from fastgan.training.dry_run import describe
 
         text = describe(request.variant, request.preset, config, int(os.environ.get("WORLD_SIZE", "1")))
         if os.environ.get("RANK", "0") == "0":
-            print(text)
+            print("\n".join([text, *request.notes]))
         return 0
     supervision = supervisor.parse_supervision(argv)
     if supervision is not None:
@@ -140,7 +137,7 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
     if world.heartbeat is not None:
         world.heartbeat.run = run
     if world.main:
-        _announce(trainer, resumed=stored is not None, requested=request.resume is not None)
+        _announce(trainer, request, resumed=stored is not None)
     try:
         stopped = trainer.run()
     except NonFiniteError as error:  # raised by all ranks together
@@ -158,7 +155,7 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
     return 0
 
 
-def _announce(trainer: Trainer, *, resumed: bool, requested: bool) -> None:
+def _announce(trainer: Trainer, request: RunRequest, *, resumed: bool) -> None:
     """Print what is about to run."""
     from fastgan.config.stages import short_run_warning
 
@@ -168,9 +165,9 @@ def _announce(trainer: Trainer, *, resumed: bool, requested: bool) -> None:
     ranks = f"{world.size} x {world.device.type}"
     print(f"engine {world.engine} ({world.reason}), {ranks}, run {run}{resuming}", flush=True)
     warning = short_run_warning(trainer.config)
-    if warning is not None:
-        print(warning, flush=True)
-    if requested and not resumed:
+    for line in [*request.notes, *([warning] if warning is not None else [])]:
+        print(line, flush=True)
+    if request.resume is not None and not resumed:
         print(f"{run} has no checkpoint: it starts from the beginning", flush=True)
 
 

@@ -179,7 +179,7 @@ class System(_Section):
     """Machine."""
 
     engine: Literal["auto", "deepspeed", "torch"] = "auto"
-    """auto: deepspeed under a launcher, torch without one."""
+    """auto: deepspeed under a launcher where it is installed, else torch."""
     zero: Literal[0, 1, 2, 3] = 0
     """DeepSpeed's ZeRO stage."""
     deepspeed_config: str | None = None

@@ -22,7 +22,7 @@ from fastgan.training.factory import network_values, rates
 from fastgan.training.feed import Feed
 from fastgan.training.intervals import Interval, checkpoint_kimg, log_kimg, sample_kimg
 from fastgan.training.observability.meters import Meters
-from fastgan.training.observability.metrics_log import Log as MetricsLog
+from fastgan.training.observability.metrics_log import MetricsLog
 from fastgan.training.observability.rank_log import LOGGER, rank_log
 from fastgan.training.observability.stragglers import StragglerDetector
 from fastgan.training.resilience.signals import SignalHandler

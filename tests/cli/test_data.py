@@ -222,8 +222,8 @@ def test_show(prepared: Path, tmp_path: Path, output: Out, monkeypatch: pytest.M
         ("--resolution 32", "--resolution must be one of 4, 8, 16, got 32"),
         ("--resolution 0", "--resolution must be one of 4, 8, 16, got 0"),
         ("--out x.jpg", "--out must be a file that ends in .png, got 'x.jpg'"),
-        ("--out nowhere/x.png", "(No such file or directory), got 'nowhere/x.png'"),
-        ("--out folder.png", "--out must be a file that can be written (Is a directory), got 'folder.png'"),
+        ("--out nowhere/x.png", "got 'nowhere/x.png'; No such file or directory"),
+        ("--out folder.png", "--out must be a file that can be written, got 'folder.png'; Is a directory"),
     ],
 )
 def test_show_refuses(

@@ -204,7 +204,7 @@ def test_flags_without_effect_are_named(capsys: pytest.CaptureFixture[str]) -> N
     )
     assert train.parse(["--variant", "wgan", "--norm-d", "none", "--clip", "0.5"]).notes == ()
     assert train.main(["--variant", "dcgan", "--fade-kimg", "1", "--dry-run"]) == 0
-    assert "note: --fade-kimg has no effect with --model dcgan, only with pggan\n" in capsys.readouterr().err
+    assert "note: --fade-kimg has no effect with --model dcgan, only with pggan\n" in capsys.readouterr().out
 
 
 def test_precedence_preset_file_flags(tmp_path: Path) -> None:
@@ -497,7 +497,7 @@ def test_more_samples_than_memory_holds(
 def test_a_run_that_ends_below_its_resolution_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The published recipe takes 600 kimg for each step of its growth, whatever --kimg says."""
     flags = "--variant pggan --preset paper --fmap-max 8 --latent 8 --resolution 16 --batch 8 --kimg 0.008".split()
-    warning = "warning: 0.008 kimg end at 4 px; raise --kimg, or lower --fade-kimg, --stable-kimg\n"
+    warning = "warning: 0.008 kimg end at 4 px; raise --kimg, or lower --fade-kimg and --stable-kimg\n"
     assert train.main([*flags, "--dry-run"]) == 0 and warning in capsys.readouterr().out
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0 and warning in capsys.readouterr().out
     assert train.main([*flags, "--fade-kimg", "0", "--stable-kimg", "0", "--out", str(tmp_path / "whole")]) == 0

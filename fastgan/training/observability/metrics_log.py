@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgan.data.images import save_sheet
+from fastgan.utils.files import write_atomic
 from fastgan.utils.text import readable_duration
 
 
@@ -38,7 +38,7 @@ def _without_events(error: threading.ExceptHookArgs, default: Callable[..., obje
         default(error)
 
 
-class Log:
+class MetricsLog:
     """Progress and metrics of a run; does nothing on ranks other than 0.
 
     Args:
@@ -78,20 +78,18 @@ class Log:
 
     def _drop_rows_after(self, seen: int) -> None:
         """Drop the rows after the checkpoint that is resumed: the run writes them again."""
-        if not self._path.exists():
+        if not self._path.is_file():
             return
-        rows = self._path.read_text().splitlines(keepends=True)
+        rows = self._path.read_bytes().splitlines(keepends=True)
         kept = []
         for row in rows:
             try:
-                if row.endswith("\n") and json.loads(row)["images"] <= seen:
+                if row.endswith(b"\n") and json.loads(row)["images"] <= seen:
                     kept.append(row)
-            except (ValueError, KeyError, TypeError):
-                continue  # cut short when the process was killed
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # cut short when the process was killed, or edited by hand
         if len(kept) != len(rows):
-            partial = self._path.with_suffix(".part")
-            partial.write_text("".join(kept))
-            os.replace(partial, self._path)
+            write_atomic(self._path, b"".join(kept))
 
     def line(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import secrets
 import shlex
@@ -86,6 +87,8 @@ def parse_supervision(argv: list[str]) -> Supervision | None:
             raise ArgumentError(f"--{name.replace('_', '-')}", text, f"must be a whole number of at least {least}")
         numbers[name] = None if text is None else int(text)
     hostfile = None if given.hostfile is None else Path(given.hostfile)
+    if hostfile is not None and importlib.util.find_spec("deepspeed") is None:
+        raise ArgumentError("--hostfile", given.hostfile, "it needs DeepSpeed: pip install 'fastgan[train]'")
     hosts = {} if hostfile is None else read_hostfile(hostfile)
     min_nodes = numbers["min_nodes"]
     if min_nodes is not None and min_nodes > max(len(hosts), 1):

@@ -14,9 +14,11 @@ from PIL import Image
 
 from fastgan import __version__
 from fastgan.cli import prepare, train
+from fastgan.config import replace
 from fastgan.data.preparation.verification import spot_check
 from fastgan.data.prepared import read_manifest
 from fastgan.errors import ArgumentError
+from fastgan.training import run_setup
 from fastgan.training.distributed import rank_consistency, rendezvous
 from fastgan.training.observability import rank_log
 
@@ -48,7 +50,7 @@ def _answers(folder: Path) -> dict[str, str | None]:
         try:
             if name in COPIES:
                 images = folder / (mine if isinstance(mine, str) else "data-0")
-                train._open_source(train.replace(config, data={"data": f"folder:{images}"}), world)
+                run_setup.open_images(replace(config, data={"data": f"folder:{images}"}), world)
             else:
                 rank_consistency.require_same_on_all_ranks(world, rank_consistency.shared_settings(config))
             results[name] = None

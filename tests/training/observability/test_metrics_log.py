@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fastgan.training.observability.metrics_log import Log, _without_events
+from fastgan.training.observability.metrics_log import MetricsLog, _without_events
 
 
 def test_no_time_is_left_after_a_last_batch_beyond_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = Log(tmp_path, active=True, total=1000, seen=0)
+    log = MetricsLog(tmp_path, active=True, total=1000, seen=0)
     row = {"images": 1024, "step": 8, "resolution": 16, "alpha": 1.0, "images_per_second": 100.0}
     log.metrics({**row, "loss_g": 0.5, "loss_d": 1.5})
     log.close()
@@ -27,7 +27,7 @@ def test_event_file_that_cannot_be_written_is_reported_once(tmp_path: Path, monk
 
     reported: list[object] = []
     monkeypatch.setattr(threading, "excepthook", reported.append)
-    log = Log(tmp_path, active=True, total=1000, seen=0)
+    log = MetricsLog(tmp_path, active=True, total=1000, seen=0)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
