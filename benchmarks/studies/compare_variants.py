@@ -45,14 +45,14 @@ from benchmarks.studies.result_cache import (
 from fastgan import checkpoint, models
 from fastgan.config import Config, replace
 from fastgan.config.files import merge, read_yaml
-from fastgan.config.stages import stages_of
+from fastgan.config.growth import stages_of
 from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation
 from fastgan.models.pggan import Progressive
 from fastgan.training.evaluator import drawer
-from fastgan.training.factory import build_step
+from fastgan.training.from_config import build_step
 from fastgan.training.observability.metrics_log import save_grid
 from fastgan.training.step_measurement import Bench
 from fastgan.utils import counter_rng

@@ -49,7 +49,7 @@ from fastgan.evaluation.measure import Evaluation
 from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.ema import Ema
 from fastgan.training.evaluator import drawer
-from fastgan.training.factory import build_step, optimizer_factory
+from fastgan.training.from_config import build_step, optimizer_factory
 from fastgan.training.step import frozen
 from fastgan.utils import counter_rng
 

@@ -225,7 +225,7 @@ def scale_ranks(folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
 
 def forecast(answers: list[dict[str, Any]], nodes: int, megabits: float) -> tuple[float, float]:
     """Seconds of a step, and seconds of it that wait for the network, by the communication model."""
-    from fastgan.planning.communication import Cluster, Link, UpdateTime, step_cost
+    from fastgan.planning.cost_model import Cluster, Link, UpdateTime, step_cost
 
     latency = statistics.median(answer["latency"] for answer in answers)
     parts = []

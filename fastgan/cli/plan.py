@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from fastgan.cli.main import command
 from fastgan.cli.run_request import RunFlags, RunRequest, parse
 from fastgan.config import Config, batches_for_all
-from fastgan.config.stages import stages_of
+from fastgan.config.growth import stages_of
 from fastgan.errors import ArgumentError
 from fastgan.planning import step_times
-from fastgan.planning.communication import Cluster, Cost, Link, total_cost
+from fastgan.planning.cost_model import Cluster, Cost, Link, total_cost
 from fastgan.planning.forecast import Forecaster, StageForecast
 from fastgan.utils.text import readable_duration
 
@@ -101,8 +101,8 @@ class PlanOptions(RunFlags):
 def make_forecaster(config: Config, source: Source, cluster: Cluster) -> Forecaster:
     """A forecaster with the trainer's stages, footprints and way of reducing gradients."""
     from fastgan.training.distributed.deepspeed_engine import uses_own_reducer
-    from fastgan.training.factory import engine_settings
     from fastgan.training.footprint import footprint
+    from fastgan.training.from_config import engine_settings
 
     stages = stages_of(config)
     return Forecaster(
@@ -211,7 +211,7 @@ def main(argv: list[str]) -> int:
     flags.validate()
     from fastgan.data import open_source
     from fastgan.training import torch_settings
-    from fastgan.training.factory import validate_stages
+    from fastgan.training.from_config import validate_stages
 
     torch_settings.apply(config)
     cluster = machines.cluster()

@@ -114,7 +114,7 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
     """The work of each rank once it has met the others; `locks` and `patience` as in `run_setup.choose_run`."""
     from fastgan.training import run_setup
     from fastgan.training.distributed.rank_consistency import require_same_on_all_ranks, shared_settings
-    from fastgan.training.factory import validate_stages
+    from fastgan.training.from_config import validate_stages
     from fastgan.training.trainer import NonFiniteError, Trainer
 
     config, variant = request.config, request.variant
@@ -157,7 +157,7 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
 
 def _announce(trainer: Trainer, request: RunRequest, *, resumed: bool) -> None:
     """Print what is about to run."""
-    from fastgan.config.stages import short_run_warning
+    from fastgan.config.growth import short_run_warning
 
     world, run = trainer.world, trainer.run_path
     print(trainer.feed.pipeline.describe(), flush=True)

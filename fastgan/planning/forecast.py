@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fastgan.config import Config, active_ranks, batch_at
-from fastgan.config.stages import Stage
-from fastgan.planning.communication import Cluster, Cost, UpdateTime, step_cost, total_cost
+from fastgan.config.growth import Stage
+from fastgan.planning.cost_model import Cluster, Cost, UpdateTime, step_cost, total_cost
 from fastgan.planning.memory import HEADROOM, Footprint
 from fastgan.planning.step_times import StepTimes, Timing
 from fastgan.utils.text import readable_duration

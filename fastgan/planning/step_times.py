@@ -14,7 +14,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from fastgan.config import Config, to_dict
 from fastgan.errors import ArgumentError
-from fastgan.planning.communication import UpdateTime
+from fastgan.planning.cost_model import UpdateTime
 from fastgan.utils.files import write_atomic
 from fastgan.utils.old_names import current_names
 

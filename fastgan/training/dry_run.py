@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fastgan.config import Config
-from fastgan.config.stages import short_run_warning, stages_of
+from fastgan.config.growth import short_run_warning, stages_of
 from fastgan.data import Source, open_source
 from fastgan.planning.forecast import StageBatch, stage_batches
 from fastgan.planning.memory import Footprint
-from fastgan.training.factory import validate_stages
 from fastgan.training.footprint import footprint
+from fastgan.training.from_config import validate_stages
 
 
 def describe(variant: str, preset: str, config: Config, ranks: int) -> str:

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import flop_registry
 
 from fastgan import models
 from fastgan.config import Config, replace
-from fastgan.config.stages import Stage
+from fastgan.config.growth import Stage
 from fastgan.data import Source
 from fastgan.models.pggan import Progressive
 from fastgan.planning.memory import Footprint, model_state_bytes
-from fastgan.training.factory import build_step, network_values
+from fastgan.training.from_config import build_step, network_values
 from fastgan.training.step import Step
 
 

@@ -12,7 +12,7 @@ from fastgan import checkpoint, data
 from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, replace
 from fastgan.config.files import write_yaml
-from fastgan.config.stages import stages_of
+from fastgan.config.growth import stages_of
 from fastgan.data.preparation.verification import spot_check
 from fastgan.data.prepared import PreparedSource
 from fastgan.errors import ArgumentError

@@ -22,7 +22,7 @@ from fastgan.training.distributed.engine import Engine
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.ema import Ema
-from fastgan.training.factory import build_step, engine_settings, memory_format, network_values, optimizer_factory
+from fastgan.training.from_config import build_step, engine_settings, memory_format, network_values, optimizer_factory
 from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.nonfinite import NonFiniteDetector
 from fastgan.training.observability.stragglers import StragglerDetector

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgan.config import Config, replace
 from fastgan.data import Batch
-from fastgan.planning.communication import UpdateTime
+from fastgan.planning.cost_model import UpdateTime
 from fastgan.planning.step_times import Timing
 from fastgan.training.distributed.engine import Engine
 from fastgan.training.distributed.process_group import ProcessGroup

@@ -11,15 +11,15 @@ import torch
 
 from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, batch_at, validate
-from fastgan.config.stages import stage_at, stages_of
+from fastgan.config.growth import stage_at, stages_of
 from fastgan.data import Source
 from fastgan.generator import sample_images
 from fastgan.training.checkpoints import state as checkpoint_state
 from fastgan.training.checkpoints.resume import validate_resume
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.evaluator import Evaluator, append
-from fastgan.training.factory import network_values, rates
 from fastgan.training.feed import Feed
+from fastgan.training.from_config import network_values, rates
 from fastgan.training.intervals import Interval, checkpoint_kimg, log_kimg, sample_kimg
 from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.metrics_log import MetricsLog

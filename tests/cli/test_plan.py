@@ -11,7 +11,7 @@ from timings import SMALL, step_times
 
 from fastgan.cli import main
 from fastgan.cli.train import parse
-from fastgan.config.stages import stages_of
+from fastgan.config.growth import stages_of
 from fastgan.data import open_source
 from fastgan.planning.step_times import recipe_of, write
 from fastgan.training.footprint import footprint

@@ -28,7 +28,7 @@ from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.errors import ArgumentError
 from fastgan.training import evaluator, run_directory
-from fastgan.training.factory import validate_stages
+from fastgan.training.from_config import validate_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--width 8 --max-width 8 --latent 4 --batch 8 --resolution 8 --kimg 0.064 --samples 4".split()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastgan.cli.train import parse
-from fastgan.planning.communication import UpdateTime
+from fastgan.planning.cost_model import UpdateTime
 from fastgan.planning.step_times import SCHEMA, StepTimes, Timing, recipe_of
 
 SMALL = "--variant pggan --data digits --batch 32 --fmap-base 32 --fmap-max 8 --latent 8 --resolution 8".split()

@@ -10,9 +10,9 @@ from timings import SMALL, step_times
 from fastgan.cli.plan import make_forecaster
 from fastgan.cli.train import parse
 from fastgan.config import active_ranks
-from fastgan.config.stages import Stage
+from fastgan.config.growth import Stage
 from fastgan.data import open_source
-from fastgan.planning.communication import Cluster, Link, UpdateTime, all_reduce_seconds
+from fastgan.planning.cost_model import Cluster, Link, UpdateTime, all_reduce_seconds
 from fastgan.planning.forecast import Forecaster
 from fastgan.planning.memory import Footprint
 from fastgan.planning.step_times import Timing

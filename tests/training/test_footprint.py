@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastgan.cli.train import parse
-from fastgan.config.stages import stages_of
+from fastgan.config.growth import stages_of
 from fastgan.data import open_source
 from fastgan.training.footprint import footprint
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgan.config.stages import Stage, stage_at, stages
+from fastgan.config.growth import Stage, stage_at, stages
 from fastgan.config.variants import VARIANTS
 from fastgan.training.stage import inherit
 

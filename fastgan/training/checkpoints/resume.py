@@ -7,7 +7,7 @@ from typing import Any
 from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, Schedule, batch_at
 from fastgan.config.files import read_yaml
-from fastgan.config.stages import Stage, stage_at
+from fastgan.config.growth import Stage, stage_at
 from fastgan.errors import ArgumentError
 
 

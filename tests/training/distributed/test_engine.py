@@ -17,7 +17,7 @@ from fastgan.training.distributed import rendezvous
 from fastgan.training.distributed.deepspeed_engine import deepspeed_config, uses_own_reducer
 from fastgan.training.distributed.engine import Fragment, collect_optimizer_state, restore_optimizer_state
 from fastgan.training.distributed.torch_engine import TorchEngine
-from fastgan.training.factory import rates
+from fastgan.training.from_config import rates
 
 ROOT = Path(__file__).resolve().parents[3]
 SIZES = {"micro_batch": 4, "accumulation": 2, "world": 2}

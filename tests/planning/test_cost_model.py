@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastgan.planning.communication import (
+from fastgan.planning.cost_model import (
     Cluster,
     Link,
     UpdateTime,

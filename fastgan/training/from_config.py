@@ -11,7 +11,7 @@ from torch import nn
 
 from fastgan import objectives
 from fastgan.config import Config, Networks, active_ranks, batch_at
-from fastgan.config.stages import stages_of
+from fastgan.config.growth import stages_of
 from fastgan.errors import ArgumentError
 from fastgan.training.distributed.deepspeed_engine import deepspeed_config
 from fastgan.training.distributed.engine import OptimizerFactory
