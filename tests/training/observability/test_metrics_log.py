@@ -49,3 +49,14 @@ def test_errors_of_other_threads_are_reported_as_before() -> None:
     error = threading.ExceptHookArgs((OSError, OSError("x"), None, threading.current_thread()))
     _without_events(error, reported.append)
     assert reported == [error]
+
+
+def test_rows_that_cannot_be_read_do_not_stop_a_resumed_run(tmp_path: Path) -> None:
+    """A byte that is not UTF-8, JSON nested too deeply, and rows of other types are dropped; good rows stay."""
+    good = [b'{"images": 64}\n', b'{"images": 128}\n']
+    bad = [b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"[1]\n", b'{"images": "many"}\n']
+    late = [b'{"images": 256}\n', b'{"images": 1']
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join([good[0], *bad, good[1], *late]))
+    MetricsLog(tmp_path, active=True, total=1000, seen=128).close()
+    assert path.read_bytes() == b"".join(good)
