@@ -140,8 +140,10 @@ def _refuse_lost_checkpoints(run: Path, config: Config) -> None:
         ArgumentError: checkpoints are missing, on a disk that is not mounted, say.
     """
     seen = _last_images(run / "metrics.jsonl")
+    # A row of the step that writes the first checkpoint comes before it; a kill between the two loses nothing.
+    step = config.optimizer.n_critic * config.schedule.batch
     unreadable = [path.name for path in checkpoint.folder(run).glob("kimg-*")]
-    if unreadable or seen >= 1000 * checkpoint_kimg(config):
+    if unreadable or seen >= 1000 * checkpoint_kimg(config) + step:
         lost = f"{unreadable[0]} has no checkpoint.json" if unreadable else "there is none in checkpoints/"
         problem = f"it has trained to {seen / 1000:g} kimg, but {lost}; restore it, or start a new run"
         raise ArgumentError("--resume", str(run), problem)

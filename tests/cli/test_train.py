@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shlex
 import shutil
@@ -29,6 +30,7 @@ from fastgan.data import open_source
 from fastgan.errors import ArgumentError
 from fastgan.training import evaluator, run_directory
 from fastgan.training.from_config import validate_stages
+from fastgan.training.intervals import checkpoint_kimg
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--width 8 --max-width 8 --latent 4 --batch 8 --resolution 8 --kimg 0.064 --samples 4".split()
@@ -255,6 +257,18 @@ def test_a_run_without_a_checkpoint_says_that_it_begins_anew(
     shutil.copy(run / "config.yaml", tmp_path)
     assert train.main(["--resume", str(tmp_path)]) == 0
     assert f"{tmp_path} has no checkpoint: it starts from the beginning\n" in capsys.readouterr().out
+
+
+def test_a_run_killed_between_its_first_row_and_its_first_checkpoint_starts_again(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
+) -> None:
+    shutil.copy(run / "config.yaml", tmp_path)
+    config = train.parse(["--resume", str(run)]).config
+    first = math.ceil(1000 * checkpoint_kimg(config) / config.schedule.batch) * config.schedule.batch
+    (tmp_path / "metrics.jsonl").write_text(f'{{"images": {first}}}\n')
+    assert train.main(["--resume", str(tmp_path)]) == 0
+    assert "it starts from the beginning" in capsys.readouterr().out
+    assert checkpoint.existing(tmp_path)
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
