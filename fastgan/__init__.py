@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
+    from typing import Any
 
+    from torch import Tensor
+
+    from fastgan.compiled.step import CompiledStep
     from fastgan.generator import TrainedGenerator
 
 __version__ = "0.1.0"
@@ -17,3 +22,12 @@ def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
     from fastgan.generator import load
 
     return load(path, device)
+
+
+def compile_step(
+    loss_fn: Callable[..., Any], parameters: Iterable[Tensor], *, has_aux: bool = False, compile: bool = True
+) -> CompiledStep:
+    """Loss and gradients of `loss_fn`, gradient penalties included, as a program: `fastgan.compiled.step`."""
+    from fastgan.compiled import step
+
+    return step.compile_step(loss_fn, parameters, has_aux=has_aux, compile=compile)
