@@ -41,8 +41,18 @@ ARROWS: dict[str, set[str]] = {
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
     "training.distributed": {"training.observability", "training.resilience", "", "config", "errors", "utils"},
     "training.checkpoints": {"training.distributed", "", "checkpoint", "config", "errors", "utils"},
+    "training.compiling": {
+        *("training", "training.distributed", "training.observability", "compiled", "config", "data", "models", "ops"),
+        "utils",
+    },
     "training": {
-        *("training.checkpoints", "training.distributed", "training.observability", "training.resilience"),
+        *(
+            "training.compiling",
+            "training.checkpoints",
+            "training.distributed",
+            "training.observability",
+            "training.resilience",
+        ),
         *(
             "",
             "checkpoint",

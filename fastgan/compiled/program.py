@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -86,6 +87,8 @@ class Program:
         Raises:
             CompileError: the file cannot be loaded.
         """
+        # It warns of a CUDA toolkit without a GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         try:
             return cls(file, tuple(layouts), torch._inductor.aoti_load_package(str(file)))
         except Exception as error:  # torch raises RuntimeError, OSError or its own, by version
@@ -139,8 +142,8 @@ def tolerance_of(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> float:
     return max((_TOLERANCES[dtype] for dtype in used if dtype in _TOLERANCES), default=0.0)
 
 
-def difference_of(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
-    """|found - expected| / max(|expected|, 1e-6) over all tensors together; infinite where it is not finite.
+def difference_of(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], smallest: float = 1e-6) -> float:
+    """|found - expected| / max(|expected|, smallest) over all tensors together; infinite where it is not finite.
 
     Over all together, as a single gradient may be zero but for rounding: that of a bias before a batch norm.
     """
@@ -149,5 +152,5 @@ def difference_of(found: Sequence[Tensor | None], expected: Sequence[Tensor | No
         if a is not None and b is not None and b.numel():
             difference += float((a.double() - b.double()).square().sum())
             norm += float(b.double().square().sum())
-    ratio = difference**0.5 / max(norm**0.5, 1e-6)
+    ratio = difference**0.5 / max(norm**0.5, smallest)
     return ratio if ratio == ratio else float("inf")

@@ -24,6 +24,13 @@ class NotRecordable(RuntimeError):
     """The function does something that a recorded graph would silently do otherwise; the message names it."""
 
 
+def with_strides_of(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """`gradient` in the memory format of its parameter, which torch's fused optimizers assume without looking."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+
+
 @dataclass(frozen=True)
 class Holder:
     """Where a tensor that the function reads, but is not given, is found: an entry of a module, or the tensor itself.

@@ -23,7 +23,7 @@ from fastgan.compiled.program import (
     machine_facts,
     tolerance_of,
 )
-from fastgan.compiled.recording import NotRecordable, Outputs, Recording, record
+from fastgan.compiled.recording import NotRecordable, Outputs, Recording, record, with_strides_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class CompiledStep:
                 raise TypeError(f"loss_fn must return a loss of one element, got {loss!r:.60}")
             self._aux_names = [str(name) for name in aux] if isinstance(aux, dict) else None
             extra = list(aux.values()) if isinstance(aux, dict) else list(aux)
-            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            found = torch.autograd.grad(loss, trained, allow_unused=True)
+            gradients = [None if g is None else with_strides_of(g, p) for g, p in zip(found, trained, strict=True)]
             return [loss.detach(), *(x.detach() for x in extra), *gradients]
 
         return function

@@ -194,6 +194,8 @@ class System(_Section):
     """Let float32 products on a GPU use TF32."""
     deterministic: bool = False
     """Use deterministic kernels alone: the same machine computes the same bits."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile losses and gradients of each stage, beside training; auto: where the run is long enough to gain by it."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Of images and convolution weights; auto: channels_last."""
     sync_bn: bool = False

@@ -14,15 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgan import data, models
+from fastgan import data
 from fastgan.config import Config, active_ranks, batch_at, batches_for_all
 from fastgan.models.pggan import Progressive
+from fastgan.training.compiling.micro_step import MicroSteps, real_images
+from fastgan.training.compiling.programs import StagePrograms, compare
 from fastgan.training.distributed.deepspeed_engine import DeepSpeedEngine, uses_own_reducer
 from fastgan.training.distributed.engine import Engine
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.ema import Ema
 from fastgan.training.from_config import build_step, engine_settings, memory_format, network_values, optimizer_factory
+from fastgan.training.networks import build_networks, inherit
 from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.nonfinite import NonFiniteDetector
 from fastgan.training.observability.stragglers import StragglerDetector
@@ -60,28 +63,6 @@ class RankShare:
         return RankShare(active, subgroup, subgroup and world.rank >= active, groups[active] if subgroup else None)
 
 
-def build_networks(config: Config, values: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
-    """New networks, the same on every rank: drawn from (seed, resolution) alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed * 4096 + values["resolution"])
-        generator, discriminator = models.build(**values)
-    if config.system.sync_bn:
-        generator = nn.SyncBatchNorm.convert_sync_batchnorm(generator)
-        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
-    return generator, discriminator
-
-
-def inherit(grown: nn.Module, small: dict[str, Tensor]) -> None:
-    """Load the state of the smaller network into the grown one; only the new level keeps its initial weights.
-
-    Raises:
-        RuntimeError: a tensor of the smaller network has no place in the grown one.
-    """
-    _, unexpected = grown.load_state_dict(small, strict=False)
-    if unexpected:
-        raise RuntimeError(f"the grown network has no {unexpected[0]}")
-
-
 class ActiveStage:
     """Networks, engines and moving average at one resolution. Building one is a collective.
 
@@ -101,6 +82,7 @@ class ActiveStage:
         step: computes the losses on `step.generator` and `step.discriminator`.
         ema: moving average of the generator.
         nonfinite: watches losses and gradients.
+        programs: compute losses and gradients in place of `step`, if there are any; see `use`.
         share: which ranks share a batch.
         generator_engine, discriminator_engine: own the optimizers.
     """
@@ -146,6 +128,9 @@ class ActiveStage:
         self.ema.module.to(memory_format=self.generator_engine.memory_format)
         modules = (self.generator_engine.module, self.discriminator_engine.module)
         self.step = build_step(config, *modules, num_classes)
+        self.programs: StagePrograms | None = None
+        self.refusal: str | None = None
+        self._unchecked: set[str] = set()
 
     def _engine(self, module: nn.Module, *, discriminator: bool) -> Engine:
         config, world = self.config, self.world
@@ -176,6 +161,11 @@ class ActiveStage:
         """Generator, discriminator and the generator's moving average."""
         return self.step.generator, self.step.discriminator, self.ema.module
 
+    @property
+    def fades(self) -> bool:
+        """Whether the newest level of progressive networks is blended in."""
+        return isinstance(self.step.generator, Progressive) and self.step.generator.fade
+
     def set_alpha(self, alpha: float) -> None:
         """Blend the newest level of progressive networks in by `alpha`, 0 to 1; others have none."""
         for module in self.modules:
@@ -196,23 +186,55 @@ class ActiveStage:
         """
         positions = []
         for micro in micro_batches:
-            real = micro.images.to(memory_format=memory_format(self.config))
-            discriminator = self.step.discriminator
-            if isinstance(discriminator, Progressive) and discriminator.fade:
-                real = data.fade(real, discriminator.alpha)
+            positions.append(micro.positions)
+            if self.programs is not None:
+                inputs = self.programs.inputs(micro.images, micro.positions, micro.labels)
+                self._run_program(self.programs, "discriminator", inputs)
+                continue
+            real = real_images(micro.images, self.step.discriminator, memory_format(self.config))
             loss, seen = self.step.discriminator_loss(
                 real, micro.positions, micro.labels, generator_first=generator_first
             )
             self._backward(self.discriminator_engine, "discriminator", loss, seen)
-            positions.append(micro.positions)
         return positions
 
     def generator_step(self, positions: list[Tensor]) -> None:
         """One step of the generator on the positions of the discriminator's last step."""
         with frozen(self.step.discriminator):
             for micro in positions:
+                if self.programs is not None:
+                    self._run_program(self.programs, "generator", [micro])
+                    continue
                 loss, seen = self.step.generator_loss(micro)
                 self._backward(self.generator_engine, "generator", loss, seen)
+
+    def use(self, programs: StagePrograms | None) -> None:
+        """Compute losses and gradients by `programs` from now on; None: in eager mode.
+
+        The first micro-batch of each network is computed in both ways. If they differ, the stage stays in eager mode
+        and `refusal` says so.
+        """
+        self.programs = programs
+        self._unchecked = set() if programs is None else {"discriminator", "generator"}
+
+    def _run_program(self, programs: StagePrograms, name: str, inputs: list[Tensor]) -> None:
+        """One micro-batch of the network `name` by its program."""
+        for engine in self.engines:  # a program reads the weights of both networks
+            engine.wait()
+        if name in self._unchecked:
+            self._unchecked.discard(name)
+            eager = MicroSteps(self.step, self.config.schedule.accumulation, memory_format(self.config))
+            buffers = [x for network in self.modules[:2] for x in network.buffers()]
+            found, difference = compare(programs, name, inputs, getattr(eager, name), buffers)
+            if difference > programs.tolerance:
+                self.refusal = f"the compiled {name} differs from eager by {difference:.1e} of the norm"
+                self.use(None)
+        else:
+            found = getattr(programs, name)(*inputs)
+        engine = self.discriminator_engine if name == "discriminator" else self.generator_engine
+        engine.accumulate(found.gradients)
+        self.nonfinite.gradients(name, found.largest)
+        self._finish(engine, name, found.loss, found.seen)
 
     def _backward(self, engine: Engine, name: str, loss: Tensor, seen: dict[str, Tensor]) -> None:
         """Backward and step of one micro-batch.
@@ -224,10 +246,14 @@ class ActiveStage:
         if active < world.size and not self.share.has_subgroup:
             loss = loss * (world.size / active if world.rank < active else 0.0)
         engine.backward(loss)
+        self._finish(engine, name, loss, seen)
+
+    def _finish(self, engine: Engine, name: str, loss: Tensor, seen: dict[str, Tensor]) -> None:
+        """Watch a micro-batch's results, finish it in its engine, and log them."""
         self.nonfinite.loss(f"loss of the {name}", loss)
         self.nonfinite.close_step()
         engine.step()
-        if world.rank < active:
+        if self.world.rank < self.share.active:
             self._meters.add(seen)
 
     # --- state ------------------------------------------------------------------------------------------------------

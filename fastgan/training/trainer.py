@@ -16,6 +16,7 @@ from fastgan.data import Source
 from fastgan.generator import sample_images
 from fastgan.training.checkpoints import state as checkpoint_state
 from fastgan.training.checkpoints.resume import validate_resume
+from fastgan.training.compiling.compilation import Compilation
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.evaluator import Evaluator, append
 from fastgan.training.feed import Feed
@@ -72,6 +73,9 @@ class Trainer:
         self.last_good: Path | None = None
         self._logged_at = (time.monotonic(), 0)
         self._groups: dict[int, Any] = {}
+        self.compilation = Compilation(
+            config, world, self.stages, channels=source.channels, num_classes=source.num_classes
+        )
         # Opened before the first step, so that missing features are reported at once.
         self._evaluator = None if config.run.evaluate_kimg is None else Evaluator.of(config, source, world.device)
         self.stage: ActiveStage
@@ -112,6 +116,7 @@ class Trainer:
         while self.stage.resolution < planned.resolution:
             self.grow()
         self.stage.set_alpha(planned.alpha(self.images))  # of spectators too: they draw images for an evaluation
+        self._exclude(self.compilation.follow(self.stage, self.images))
         batch, n_critic = batch_at(self.config.schedule, self.stage.resolution), self.config.optimizer.n_critic
         if self.stage.share.is_spectator:
             self.images += n_critic * batch
@@ -160,6 +165,7 @@ class Trainer:
         validate_resume(resume, self.config, values, self.stages)
         self.feed.pipeline.load_state_dict(meta["data"])
         self.images, self.steps = meta["images"], meta["steps"]
+        self.compilation.resumes_compiled = meta.get("compiled", False)
         training = resume.training()
         self.enter(resolution, {**training, "ema": resume.generator()}, meta["ema_steps"])
         self.stage.generator_engine.load_state(training.get("optimizer_g", {}))
@@ -182,6 +188,7 @@ class Trainer:
                     stopped = self._loop(log, signals)
             finally:
                 log.close()
+                self.compilation.close()
                 self.feed.pipeline.close()
                 self.stage.close()
             how = f"stopped by {signal.Signals(stopped).name}" if stopped else "done"
@@ -210,6 +217,8 @@ class Trainer:
             if self.stage.resolution > resolution:
                 for note in (self.feed.pipeline.describe(), *self.stage.notes()):
                     log.line(note)
+            for note in self.compilation.notes():
+                log.line(note)
             for interval in intervals:
                 if interval.due(before, self.images, self.total):
                     interval.action()
@@ -228,6 +237,7 @@ class Trainer:
         now, (then, images) = time.monotonic(), self._logged_at
         self._logged_at = (now, self.images)
         seconds = max(now - then, 1e-9)
+        images_per_second = (self.images - images) / seconds
         planned, share = stage_at(self.stages, self.images), self.stage.share
         speeds = self.stragglers.row(share.active if share.has_subgroup else self.world.size, log.line)
         log.metrics(
@@ -236,13 +246,15 @@ class Trainer:
                 "step": self.steps,
                 "resolution": self.stage.resolution,
                 "alpha": planned.alpha(self.images) if planned.resolution == self.stage.resolution else 1.0,
-                "images_per_second": (self.images - images) / seconds,
+                "form": "eager" if self.stage.programs is None else "compiled",
+                "images_per_second": images_per_second,
                 "data_share": self.feed.waited / seconds,  # the share of all time spent waiting for batches
                 **{name: total / count for name, total, count in zip(names, sums, counts, strict=True)},
                 **speeds,
             }
         )
         self.feed.waited = 0.0
+        self.compilation.at_log(self.stage, self.images, images_per_second)
 
     def _sample(self, log: MetricsLog) -> None:
         self.stage.wait()
@@ -264,5 +276,9 @@ class Trainer:
         if record is not None:
             append(self.run_path, record)
             log.evaluation(self.images, record)
+        self._exclude(time.monotonic() - began)
+
+    def _exclude(self, seconds: float) -> None:
+        """Count `seconds` as not spent on training."""
         then, images = self._logged_at
-        self._logged_at = (then + time.monotonic() - began, images)
+        self._logged_at = (then + seconds, images)

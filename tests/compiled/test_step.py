@@ -18,7 +18,7 @@ from fastgan.compiled.recording import NotRecordable
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(program, "cache_folder", lambda name: tmp_path / name)
 
 
 class Attention(nn.Module):
@@ -203,6 +203,28 @@ def test_a_parameter_or_buffer_that_was_assigned_anew_is_read():
     critic.weight = nn.Parameter(torch.full((1, 3), 2.0))
     loss, _ = step(x)
     assert torch.equal(loss, critic(x).square().mean())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_gradients_have_the_strides_that_fused_optimizers_assume(compile):
+    def build_critic() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 1)).to(memory_format=torch.channels_last)
+
+    ours, theirs = build_critic(), build_critic()
+    optimizers = [torch.optim.Adam(critic.parameters(), 0.1, fused=True) for critic in (ours, theirs)]
+    x = torch.randn(2, 3, 4, 4)
+    step = fastgan.compile_step(lambda x: ours(x).square().mean(), ours.parameters(), compile=compile)
+    for _ in range(3):
+        _, gradients = step(x)
+        for p, gradient in zip(ours.parameters(), gradients, strict=True):
+            p.grad = gradient
+        optimizers[1].zero_grad()
+        theirs(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_other_arguments_are_part_of_the_signature_and_aux_is_returned():

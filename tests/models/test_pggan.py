@@ -10,7 +10,7 @@ from torch import nn
 
 from fastgan import models, ops
 from fastgan.models import pggan
-from fastgan.training.stage import inherit
+from fastgan.training.networks import inherit
 
 TINY: dict[str, Any] = {"channels": 3, "latent": 6, "fmap_base": 64, "fmap_max": 8}
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastgan.config.growth import Stage, stage_at, stages
 from fastgan.config.variants import VARIANTS
-from fastgan.training.stage import inherit
+from fastgan.training.networks import inherit
 
 
 def boundaries(planned: list[Stage]) -> list[tuple[int, int, int, int]]:

@@ -42,6 +42,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
         "steps": trainer.steps,
         "ema_steps": int(stage.ema.steps.item()),
         "resolution": stage.resolution,
+        "compiled": stage.programs is not None,
         "world_size": trainer.world.size,
         "accumulation": config.schedule.accumulation,
         "seed": config.run.seed,

@@ -7,7 +7,7 @@ quantity, so that a checkpoint depends neither on the engine, nor on the ZeRO st
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,9 +23,9 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 class Engine(Protocol):
     """One network and its optimizer.
 
-    The trainer calls `backward` and then `step` for every micro-batch. The last micro-batch of an accumulation updates
-    the weights. The update may be deferred until `module` is next called or until `wait`, so that ranks do not wait for
-    each other's gradients before they need them.
+    The trainer calls `backward` or `accumulate` and then `step` for every micro-batch. The last micro-batch of an
+    accumulation updates the weights. The update may be deferred until `module` is next called or until `wait`, so that
+    ranks do not wait for each other's gradients before they need them.
 
     Attributes:
         module: the network.
@@ -37,6 +37,13 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's mean loss."""
+
+    def accumulate(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients of a micro-batch that were computed elsewhere, one for each trainable parameter.
+
+        They are already divided by the number of micro-batches, and have the strides of their parameters. Not under
+        ZeRO 1 and 2.
+        """
 
     def step(self) -> None:
         """Finish the micro-batch; the last one of an accumulation updates the weights."""
@@ -107,6 +114,17 @@ class BaseEngine(abc.ABC):
         if reducer is not None:
             reducer.expect()
         self._backward(loss)
+        if reducer is not None:
+            reducer.flush()
+
+    def accumulate(self, gradients: Sequence[Tensor | None]) -> None:
+        reducer = self._reducer if self._is_last_micro_batch() else None
+        if reducer is not None:
+            reducer.expect()
+        for (_, p), gradient in zip(trainable_parameters(self.module), gradients, strict=True):
+            if gradient is not None:
+                assert gradient.stride() == p.stride()  # fused optimizers do not look
+                p.grad = gradient if p.grad is None else p.grad + gradient
         if reducer is not None:
             reducer.flush()
 

@@ -51,6 +51,12 @@ class ProcessGroup:
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return tensor
 
+    def agree(self, *facts: bool) -> list[bool]:
+        """For each fact, whether it holds on every rank; a collective."""
+        if self.size == 1:
+            return list(facts)
+        return [value > 0 for value in self.minimum(torch.tensor(facts, dtype=torch.float32).to(self.device)).tolist()]
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, a small picklable object, on every rank."""
         if self.size == 1:

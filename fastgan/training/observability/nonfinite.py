@@ -48,6 +48,15 @@ class NonFiniteDetector:
             if parameter.requires_grad:
                 parameter.register_hook(hook(self._add(f"gradient of {label}.{name}")))
 
+    def gradients(self, label: str, largest: Tensor) -> None:
+        """Watch gradients of this step that no hook sees: the largest magnitude in each, float32 [parameters].
+
+        Args:
+            label: as given to `watch`, whose parameters they belong to, in order.
+        """
+        first = next(i for i, name in enumerate(self._names) if name.startswith(f"gradient of {label}."))
+        self._largest[first : first + len(largest)] = largest.unbind()
+
     def loss(self, name: str, value: Tensor) -> None:
         """Watch a scalar loss of this step."""
         if name not in self._names:

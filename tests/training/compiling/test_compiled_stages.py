@@ -1,0 +1,245 @@
+"""Stages that run as programs: equal to eager, checked before they are used, the same after a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import FLAGS, assert_same_weights, case, launch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastgan import data
+from fastgan.cli.train import parse
+from fastgan.compiled.program import CompileError, file_of
+from fastgan.config.variants import VARIANTS
+from fastgan.training.compiling import programs
+from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, build, load
+from fastgan.training.distributed import process_group as processes
+from fastgan.training.trainer import Trainer
+from fastgan.utils.system import cache_folder
+
+CPU = torch.device("cpu")
+SMALL = {
+    "mlp": "--width 16 --resolution 8",
+    "dcgan": "--width 8 --max-width 8 --resolution 8",
+    "sagan": "--width 8 --max-width 8 --resolution 8 --conditional",
+    "pggan": "--fmap-base 32 --fmap-max 8 --resolution 8 --kimg 0.8",
+}
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache without programs, and with the kernels that are compiled already."""
+    kernels, own = cache_folder("extension"), tmp_path / "cache" / "fastgan"
+    kernels.mkdir(parents=True, exist_ok=True)
+    own.mkdir(parents=True)
+    (own / "extension").symlink_to(kernels)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own.parent))
+
+
+@pytest.fixture
+def interpreted(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> dict[Path, Any]:
+    """Recorded graphs run operation by operation instead of being compiled, with the default forms of ops."""
+    graphs: dict[Path, Any] = {}
+
+    class Interpreted(programs.Program):
+        @classmethod
+        def load(cls, file: Path, layouts: Any) -> Any:
+            return cls(file, tuple(layouts), graphs[file])
+
+    monkeypatch.setattr(programs, "Program", Interpreted)
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs, file: graphs.update({file: graph}))
+    monkeypatch.setattr(programs, "_FORMS", None)
+    monkeypatch.setattr(programs, "_TIMED", 1)
+    return graphs
+
+
+def make(variant: str, run: Path, *flags: str) -> Trainer:
+    model = VARIANTS[variant].config("digits").networks.model
+    line = ["--variant", variant, "--latent", "8", "--batch", "8", *SMALL[model].split(), *flags]
+    config = parse([*line, "--compile", "off"]).config
+    world = processes.ProcessGroup(0, 1, CPU, "torch", "test")
+    source = data.open_source("digits", config.schedule.resolution)
+    run.mkdir(exist_ok=True)
+    return Trainer(config, variant, world, source, run)
+
+
+def spec_of(trainer: Trainer) -> ProgramSpec:
+    config, resolution = trainer.config, trainer.stage.resolution
+    micro_batch = config.schedule.batch // config.schedule.accumulation
+    return ProgramSpec(config, resolution, trainer.stage.fades, 1, trainer.source.num_classes, micro_batch)
+
+
+def compiled(trainer: Trainer) -> StagePrograms:
+    spec = spec_of(trainer)
+    stored = build(spec, CPU)
+    assert "reason" not in stored, stored
+    assert spec.compiled(CPU)
+    found = load(spec, trainer.stage.step.generator, trainer.stage.step.discriminator)
+    assert isinstance(found, StagePrograms), found
+    return found
+
+
+def everything(trainer: Trainer) -> dict[str, Tensor]:
+    state = {f"{i}.{k}": v for i, module in enumerate(trainer.stage.modules) for k, v in module.state_dict().items()}
+    return state | {f"o{i}.{k}": v for i, e in enumerate(trainer.stage.engines) for k, v in e.state().items()}
+
+
+def require_equal(ours: Trainer, theirs: Trainer) -> None:
+    expected, found = everything(theirs), everything(ours)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("flags", ["", "--accumulation 2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_programs_compute_the_bits_of_eager_steps(variant, flags, tmp_path, interpreted):
+    ours, theirs = (make(variant, tmp_path / name, *flags.split()) for name in ("ours", "theirs"))
+    trainers = (ours, theirs)
+    if variant == "pggan":
+        for trainer in trainers:
+            while trainer.stage.resolution < 8:
+                trainer.train_step()
+        assert ours.stage.fades
+    used = compiled(ours)
+    ours.stage.use(used)
+    for _ in range(4):
+        for trainer in trainers:
+            trainer.train_step()
+    assert ours.stage.programs is used and ours.stage.refusal is None
+    require_equal(ours, theirs)
+    assert ours.meters.totals(ours.stage.step.metrics, CPU).equal(theirs.meters.totals(ours.stage.step.metrics, CPU))
+    assert not torch.any(ours.stage.nonfinite.pending() != theirs.stage.nonfinite.pending())
+
+
+def test_a_program_that_becomes_wrong_is_refused_at_its_first_step(tmp_path, interpreted):
+    ours, theirs = make("wgan-gp", tmp_path / "ours"), make("wgan-gp", tmp_path / "theirs")
+    used = compiled(ours)
+    run = used.discriminator.program._run
+    wrong = dataclasses.replace(used.discriminator.program, _run=lambda *x: [1.01 * y for y in run(*x)])
+    used = dataclasses.replace(used, discriminator=dataclasses.replace(used.discriminator, program=wrong))
+    ours.stage.use(used)
+    for _ in range(2):
+        ours.train_step()
+        theirs.train_step()
+    assert ours.stage.programs is None
+    assert "discriminator differs from eager" in str(ours.stage.refusal)
+    require_equal(ours, theirs)
+
+
+def test_a_gradient_that_is_not_finite_is_seen(tmp_path, interpreted):
+    trainer = make("dcgan", tmp_path)
+    trainer.stage.use(compiled(trainer))
+    trainer.train_step()
+    with torch.no_grad():
+        trainer.stage.step.discriminator.layers[-1].weight[0, 0, 0, 0] = torch.nan  # type: ignore[index,union-attr]
+    trainer.train_step()
+    bad = trainer.stage.nonfinite.first_bad(trainer.stage.nonfinite.pending())
+    assert bad is not None and bad[0] == 1
+
+
+def test_why_a_stage_cannot_be_compiled_is_kept(tmp_path, interpreted, monkeypatch):
+    trainer = make("gan", tmp_path)
+
+    def fail(*_: object) -> None:
+        raise CompileError("no C++ compiler")
+
+    monkeypatch.setattr(programs, "compile_graph", fail)
+    build(spec_of(trainer), CPU)
+    assert load(spec_of(trainer), trainer.stage.step.generator, trainer.stage.step.discriminator) == "no C++ compiler"
+
+
+def test_programs_that_differ_from_eager_are_never_stored(tmp_path, interpreted, monkeypatch):
+    trainer = make("gan", tmp_path)
+    differences = itertools.count()
+    monkeypatch.setattr(programs, "difference_of", lambda *_, **__: float(next(differences) == 9))
+    assert "differs from eager by 1.0e+00" in build(spec_of(trainer), CPU)["reason"]
+
+
+def test_a_cache_that_cannot_be_read_is_a_reason(tmp_path, interpreted):
+    trainer = make("gan", tmp_path)
+    compiled(trainer)
+    file_of(spec_of(trainer).key(CPU)).with_suffix(".json").write_text("{")
+    found = load(spec_of(trainer), trainer.stage.step.generator, trainer.stage.step.discriminator)
+    assert "the cache cannot be read" in str(found)
+
+
+def test_the_name_of_a_program_has_what_it_depends_on(tmp_path, own_cache):
+    spec = spec_of(make("wgan-gp", tmp_path))
+    others = [
+        dataclasses.replace(spec, **{field: getattr(spec, field) + 1})
+        for field in ("resolution", "channels", "num_classes", "micro_batch")
+    ]
+    for section, values in {
+        "networks": {"width": 9},
+        "objective": {"penalty_weight": 3.0},
+        "run": {"seed": 1},
+        "schedule": {"accumulation": 2},
+    }.items():
+        changed = dataclasses.replace(getattr(spec.config, section), **values)
+        others.append(dataclasses.replace(spec, config=dataclasses.replace(spec.config, **{section: changed})))
+    keys = {one.key(CPU) for one in (spec, dataclasses.replace(spec, fade=True), *others)}
+    assert len(keys) == 2 + len(others)
+    same = dataclasses.replace(spec.config, optimizer=dataclasses.replace(spec.config.optimizer, lr_g=1.0))
+    assert dataclasses.replace(spec, config=same).key(CPU) == spec.key(CPU)
+
+
+def train(run: Path, *flags: str, resume: bool = False) -> str:
+    command = [sys.executable, "-m", "fastgan", "train"]
+    small = "--variant wgan-gp --latent 8 --width 8 --max-width 8 --resolution 8 --batch 8 --n-critic 1 --threads 1"
+    line = ["--resume", str(run)] if resume else [*small.split(), "--out", str(run)]
+    done = subprocess.run([*command, *line, *flags], capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    newest = sorted((run / "checkpoints").glob("kimg-*"))[-1]
+    return {**load_file(newest / "training.safetensors"), **load_file(newest / "generator.safetensors")}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_deterministic_run_waits_for_its_program_and_resumes_to_the_bit(tmp_path, own_cache):
+    flags = ("--compile", "on", "--deterministic", "--checkpoint-kimg", "0.1")
+    text = train(tmp_path / "a", *flags, "--kimg", "0.3")
+    assert "8 px: compiled from 0 kimg on" in text
+    assert {row["form"] for row in rows(tmp_path / "a")} == {"compiled"}
+    train(tmp_path / "b", *flags, "--kimg", "0.2")
+    train(tmp_path / "b", "--kimg", "0.3", resume=True)
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.slow
+def test_a_run_may_start_in_one_form_and_resume_in_the_other(tmp_path, own_cache):
+    train(tmp_path, "--compile", "off", "--kimg", "0.1")
+    text = train(tmp_path, "--compile", "on", "--deterministic", "--kimg", "0.2", resume=True)
+    assert "8 px: compiled from 0.104 kimg on" in text
+    text = train(tmp_path, "--compile", "off", "--kimg", "0.3", resume=True)
+    assert [row["form"] for row in rows(tmp_path)][::12] == ["eager", "compiled", "eager"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_compiled_ranks_train_as_one_eager_process(engine, tmp_path, own_cache):
+    cases = [case("eager", "wgan-gp", 0, 2)]
+    launch(Path(__file__).parents[2] / "helpers" / "ranks.py", cases, tmp_path, 1)
+    several = [case("compiled", "wgan-gp", 0, 1)]
+    several[0]["flags"] += ["--compile", "on", "--deterministic"]
+    launch(Path(__file__).parents[2] / "helpers" / "ranks.py", several, tmp_path, 2, engine)
+    assert "--n-critic 2" in FLAGS["wgan-gp"]
+    assert_same_weights(load_file(tmp_path / "eager.safetensors"), load_file(tmp_path / "compiled.safetensors"))
