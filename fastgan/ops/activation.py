@@ -17,6 +17,7 @@ from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import SMALL_NUMEL
 from fastgan.ops.autograd import tracked
 from fastgan.ops.backend import LEAN, Op
+from fastgan.ops.bias_act import OP as BIAS_ACT
 from fastgan.ops.bias_act import bias_act
 from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.piecewise import Rule
@@ -95,6 +96,11 @@ def _is_small(op: Op, backend: str | None, x: Tensor) -> bool:
     return x.is_cpu and x.numel() <= SMALL_NUMEL and op.allows_fast_path(backend)
 
 
+def _has_kernels(x: Tensor) -> bool:
+    """Whether `bias_act` runs the call, in the implementation that is its default: no request of it is one of these."""
+    return x.ndim > 1 and BIAS_ACT.requested(None) is None
+
+
 def relu(input: Tensor, inplace: bool = False, *, backend: str | None = None) -> Tensor:
     """`torch.nn.functional.relu`, whose second derivative, which is zero, sends nothing backward.
 
@@ -112,7 +118,7 @@ def relu(input: Tensor, inplace: bool = False, *, backend: str | None = None) ->
         return input.masked_fill_(input <= 0, 0) if small else piecewise.apply_in_place(input, _RELU)
     if small:
         return torch.where(input <= 0, 0.0, input)
-    return bias_act(input, None, "relu") if input.ndim > 1 else piecewise.apply(input, _RELU)
+    return bias_act(input, None, "relu") if _has_kernels(input) else piecewise.apply(input, _RELU)
 
 
 def leaky_relu(
@@ -134,7 +140,7 @@ def leaky_relu(
             ones = input.new_ones(())
             return input.mul_(_aten.leaky_relu_backward(ones, input.detach(), negative_slope, False))
         return piecewise.apply_in_place(input, _LEAKY_RELU, (negative_slope,))
-    if input.ndim > 1 and negative_slope >= 0:
+    if negative_slope >= 0 and _has_kernels(input):
         return bias_act(input, None, "lrelu", negative_slope)
     return piecewise.apply(input, _LEAKY_RELU, (negative_slope,))
 

@@ -145,7 +145,7 @@ TRACED: dict[str, Callable[[Any], Any]] = {
     "threshold": lambda x: ops.threshold(x, 0.1, 0.2),
     "abs": lambda x: ops.abs(x),
     "prelu": lambda x: ops.prelu(x, torch.full((1,), 0.1)),
-    "pad": lambda x: ops.pad(x, (1, 1), mode="replicate"),
+    "pad": lambda x: ops.pad(x, (1, 1, 1, 1), mode="replicate"),
     "max_pool2d": lambda x: ops.max_pool2d(x, 2, ceil_mode=True),
     "adaptive_avg_pool2d": lambda x: ops.adaptive_avg_pool2d(x, 2),
     "adaptive_max_pool2d": lambda x: ops.adaptive_max_pool2d(x, 2),
