@@ -94,10 +94,14 @@ class PenaltyReport:
     def _verdict(layer: Layer) -> str:
         parts = []
         if layer.zeros:
-            parts.append("sends zeros: " + ", ".join(f"{name} {n}" for name, n in layer.zeros.items()))
+            parts.append("sends zeros: " + _listed(layer.zeros))
         if layer.curves:
-            parts.append("curves: " + ", ".join(f"{name} {n}" for name, n in layer.curves.items()))
+            parts.append("curves: " + _listed(layer.curves))
         return "; ".join(parts) or "sends nothing"
+
+
+def _listed(nodes: Counter[str]) -> str:
+    return ", ".join(f"{_LEAN_FORMS.get(name, name)} {n}" for name, n in nodes.items())
 
 
 _CONVERTIBLE = {kind.__name__ for kind in LEAN}
