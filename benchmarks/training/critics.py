@@ -160,9 +160,11 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int, int]]] = 
 def generator(shape: tuple[int, int, int, int], latent: int = 64, width: int = 64) -> nn.Module:
     """A small generator of images of this shape, so that a step has all of its parts."""
     _, channels, height, _ = shape
-    least = 7 if height == 28 else 4
-    layers: list[nn.Module] = [nn.Linear(latent, width * least**2), nn.Unflatten(1, (width, least, least))]
-    size = least
+    if height == 28:
+        hidden = [nn.Linear(latent, 512), nn.ReLU(inplace=True), nn.Linear(512, channels * height**2)]
+        return nn.Sequential(*hidden, nn.Tanh(), nn.Unflatten(1, (channels, height, height)))
+    layers: list[nn.Module] = [nn.Linear(latent, width * 16), nn.Unflatten(1, (width, 4, 4))]
+    size = 4
     while size < height:
         layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.ConvTranspose2d(width, width // 2, 4, 2, 1)]
         width, size = width // 2, size * 2

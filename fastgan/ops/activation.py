@@ -1,8 +1,8 @@
 """The piecewise linear activations of `torch.nn.functional`, in place too, whose second derivatives send no zeros.
 
-Large tensors run in PyTorch's kernels under the Functions of `fastgan.ops.piecewise`. Small ones, for which Python's
-part would take longer than the arithmetic, run in other ops of PyTorch with the same values and gradients, of which
-PyTorch knows that they are linear: a product with the slope, a selection by a mask.
+They run in PyTorch's kernels under the Functions of `fastgan.ops.piecewise`. leaky_relu has more: large tensors run in
+the kernels of `bias_act`, and small ones, for which Python's part would take longer than the arithmetic, as a product
+with the slope, which is a constant to autograd.
 """
 
 from __future__ import annotations
@@ -92,10 +92,6 @@ def _runs_lean(op: Op, backend: str | None, x: Tensor) -> bool:
     return op.choose(backend, x) == "lean" and tracked(x)
 
 
-def _is_small(op: Op, backend: str | None, x: Tensor) -> bool:
-    return x.is_cpu and x.numel() <= SMALL_NUMEL and op.allows_fast_path(backend)
-
-
 def _has_kernels(x: Tensor) -> bool:
     """Whether `bias_act` runs the call, in the implementation that is its default: no request of it is one of these."""
     return x.ndim > 1 and BIAS_ACT.requested(None) is None
@@ -113,12 +109,7 @@ def relu(input: Tensor, inplace: bool = False, *, backend: str | None = None) ->
         return fall_through(RELU, relu, F.relu, (input,), inplace, backend=backend)
     if not _runs_lean(RELU, backend, input):
         return F.relu(input, inplace)
-    small = _is_small(RELU, backend, input)
-    if inplace:
-        return input.masked_fill_(input <= 0, 0) if small else piecewise.apply_in_place(input, _RELU)
-    if small:
-        return torch.where(input <= 0, 0.0, input)
-    return bias_act(input, None, "relu") if _has_kernels(input) else piecewise.apply(input, _RELU)
+    return (piecewise.apply_in_place if inplace else piecewise.apply)(input, _RELU)
 
 
 def leaky_relu(
@@ -132,11 +123,10 @@ def leaky_relu(
         return fall_through(LEAKY_RELU, leaky_relu, F.leaky_relu, (input,), negative_slope, inplace, backend=backend)
     if not _runs_lean(LEAKY_RELU, backend, input) or isinstance(negative_slope, Tensor):
         return F.leaky_relu(input, negative_slope, inplace)
-    small = _is_small(LEAKY_RELU, backend, input)
     if inplace:
         if negative_slope < 0:
             return F.leaky_relu(input, negative_slope, True)
-        if small:
+        if input.is_cpu and input.numel() <= SMALL_NUMEL and LEAKY_RELU.allows_fast_path(backend):
             ones = input.new_ones(())
             return input.mul_(_aten.leaky_relu_backward(ones, input.detach(), negative_slope, False))
         return piecewise.apply_in_place(input, _LEAKY_RELU, (negative_slope,))
