@@ -19,8 +19,8 @@ TINY: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int, int]]] = {
     "blurred": (lambda: critics.blurred(2), (1, 3, 128, 128)),
     "biggan": (lambda: critics.biggan(8), (2, 3, 8, 8)),
 }
-# Convolution-sized products of a penalty: plain and converted. Those of the biggan critic's attention, which curves, and
-# of the layers before it stay.
+# Convolution-sized products of a penalty, plain and converted. Attention curves: the biggan critic's products in it and
+# in the layers before it stay.
 PRODUCTS = {"residual": (65, 44), "mlp": (0, 0), "blurred": (233, 98), "biggan": (89, 73)}
 
 
