@@ -21,10 +21,17 @@ struct LinearAct {
 
 struct ReluAct {
   float gain;
-  // Selected rather than multiplied by 0, which would turn infinity into NaN. NaN is preserved.
-  float value(float v) const { return v <= 0.0f ? 0.0f : v * gain; }
+  // Selected rather than multiplied by 0, which would turn infinity into NaN. NaN is preserved. The product is outside of
+  // the selection: a multiplication under a condition might trap, and compilers do not vectorize it.
+  float value(float v) const {
+    const float scaled = v * gain;
+    return v <= 0.0f ? 0.0f : scaled;
+  }
   // At NaN the gradient passes through, as in ATen, so that the NaN stays visible.
-  float slope(float y, float d) const { return y <= 0.0f ? 0.0f : d * gain; }
+  float slope(float y, float d) const {
+    const float scaled = d * gain;
+    return y <= 0.0f ? 0.0f : scaled;
+  }
 };
 
 struct LreluAct {

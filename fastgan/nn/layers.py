@@ -10,15 +10,6 @@ from torch import Tensor, nn
 from fastgan import ops
 
 
-class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` over `ops.conv2d`, for critics with a gradient penalty."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.padding_mode != "zeros":
-            return super()._conv_forward(input, weight, bias)
-        return ops.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-
 class Activation(nn.Module):
     """`ops.bias_act` without a bias, which does not compute second derivatives that are zero.
 

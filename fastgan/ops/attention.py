@@ -14,15 +14,15 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx
 
 from fastgan.ops import attention_chunked
+from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import require_number
-from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, tracked, without_autocast
+from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, form_tag, tracked, without_autocast
 from fastgan.ops.backend import Implementation, Op
+from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.torch_private import constant_when_compiled, in_forward_mode
 
@@ -63,11 +63,16 @@ def scaled_dot_product_attention(
         [..., H, N, dv], in the dtype of `query`, or autocast's.
 
     Raises:
-        TypeError: a dtype that is not floating-point, or dtypes that differ.
+        TypeError: dtypes that differ, or a flag that is not True or False.
         ValueError: shapes or devices that do not fit, a `dropout_p` outside [0, 1], a mask together with `is_causal`,
             or a `backend` that cannot run the call.
         NotImplementedError: from autograd, for a third derivative through an implementation other than "torch".
     """
+    _require_flags(is_causal, enable_gqa)
+    if _foreign(query, key, value, attn_mask):
+        return _fall_through(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, backend=backend
+        )
     casting = autocast_enabled(query)
     if casting:
         query, key, value, attn_mask = autocast(query, key, value, attn_mask)
@@ -87,6 +92,28 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     with without_autocast(query) if casting else nullcontext():
         return _reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def _require_flags(is_causal: bool, enable_gqa: bool) -> None:
+    for name, value in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if value is not True and value is not False:
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _foreign(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch's own function must run; an exported program has the decomposed form, its tensors being fake."""
+    exporting = torch.compiler.is_exporting()
+    if foreign(query, key, value) and not exporting:
+        return True
+    if mask is None or type(mask) is Tensor or (exporting and type(mask) is type(query)):
+        return False
+    return foreign(mask)
+
+
+def _fall_through(*tensors_and_options: Any, backend: str | None, **keywords: Any) -> Tensor:
+    tensors, options = tensors_and_options[:4], tensors_and_options[4:]
+    plain = F.scaled_dot_product_attention
+    return fall_through(OP, scaled_dot_product_attention, plain, tensors, *options, backend=backend, **keywords)
 
 
 def _run_kernels(
@@ -241,11 +268,13 @@ def _register_fakes() -> None:
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, kernels: Any) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, kernels: Any) -> Tensor:
         o, lse = kernels.attention_forward(q, k, v, scale, causal)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.rest = scale, causal, kernels  # type: ignore[attr-defined]
+        # Only `chunked` needs neither the output nor lse: what it keeps is not what the kernels keep.
+        kept = (None, None) if kernels is attention_chunked else (o, lse)
+        ctx.save_for_backward(form_tag("chunked" if kernels is attention_chunked else "kernels"), q, k, v, *kept)
+        ctx.rest = scale, causal, kernels
         return o
 
     @staticmethod
@@ -254,11 +283,11 @@ class _Forward(torch.autograd.Function):
             return (None,) * 6
         if in_forward_mode() and forward_ad.unpack_dual(do).tangent is not None:
             raise NotImplementedError(f"{OP.name}: its gradient has no forward-mode derivative; backend='torch' has it")
-        q, k, v, o, lse = ctx.saved_tensors
+        _, q, k, v, o, lse = ctx.saved_tensors
         scale, causal, kernels = ctx.rest
         if torch.is_grad_enabled():
             # o and lse depend on q, k and v; attention_second_backward includes their part of the second derivative.
-            gradients = _Backward.apply(do, q, k, v, o.detach(), lse, scale, causal, kernels)
+            gradients = _Backward.apply(do, q, k, v, None if o is None else o.detach(), lse, scale, causal, kernels)
         else:
             gradients = kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
         return *_needed(ctx, gradients), None, None, None
@@ -267,20 +296,20 @@ class _Forward(torch.autograd.Function):
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         do: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        o: Tensor,
-        lse: Tensor,
+        o: Tensor | None,
+        lse: Tensor | None,
         scale: float,
         causal: bool,
         kernels: Any,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(do, q, k, v, o, lse)
-        ctx.rest = scale, causal, kernels  # type: ignore[attr-defined]
+        ctx.rest = scale, causal, kernels
         return kernels.attention_backward(do, q, k, v, o, lse, scale, causal)
 
     @staticmethod

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgan.ops.torch_private import constant_when_compiled, in_forward_mode, will_execute_node
+from fastgan.ops.torch_private import (
+    constant_when_compiled,
+    in_forward_mode,
+    saved_tensors_are_hooked,
+    will_execute_node,
+)
 
 
 def needs_gradient(ctx: Any, index: int) -> bool:
@@ -58,6 +63,51 @@ def add_gradients(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
+
+
+class _WithZeros(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+        return gradient, *(z if need else None for z, need in zip(zeros, ctx.needs_input_grad[1:], strict=True))
+
+
+def with_zeros(x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """x, from whose derivative each of the parameters gets zeros besides, so that none has the gradient None.
+
+    DistributedDataParallel waits for a gradient of every parameter, and optimizers skip one whose gradient is None.
+    """
+    needed = [p for p in parameters if p.requires_grad]
+    return _WithZeros.apply(x, *needed) if needed and x.requires_grad and torch.is_grad_enabled() else x
+
+
+_TAGS: dict[str, Tensor] = {}
+
+
+def form_tag(form: str = "") -> Tensor | None:
+    """What a Function of ours saves first, so that nothing it saves is taken for what another form of the op saves.
+
+    A checkpoint (`torch.utils.checkpoint`) recomputes a part in the backward pass, and hands what is saved then to
+    the nodes of the forward pass, by its position alone. If the two ran in different forms of an op, that would be
+    a silent wrong gradient. It compares shapes, however, and no other form saves a tensor of this one.
+
+    Args:
+        form: name of the form, where forms of one op save tensors of different meaning.
+
+    Returns:
+        An empty tensor; None where nothing watches what is saved.
+    """
+    if torch.compiler.is_compiling() or not saved_tensors_are_hooked():
+        return None
+    if form not in _TAGS:
+        with torch.inference_mode(False):
+            _TAGS[form] = torch.empty(0, 7, 11, 13 + len(_TAGS), dtype=torch.uint8, device="cpu")
+    return _TAGS[form]
 
 
 class SecondBackward(Function):

@@ -6,50 +6,117 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgan.ops.arguments import SMALL_NUMEL, dense, require_floating
-from fastgan.ops.autograd import tracked
+from fastgan.ops import piecewise
+from fastgan.ops import torch_functions as F
+from fastgan.ops.arguments import SMALL_NUMEL, dense
+from fastgan.ops.autograd import form_tag, tracked
 from fastgan.ops.backend import LEAN, Op
+from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_implementations
+from fastgan.ops.piecewise import Rule
+from fastgan.ops.pooling import adaptive_avg_pool2d, empty_like_input, layout_of
 from fastgan.ops.torch_private import in_forward_mode, upsample_bilinear2d
 
-AVG_POOL2D = Op(
-    "avg_pool2d", {"cpp": kernel_implementations("avg_pool2d")["cpp"], "lean": LEAN}, supports_forward_mode=True
-)
+
+def _unsupported_windows(squares: bool = True, **options: object) -> str | None:
+    return None if squares else "it supports squares that do not overlap, without padding"
+
+
+_KERNELS = kernel_implementations("avg_pool2d", _unsupported_windows)
+AVG_POOL2D = Op("avg_pool2d", {"cpp": _KERNELS["cpp"], "lean": LEAN}, supports_forward_mode=True)
+INTERPOLATE = Op("interpolate", {"lean": LEAN})
 Op("interpolate_nearest")
 
 
-def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -> Tensor:
-    """Mean over non-overlapping squares, as `torch.nn.functional.avg_pool2d`.
-
-    That function's double backward sends zeros back through every layer before it; this one's sends nothing.
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Any = 2,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`torch.nn.functional.avg_pool2d`, whose second derivative, which is zero, sends nothing backward.
 
     Args:
-        x: [N, C, H, W], any floating-point dtype.
-        kernel_size: k, the side of the squares.
-        backend: "cpp", "lean" (PyTorch's kernels) or "torch" (PyTorch's own function).
+        input: [N, C, H, W] or [C, H, W]; what is not a plain tensor of a floating-point dtype runs in torch's own
+            function.
+        kernel_size: as in torch, but 2 when not given; the other arguments are as in torch.
+        backend: "cpp" (of squares that do not overlap), "lean" (PyTorch's kernels) or "torch" (PyTorch's own function).
 
     Returns:
-        [N, C, H // k, W // k].
-
-    Raises:
-        TypeError: the dtype of `x` is not floating-point.
-        ValueError: `x` is not 4-dimensional or smaller than a square, or `kernel_size` is not an integer of at least 1.
+        [N, C, H', W'], with the default stride [N, C, H // k, W // k]; or without N.
     """
-    if not isinstance(kernel_size, int) or kernel_size < 1:
-        raise ValueError(f"kernel_size must be an integer of at least 1, got {kernel_size}")
-    require_floating("x", x)
-    if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
-        raise ValueError(f"x must be [N, C, H, W], H and W at least {kernel_size}, got shape {tuple(x.shape)}")
-    if kernel_size == 2 and AVG_POOL2D.allows_fast_path(backend) and is_small_and_even(x):
-        return halve(x)
-    name = AVG_POOL2D.choose(backend, x)
+    options = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if foreign(input):
+        return fall_through(AVG_POOL2D, avg_pool2d, F.avg_pool2d, (input,), *options, backend=backend)
+    k = _side_of_squares(input, options)
+    if k == 2 and AVG_POOL2D.allows_fast_path(backend) and is_small_and_even(input):
+        return halve(input)
+    name = AVG_POOL2D.choose(backend, input, squares=k is not None)
     if name == "torch" or (name == "lean" and torch.compiler.is_compiling()):
-        return F.avg_pool2d(x, kernel_size)
-    return _AvgPool.apply(x, kernel_size, name) if tracked(x) else _pool(x, kernel_size, name)
+        return F.avg_pool2d(input, *options)
+    if k is not None:
+        return _AvgPool.apply(input, k, name) if tracked(input) else _pool(input, k, name)
+    if not tracked(input):
+        return F.avg_pool2d(input, *options)
+    return piecewise.apply(input, _WINDOWS, (options, input.shape, layout_of(input)))
+
+
+def _side_of_squares(x: Tensor, options: tuple[Any, ...]) -> int | None:
+    """k, if these arguments mean the mean over adjacent k x k squares; else None."""
+    kernel_size, stride, padding, ceil_mode, _, divisor_override = options
+    k = kernel_size if type(kernel_size) is int else None
+    if k is None and isinstance(kernel_size, (tuple, list)) and len(set(kernel_size)) == 1:
+        k = kernel_size[0] if type(kernel_size[0]) is int else None
+    if k is None or k < 1 or x.ndim != 4 or min(x.shape[2:]) < k or ceil_mode or divisor_override is not None:
+        return None
+    adjacent = stride is None or stride == k or stride in ((k,), (k, k), [k], [k, k])
+    return k if adjacent and type(stride) is not bool and padding in (0, (0,), (0, 0), [0], [0, 0]) else None
+
+
+def _windows_tangent(t: Tensor, options: Any) -> Tensor:
+    return F.avg_pool2d(t, *options[0])
+
+
+def _windows_cotangent(g: Tensor, options: Any) -> Tensor:
+    (kernel, stride, padding, *rest), shape, layout = options
+    sizes = ([v] if isinstance(v, int) else list(v) for v in (kernel, kernel if stride is None else stride, padding))
+    return torch.ops.aten.avg_pool2d_backward(g, empty_like_input(g, shape, layout), *sizes, *rest)
+
+
+_WINDOWS = Rule(lambda x, options: (_windows_tangent(x, options), ()), _windows_tangent, _windows_cotangent)
+
+
+def interpolate(
+    input: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`torch.nn.functional.interpolate`, whose second derivative sends nothing backward, in mode "area" neither.
+
+    Arguments as in torch, and `backend` as in `avg_pool2d`. In the other modes PyTorch's own derivatives send nothing.
+    """
+    options = (size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+    if foreign(input):
+        return fall_through(INTERPOLATE, interpolate, F.interpolate, (input,), *options, backend=backend)
+    area = mode == "area" and input.ndim == 4 and INTERPOLATE.choose(backend, input) == "lean"
+    if not area or not tracked(input):
+        return F.interpolate(input, *options)
+    result = F.interpolate(torch.empty(input.shape, dtype=input.dtype, device="meta"), *options)
+    return adaptive_avg_pool2d(input, tuple(result.shape[2:]))
 
 
 def interpolate_nearest(x: Tensor, scale_factor: int = 2) -> Tensor:
@@ -94,6 +161,7 @@ class _AvgPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, k: int, name: str) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(form_tag())
         ctx.k, ctx.size, ctx.name = k, x.shape[-2:], name
         return _pool(x, k, name)
 

@@ -23,7 +23,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fastgan.ops.torch_private import in_forward_mode, is_tracing, peek_interpreter_stack
+from fastgan.ops.torch_private import (
+    current_backward,
+    in_forward_mode,
+    is_tracing,
+    peek_interpreter_stack,
+    saved_tensors_are_hooked,
+)
 
 PREFERENCE = ("triton", "cuda", "cpp", "chunked", "lean", "torch")
 
@@ -33,6 +39,17 @@ ReasonFn = Callable[..., str | None]
 
 # Op -> requested implementation; "*" is every op that has it.
 _requested: ContextVar[Mapping[str, str]] = ContextVar("fastgan_backend", default=MappingProxyType({}))
+
+# The requests of the blocks that are open in any thread, the last one's last.
+_open: list[Mapping[str, str]] = []
+
+
+def _requests() -> Mapping[str, str]:
+    """What is requested here: in a backward pass on a thread of autograd's own, by the block that was entered last.
+
+    A GPU's backward pass runs on such a thread, where a checkpoint calls the ops of the forward pass again.
+    """
+    return _requested.get() or (_open[-1] if _open and current_backward() != -1 else {})
 
 
 def _no_reason(*inputs: Tensor | None, **options: object) -> str | None:
@@ -126,15 +143,22 @@ class Op:
     def allows_fast_path(self, backend: str | None) -> bool:
         """Whether no implementation is requested and the call is eager, differentiated in reverse mode at most.
 
-        The smallest inputs may then skip `choose`, which would take as long as their PyTorch ops.
+        The smallest inputs may then skip `choose`, which would take as long as their PyTorch ops. Where a checkpoint
+        watches what is saved, they may not (`autograd.form_tag`).
         """
-        return backend is None and not in_transform() and not in_forward_mode() and not _requested.get()
+        return (
+            backend is None
+            and not in_transform()
+            and not in_forward_mode()
+            and not _requests()
+            and not saved_tensors_are_hooked()
+        )
 
     def requested(self, backend: str | None) -> str | None:
         """The implementation that is requested by name for a call with this `backend`, if any."""
         if backend is not None:
             return backend
-        requested = _requested.get()
+        requested = _requests()
         if not requested:
             return None
         # use_backend may name an implementation that this op lacks: its block may contain calls of many ops.
@@ -206,11 +230,14 @@ def use_backend(backend: str | None = None, /, **ops: str) -> Iterator[None]:
     for name in ops:
         _require_op(name)
     # A request for every op replaces all requests of outer blocks.
-    token = _requested.set({"*": backend, **ops} if backend else {**_requested.get(), **ops})
+    requests = {"*": backend, **ops} if backend else {**_requested.get(), **ops}
+    token = _requested.set(requests)
+    _open.append(requests)
     try:
         yield
     finally:
         _requested.reset(token)
+        del _open[next(i for i in reversed(range(len(_open))) if _open[i] is requests)]
 
 
 def _require_op(op: str) -> None:

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import (
     SMALL_NUMEL,
     accumulation_dtype,
@@ -21,8 +21,17 @@ from fastgan.ops.arguments import (
     require_feature_map,
     require_number,
 )
-from fastgan.ops.autograd import SecondBackward, add_gradients, needs_gradient, non_leaf, placeholder, tracked
+from fastgan.ops.autograd import (
+    SecondBackward,
+    add_gradients,
+    form_tag,
+    needs_gradient,
+    non_leaf,
+    placeholder,
+    tracked,
+)
 from fastgan.ops.backend import LEAN, Op, in_transform
+from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.torch_private import in_forward_mode
 
@@ -101,6 +110,8 @@ def bias_act(
     if act == "lrelu" and OP.allows_fast_path(backend) and _is_small(x, bias):
         small = _small if tracked(x, bias) else reference
         return small(x, bias, LRELU, negative_slope, gain)
+    if foreign(x, bias) and not in_transform():
+        return fall_through(OP, bias_act, _plain, (x, bias), act, negative_slope, gain, backend=backend)
     code = require_bias_and_act(x, bias, act)
     options = {"act": code, "negative_slope": negative_slope, "gain": gain}
     name = OP.choose(backend, *((x,) if bias is None else (x, bias)), **options)
@@ -130,6 +141,10 @@ def require_bias_and_act(x: Tensor, bias: Tensor | None, act: str) -> int:
         if bias.device != x.device:
             raise ValueError(f"bias must be on {x.device}, as x, got {bias.device}")
     return ACTS.index(act)
+
+
+def _plain(x: Tensor, bias: Tensor | None, act: str, negative_slope: float, gain: float) -> Tensor:
+    return reference(x, bias, require_bias_and_act(x, bias, act), negative_slope, gain)
 
 
 def with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -203,9 +218,12 @@ class _BiasAct(Function):
         y = settings.kernels.bias_act_forward(x, bias, *settings[1:])
         origin = placeholder(x) if settings.act in (TANH, SIGMOID) else None
         if settings.act == SILU:
-            ctx.save_for_backward(None, x, bias)
+            ctx.save_for_backward(form_tag(), None, x, bias)
+        elif settings.act == LRELU and bias is None:
+            # The slope can be read off x as well, and as with torch's leaky_relu y may then be changed in place.
+            ctx.save_for_backward(form_tag(), x, None, None)
         else:
-            ctx.save_for_backward(None if settings.act == LINEAR else y, origin, bias)
+            ctx.save_for_backward(form_tag(), None if settings.act == LINEAR else y, origin, bias)
         ctx.settings = settings
         return y, origin
 
@@ -213,7 +231,7 @@ class _BiasAct(Function):
     def backward(ctx: Any, dy: Tensor | None, dorigin: Tensor | None) -> tuple[Any, ...]:
         if dy is None:
             return dorigin, None, None
-        y, origin, bias = ctx.saved_tensors
+        _, y, origin, bias = ctx.saved_tensors
         ref = origin if y is None else y
         dx, db = _backward(
             dense(dy) if ref is None else dense_like(dy, ref),

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_number
-from fastgan.ops.autograd import SecondBackward, add_gradients, needs_gradient, non_leaf, placeholder, tracked
-from fastgan.ops.backend import Op
+from fastgan.ops.autograd import SecondBackward, add_gradients, form_tag, needs_gradient, non_leaf, placeholder, tracked
+from fastgan.ops.backend import Op, in_transform
 from fastgan.ops.bias_act import (
     ACTS,
     LINEAR,
@@ -30,6 +30,7 @@ from fastgan.ops.bias_act import (
     unsupported_options,
 )
 from fastgan.ops.bias_act import reference as bias_act_reference
+from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.pixel_norm import backward as pixel_norm_backward
 from fastgan.ops.pixel_norm import forward as pixel_norm_forward
@@ -78,6 +79,9 @@ def bias_act_pixel_norm(
         ValueError: shapes or devices that do not fit, an unknown `act`, or a negative `eps`.
     """
     negative_slope, gain = require_number("negative_slope", negative_slope), require_number("gain", gain)
+    if foreign(x, bias) and not in_transform():
+        given = (act, negative_slope, gain, eps)
+        return fall_through(OP, bias_act_pixel_norm, _plain, (x, bias), *given, backend=backend)
     code = require_bias_and_act(x, bias, act)
     require_eps(eps)
     options = {"act": code, "negative_slope": negative_slope, "gain": gain}
@@ -89,6 +93,11 @@ def bias_act_pixel_norm(
     if not tracked(x, bias):
         return settings.kernels.bias_act_pixel_norm_forward(x, bias, *settings[1:])[0]
     return _BiasActPixelNorm.apply(non_leaf(x), None if bias is None else non_leaf(bias), settings)[0]
+
+
+def _plain(x: Tensor, bias: Tensor | None, act: str, negative_slope: float, gain: float, eps: float) -> Tensor:
+    require_eps(eps)
+    return reference(x, bias, require_bias_and_act(x, bias, act), negative_slope, gain, eps)
 
 
 def reference(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain: float, eps: float) -> Tensor:
@@ -115,7 +124,7 @@ class _BiasActPixelNorm(Function):
         y, r = settings.kernels.bias_act_pixel_norm_forward(x, bias, *settings[1:])
         origin = placeholder(x)
         ctx.mark_non_differentiable(r)
-        ctx.save_for_backward(origin, bias, y, r)
+        ctx.save_for_backward(form_tag(), origin, bias, y, r)
         ctx.settings = settings
         return y, r, origin
 
@@ -123,7 +132,7 @@ class _BiasActPixelNorm(Function):
     def backward(ctx: Any, dy: Tensor | None, _: Any, dorigin: Tensor | None) -> tuple[Any, ...]:
         if dy is None:
             return dorigin, None, None
-        origin, bias, y, r = ctx.saved_tensors
+        _, origin, bias, y, r = ctx.saved_tensors
         need_bias = bias is not None and needs_gradient(ctx, 1)
         dy = non_leaf(dense_like(dy, y))
         dx, db = _BiasActPixelNormBackward.apply(dy, origin, bias, y.detach(), r, ctx.settings, need_bias)

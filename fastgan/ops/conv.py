@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from fastgan.ops import torch_functions as F
 from fastgan.ops.autograd import autocast, autocast_enabled, needs_gradient, non_leaf, tracked
 from fastgan.ops.backend import LEAN, Op, in_transform
 from fastgan.ops.conv_products import CPP, Dispatch, Geometry, convolution, dispatch_of, forward
+from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.torch_private import in_forward_mode
 
 Ints = int | tuple[int, ...]
@@ -33,12 +34,14 @@ Op("linear")
 def _pair(name: str, value: Any) -> tuple[int, ...]:
     if type(value) is int:
         return value, value
+    given = tuple(value) if isinstance(value, Sequence) else (value,)
     try:
-        values = tuple(map(operator.index, value if isinstance(value, Sequence) else (value,)))
+        values = () if bool in map(type, given) else tuple(map(operator.index, given))
     except TypeError:
         values = ()
     if len(values) not in (1, 2):
-        raise ValueError(f"{name} must be an integer or a pair of integers, got {value!r}")
+        error = ValueError if values else TypeError
+        raise error(f"{name} must be an integer or a pair of integers, got {value!r}")
     return values * 2 if len(values) == 1 else values
 
 
@@ -51,6 +54,8 @@ def require_conv_arguments(x: Tensor, w: Tensor, bias: Tensor | None, groups: in
             raise TypeError(f"{name} must be {x.dtype}, as input, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, as input, got {tensor.device}")
+    if type(groups) is bool:
+        raise TypeError(f"groups must be an integer, got {groups}")
     if x.ndim not in (3, 4):
         raise ValueError(f"input must be [N, C, H, W] or [C, H, W], got {x.ndim} dimensions")
     if groups < 1 or x.shape[-3] % groups:
@@ -111,9 +116,12 @@ def conv2d(
         [N, O, H', W'] or [O, H', W'].
 
     Raises:
-        TypeError: a dtype that differs from the input's.
+        TypeError: a dtype that differs from the input's, or a geometry that is not of integers.
         ValueError: shapes, devices or a geometry that do not fit.
     """
+    if foreign(input, weight, bias):
+        options = (stride, padding, dilation, groups)
+        return fall_through(CONV2D, conv2d, F.conv2d, (input, weight, bias), *options, backend=backend)
     require_conv_arguments(input, weight, bias, groups, transposed=False)
     strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
     extra = [0, 0]
@@ -170,6 +178,10 @@ def conv_transpose2d(
     Arguments as in torch, with weight [I, O / groups, kH, kW]; dtypes, `backend`, errors and the gradient of a bias as
     in `conv2d`.
     """
+    if foreign(input, weight, bias):
+        options = (stride, padding, output_padding, groups, dilation)
+        plain, tensors = F.conv_transpose2d, (input, weight, bias)
+        return fall_through(CONV_TRANSPOSE2D, conv_transpose2d, plain, tensors, *options, backend=backend)
     require_conv_arguments(input, weight, bias, groups, transposed=True)
     geometry = Geometry(
         _pair("stride", stride),
@@ -194,6 +206,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     PyTorch's double backward of it needs no more than the four matrix products of a penalty with weight gradients.
     """
     # In forward mode PyTorch gives a weight without a tangent a zero one, whose derivative sends zeros backward.
+    if foreign(input, weight, bias):
+        return fall_through("linear", linear, F.linear, (input, weight, bias))
     if in_transform() or not in_forward_mode():
         return F.linear(input, weight, bias)
     return _Linear.apply(*(None if t is None else non_leaf(t) for t in autocast(input, weight, bias)))

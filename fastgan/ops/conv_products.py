@@ -125,7 +125,15 @@ def input_gradient(gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Tens
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
-    return _convolution_backward(gy, x, w, None, *dispatch.geometry, [False, True, False])[1]
+    return _convolution_backward(gy, x, _allocatable(w), None, *dispatch.geometry, [False, True, False])[1]
+
+
+def _allocatable(w: Tensor) -> Tensor:
+    """w, contiguous where the gradient would be allocated in strides of w that the kernel then rejects.
+
+    On CPUs, float64 and float16 run in kernels whose requirement depends on the strides of all three tensors.
+    """
+    return w.contiguous() if w.is_cpu and w.dtype in (torch.float64, torch.float16) else w
 
 
 def _keep(ctx: Any, dispatch: Dispatch, *factors: Tensor) -> None:
@@ -173,7 +181,7 @@ class _Conv(Function):
             if not any(need):
                 return cpp_gx, None, gb, None
             sizes = [gy.shape[1]] if need[2] else None
-            gx, gw, native_gb = _convolution_backward(gy, x, w, sizes, *dispatch.geometry, need)
+            gx, gw, native_gb = _convolution_backward(gy, x, _allocatable(w), sizes, *dispatch.geometry, need)
             return gx if cpp_gx is None else cpp_gx, gw, gb if own_sum else native_gb, None
         gx = _input_gradient(gy, w, x, ctx.dispatch) if need[0] else None
         gw = _weight_gradient(gy, x, w, ctx.dispatch) if need[1] else None

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_feature_map
-from fastgan.ops.autograd import SecondBackward, needs_gradient, non_leaf, tracked
-from fastgan.ops.backend import Op
+from fastgan.ops.autograd import SecondBackward, form_tag, needs_gradient, non_leaf, tracked
+from fastgan.ops.backend import Op, in_transform
+from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 
 
@@ -55,9 +56,10 @@ def minibatch_stddev(
         TypeError: the dtype of `x` is not floating-point, or an argument has the wrong type.
         ValueError: `x` is not 4-dimensional, `group_size` < 1, `num_features` does not divide C, or `eps` is negative.
     """
+    if foreign(x) and not in_transform():
+        return fall_through(OP, minibatch_stddev, _plain, (x,), group_size, num_features, eps, backend=backend)
     _require_arguments(x, group_size, num_features, eps)
-    n = x.shape[0]
-    group = next(g for g in range(min(group_size, max(n, 1)), 0, -1) if n % g == 0)
+    group = _group(x, group_size)
     name = OP.choose(backend, x, eps=eps)
     if name == "torch":
         return reference(x, group, num_features, eps)
@@ -80,6 +82,16 @@ def _require_arguments(x: Tensor, group_size: int, num_features: int, eps: float
     if num_features < 1 or x.shape[1] % num_features:
         raise ValueError(f"num_features must be a divisor of the {x.shape[1]} channels of x, got {num_features}")
     require_eps(eps)
+
+
+def _group(x: Tensor, group_size: int) -> int:
+    n = x.shape[0]
+    return next(g for g in range(min(group_size, max(n, 1)), 0, -1) if n % g == 0)
+
+
+def _plain(x: Tensor, group_size: int, num_features: int, eps: float) -> Tensor:
+    _require_arguments(x, group_size, num_features, eps)
+    return reference(x, _group(x, group_size), num_features, eps)
 
 
 def reference(x: Tensor, group: int, num_features: int, eps: float) -> Tensor:
@@ -105,7 +117,7 @@ class _MinibatchStddev(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: _Settings) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(form_tag(), x)
         ctx.settings = settings
         return settings.kernels.minibatch_stddev_forward(x, *settings[1:])
 
@@ -113,7 +125,7 @@ class _MinibatchStddev(Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         if dy is None:
             return None, None
-        (x,) = ctx.saved_tensors
+        _, x = ctx.saved_tensors
         return _MinibatchStddevBackward.apply(non_leaf(dense_like(dy, x)), x, ctx.settings)[0], None
 
 

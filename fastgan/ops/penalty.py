@@ -17,7 +17,7 @@ half-precision gradients overflow and underflow, a source of NaN in mixed-precis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fastgan.ops.arguments import require_floating
+from fastgan.ops.autograd import with_zeros
 from fastgan.ops.backend import Op
 
 for _name in ("gradient_penalty", "wasserstein_divergence", "zero_centered_penalty"):
@@ -39,7 +40,9 @@ def _flat(gradient: Tensor) -> Tensor:
     return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
 
 
-def _penalty(critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor], method: str) -> Tensor:
+def _penalty(
+    critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor], method: str, zeros: Iterable[Tensor]
+) -> Tensor:
     """`of_gradient` applied to d(sum of scores)/dx as [N, features], float32 at least."""
     if method not in METHODS:
         raise ValueError(f"method must be {' or '.join(METHODS)}, got {method!r}")
@@ -49,7 +52,7 @@ def _penalty(critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor],
     reverse = method == "reverse"
     (gradient,) = torch.autograd.grad(_sum_of_scores(critic(x), x), x, create_graph=reverse)
     if reverse:
-        return of_gradient(_flat(gradient))
+        return with_zeros(of_gradient(_flat(gradient)), zeros)
     gradient = gradient.detach().requires_grad_(True)
     value = of_gradient(_flat(gradient))
     (direction,) = torch.autograd.grad(value, gradient)
@@ -61,7 +64,7 @@ def _penalty(critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor],
         raise RuntimeError("critic: a layer lost the forward-mode derivative; method='reverse' needs none")
     _reject_norms(scores)
     slope = tangent.sum(dtype=value.dtype)
-    return value + (slope - slope.detach())
+    return with_zeros(value + (slope - slope.detach()), zeros)
 
 
 def _sum_of_scores(scores: Any, x: Tensor) -> Tensor:
@@ -153,6 +156,7 @@ def gradient_penalty(
     generator: torch.Generator | None = None,
     weight: Tensor | None = None,
     method: str = "reverse",
+    zeros: Iterable[Tensor] = (),
 ) -> Tensor:
     """Mean over samples of (|grad critic(x)| - target)^2 at random interpolates x (Gulrajani et al. 2017, eq. 3).
 
@@ -164,10 +168,14 @@ def gradient_penalty(
         generator: draws the interpolation weights, one uniform number for each sample.
         weight: [N], the interpolation weights (0 is real, 1 is fake); None draws them.
         method: "reverse", differentiable to any order that the critic is, or "tangent", differentiable once.
+        zeros: parameters, such as `critic.parameters()`, that get zeros and not None where the penalty does not depend
+            on them. A penalty with a backward pass of its own needs it under DistributedDataParallel, and wherever the
+            optimizer is to treat those parameters as it does in plain PyTorch.
 
     Returns:
         Scalar, float32 at least, without a coefficient. Where the gradient is exactly 0, its norm has derivative 0. The
-        critic's last bias has no gradient from it: `autograd.grad` needs `allow_unused=True`.
+        critic's last bias, and every bias that only piecewise linear layers follow, gets None from it and not zeros:
+        `autograd.grad` needs `allow_unused=True`, and `backward` the argument `zeros` where zeros are expected.
 
     Raises:
         TypeError: a dtype that is not floating-point, or dtypes that differ.
@@ -179,7 +187,7 @@ def gradient_penalty(
     def of_gradient(gradient: Tensor) -> Tensor:
         return (_norm(gradient) - target).square().mean()
 
-    return _penalty(critic, _interpolates(real, fake, weight, generator), of_gradient, method)
+    return _penalty(critic, _interpolates(real, fake, weight, generator), of_gradient, method, zeros)
 
 
 def wasserstein_divergence(
@@ -192,11 +200,13 @@ def wasserstein_divergence(
     generator: torch.Generator | None = None,
     weight: Tensor | None = None,
     method: str = "reverse",
+    zeros: Iterable[Tensor] = (),
 ) -> Tensor:
     """k times the mean over samples of |grad critic(x)|^p (Wu et al. 2018, "Wasserstein divergence for GANs", eq. 6).
 
     x is sampled uniformly on the straight lines between paired real and fake samples, as in the paper's experiments.
-    The other arguments, the reduction and the derivative at gradient 0 are as in `gradient_penalty`.
+    The other arguments, the reduction and the derivative at gradient 0 are as in `gradient_penalty`. Biases get None
+    from it, not zeros, unless they are in `zeros`.
     """
 
     def of_gradient(gradient: Tensor) -> Tensor:
@@ -204,13 +214,16 @@ def wasserstein_divergence(
             return k * gradient.square().sum(dim=1).mean()
         return k * _norm(gradient).pow(p).mean()
 
-    return _penalty(critic, _interpolates(real, fake, weight, generator), of_gradient, method)
+    return _penalty(critic, _interpolates(real, fake, weight, generator), of_gradient, method, zeros)
 
 
-def zero_centered_penalty(critic: Critic, x: Tensor, *, method: str = "reverse") -> Tensor:
+def zero_centered_penalty(
+    critic: Critic, x: Tensor, *, method: str = "reverse", zeros: Iterable[Tensor] = ()
+) -> Tensor:
     """Mean over samples of |grad critic(x)|^2: R1 on real samples, R2 on fake ones (Mescheder et al. 2018, eq. 9).
 
-    The paper multiplies it by gamma / 2. Differentiable where the gradient is 0. `method`: as in `gradient_penalty`.
+    The paper multiplies it by gamma / 2. Differentiable where the gradient is 0. `method` and `zeros`: as in
+    `gradient_penalty`; biases get None from it, not zeros, unless they are in `zeros`.
     """
     require_floating("x", x)
-    return _penalty(critic, x, lambda gradient: gradient.square().sum(dim=1).mean(), method)
+    return _penalty(critic, x, lambda gradient: gradient.square().sum(dim=1).mean(), method, zeros)

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_feature_map
-from fastgan.ops.autograd import SecondBackward, add_gradients, needs_gradient, non_leaf, placeholder, tracked
-from fastgan.ops.backend import Op
+from fastgan.ops.autograd import SecondBackward, add_gradients, form_tag, needs_gradient, non_leaf, placeholder, tracked
+from fastgan.ops.backend import Op, in_transform
+from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 
 OP = Op("pixel_norm", kernel_implementations("pixel_norm"))
@@ -42,6 +43,8 @@ def pixel_norm(x: Tensor, eps: float = 1e-8, *, backend: str | None = None) -> T
         TypeError: the dtype of `x` is not floating-point.
         ValueError: `x` has fewer than two dimensions, or `eps` is negative.
     """
+    if foreign(x) and not in_transform():
+        return fall_through(OP, pixel_norm, _plain, (x,), eps, backend=backend)
     require_feature_map(x)
     require_eps(eps)
     name = OP.choose(backend, x)
@@ -52,6 +55,12 @@ def pixel_norm(x: Tensor, eps: float = 1e-8, *, backend: str | None = None) -> T
     if not tracked(x):
         return settings.kernels.pixel_norm_forward(x, eps)[0]
     return _PixelNorm.apply(non_leaf(x), settings)[0]
+
+
+def _plain(x: Tensor, eps: float) -> Tensor:
+    require_feature_map(x)
+    require_eps(eps)
+    return reference(x, eps)
 
 
 def reference(x: Tensor, eps: float) -> Tensor:
@@ -76,7 +85,7 @@ class _PixelNorm(Function):
         y, r = settings.kernels.pixel_norm_forward(x, settings.eps)
         origin = placeholder(x)
         ctx.mark_non_differentiable(r)
-        ctx.save_for_backward(origin, y, r)
+        ctx.save_for_backward(form_tag(), origin, y, r)
         ctx.settings = settings
         return y, r, origin
 
@@ -84,7 +93,7 @@ class _PixelNorm(Function):
     def backward(ctx: Any, dy: Tensor | None, _: Any, dorigin: Tensor | None) -> tuple[Any, ...]:
         if dy is None:
             return dorigin, None
-        origin, y, r = ctx.saved_tensors
+        _, origin, y, r = ctx.saved_tensors
         dx = _PixelNormBackward.apply(non_leaf(dense_like(dy, y)), origin, y.detach(), r, ctx.settings)
         return add_gradients(dx, dorigin), None
 

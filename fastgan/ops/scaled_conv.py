@@ -12,9 +12,9 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import SMALL_NUMEL, is_channels_last, is_plain_tensor, require_number
 from fastgan.ops.autograd import autocast_enabled, without_autocast
 from fastgan.ops.avg_pool2d import avg_pool2d, halve, interpolate_nearest

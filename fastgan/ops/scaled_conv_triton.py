@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.arguments import dense_like
-from fastgan.ops.autograd import autocast, needs_gradient, non_leaf, tracked, without_autocast
+from fastgan.ops.autograd import autocast, form_tag, needs_gradient, non_leaf, tracked, without_autocast
 from fastgan.ops.backend import Implementation
 from fastgan.ops.bias_act import LINEAR, PIECEWISE_LINEAR, BiasActBackward, BiasActSettings, unsupported_options
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
@@ -87,7 +87,7 @@ class _Fused(Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         y = getattr(_products(), direction)(x, w, bias, *settings[1:])
-        ctx.save_for_backward(x, w, bias, None if settings.act == LINEAR else y)
+        ctx.save_for_backward(form_tag(), x, w, bias, None if settings.act == LINEAR else y)
         ctx.direction, ctx.settings = direction, settings
         return y
 
@@ -95,7 +95,7 @@ class _Fused(Function):
     def backward(ctx: Any, gy: Tensor | None) -> tuple[Any, ...]:
         if gy is None:
             return (None,) * 5
-        x, w, bias, y = ctx.saved_tensors
+        _, x, w, bias, y = ctx.saved_tensors
         need_bias = bias is not None and needs_gradient(ctx, 2)
         if y is None:
             gz = gy if ctx.settings.gain == 1 else gy * ctx.settings.gain

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastgan.ops import torch_functions as F
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -53,10 +54,23 @@ dispatcher_has_kernel: Callable[[str, str], bool] = _private("_C._dispatch_has_k
     lambda name, key: True
 )
 
-# torch's fused attention on CPUs and its backward, which also return the log-sum-exp that a second derivative needs;
-# the public function does not. Missing: `attention_chunked` multiplies block by block.
-flash_attention_for_cpu: Any = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu")
-flash_attention_for_cpu_backward: Any = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
+_top_hooks = _private("_C._autograd._top_saved_tensors_default_hooks")
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether the call is inside `torch.autograd.graph.saved_tensors_hooks`, as under a checkpoint that recomputes.
+
+    No public function tells. Missing: every call counts as such, which costs small inputs some microseconds.
+    """
+    return _top_hooks is None or _top_hooks(True) is not None
+
+
+# Not -1 in a backward pass, on whichever thread it runs. Missing: a backward pass on a thread of autograd's own does
+# not see `use_backend`.
+current_backward: Callable[[], int] = _private("_C._current_graph_task_id") or (lambda: -1)
+
+# The gradient of adaptive average pooling, which the public function does not give. Missing: that op is torch's own.
+adaptive_avg_pool2d_backward: Any = _private("ops.aten._adaptive_avg_pool2d_backward")
 
 _foreach_clamp_min_ = _private("_foreach_clamp_min_")
 _foreach_clamp_max_ = _private("_foreach_clamp_max_")

@@ -191,11 +191,8 @@ def test_argument_errors() -> None:
     for exception, text, call in [
         (ValueError, "key must have 4 features, as query, got 3", lambda: attend(q, k[..., :3], v)),
         (ValueError, "value must have length 3, as key, got 2", lambda: attend(q, k, v[..., :2, :])),
-        (
-            TypeError,
-            "query must be float16, bfloat16, float32 or float64, got torch.int64",
-            lambda: attend(q.long(), k, v),
-        ),
+        (TypeError, "is_causal must be True or False, got 1", lambda: attend(q, k, v, is_causal=1)),
+        (TypeError, "enable_gqa must be True or False, got None", lambda: attend(q, k, v, enable_gqa=None)),
         (TypeError, "value must be torch.float64, as query, got torch.float32", lambda: attend(q, k, v.float())),
         (ValueError, "key must be on cpu, as query, got meta", lambda: attend(q, k.to("meta"), v)),
         (ValueError, r"key must be \[..., length, features\], got 1 dimensions", lambda: attend(q, k[0, 0, 0], v)),

@@ -47,7 +47,7 @@ def test_small_2x2_mean_equals_pytorch_up_to_rounding(
 def test_avg_pool2d_equals_torch_and_sends_nothing_backward(shape: tuple[int, ...], k: int) -> None:
     x = random(*shape).requires_grad_()
     if min(shape[2:]) < k:
-        with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\], H and W at least 3, got shape .*"):
+        with pytest.raises(RuntimeError, match="Output size is too small"):  # torch's words
             avg_pool2d(x, k)
         return
     for actual, expected in zip(

@@ -289,3 +289,59 @@ def test_conv2d_argument_errors(how: dict[str, Any], error: type[Exception], mes
 def test_conv_transpose2d_rejects_a_weight_of_conv2d() -> None:
     with pytest.raises(ValueError, match=r"weight must be \[3, O/groups, kH, kW\], got shape \(4, 3, 3, 3\)"):
         conv_transpose2d(torch.zeros(2, 3, 5, 5), torch.zeros(4, 3, 3, 3))
+
+
+def strided(x: Tensor, order: tuple[int, ...], every: int, offset: int) -> Tensor:
+    """x with its dimensions in this order in memory, or each element followed by others, or not at the beginning."""
+    inverse = [order.index(i) for i in range(4)]
+    memory = torch.zeros(offset + x.numel() * every, dtype=x.dtype)[offset::every]
+    memory = (
+        memory.view([x.shape[i] for i in order])
+        if every == 1
+        else memory.as_strided(
+            [x.shape[i] for i in order],
+            [s * every for s in torch.empty([x.shape[i] for i in order]).stride()],
+            memory.storage_offset(),
+        )
+    )
+    return memory.permute(inverse).copy_(x)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
+    return tuple(draw(st.permutations(range(4)))), draw(st.integers(1, 2)), draw(st.integers(0, 1))
+
+
+@given(
+    st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([(1, 3, 2, 1), (4, 3, 3, 3), (1, 3, 3, 3), (4, 3, 1, 1), (3, 1, 2, 2)]),
+    st.lists(layouts(), min_size=6, max_size=6),
+    st.booleans(),
+)
+@settings(max_examples=60)
+def test_every_stride_of_every_tensor(
+    dtype: torch.dtype, shape: tuple[int, ...], how: list[tuple[tuple[int, ...], int, int]], transposed: bool
+) -> None:
+    """Of input, weight, and the cotangents of both orders."""
+    op, plain = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
+    w = random(*shape, seed=1).to(dtype)
+    w = w.transpose(0, 1) if transposed else w
+    groups = 3 if shape[1] == 1 and not transposed else 1
+    if transposed and shape[1] == 1:
+        return
+    x = random(2, 3, 6, 5).to(dtype)
+    results = []
+    for f, laid in ((op, True), (plain, False)):
+        a, b = (strided(t, *how[i]) if laid else t.clone() for i, t in enumerate((x, w)))
+        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+        y = f(a, b, groups=groups)
+        seed = random(*y.shape, seed=2).to(dtype)
+        seed = (strided(seed, *how[2]) if laid else seed).detach().requires_grad_()
+        first = torch.autograd.grad(y, (a, b), seed, create_graph=True)
+        ups = [random(*t.shape, seed=3 + i).to(dtype) for i, t in enumerate(first)]
+        ups = [strided(u, *how[3 + i]) if laid else u for i, u in enumerate(ups)]
+        results.append([y, *first, *torch.autograd.grad(first, (a, b, seed), ups)])
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 0.1)
+    for found, expected in zip(*results, strict=True):
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * scale)

@@ -434,3 +434,39 @@ def test_argument_errors(penalty: Penalty) -> None:
         penalty(lambda x: x.sum(1), real, torch.zeros(3, 3))
     with pytest.raises(ValueError, match="weight must have 4 elements, one for each sample, got 3"):
         penalty(lambda x: x.sum(1), real, real, weight=torch.zeros(3))
+
+
+WITH_ZEROS: dict[str, Callable[..., Tensor]] = {
+    "gradient_penalty": lambda critic, x, **how: ops.gradient_penalty(critic, x, x + 1, **how),
+    "wasserstein_divergence": lambda critic, x, **how: ops.wasserstein_divergence(critic, x, x + 1, **how),
+    "zero_centered_penalty": ops.zero_centered_penalty,
+}
+
+
+@pytest.mark.parametrize("method", ["reverse", "tangent"])
+@pytest.mark.parametrize("name", WITH_ZEROS)
+def test_zeros_for_parameters_that_a_penalty_does_not_depend_on(name: str, method: str) -> None:
+    """Adam then steps them as with plain PyTorch, by its momentum; it skips a parameter whose gradient is None."""
+    weights = [torch.randn(4, 3, 3, 3) * 0.3, torch.randn(4), torch.randn(1, 4)]
+    x = torch.randn(2, 3, 6, 6)
+    stepped = []
+    for zeros in (False, True):
+        parameters = [w.clone().requires_grad_() for w in weights]
+        frozen = torch.ones(1)
+        adam = torch.optim.Adam(parameters, 1e-2)
+
+        def critic(t: Tensor, p: list[Tensor] = parameters) -> Tensor:
+            return ops.linear(ops.bias_act(ops.conv2d(t, p[0], p[1])).mean((2, 3)), p[2])
+
+        critic(x).sum().backward()
+        adam.step()
+        adam.zero_grad()
+        how = {"zeros": [*parameters, frozen]} if zeros else {}
+        torch.manual_seed(1)
+        WITH_ZEROS[name](critic, x, method=method, **how).backward()
+        bias = parameters[1].grad
+        assert (bias is not None and not bias.any()) if zeros else bias is None
+        assert frozen.grad is None
+        adam.step()
+        stepped.append(parameters)
+    assert torch.equal(stepped[0][0], stepped[1][0]) and not torch.equal(stepped[0][1], stepped[1][1])
