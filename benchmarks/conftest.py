@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import side_by_side
 
-# As `fastgan train` without --tf32: float32 means float32 in cuDNN as well.
+# As `fastgan train` with --precision fp32: float32 means float32 in cuDNN as well.
 torch.backends.cudnn.allow_tf32 = False
 
 

@@ -51,7 +51,6 @@ _USED_WITH = {
     "clip": ("regularizer", ("weight-clipping",)),
     "penalty_weight": ("regularizer", ("gradient-penalty", "zero-centered")),
     **dict.fromkeys(("divergence_k", "divergence_p"), ("regularizer", ("wasserstein-divergence",))),
-    "penalty_precision": ("regularizer", SECOND_ORDER),
     "beta1": ("optimizer", ("adam", "sgd")),
     "beta2": ("optimizer", ("adam", "rmsprop")),
 }

@@ -67,7 +67,11 @@ def validate_stages(config: Config, world_size: int) -> None:
 
 
 def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, num_classes: int) -> Step:
-    """The step that `config` asks for on two networks."""
+    """The step that `config` asks for on two networks.
+
+    Raises:
+        ValueError: the precision is "auto", which `precision.resolve` turns into another.
+    """
     o = config.objective
     loss = {
         "minimax": objectives.minimax(),
@@ -84,7 +88,8 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
         penalty = (1.0, divergence)
     elif o.regularizer == "zero-centered":
         penalty = (o.penalty_weight, objectives.real_penalty)
-    precision = config.system.precision
+    if config.system.precision == "auto":
+        raise ValueError("precision must be resolved, got 'auto': see fastgan.training.precision")
     return Step(
         generator,
         discriminator,
@@ -93,8 +98,7 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
         drift=o.drift,
         num_classes=num_classes if config.networks.conditional else 0,
         seed=config.run.seed,
-        precision=precision,
-        penalty_precision="fp32" if config.system.penalty_precision == "fp32" else precision,
+        precision=config.system.precision,
     )
 
 

@@ -14,6 +14,7 @@ from fastgan.config import Config, batch_at, validate
 from fastgan.config.growth import stage_at, stages_of
 from fastgan.data import Source
 from fastgan.generator import sample_images
+from fastgan.training import precision, torch_settings
 from fastgan.training.checkpoints import state as checkpoint_state
 from fastgan.training.checkpoints.resume import validate_resume
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
@@ -45,6 +46,8 @@ class Trainer:
         resume: checkpoint to resume from.
 
     Attributes:
+        config: that of the run, with a precision in place of "auto".
+        precision_note: line for the log: the precision, and why.
         images: real images seen so far, the clock of a run.
         steps: generator steps so far.
         stage: networks, engines and the step at the current resolution.
@@ -60,6 +63,8 @@ class Trainer:
         resume: Checkpoint | None = None,
     ) -> None:
         validate(config)
+        config, self.precision_note = precision.resolve(config, variant, world)
+        torch_settings.allow_tf32(config.system.precision == "tf32")
         self.config, self.variant, self.world, self.source, self.run_path = config, variant, world, source, run
         # A step draws nothing from torch's own generator, but a network of the user's may.
         torch.manual_seed(config.run.seed)
