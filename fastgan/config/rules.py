@@ -100,6 +100,8 @@ def _validate_system(config: Config) -> None:
         f"--regularizer {regularizer} takes a second derivative, which torch's synchronized batch norm does not have; "
         "use --norm-d none",
     )
+    fp16 = m.precision == "fp16" and m.zero in (1, 2)
+    _require(not fp16, "--zero", m.zero, "must be 0 with --precision fp16, whose skipped updates ZeRO would not count")
     _require(m.zero != 3, "--zero", 3, f"must be 0, 1 or 2; {zero3_reason(regularizer)}")
     needs_deepspeed = m.zero != 0 or m.deepspeed_config is not None
     _require(

@@ -15,6 +15,7 @@ from fastgan.config.growth import stages_of
 from fastgan.errors import ArgumentError
 from fastgan.training.distributed.deepspeed_engine import deepspeed_config
 from fastgan.training.distributed.engine import OptimizerFactory
+from fastgan.training.loss_scale import LossScale
 from fastgan.training.step import Regularizer, Step
 
 
@@ -110,8 +111,11 @@ def rates(config: Config, images: int) -> tuple[float, float]:
     return o.lr_g * factor, o.lr_d * factor
 
 
-def optimizer_factory(config: Config, *, discriminator: bool) -> OptimizerFactory:
-    """A function from parameters to the optimizer of one network. Fused forms do not synchronize with the host."""
+def optimizer_factory(config: Config, *, discriminator: bool, scale: LossScale | None = None) -> OptimizerFactory:
+    """A function from parameters to the optimizer of one network. Fused forms do not synchronize with the host.
+
+    With a `scale` of the loss, it divides gradients by that and skips updates that overflowed.
+    """
     o = config.optimizer
     lr = o.lr_d if discriminator else o.lr_g
 
@@ -125,6 +129,8 @@ def optimizer_factory(config: Config, *, discriminator: bool) -> OptimizerFactor
             optimizer = torch.optim.SGD(parameters, lr=lr, momentum=o.beta1, fused=True)
         if discriminator and config.objective.regularizer == "weight-clipping":
             objectives.clip_weights(optimizer, config.objective.clip)
+        if scale is not None:
+            scale.attach(optimizer)
         return optimizer
 
     return make

@@ -22,9 +22,17 @@ _AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": 
 
 
 class Regularizer(Protocol):
-    """Penalty on a critic, for real and fake images [N, C, R, R] and interpolation weights [N]."""
+    """Penalty on a critic, for real and fake images [N, C, R, R], interpolation weights [N] and a loss scale."""
 
-    def __call__(self, critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, weight: Tensor) -> Tensor: ...
+    def __call__(
+        self,
+        critic: Callable[[Tensor], Tensor],
+        real: Tensor,
+        fake: Tensor,
+        *,
+        weight: Tensor,
+        scale: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class Step:
@@ -38,6 +46,9 @@ class Step:
         num_classes: number of classes; 0: the networks take no labels.
         seed: of latents, interpolation weights and labels.
         precision: fp32, tf32 (the same here, see `torch_settings.allow_tf32`), bf16 or fp16 (autocast).
+
+    Attributes:
+        penalty_scale: scale of the penalty's inner gradient in fp16, a scalar on the device; None: 1.
     """
 
     def __init__(
@@ -60,6 +71,7 @@ class Step:
         self.num_classes = num_classes
         self.seed = seed
         self.autocast_dtype = _AUTOCAST[precision]
+        self.penalty_scale: Tensor | None = None
         self.latent: int = generator.latent  # type: ignore[assignment]
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -99,7 +111,8 @@ class Step:
             coefficient, regularizer = self.penalty
             weight = counter_rng.uniform(self.seed, "interpolation", positions, 1)[:, 0]
             with self._autocast(real.device):
-                penalty = regularizer(lambda x: self.discriminator(x, labels), real, fake, weight=weight)
+                scale = {} if self.penalty_scale is None else {"scale": self.penalty_scale}
+                penalty = regularizer(lambda x: self.discriminator(x, labels), real, fake, weight=weight, **scale)
             seen["penalty"] = penalty
             loss = loss + coefficient * penalty
         seen["loss_d"] = loss

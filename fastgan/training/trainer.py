@@ -22,6 +22,7 @@ from fastgan.training.evaluator import Evaluator, append
 from fastgan.training.feed import Feed
 from fastgan.training.from_config import network_values, rates
 from fastgan.training.intervals import Interval, checkpoint_kimg, log_kimg, sample_kimg
+from fastgan.training.loss_scale import LossScales
 from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.metrics_log import MetricsLog
 from fastgan.training.observability.rank_log import LOGGER, rank_log
@@ -72,6 +73,7 @@ class Trainer:
         self.total = round(config.schedule.kimg * 1000)
         self.images = self.steps = 0
         self.meters = Meters()
+        self.scales = LossScales(world.device) if config.system.precision == "fp16" else None
         self.feed = Feed(config, world, source, self.stages[0].resolution)
         self.stragglers = StragglerDetector(world)
         self.last_good: Path | None = None
@@ -95,6 +97,7 @@ class Trainer:
             num_classes=self.source.num_classes,
             stragglers=self.stragglers,
             meters=self.meters,
+            scales=self.scales,
             groups=self._groups,
             state=state,
             ema_steps=ema_steps,
@@ -169,6 +172,8 @@ class Trainer:
         self.enter(resolution, {**training, "ema": resume.generator()}, meta["ema_steps"])
         self.stage.generator_engine.load_state(training.get("optimizer_g", {}))
         self.stage.discriminator_engine.load_state(training.get("optimizer_d", {}))
+        if self.scales is not None:
+            self.scales.load_state(training.get("loss_scale", {}))
         if meta["world_size"] == self.world.size:
             torch.set_rng_state(training["random"][f"rank{self.world.rank}"])
         self.last_good = resume.path
@@ -245,6 +250,7 @@ class Trainer:
                 "data_share": self.feed.waited / seconds,  # the share of all time spent waiting for batches
                 **{name: total / count for name, total, count in zip(names, sums, counts, strict=True)},
                 **speeds,
+                **({} if self.scales is None else self.scales.row()),
             }
         )
         self.feed.waited = 0.0
