@@ -17,3 +17,10 @@ def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
     from fastgan.generator import load
 
     return load(path, device)
+
+
+def configure_process() -> dict[str, str]:
+    """Before torch is imported: memory that is kept, threads that do not spin; `fastgan.utils.process` has it."""
+    from fastgan.utils.process import configure_process
+
+    return configure_process()
