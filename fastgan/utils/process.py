@@ -33,7 +33,8 @@ def _glibc() -> ctypes.CDLL | None:
     return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt") else None
 
 
-def _keep_memory() -> str:
+def keep_memory() -> str:
+    """Let malloc keep what is freed, where it is glibc's and the user has not decided; what was done, in words."""
     if os.environ.get(KEEP_VARIABLE) == "0":
         return f"not kept: {KEEP_VARIABLE}=0"
     theirs = [name for name in _THEIR_MALLOC if name in os.environ]
@@ -49,7 +50,8 @@ def _keep_memory() -> str:
     return f"not kept: mallopt refuses {', '.join(refused)}" if refused else "kept by glibc's malloc (mallopt)"
 
 
-def _wait_without_spinning() -> str:
+def wait_without_spinning() -> str:
+    """Let idle OpenMP threads sleep soon, unless the user has decided or torch is loaded; what was done, in words."""
     theirs = [f"{name}={os.environ[name]}" for name in _THEIR_WAITING if name in os.environ]
     if theirs:
         return ", ".join(theirs)
@@ -69,4 +71,4 @@ def configure_process() -> dict[str, str]:
     Returns:
         What was done about "freed memory" and "idle threads", in words.
     """
-    return {"freed memory": _keep_memory(), "idle threads": _wait_without_spinning()}
+    return {"freed memory": keep_memory(), "idle threads": wait_without_spinning()}
