@@ -53,6 +53,7 @@ ARROWS: dict[str, set[str]] = {
             "evaluation",
             "generator",
             "models",
+            "nn",
             "objectives",
         ),
         *("planning", "utils"),
@@ -64,9 +65,9 @@ ARROWS: dict[str, set[str]] = {
         *("training.checkpoints", "training.distributed", "training.observability", "training.resilience", "utils"),
     },
     "__main__": {"cli"},
-    "train": {"cli"},
-    "evaluate": {"cli"},
-    "": {"generator"},  # fastgan/__init__.py: the version, and `fastgan.load`
+    "train": {"", "cli"},
+    "evaluate": {"", "cli"},
+    "": {"generator", "utils"},  # fastgan/__init__.py: the version, `load` and `configure_process`
 }
 SPLIT = ("data", "training")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.config import Precision
+from fastgan.nn.shared_weights import shared_weights
 from fastgan.objectives import Loss
 from fastgan.utils import counter_rng
 
@@ -79,6 +80,7 @@ class Step:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
 
+    @shared_weights()
     def discriminator_loss(
         self, real: Tensor, positions: Tensor, labels: Tensor | None = None, *, generator_first: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
