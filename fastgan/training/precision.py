@@ -59,12 +59,12 @@ def choose(facts: DeviceFacts, variant: str, qualified: frozenset[str] = QUALIFI
 
 
 def _remark(precision: Precision, facts: DeviceFacts) -> str:
-    """What a user should know about a precision that was asked for on such devices."""
+    """What a user should know about a precision that was configured on such devices."""
     if precision == "tf32" and not facts.tf32:
-        return "as asked for; without a GPU that has TF32 it is fp32"
+        return "as configured; without a GPU that has TF32 it is fp32"
     if precision == "bf16" and not facts.bf16:
-        return "as asked for; without instructions for bfloat16 it is slower than fp32"
-    return "as asked for"
+        return "as configured; without instructions for bfloat16 it is slower than fp32"
+    return "as configured"
 
 
 def resolve(config: Config, variant: str, world: ProcessGroup) -> tuple[Config, str]:

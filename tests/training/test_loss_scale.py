@@ -128,18 +128,25 @@ def test_a_network_that_overflows_by_itself_stops_the_run(tmp_path: Path) -> Non
         trainer.run()
 
 
-def test_a_resume_equals_an_undisturbed_run(tmp_path: Path) -> None:
-    """With overflows before and after the checkpoint."""
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_resume_equals_an_undisturbed_run(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit; in float16 with overflows before and after the checkpoint."""
+    monkeypatch.setattr(loss_scale, "_INITIAL", 2.0**23)
+    monkeypatch.setattr(loss_scale, "_GOOD_UPDATES", 2)
 
     def run(name: str, *flags: str) -> dict[str, dict[str, Tensor]]:
         assert train.main([*flags, "--out", str(tmp_path / name)]) == 0
         return checkpoint.read(tmp_path / name, "RUN").training()
 
-    start = ["--variant", "wgan-gp", *TINY, "--deterministic", "--log-kimg", "0.04", "--lr-g", "1e-3"]
+    start = ["--variant", "wgan-gp", *TINY[:-1], precision, "--deterministic", "--log-kimg", "0.04", "--lr-g", "1e-3"]
     whole = run("whole", *start, "--kimg", "0.16")
     run("parts", *start, "--kimg", "0.08")
     parts = run("parts", "--resume", str(tmp_path / "parts"), "--kimg", "0.16")
-    assert {"generator/value", "discriminator/skipped"} <= parts["loss_scale"].keys()
+    if precision == "fp16":
+        skipped = [
+            checkpoint.read(path, "RUN").training()["loss_scale"] for path in checkpoint.existing(tmp_path / "parts")
+        ]
+        assert 0 < skipped[0]["discriminator/skipped"] < skipped[-1]["discriminator/skipped"]
     for group, tensors in whole.items():
         for name, tensor in tensors.items():
             assert torch.equal(parts[group][name], tensor), f"{group} {name}"

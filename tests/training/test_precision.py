@@ -75,7 +75,7 @@ def test_flags_of_this_cpu() -> None:
 @pytest.mark.parametrize("value", ["fp32", "tf32", "bf16", "fp16"])
 def test_what_is_asked_for_is_taken(value: str) -> None:
     config, note = resolve(configured(value), "pggan", ONE)
-    assert config == configured(value) and note.startswith(f"precision {value} (as asked for")
+    assert config == configured(value) and note.startswith(f"precision {value} (as configured")
 
 
 def test_a_precision_that_does_nothing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_a_run_stores_what_auto_was_and_a_resume_keeps_it(
 
     monkeypatch.setattr(precision, "choose", lambda facts, variant: ("fp32", "of another machine"))
     assert train.main(["--resume", str(run), "--kimg", "0.032"]) == 0
-    assert "precision bf16 (as asked for)" in capsys.readouterr().out
+    assert "precision bf16 (as configured)" in capsys.readouterr().out
 
 
 def test_allow_tf32_follows_the_precision(tmp_path: Path) -> None:
