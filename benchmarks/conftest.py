@@ -10,6 +10,8 @@ from benchmarks import side_by_side
 
 # As `fastgan train` with --precision fp32: float32 means float32 in cuDNN as well.
 torch.backends.cudnn.allow_tf32 = False
+# As training has it: on a GPU cuDNN times its algorithms at the first call of a shape, before anything is measured here.
+torch.backends.cudnn.benchmark = True
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
