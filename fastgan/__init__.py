@@ -31,3 +31,10 @@ def compile_step(
     from fastgan.compiled import step
 
     return step.compile_step(loss_fn, parameters, has_aux=has_aux, compile=compile)
+
+
+def configure_process() -> dict[str, str]:
+    """Before torch is imported: memory that is kept, threads that do not spin; `fastgan.utils.process` has it."""
+    from fastgan.utils.process import configure_process
+
+    return configure_process()

@@ -8,6 +8,9 @@ if __name__ == "__main__":
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [os.path.dirname(here), *(path for path in sys.path if os.path.abspath(path or ".") != here)]
 
+    import fastgan
+
+    fastgan.configure_process()  # before the command imports torch
     from fastgan.cli.train import main
 
     sys.exit(main(sys.argv[1:]))

@@ -42,7 +42,7 @@ def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float,
     assert q is not None and v is not None
     (batch, heads, n, d), (m, dv) = q.shape, v.shape[2:]
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (d, dv))
-    precision = float32_precision()
+    precision = float32_precision("matmul")
     kind = "half" if q.dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
     strided = {name: x for name, x in arrays.items() if name not in ("lse", "delta", "e", "r")}
     strides = {f"{name}_strides": None if x is None else x.stride() for name, x in strided.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +17,18 @@ def device_guard(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def float32_precision() -> str:
-    """`input_precision` of `tl.dot`: "ieee", or "tf32" if torch's setting for matrix products allows it."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def float32_precision(products: Literal["matmul", "conv"]) -> str:
+    """`input_precision` of `tl.dot`: "ieee", or "tf32" if torch allows it in these products of float32 on a GPU.
+
+    The one place that reads torch's settings, so that a kernel of ours computes as cuBLAS and cuDNN do beside it. They
+    form a tree: what is "none" for an operation is that of its backend, and what is "none" there that of all backends.
+    """
+    backends: Any = torch.backends
+    operation = backends.cuda.matmul if products == "matmul" else backends.cudnn.conv
+    for setting in (operation, backends.cudnn, backends):
+        if setting.fp32_precision != "none":
+            return "tf32" if setting.fp32_precision == "tf32" else "ieee"
+    return "ieee"
 
 
 def needs_int64_offsets(*tensors: Tensor | None, dims: int) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import tiles
 from .bias_act import activate
-from .launch import device_guard, needs_int64_offsets
+from .launch import device_guard, float32_precision, needs_int64_offsets
 
 LINEAR = 0  # index into fastgan.ops.bias_act.ACTS
 
@@ -178,18 +178,13 @@ def weight_kernel(
     tl.store(to, total, mask=(k < K)[:, None] & (c < C)[None, :])
 
 
-def float32_precision() -> str:
-    """`input_precision` of `tl.dot`: "ieee", or "tf32" if torch's setting for convolutions allows it."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-
-
 def _padded(channels: int) -> int:
     return min(max(16, triton.next_power_of_2(channels)), 256)
 
 
 def _tile(op: str, x: Tensor, results: int, summed: int) -> tuple[tiles.Tile, str]:
     """Tile of `op` for `results` output channels, with chunks of at most `summed` channels; and `input_precision`."""
-    precision = float32_precision()
+    precision = float32_precision("conv")
     kind = "half" if x.dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
     # Unless the channels of a pixel are contiguous and aligned to 16, addresses need more registers.
     odd = x.stride(1) != 1 or any(stride % 16 for stride in (x.stride(0), *x.stride()[2:]))

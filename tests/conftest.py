@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# As `fastgan train` has it without --tf32: what is called float32 here is float32 in cuDNN too.
+# As `fastgan train` has it with --precision fp32: what is called float32 here is float32 in cuDNN too.
 torch.backends.cudnn.allow_tf32 = False
 
 # The same examples in every run, and others in each `make test-all` (--hypothesis-profile random). Hypothesis keeps its

@@ -51,6 +51,8 @@ from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation
 from fastgan.models.pggan import Progressive
+from fastgan.training import precision
+from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.evaluator import drawer
 from fastgan.training.from_config import build_step
 from fastgan.training.observability.metrics_log import save_grid
@@ -102,7 +104,8 @@ def step_key(resolution: int, fading: bool) -> str:
 
 def speed(arm: str, kimg: float, seconds: float) -> dict[str, Any]:
     """Images per second of each kind of step of an arm, by `step_key`."""
-    config = configured(arm, kimg)
+    world = ProcessGroup(0, 1, torch.device("cpu"), "torch", "measuring")
+    config, _ = precision.resolve(configured(arm, kimg), ARMS[arm][0], world)
     bench = Bench(config, torch.device("cpu"), 1, seconds)
     rates = {}
     for stage in stages_of(config):

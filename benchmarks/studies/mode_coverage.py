@@ -118,7 +118,7 @@ def train_points(task: str, variant: str, seed: int, kimg: float) -> dict[str, A
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator, critic = Perceptron(_LATENT, 2, False), Perceptron(2, 1, variant == "sagan")
-    step = build_step(config, generator, critic, 0)
+    step = build_step(replace(config, system={"precision": "fp32"}), generator, critic, 0)
     step.seed = seed
     ema = Ema(generator, config.optimizer.ema_decay, config.optimizer.ema_warmup)
     engine_g = TorchEngine(generator, optimizer_factory(config, discriminator=False), 1)

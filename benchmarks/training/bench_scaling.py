@@ -65,7 +65,7 @@ class Worker:
         self._trainer.images = self._trainer.stages[-1].fade_end
         for _ in range(3):  # grows, warms up, and records the order of the gradients
             self._trainer.train_step()
-        self._bench = Bench(config, self._world.device, source.channels, 0.0)
+        self._bench = Bench(self._trainer.config, self._world.device, source.channels, 0.0)
 
     def run(self, folder: Path) -> None:
         """Carry out the orders in `folder` until the one to end."""

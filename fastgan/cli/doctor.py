@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 
-from fastgan import __version__
+from fastgan import __version__, configure_process
 from fastgan.cli.main import command
 from fastgan.utils.text import first_line
 
@@ -109,6 +109,9 @@ def main(argv: list[str]) -> int:
     print("  cache, torch: everywhere")
     print(f"  dali: {no_dali or f'DALI {dali.version()}'}")
     _print_devices()
+    print("process")
+    for name, state in configure_process().items():
+        print(f"  {name}: {state}")
     _print_kernels()
     print("missing" if missing else "nothing is missing")
     for line in missing:

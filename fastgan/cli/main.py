@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastgan import __version__
+from fastgan import __version__, configure_process
 from fastgan.errors import ArgumentError
 from fastgan.training.resilience.slurm import set_rank_variables
 from fastgan.utils.old_names import current_flags
@@ -119,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `fastgan COMMAND ...` or `python -m fastgan COMMAND ...`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
+        configure_process()  # before the command imports torch
         return command(lambda rest: importlib.import_module(f"fastgan.cli.{module_of(argv[0])}").main(rest))(argv[1:])
     if argv and argv[0] in ("--version", "-V"):
         print(f"fastgan {__version__}")

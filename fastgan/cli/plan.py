@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastgan.cli.main import command
-from fastgan.cli.run_request import RunFlags, RunRequest, parse
+from fastgan.cli.run_request import RunFlags, parse
 from fastgan.config import Config, batches_for_all
 from fastgan.config.growth import stages_of
 from fastgan.errors import ArgumentError
@@ -20,6 +20,7 @@ from fastgan.utils.text import readable_duration
 
 if TYPE_CHECKING:
     from fastgan.data import Source
+    from fastgan.training.distributed.process_group import ProcessGroup
 
 # Flags that say which run is meant. Without any of them the published recipe is planned, on images of its size.
 _RUN_FLAGS = ("--data", "--preset", "--config", "--resume")
@@ -116,18 +117,24 @@ def make_forecaster(config: Config, source: Source, cluster: Cluster) -> Forecas
     )
 
 
-def _measure(forecaster: Forecaster, request: RunRequest, channels: int, flags: StepTimeFlags) -> step_times.StepTimes:
+def _this_process(config: Config) -> ProcessGroup:
+    from fastgan.training.distributed.process_group import ProcessGroup
+    from fastgan.training.distributed.rendezvous import pick_device
+
+    return ProcessGroup(0, 1, pick_device(config.system.device), "torch", "measuring")
+
+
+def _measure(forecaster: Forecaster, config: Config, channels: int, flags: StepTimeFlags) -> step_times.StepTimes:
     """Measure the steps of a run. The file of --write-step-times is rewritten after each step, so nothing is lost."""
     import torch
     from tqdm import tqdm
 
-    from fastgan.training.distributed.rendezvous import pick_device
     from fastgan.training.step_measurement import Bench, free_bytes
     from fastgan.utils.system import device_name
 
-    device = pick_device(request.config.system.device)
-    bench = Bench(request.config, device, channels, flags.measure_seconds)
-    recipe = step_times.recipe_of(request.config, channels)
+    device = _this_process(config).device
+    bench = Bench(config, device, channels, flags.measure_seconds)
+    recipe = step_times.recipe_of(config, channels)
     times = step_times.StepTimes(step_times.SCHEMA, device_name(device), torch.__version__, recipe, [])
     smaller = flags.write_step_times is not None
     measured = forecaster.measure(bench.time, lambda: free_bytes(device), flags.measure_seconds, smaller=smaller)
@@ -210,10 +217,13 @@ def main(argv: list[str]) -> int:
     machines.validate()
     flags.validate()
     from fastgan.data import open_source
-    from fastgan.training import torch_settings
+    from fastgan.training import precision, torch_settings
     from fastgan.training.from_config import validate_stages
 
     torch_settings.apply(config)
+    if not flags.step_times:  # a file says in which precision its steps were measured
+        config, _ = precision.resolve(config, request.variant, _this_process(config))
+        torch_settings.allow_tf32(config.system.precision == "tf32")
     cluster = machines.cluster()
     validate_stages(config, cluster.size)
     source = open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
@@ -221,7 +231,7 @@ def main(argv: list[str]) -> int:
     if flags.step_times:
         times = step_times.read(flags.step_times, step_times.recipe_of(config, source.channels))
     else:
-        times = _measure(run, request, source.channels, flags)
+        times = _measure(run, config, source.channels, flags)
     try:
         stages = run.forecast(times)
     except LookupError:
@@ -231,7 +241,7 @@ def main(argv: list[str]) -> int:
     s = config.schedule
     print(
         f"{request.variant}, {request.preset} preset: {s.kimg:g} kimg to {s.resolution} px on {machines.nodes} x "
-        f"{machines.gpus_per_node} = {cluster.size} ranks, ZeRO {config.system.zero}, {config.system.precision}"
+        f"{machines.gpus_per_node} = {cluster.size} ranks, ZeRO {config.system.zero}, {times.recipe['precision']}"
     )
     print(f"step times: {times.device}, torch {times.torch}" + (f", {flags.step_times}" if flags.step_times else ""))
     print(

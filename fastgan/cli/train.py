@@ -132,7 +132,7 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
     if world.heartbeat is not None and stored is not None:
         world.heartbeat.run, world.heartbeat.last_good = run, stored.path
     trainer = Trainer(config, variant, world, source, run, stored)
-    run = run_setup.create_run(world, run, config, variant, request.preset, request.resume, locks)
+    run = run_setup.create_run(world, run, trainer.config, variant, request.preset, request.resume, locks)
     trainer.run_path = run
     if world.heartbeat is not None:
         world.heartbeat.run = run
@@ -164,6 +164,7 @@ def _announce(trainer: Trainer, request: RunRequest, *, resumed: bool) -> None:
     resuming = f", resuming at {trainer.images / 1000:g} kimg" if resumed else ""
     ranks = f"{world.size} x {world.device.type}"
     print(f"engine {world.engine} ({world.reason}), {ranks}, run {run}{resuming}", flush=True)
+    print(trainer.precision_note, flush=True)
     warning = short_run_warning(trainer.config)
     for line in [*request.notes, *([warning] if warning is not None else [])]:
         print(line, flush=True)

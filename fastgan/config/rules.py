@@ -51,7 +51,6 @@ _USED_WITH = {
     "clip": ("regularizer", ("weight-clipping",)),
     "penalty_weight": ("regularizer", ("gradient-penalty", "zero-centered")),
     **dict.fromkeys(("divergence_k", "divergence_p"), ("regularizer", ("wasserstein-divergence",))),
-    "penalty_precision": ("regularizer", SECOND_ORDER),
     "beta1": ("optimizer", ("adam", "sgd")),
     "beta2": ("optimizer", ("adam", "rmsprop")),
 }
@@ -101,6 +100,8 @@ def _validate_system(config: Config) -> None:
         f"--regularizer {regularizer} takes a second derivative, which torch's synchronized batch norm does not have; "
         "use --norm-d none",
     )
+    fp16 = m.precision == "fp16" and m.zero in (1, 2)
+    _require(not fp16, "--zero", m.zero, "must be 0 with --precision fp16, whose skipped updates ZeRO would not count")
     _require(m.zero != 3, "--zero", 3, f"must be 0, 1 or 2; {zero3_reason(regularizer)}")
     needs_deepspeed = m.zero != 0 or m.deepspeed_config is not None
     _require(

@@ -16,6 +16,7 @@ ModelName = Literal["mlp", "dcgan", "sagan", "pggan"]
 LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge"]
 RegularizerName = Literal["none", "weight-clipping", "gradient-penalty", "wasserstein-divergence", "zero-centered"]
 Norm = Literal["batch", "none"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 FINITE = Bound(lambda value: True, "a finite number")
 SHARE = Bound(lambda value: 0 <= value <= 1, "0 to 1")
@@ -186,12 +187,8 @@ class System(_Section):
     """DeepSpeed configuration file; None: one is built from these flags."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision, by autocast; parameters and optimizer state are always float32."""
-    penalty_precision: Literal["auto", "fp32"] = "auto"
-    """fp32: no autocast in the critic's passes of a penalty; its gradient and norm are float32 either way."""
-    tf32: bool = False
-    """Let float32 products on a GPU use TF32."""
+    precision: Literal["auto", Precision] = "auto"
+    """Of products and convolutions; weights stay float32. auto: bf16 where it is as good, TF32 on a GPU, else fp32."""
     deterministic: bool = False
     """Use deterministic kernels alone: the same machine computes the same bits."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import ops
+from fastgan.nn.shared_weights import scaled
 
 
 class Activation(nn.Module):
@@ -52,7 +53,7 @@ class EqualizedLinear(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight * self.scale
+        weight = scaled(self.weight, self.scale)
         if self.act == "linear":
             return ops.linear(x, weight, self.bias)
         y = ops.linear(x, weight)
@@ -105,7 +106,7 @@ class EqualizedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 3:
             return self.forward(x[None])[0]
-        weight = self.weight * self.scale
+        weight = scaled(self.weight, self.scale, cast=self.resample == "none")
         bias_only = self.act == "linear" and not self.normalize
         bias = self.bias if bias_only else None
         if self.resample == "up":

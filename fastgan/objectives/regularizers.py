@@ -12,12 +12,12 @@ from fastgan.ops.torch_private import clamp_all_
 __all__ = ["clip_weights", "gradient_penalty", "real_penalty", "wasserstein_divergence", "zero_centered_penalty"]
 
 
-def real_penalty(critic: Critic, real: Tensor, fake: Tensor, *, weight: Tensor) -> Tensor:
+def real_penalty(critic: Critic, real: Tensor, fake: Tensor, *, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """R1: mean over real samples of |grad critic(x)|^2, without a factor (Mescheder et al. 2018, eq. 9).
 
     The paper multiplies it by gamma / 2. It has the signature of the other penalties and ignores `fake` and `weight`.
     """
-    return zero_centered_penalty(critic, real)
+    return zero_centered_penalty(critic, real, scale=scale)
 
 
 def clip_weights(optimizer: torch.optim.Optimizer, limit: float) -> None:

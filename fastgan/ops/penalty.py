@@ -12,7 +12,9 @@ critics whose score of one sample does not depend on other samples. Batch norm b
 standard deviation, which the progressive-growing paper accepts.
 
 The gradient, its norm and the penalty are in float32 at least, whatever the precision of the critic: squares of
-half-precision gradients overflow and underflow, a source of NaN in mixed-precision training with a penalty.
+half-precision gradients overflow and underflow, a source of NaN in mixed-precision training with a penalty. The
+gradient itself passes through the critic in the critic's precision: under float16 a `scale`, the power of two that also
+multiplies the loss, keeps it in range, and is divided out in float32 before the norm.
 """
 
 from __future__ import annotations
@@ -35,13 +37,21 @@ Critic = Callable[[Tensor], Tensor]
 METHODS = ("reverse", "tangent")
 
 
-def _flat(gradient: Tensor) -> Tensor:
-    gradient = gradient.flatten(1)
+def _at_least_float32(gradient: Tensor) -> Tensor:
     return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
 
 
+def _flat(gradient: Tensor) -> Tensor:
+    return _at_least_float32(gradient.flatten(1))
+
+
 def _penalty(
-    critic: Critic, x: Tensor, of_gradient: Callable[[Tensor], Tensor], method: str, zeros: Iterable[Tensor]
+    critic: Critic,
+    x: Tensor,
+    of_gradient: Callable[[Tensor], Tensor],
+    method: str,
+    zeros: Iterable[Tensor],
+    scale: Tensor | float | None,
 ) -> Tensor:
     """`of_gradient` applied to d(sum of scores)/dx as [N, features], float32 at least."""
     if method not in METHODS:
@@ -50,12 +60,17 @@ def _penalty(
         raise RuntimeError("a penalty needs gradients: call it outside torch.no_grad")
     x = x.detach().requires_grad_(True)
     reverse = method == "reverse"
-    (gradient,) = torch.autograd.grad(_sum_of_scores(critic(x), x), x, create_graph=reverse)
+    scores = _sum_of_scores(critic(x), x)
+    (gradient,) = torch.autograd.grad(scores if scale is None else scores * scale, x, create_graph=reverse)
+    if scale is not None:
+        gradient = _at_least_float32(gradient) / scale
     if reverse:
         return with_zeros(of_gradient(_flat(gradient)), zeros)
     gradient = gradient.detach().requires_grad_(True)
     value = of_gradient(_flat(gradient))
     (direction,) = torch.autograd.grad(value, gradient)
+    if scale is not None:
+        direction = (direction * scale).to(x.dtype)
     with forward_ad.dual_level():
         scores = critic(forward_ad.make_dual(x.detach(), direction))
         tangent = forward_ad.unpack_dual(scores).tangent
@@ -64,6 +79,8 @@ def _penalty(
         raise RuntimeError("critic: a layer lost the forward-mode derivative; method='reverse' needs none")
     _reject_norms(scores)
     slope = tangent.sum(dtype=value.dtype)
+    if scale is not None:
+        slope = slope / scale
     return with_zeros(value + (slope - slope.detach()), zeros)
 
 
@@ -157,6 +174,7 @@ def gradient_penalty(
     weight: Tensor | None = None,
     method: str = "reverse",
     zeros: Iterable[Tensor] = (),
+    scale: Tensor | float | None = None,
 ) -> Tensor:
     """Mean over samples of (|grad critic(x)| - target)^2 at random interpolates x (Gulrajani et al. 2017, eq. 3).
 
@@ -171,6 +189,8 @@ def gradient_penalty(
         zeros: parameters, such as `critic.parameters()`, that get zeros and not None where the penalty does not depend
             on them. A penalty with a backward pass of its own needs it under DistributedDataParallel, and wherever the
             optimizer is to treat those parameters as it does in plain PyTorch.
+        scale: of the inner gradient on its way through a critic in float16, a scalar; None: 1. The penalty does not
+            depend on it, but for overflow and underflow.
 
     Returns:
         Scalar, float32 at least, without a coefficient. Where the gradient is exactly 0, its norm has derivative 0. The
@@ -187,7 +207,7 @@ def gradient_penalty(
     def of_gradient(gradient: Tensor) -> Tensor:
         return (_norm(gradient) - target).square().mean()
 
-    return _penalty(critic, _interpolates(real, fake, weight, generator), of_gradient, method, zeros)
+    return _penalty(critic, _interpolates(real, fake, weight, generator), of_gradient, method, zeros, scale)
 
 
 def wasserstein_divergence(
@@ -201,6 +221,7 @@ def wasserstein_divergence(
     weight: Tensor | None = None,
     method: str = "reverse",
     zeros: Iterable[Tensor] = (),
+    scale: Tensor | float | None = None,
 ) -> Tensor:
     """k times the mean over samples of |grad critic(x)|^p (Wu et al. 2018, "Wasserstein divergence for GANs", eq. 6).
 
@@ -214,16 +235,21 @@ def wasserstein_divergence(
             return k * gradient.square().sum(dim=1).mean()
         return k * _norm(gradient).pow(p).mean()
 
-    return _penalty(critic, _interpolates(real, fake, weight, generator), of_gradient, method, zeros)
+    return _penalty(critic, _interpolates(real, fake, weight, generator), of_gradient, method, zeros, scale)
 
 
 def zero_centered_penalty(
-    critic: Critic, x: Tensor, *, method: str = "reverse", zeros: Iterable[Tensor] = ()
+    critic: Critic,
+    x: Tensor,
+    *,
+    method: str = "reverse",
+    zeros: Iterable[Tensor] = (),
+    scale: Tensor | float | None = None,
 ) -> Tensor:
     """Mean over samples of |grad critic(x)|^2: R1 on real samples, R2 on fake ones (Mescheder et al. 2018, eq. 9).
 
-    The paper multiplies it by gamma / 2. Differentiable where the gradient is 0. `method` and `zeros`: as in
+    The paper multiplies it by gamma / 2. Differentiable where the gradient is 0. `method`, `zeros` and `scale`: as in
     `gradient_penalty`; biases get None from it, not zeros, unless they are in `zeros`.
     """
     require_floating("x", x)
-    return _penalty(critic, x, lambda gradient: gradient.square().sum(dim=1).mean(), method, zeros)
+    return _penalty(critic, x, lambda gradient: gradient.square().sum(dim=1).mean(), method, zeros, scale)

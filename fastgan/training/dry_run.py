@@ -36,7 +36,7 @@ def describe(variant: str, preset: str, config: Config, ranks: int) -> str:
 
 
 def _settings(variant: str, preset: str, config: Config, source: Source, ranks: int) -> list[str]:
-    o, objective, s = config.optimizer, config.objective, config.schedule
+    o, objective, s, m = config.optimizer, config.objective, config.schedule, config.system
     decay = f", decaying to 0 over the last {o.lr_decay * s.kimg:g} kimg" if o.lr_decay else ""
     drift = f", drift {objective.drift:g}" if objective.drift else ""
     return [
@@ -44,7 +44,7 @@ def _settings(variant: str, preset: str, config: Config, source: Source, ranks: 
         f"objective: {objective.loss}, regularizer {objective.regularizer}{drift}",
         f"optimizer: {o.optimizer}, lr {o.lr_g:g} (G) {o.lr_d:g} (D){decay}, {o.n_critic} D steps for each G step, "
         f"EMA {o.ema_decay:g}",
-        f"machine: {ranks} rank{'s' if ranks > 1 else ''}, ZeRO {config.system.zero}, {config.system.precision}",
+        f"machine: {ranks} rank{'s' if ranks > 1 else ''}, ZeRO {m.zero}, precision {m.precision}",
     ]
 
 

@@ -94,7 +94,7 @@ def footprint(config: Config, source: Source, stage: Stage, micro: int, ranks: i
     for module in (generator, discriminator):
         if isinstance(module, Progressive):
             module.set_alpha(0.5 if fading else 1.0)
-    config = replace(config, system={"precision": "fp32", "penalty_precision": "fp32"})
+    config = replace(config, system={"precision": "fp32"})
     step = build_step(config, generator, discriminator, source.num_classes)
     update_d, update_g = _count_updates(step, micro, source.channels, stage.resolution)
     g, d = _parameters(generator), _parameters(discriminator)

@@ -15,6 +15,7 @@ from fastgan.config.growth import stages_of
 from fastgan.errors import ArgumentError
 from fastgan.training.distributed.deepspeed_engine import deepspeed_config
 from fastgan.training.distributed.engine import OptimizerFactory
+from fastgan.training.loss_scale import LossScale
 from fastgan.training.step import Regularizer, Step
 
 
@@ -67,7 +68,11 @@ def validate_stages(config: Config, world_size: int) -> None:
 
 
 def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, num_classes: int) -> Step:
-    """The step that `config` asks for on two networks."""
+    """The step that `config` asks for on two networks.
+
+    Raises:
+        ValueError: the precision is "auto", which `precision.resolve` turns into another.
+    """
     o = config.objective
     loss = {
         "minimax": objectives.minimax(),
@@ -84,7 +89,8 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
         penalty = (1.0, divergence)
     elif o.regularizer == "zero-centered":
         penalty = (o.penalty_weight, objectives.real_penalty)
-    precision = config.system.precision
+    if config.system.precision == "auto":
+        raise ValueError("precision must be resolved, got 'auto': see fastgan.training.precision")
     return Step(
         generator,
         discriminator,
@@ -93,8 +99,7 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
         drift=o.drift,
         num_classes=num_classes if config.networks.conditional else 0,
         seed=config.run.seed,
-        precision=precision,
-        penalty_precision="fp32" if config.system.penalty_precision == "fp32" else precision,
+        precision=config.system.precision,
     )
 
 
@@ -106,8 +111,11 @@ def rates(config: Config, images: int) -> tuple[float, float]:
     return o.lr_g * factor, o.lr_d * factor
 
 
-def optimizer_factory(config: Config, *, discriminator: bool) -> OptimizerFactory:
-    """A function from parameters to the optimizer of one network. Fused forms do not synchronize with the host."""
+def optimizer_factory(config: Config, *, discriminator: bool, scale: LossScale | None = None) -> OptimizerFactory:
+    """A function from parameters to the optimizer of one network. Fused forms do not synchronize with the host.
+
+    With a `scale` of the loss, it divides gradients by that and skips updates that overflowed.
+    """
     o = config.optimizer
     lr = o.lr_d if discriminator else o.lr_g
 
@@ -121,6 +129,8 @@ def optimizer_factory(config: Config, *, discriminator: bool) -> OptimizerFactor
             optimizer = torch.optim.SGD(parameters, lr=lr, momentum=o.beta1, fused=True)
         if discriminator and config.objective.regularizer == "weight-clipping":
             objectives.clip_weights(optimizer, config.objective.clip)
+        if scale is not None:
+            scale.attach(optimizer)
         return optimizer
 
     return make

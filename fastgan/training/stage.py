@@ -25,6 +25,7 @@ from fastgan.training.distributed.process_group import ProcessGroup, broadcast_t
 from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.ema import Ema
 from fastgan.training.from_config import build_step, engine_settings, memory_format, network_values, optimizer_factory
+from fastgan.training.loss_scale import LossScales
 from fastgan.training.networks import build_networks, inherit
 from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.nonfinite import NonFiniteDetector
@@ -73,6 +74,7 @@ class ActiveStage:
         channels, num_classes: of the images.
         stragglers: measures the time that ranks wait for each other.
         meters: collect what steps log.
+        scales: of the losses in float16; None: another precision.
         groups: see `RankShare.of`.
         state: weights to start from, of this stage or, with `grown`, of the one below; None: new ones.
         ema_steps: updates of the moving average so far.
@@ -97,13 +99,14 @@ class ActiveStage:
         num_classes: int,
         stragglers: StragglerDetector,
         meters: Meters,
+        scales: LossScales | None = None,
         groups: dict[int, Any],
         state: State | None = None,
         ema_steps: int = 0,
         grown: bool = False,
     ) -> None:
         self.config, self.world, self.resolution = config, world, resolution
-        self._stragglers, self._meters = stragglers, meters
+        self._stragglers, self._meters, self._scales = stragglers, meters, scales
         self.networks = network_values(
             config.networks, resolution=resolution, channels=channels, num_classes=num_classes
         )
@@ -118,8 +121,9 @@ class ActiveStage:
             load(self.ema.module, state["ema"])
         self.ema.steps.fill_(ema_steps)
         self.nonfinite = NonFiniteDetector(world.device)
-        for name, module in (("discriminator", discriminator), ("generator", generator)):
-            self.nonfinite.watch(name, module)
+        if scales is None:  # else gradients may overflow, and the scales watch them
+            for name, module in (("discriminator", discriminator), ("generator", generator)):
+                self.nonfinite.watch(name, module)
         for name in ("discriminator", "generator"):  # spectators, which compute no loss, watch one too
             self.nonfinite.loss(f"loss of the {name}", torch.zeros((), device=world.device))
         self.share = RankShare.of(config, world, resolution, groups)
@@ -131,10 +135,13 @@ class ActiveStage:
         self.programs: StagePrograms | None = None
         self.refusal: str | None = None
         self._unchecked: set[str] = set()
+        if scales is not None:
+            self.step.penalty_scale = scales.discriminator.value
 
     def _engine(self, module: nn.Module, *, discriminator: bool) -> Engine:
         config, world = self.config, self.world
-        make = optimizer_factory(config, discriminator=discriminator)
+        scale = None if self._scales is None else self._scales.of("discriminator" if discriminator else "generator")
+        make = optimizer_factory(config, discriminator=discriminator, scale=scale)
         on_update = None if discriminator else lambda: self.ema.update(self.step.generator)
         if world.engine == "torch":
             waiting = self._stragglers.waiting if world.size > 1 else None
@@ -245,8 +252,13 @@ class ActiveStage:
         active, world = self.share.active, self.world
         if active < world.size and not self.share.has_subgroup:
             loss = loss * (world.size / active if world.rank < active else 0.0)
-        engine.backward(loss)
-        self._finish(engine, name, loss, seen)
+        if self._scales is None:
+            engine.backward(loss)
+            self._finish(engine, name, loss, seen)
+        else:
+            scale = self._scales.of(name)
+            engine.backward(loss * scale.value)
+            self._finish(engine, name, scale.failure, self._scales.finite(seen))
 
     def _finish(self, engine: Engine, name: str, loss: Tensor, seen: dict[str, Tensor]) -> None:
         """Watch a micro-batch's results, finish it in its engine, and log them."""
@@ -273,6 +285,7 @@ class ActiveStage:
         if self.share.has_subgroup:
             broadcast_tensors([tensor for module in self.modules for tensor in module.state_dict().values()])
             broadcast_tensors([self.ema.steps])
+            broadcast_tensors([] if self._scales is None else self._scales.state().values())
 
     def state(self) -> State:
         """Weights on the CPU, after `synchronize`, for the stage that grows from this one."""

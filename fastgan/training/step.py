@@ -14,14 +14,26 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fastgan.config import Precision
+from fastgan.nn.shared_weights import shared_weights
 from fastgan.objectives import Loss
 from fastgan.utils import counter_rng
 
+_AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Regularizer(Protocol):
-    """Penalty on a critic, for real and fake images [N, C, R, R] and interpolation weights [N]."""
+    """Penalty on a critic, for real and fake images [N, C, R, R], interpolation weights [N] and a loss scale."""
 
-    def __call__(self, critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, weight: Tensor) -> Tensor: ...
+    def __call__(
+        self,
+        critic: Callable[[Tensor], Tensor],
+        real: Tensor,
+        fake: Tensor,
+        *,
+        weight: Tensor,
+        scale: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class Step:
@@ -34,7 +46,10 @@ class Step:
         drift: coefficient of the mean squared score of real images.
         num_classes: number of classes; 0: the networks take no labels.
         seed: of latents, interpolation weights and labels.
-        precision, penalty_precision: fp32, or bf16 (autocast).
+        precision: fp32, tf32 (the same here, see `torch_settings.allow_tf32`), bf16 or fp16 (autocast).
+
+    Attributes:
+        penalty_scale: scale of the penalty's inner gradient in fp16, a scalar on the device; None: 1.
     """
 
     def __init__(
@@ -47,8 +62,7 @@ class Step:
         drift: float = 0.0,
         num_classes: int = 0,
         seed: int = 0,
-        precision: str = "fp32",
-        penalty_precision: str = "fp32",
+        precision: Precision = "fp32",
     ) -> None:
         self.generator = generator
         self.discriminator = discriminator
@@ -57,15 +71,16 @@ class Step:
         self.drift = drift
         self.num_classes = num_classes
         self.seed = seed
-        self.precision = precision
-        self.penalty_precision = penalty_precision
+        self.autocast_dtype = _AUTOCAST[precision]
+        self.penalty_scale: Tensor | None = None
         self.latent: int = generator.latent  # type: ignore[assignment]
 
-    def _autocast(self, device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-        if precision == "bf16":
-            return torch.autocast(device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast_dtype)
 
+    @shared_weights()
     def discriminator_loss(
         self, real: Tensor, positions: Tensor, labels: Tensor | None = None, *, generator_first: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,7 +94,7 @@ class Step:
                 last should be used last, as the all-reduce of its gradients may still be running.
         """
         labels = labels if self.num_classes else None
-        with self._autocast(real.device, self.precision):
+        with self._autocast(real.device):
             if not generator_first:
                 score_real = self.discriminator(real, labels)
             with torch.no_grad():
@@ -97,8 +112,9 @@ class Step:
         if self.penalty is not None:
             coefficient, regularizer = self.penalty
             weight = counter_rng.uniform(self.seed, "interpolation", positions, 1)[:, 0]
-            with self._autocast(real.device, self.penalty_precision):
-                penalty = regularizer(lambda x: self.discriminator(x, labels), real, fake, weight=weight)
+            with self._autocast(real.device):
+                scale = {} if self.penalty_scale is None else {"scale": self.penalty_scale}
+                penalty = regularizer(lambda x: self.discriminator(x, labels), real, fake, weight=weight, **scale)
             seen["penalty"] = penalty
             loss = loss + coefficient * penalty
         seen["loss_d"] = loss
@@ -112,7 +128,7 @@ class Step:
 
     def generator_loss(self, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of the generator and what to log; `positions`: int64 [N], those of the last discriminator step."""
-        with self._autocast(positions.device, self.precision):
+        with self._autocast(positions.device):
             latent = counter_rng.normal(self.seed, "latent of G's step", positions, self.latent)
             labels = None
             if self.num_classes:

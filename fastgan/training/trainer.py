@@ -14,6 +14,7 @@ from fastgan.config import Config, batch_at, validate
 from fastgan.config.growth import stage_at, stages_of
 from fastgan.data import Source
 from fastgan.generator import sample_images
+from fastgan.training import precision, torch_settings
 from fastgan.training.checkpoints import state as checkpoint_state
 from fastgan.training.checkpoints.resume import validate_resume
 from fastgan.training.compiling.compilation import Compilation
@@ -22,6 +23,7 @@ from fastgan.training.evaluator import Evaluator, append
 from fastgan.training.feed import Feed
 from fastgan.training.from_config import network_values, rates
 from fastgan.training.intervals import Interval, checkpoint_kimg, log_kimg, sample_kimg
+from fastgan.training.loss_scale import LossScales
 from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.metrics_log import MetricsLog
 from fastgan.training.observability.rank_log import LOGGER, rank_log
@@ -46,6 +48,8 @@ class Trainer:
         resume: checkpoint to resume from.
 
     Attributes:
+        config: that of the run, with a precision in place of "auto".
+        precision_note: line for the log: the precision, and why.
         images: real images seen so far, the clock of a run.
         steps: generator steps so far.
         stage: networks, engines and the step at the current resolution.
@@ -61,6 +65,8 @@ class Trainer:
         resume: Checkpoint | None = None,
     ) -> None:
         validate(config)
+        config, self.precision_note = precision.resolve(config, variant, world)
+        torch_settings.allow_tf32(config.system.precision == "tf32")
         self.config, self.variant, self.world, self.source, self.run_path = config, variant, world, source, run
         # A step draws nothing from torch's own generator, but a network of the user's may.
         torch.manual_seed(config.run.seed)
@@ -68,6 +74,7 @@ class Trainer:
         self.total = round(config.schedule.kimg * 1000)
         self.images = self.steps = 0
         self.meters = Meters()
+        self.scales = LossScales(world.device) if config.system.precision == "fp16" else None
         self.feed = Feed(config, world, source, self.stages[0].resolution)
         self.stragglers = StragglerDetector(world)
         self.last_good: Path | None = None
@@ -94,6 +101,7 @@ class Trainer:
             num_classes=self.source.num_classes,
             stragglers=self.stragglers,
             meters=self.meters,
+            scales=self.scales,
             groups=self._groups,
             state=state,
             ema_steps=ema_steps,
@@ -170,6 +178,8 @@ class Trainer:
         self.enter(resolution, {**training, "ema": resume.generator()}, meta["ema_steps"])
         self.stage.generator_engine.load_state(training.get("optimizer_g", {}))
         self.stage.discriminator_engine.load_state(training.get("optimizer_d", {}))
+        if self.scales is not None:
+            self.scales.load_state(training.get("loss_scale", {}))
         if meta["world_size"] == self.world.size:
             torch.set_rng_state(training["random"][f"rank{self.world.rank}"])
         self.last_good = resume.path
@@ -251,6 +261,7 @@ class Trainer:
                 "data_share": self.feed.waited / seconds,  # the share of all time spent waiting for batches
                 **{name: total / count for name, total, count in zip(names, sums, counts, strict=True)},
                 **speeds,
+                **({} if self.scales is None else self.scales.row()),
             }
         )
         self.feed.waited = 0.0

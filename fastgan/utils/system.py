@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from pathlib import Path
@@ -34,3 +35,12 @@ def device_name(device: torch.device) -> str:
         name = models[0] if models else name
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, as named in /proc/cpuinfo; empty where there is no such file."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    of_first = next((line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return frozenset(of_first.split())

@@ -532,7 +532,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([]) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "deepspeed", "timm", "gradio", "cpu:", "pixel_norm", "scaled_dot_product_attention"):
+    for word in (
+        "torch",
+        "deepspeed",
+        "timm",
+        "gradio",
+        "cpu:",
+        "freed memory:",
+        "idle threads:",
+        "pixel_norm",
+        "scaled_dot_product_attention",
+    ):
         assert word in text
 
 

@@ -351,7 +351,7 @@ def test_unknown_names() -> None:
         ("schedule", "batch_at", [[4, 8]]),
         ("schedule", "batch_at", {"large": 4}),
         ("system", "zero", 4),
-        ("system", "precision", "fp16"),
+        ("system", "precision", "fp64"),
         ("run", "keep", {}),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -122,10 +124,34 @@ def test_bit_identical_between_runs_and_with_64_bit_offsets(device: str, monkeyp
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+SETTINGS = {  # what a user sets in torch.backends: what convolutions and matrix products then are
+    "cudnn.conv.fp32_precision = 'ieee'": "ieee ieee",
+    "cudnn.conv.fp32_precision = 'tf32'": "tf32 ieee",
+    "cuda.matmul.fp32_precision = 'tf32'": "tf32 tf32",  # TF32 is cuDNN's default
+    "cudnn.fp32_precision = 'tf32'": "tf32 tf32",
+    "fp32_precision = 'tf32'": "tf32 tf32",
+    "fp32_precision = 'ieee'": "ieee ieee",
+    "cudnn.allow_tf32 = False": "ieee ieee",
+    "cudnn.allow_tf32 = False; backends.fp32_precision = 'tf32'": "tf32 tf32",
+    "cudnn.allow_tf32 = False; backends.cuda.matmul.allow_tf32 = True": "ieee tf32",
+}
+
+
 def test_float32_precision_follows_torch() -> None:
-    assert scaled_conv.float32_precision() == "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    assert scaled_conv.float32_precision() == "tf32"
+    """Whichever of torch's settings a user sets: each in a process of its own, as some cannot be taken back."""
+    code = f"""
+import os
+from torch import backends
+from fastgan.kernels.launch import float32_precision
+for setting in {list(SETTINGS)!r}:
+    if os.fork() == 0:
+        exec("backends." + setting)
+        print(float32_precision("conv"), float32_precision("matmul"), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert dict(zip(SETTINGS, found.stdout.splitlines(), strict=True)) == SETTINGS
 
 
 def derivatives(name: str, act: str, arguments: list[Tensor], backend: str) -> list[Tensor]:
@@ -211,7 +237,7 @@ def test_compiles_without_spills(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
-    monkeypatch.setattr(scaled_conv, "float32_precision", lambda: "tf32" if kind == "tf32" else "ieee")
+    monkeypatch.setattr(scaled_conv, "float32_precision", lambda products: "tf32" if kind == "tf32" else "ieee")
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     sides = (31, 62) if c == 59 else (64, 128)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from fastgan.ops import gradient_penalty, wasserstein_divergence, zero_centered_
 
 
 def zero_centered(
-    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, weight: Tensor, method: str = "reverse"
+    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, weight: Tensor, **settings: Any
 ) -> Tensor:
     """`zero_centered_penalty` with the signature of the other two."""
-    return zero_centered_penalty(critic, torch.lerp(real, fake, weight[:, None].to(real.dtype)), method=method)
+    return zero_centered_penalty(critic, torch.lerp(real, fake, weight[:, None].to(real.dtype)), **settings)
 
 
 Penalty = Callable[..., Tensor]
@@ -470,3 +471,39 @@ def test_zeros_for_parameters_that_a_penalty_does_not_depend_on(name: str, metho
         adam.step()
         stepped.append(parameters)
     assert torch.equal(stepped[0][0], stepped[1][0]) and not torch.equal(stepped[0][1], stepped[1][1])
+
+
+@each_penalty
+@pytest.mark.parametrize("method", ["reverse", "tangent"])
+def test_a_scale_of_the_inner_gradient_changes_nothing_in_range(penalty: Penalty, method: str) -> None:
+    weights, real, fake, weight = setting()
+    weights = tuple(w.requires_grad_() for w in weights)
+
+    def gradients(**scale: Any) -> list[Tensor]:
+        value = penalty(functools.partial(critic_of, *weights), real, fake, weight=weight, method=method, **scale)
+        return [value.detach(), *torch.autograd.grad(value, weights)]
+
+    for scale in (torch.tensor(1024.0), 2.0**-10):
+        for scaled, plain in zip(gradients(scale=scale), gradients(), strict=True):
+            torch.testing.assert_close(scaled, plain, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", ["reverse", "tangent"])
+@pytest.mark.parametrize("small", [2.0**-30, 2.0**-20])
+def test_a_scale_keeps_the_inner_gradient_of_a_float16_critic(small: float, method: str) -> None:
+    """Scores that are means of many small terms have gradients that float16 rounds to 0."""
+    features = torch.full((8,), small, requires_grad=True)
+
+    def critic(x: Tensor) -> Tensor:
+        halves = (x.half() * 1.0).float() * features  # the gradient passes through float16
+        return halves.sum(dim=1)
+
+    x = torch.ones(4, 8)
+    exact = (8 * small**2) ** 0.5
+    for scale, found in ((None, exact if small == 2.0**-20 else 0.0), (2.0**14, exact)):
+        settings = {} if scale is None else {"scale": torch.tensor(scale)}
+        penalty = gradient_penalty(critic, x, x, target=0.0, weight=torch.zeros(4), method=method, **settings)
+        assert penalty.item() == pytest.approx(found**2, rel=1e-3)
+        if scale is not None and small == 2.0**-20:  # the loss is scaled as well
+            (slope,) = torch.autograd.grad(penalty * scale, features)
+            torch.testing.assert_close(slope / scale, torch.full((8,), 2 * small), rtol=1e-3, atol=0)

@@ -12,6 +12,7 @@ from timings import SMALL, step_times
 
 from fastgan.errors import ArgumentError
 from fastgan.planning.step_times import StepTimes, read, write
+from fastgan.utils.old_names import current_names
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = step_times(SMALL, [(8, 4, False, 1.0), (8, 16, False, 3.0)])
@@ -51,7 +52,7 @@ def test_a_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_the_measured_file_of_the_repository_reads() -> None:
     file = ROOT / "benchmarks" / "results" / "step_times_cpu.json"
-    recipe = json.loads(file.read_text())["recipe"]
+    recipe = current_names(json.loads(file.read_text())["recipe"])
     assert isinstance(read(str(file), recipe), StepTimes)
 
 

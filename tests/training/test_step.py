@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgan import checkpoint, data
 from fastgan.cli.train import parse
+from fastgan.config import Precision
 from fastgan.objectives import gradient_penalty, wasserstein
 from fastgan.training.distributed import process_group as processes
 from fastgan.training.observability.meters import Meters
@@ -184,14 +185,11 @@ def test_the_network_that_stepped_last_comes_last(generator_first: bool) -> None
     assert [who for who, *_ in calls] == (["G", "D", "D"] if generator_first else ["D", "G", "D"])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("penalty_precision", ["fp32", "bf16"])
-def test_the_penalty_has_a_precision_of_its_own(precision: str, penalty_precision: str) -> None:
-    step, calls = recorded(precision=precision, penalty_precision=penalty_precision, penalty=(1.0, gradient_penalty))
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_networks_and_penalty_run_in_the_precision(precision: Precision) -> None:
+    step, calls = recorded(precision=precision, penalty=(1.0, gradient_penalty))
     step.discriminator_loss(REAL, torch.arange(8))
-    *networks, penalty = [autocast for *_, autocast in calls]
-    assert networks == [precision == "bf16"] * 3
-    assert penalty == (penalty_precision == "bf16")
+    assert [autocast for *_, autocast in calls] == [precision in ("bf16", "fp16")] * 4
 
 
 def test_meters_sum_and_count_until_they_are_cleared() -> None:

@@ -28,6 +28,7 @@ def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
         "optimizer_g": stage.generator_engine.state(),
         "optimizer_d": stage.discriminator_engine.state(),
         "random": {f"rank{i}": state for i, state in enumerate(random)},
+        "loss_scale": {} if trainer.scales is None else trainer.scales.state(),
     }
 
 

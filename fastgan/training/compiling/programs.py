@@ -74,7 +74,7 @@ class ProgramSpec:
                 "seed": config.run.seed,
                 "deterministic": system.deterministic,
                 "accumulation": config.schedule.accumulation,
-                "precision": [system.precision, system.penalty_precision, system.tf32],
+                "precision": system.precision,
                 "memory_format": str(memory_format(config)),
                 "stage": [self.resolution, self.fade, self.channels, self.num_classes, self.micro_batch],
                 **machine_facts(device),
