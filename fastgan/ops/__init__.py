@@ -1,5 +1,6 @@
 """Operations of generative adversarial networks. They need torch alone, not the rest of the package."""
 
+from fastgan.ops.affine_grid_sample import affine_grid_sample
 from fastgan.ops.attention import scaled_dot_product_attention
 from fastgan.ops.avg_pool2d import avg_pool2d, interpolate_nearest
 from fastgan.ops.backend import backends, use_backend
@@ -12,6 +13,7 @@ from fastgan.ops.pixel_norm import pixel_norm
 from fastgan.ops.scaled_conv import conv2d_downsample, upsample_conv2d
 
 __all__ = [
+    "affine_grid_sample",
     "avg_pool2d",
     "backends",
     "bias_act",
