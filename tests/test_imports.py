@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
             "generator",
             "models",
             "objectives",
+            "ops",
         ),
         *("planning", "utils"),
     },

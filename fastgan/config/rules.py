@@ -52,6 +52,7 @@ _USED_WITH = {
     "penalty_weight": ("regularizer", ("gradient-penalty", "zero-centered")),
     **dict.fromkeys(("divergence_k", "divergence_p"), ("regularizer", ("wasserstein-divergence",))),
     "penalty_precision": ("regularizer", SECOND_ORDER),
+    **dict.fromkeys(("augment_target", "augment_kimg"), ("augment", ("ada",))),
     "beta1": ("optimizer", ("adam", "sgd")),
     "beta2": ("optimizer", ("adam", "rmsprop")),
 }

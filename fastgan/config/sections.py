@@ -16,6 +16,7 @@ ModelName = Literal["mlp", "dcgan", "sagan", "pggan"]
 LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge"]
 RegularizerName = Literal["none", "weight-clipping", "gradient-penalty", "wasserstein-divergence", "zero-centered"]
 Norm = Literal["batch", "none"]
+AugmentName = Literal["none", "ada", "diffaugment"]
 
 FINITE = Bound(lambda value: True, "a finite number")
 SHARE = Bound(lambda value: 0 <= value <= 1, "0 to 1")
@@ -140,6 +141,12 @@ class Data(_Section):
     """Channels of the images, 1 or 3; None: those of the data."""
     mirror: bool = False
     """Flip half of the real images left to right."""
+    augment: AugmentName = "none"
+    """Augment all that the discriminator sees, for few pictures: ada (adaptive strength), diffaugment or none."""
+    augment_target: Annotated[float, SHARE_BELOW_1] = 0.6
+    """ada: how sure the discriminator may be of real images, as the mean sign of its scores, before strength rises."""
+    augment_kimg: Annotated[float | None, above(0)] = None
+    """ada: kimg in which the strength can rise from 0 to 1; None: a fifth of --kimg, at most 500."""
     pipeline: Literal["auto", "cache", "dali", "torch"] = "auto"
     """cache: decoded images; dali, torch: decode a batch ahead; auto: the first that works, which the run names."""
     workers: int = 0

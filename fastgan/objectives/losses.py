@@ -12,16 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _score(real: Tensor, fake: Tensor) -> Tensor:
+    return real
+
+
+def _difference(real: Tensor, fake: Tensor) -> Tensor:
+    return real - fake
+
+
 class Loss(NamedTuple):
     """The losses of both networks.
 
     Attributes:
         discriminator: (scores of real images, scores of fake images) -> scalar.
         generator: scores of fake images -> scalar.
+        margin: (scores of real images, scores of fake images) -> [N], positive where the discriminator takes a real
+            image for real. Where scores have no zero, as a constant may be added to all, it compares pairs.
     """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor], Tensor]
+    margin: Callable[[Tensor, Tensor], Tensor] = _score
 
 
 def minimax(saturating: bool = False) -> Loss:
@@ -49,7 +60,10 @@ def least_squares(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
     def generator(fake: Tensor) -> Tensor:
         return 0.5 * (fake - c).square().mean()
 
-    return Loss(discriminator, generator)
+    def margin(real: Tensor, fake: Tensor) -> Tensor:
+        return (real - 0.5 * (a + b)) * (b - a)
+
+    return Loss(discriminator, generator, margin)
 
 
 def wasserstein() -> Loss:
@@ -61,7 +75,7 @@ def wasserstein() -> Loss:
     def generator(fake: Tensor) -> Tensor:
         return -fake.mean()
 
-    return Loss(discriminator, generator)
+    return Loss(discriminator, generator, _difference)
 
 
 def hinge() -> Loss:

@@ -13,6 +13,7 @@ from fastgan import objectives
 from fastgan.config import Config, Networks, active_ranks, batch_at
 from fastgan.config.growth import stages_of
 from fastgan.errors import ArgumentError
+from fastgan.training.augmentation import Adaptive, Augmentation, Differentiable
 from fastgan.training.distributed.deepspeed_engine import deepspeed_config
 from fastgan.training.distributed.engine import OptimizerFactory
 from fastgan.training.step import Regularizer, Step
@@ -66,8 +67,23 @@ def validate_stages(config: Config, world_size: int) -> None:
         engine_settings(config, stage.resolution, world_size)
 
 
-def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, num_classes: int) -> Step:
-    """The step that `config` asks for on two networks."""
+def build_augmentation(config: Config, channels: int, device: torch.device) -> Augmentation | None:
+    """What augments images of so many channels, on `device`."""
+    d, kimg, seed = config.data, config.schedule.kimg, config.run.seed
+    if d.augment == "ada":
+        rise = min(500.0, kimg / 5.0) if d.augment_kimg is None else d.augment_kimg
+        return Adaptive(channels, seed, target=d.augment_target, kimg=rise).to(device)
+    return Differentiable(channels, seed).to(device) if d.augment == "diffaugment" else None
+
+
+def build_step(
+    config: Config,
+    generator: nn.Module,
+    discriminator: nn.Module,
+    num_classes: int,
+    augmentation: Augmentation | None = None,
+) -> Step:
+    """The step that `config` asks for on two networks; `augmentation`: see `build_augmentation`."""
     o = config.objective
     loss = {
         "minimax": objectives.minimax(),
@@ -95,6 +111,7 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
         seed=config.run.seed,
         precision=precision,
         penalty_precision="fp32" if config.system.penalty_precision == "fp32" else precision,
+        augmentation=augmentation,
     )
 
 

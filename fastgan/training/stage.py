@@ -17,19 +17,27 @@ from torch import Tensor, nn
 from fastgan import data, models
 from fastgan.config import Config, active_ranks, batch_at, batches_for_all
 from fastgan.models.pggan import Progressive
+from fastgan.training.augmentation import ADAPT_IMAGES, Adaptive
 from fastgan.training.distributed.deepspeed_engine import DeepSpeedEngine, uses_own_reducer
 from fastgan.training.distributed.engine import Engine
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.ema import Ema
-from fastgan.training.from_config import build_step, engine_settings, memory_format, network_values, optimizer_factory
+from fastgan.training.from_config import (
+    build_augmentation,
+    build_step,
+    engine_settings,
+    memory_format,
+    network_values,
+    optimizer_factory,
+)
 from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.nonfinite import NonFiniteDetector
 from fastgan.training.observability.stragglers import StragglerDetector
 from fastgan.training.step import frozen
 
 State = dict[str, dict[str, Tensor]]
-"""State dicts by network: "generator", "discriminator" and "ema"."""
+"""State dicts by network: "generator", "discriminator" and "ema"; "augmentation" is that of an augmentation."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,11 @@ class ActiveStage:
         self.discriminator_engine = self._engine(discriminator, discriminator=True)
         self.ema.module.to(memory_format=self.generator_engine.memory_format)
         modules = (self.generator_engine.module, self.discriminator_engine.module)
-        self.step = build_step(config, *modules, num_classes)
+        augmentation = build_augmentation(config, channels, world.device)
+        self.step = build_step(config, *modules, num_classes, augmentation)
+        if augmentation is not None and state is not None:
+            augmentation.load_state_dict(state.get("augmentation", {}), strict=False)  # there is none of an older run
+            self._keep_on_first_rank()
 
     def _engine(self, module: nn.Module, *, discriminator: bool) -> Engine:
         config, world = self.config, self.world
@@ -230,6 +242,33 @@ class ActiveStage:
         if world.rank < active:
             self._meters.add(seen)
 
+    def adapt_augmentation(self, before: int, after: int) -> None:
+        """Adapt the strength of the augmentation, if it is due by the real images seen before and after a step.
+
+        A collective of the active ranks, and the same on any number of them: the sums are of integers.
+        """
+        augmentation = self.step.augmentation
+        if not isinstance(augmentation, Adaptive) or before // ADAPT_IMAGES == after // ADAPT_IMAGES:
+            return
+        if self.world.size > 1:
+            with self._stragglers.waiting():
+                self._sum_statistics(augmentation, self.share.group)
+        augmentation.adapt()
+
+    def _sum_statistics(self, augmentation: Adaptive, group: Any) -> None:
+        totals = torch.stack([augmentation.signs, augmentation.seen])
+        if self.world.rank >= self.share.active:
+            totals.zero_()  # of images that another rank has seen too
+        dist.all_reduce(totals, group=group)
+        augmentation.signs.copy_(totals[0])
+        augmentation.seen.copy_(totals[1])
+
+    def _keep_on_first_rank(self) -> None:
+        """Drop what the statistics of an adaptive augmentation are on other ranks: the first one has the sums."""
+        if self.world.rank > 0 and isinstance(self.step.augmentation, Adaptive):
+            self.step.augmentation.signs.zero_()
+            self.step.augmentation.seen.zero_()
+
     # --- state ------------------------------------------------------------------------------------------------------
 
     def wait(self) -> None:
@@ -247,13 +286,20 @@ class ActiveStage:
         if self.share.has_subgroup:
             broadcast_tensors([tensor for module in self.modules for tensor in module.state_dict().values()])
             broadcast_tensors([self.ema.steps])
+        if self.world.size > 1 and isinstance(self.step.augmentation, Adaptive):
+            self._sum_statistics(self.step.augmentation, None)
+            self._keep_on_first_rank()
+            if self.share.has_subgroup:
+                broadcast_tensors([self.step.augmentation.strength])
 
     def state(self) -> State:
         """Weights on the CPU, after `synchronize`, for the stage that grows from this one."""
-        names = ("generator", "discriminator", "ema")
+        modules: dict[str, nn.Module] = dict(zip(("generator", "discriminator", "ema"), self.modules, strict=True))
+        if self.step.augmentation is not None:
+            modules["augmentation"] = self.step.augmentation
         return {
             name: {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
-            for name, module in zip(names, self.modules, strict=True)
+            for name, module in modules.items()
         }
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.objectives import Loss
+from fastgan.training.augmentation import Augmentation
 from fastgan.utils import counter_rng
 
 
@@ -35,6 +36,7 @@ class Step:
         num_classes: number of classes; 0: the networks take no labels.
         seed: of latents, interpolation weights and labels.
         precision, penalty_precision: fp32, or bf16 (autocast).
+        augmentation: of every image that the discriminator sees, or None.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Step:
         seed: int = 0,
         precision: str = "fp32",
         penalty_precision: str = "fp32",
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.generator = generator
         self.discriminator = discriminator
@@ -59,12 +62,19 @@ class Step:
         self.seed = seed
         self.precision = precision
         self.penalty_precision = penalty_precision
+        self.augmentation = augmentation
         self.latent: int = generator.latent  # type: ignore[assignment]
 
     def _autocast(self, device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
         if precision == "bf16":
             return torch.autocast(device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+    def _score(self, images: Tensor, labels: Tensor | None, positions: Tensor, use: str) -> Tensor:
+        """Scores of augmented images; `use`: see `Augmentation`."""
+        if self.augmentation is not None:
+            images = self.augmentation(images, positions, use)
+        return self.discriminator(images, labels)
 
     def discriminator_loss(
         self, real: Tensor, positions: Tensor, labels: Tensor | None = None, *, generator_first: bool = True
@@ -81,24 +91,26 @@ class Step:
         labels = labels if self.num_classes else None
         with self._autocast(real.device, self.precision):
             if not generator_first:
-                score_real = self.discriminator(real, labels)
+                score_real = self._score(real, labels, positions, "real")
             with torch.no_grad():
                 latent = counter_rng.normal(self.seed, "latent of D's step", positions, self.latent)
                 fake = self.generator(latent, labels)
             fake = fake.to(real.dtype)
             if generator_first:
-                score_real = self.discriminator(real, labels)
-            score_fake = self.discriminator(fake, labels).float()
+                score_real = self._score(real, labels, positions, "real")
+            score_fake = self._score(fake, labels, positions, "fake").float()
             score_real = score_real.float()
         loss = self.loss.discriminator(score_real, score_fake)
         seen = {"score_real": score_real.mean(), "score_fake": score_fake.mean()}
+        if self.augmentation is not None:
+            seen |= self.augmentation.observe(self.loss.margin(score_real, score_fake))
         if self.drift:
             loss = loss + self.drift * score_real.square().mean()
         if self.penalty is not None:
             coefficient, regularizer = self.penalty
             weight = counter_rng.uniform(self.seed, "interpolation", positions, 1)[:, 0]
             with self._autocast(real.device, self.penalty_precision):
-                penalty = regularizer(lambda x: self.discriminator(x, labels), real, fake, weight=weight)
+                penalty = regularizer(lambda x: self._score(x, labels, positions, "penalty"), real, fake, weight=weight)
             seen["penalty"] = penalty
             loss = loss + coefficient * penalty
         seen["loss_d"] = loss
@@ -108,7 +120,8 @@ class Step:
     def metrics(self) -> list[str]:
         """Names of what both losses log, in order; the same on ranks that compute none."""
         penalty = ["penalty"] if self.penalty is not None else []
-        return ["loss_d", "loss_g", *penalty, "score_fake", "score_real"]
+        augmentation = self.augmentation.metrics if self.augmentation is not None else ()
+        return ["loss_d", "loss_g", *penalty, "score_fake", "score_real", *augmentation]
 
     def generator_loss(self, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of the generator and what to log; `positions`: int64 [N], those of the last discriminator step."""
@@ -117,7 +130,7 @@ class Step:
             labels = None
             if self.num_classes:
                 labels = counter_rng.integers(self.seed, "label of G's step", positions, self.num_classes)
-            scores = self.discriminator(self.generator(latent, labels), labels).float()
+            scores = self._score(self.generator(latent, labels), labels, positions, "G's step").float()
         loss = self.loss.generator(scores)
         return loss, {"loss_g": loss.detach()}
 

@@ -5,7 +5,7 @@
 The launcher's environment variables make it a rank; without them it is one process. Each case is {"name", "variant",
 "flags", "steps"}. Rank 0 writes the weights and optimizer state after these steps to OUT/NAME.safetensors. A case with
 "stop" runs the training loop in OUT/NAME until the last rank has seen so many images and gets SIGTERM; then each rank R
-writes its weights and moving average to OUT/NAME-R.safetensors.
+writes its weights and moving average to OUT/NAME-R.safetensors. "strength" is that of the augmentation at the start.
 
 The tests that compare several ranks with one process share `launch`, `case` and `assert_same_weights`.
 """
@@ -135,6 +135,8 @@ def train(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
     if "stop" in case:
         stop(case, trainer, out)
         return
+    if "strength" in case:
+        trainer.stage.step.augmentation.strength.fill_(case["strength"])  # type: ignore[union-attr,operator]
     for _ in range(case["steps"]):
         trainer.train_step()
     trainer.stage.wait()
@@ -142,6 +144,8 @@ def train(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
     tensors |= {f"d.{k}": v for k, v in trainer.stage.step.discriminator.state_dict().items()}
     tensors |= {f"og.{k}": v for k, v in trainer.stage.engines[0].state().items()}
     tensors |= {f"od.{k}": v for k, v in trainer.stage.engines[1].state().items()}
+    if trainer.stage.step.augmentation is not None:
+        tensors |= {f"augmentation.{k}": v for k, v in trainer.stage.step.augmentation.state_dict().items()}
     if world.main:
         _write(tensors, out / f"{case['name']}.safetensors")
     trainer.stage.close()

@@ -22,12 +22,14 @@ def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
     """Weights, optimizer state and the random state of every rank, by group; a collective."""
     stage = trainer.stage
     random = trainer.world.gather(torch.get_rng_state())
+    augmentation = stage.step.augmentation
     return {
         "generator": dict(stage.step.generator.state_dict()),
         "discriminator": dict(stage.step.discriminator.state_dict()),
         "optimizer_g": stage.generator_engine.state(),
         "optimizer_d": stage.discriminator_engine.state(),
         "random": {f"rank{i}": state for i, state in enumerate(random)},
+        **({} if augmentation is None else {"augmentation": dict(augmentation.state_dict())}),
     }
 
 

@@ -30,6 +30,15 @@ def _channels_last(name: str, variant: str, accumulation: int) -> dict:
     return {**case, "flags": [*case["flags"], "--memory-format", "channels_last"]}
 
 
+def _augmented(name: str, variant: str, accumulation: int) -> dict:
+    """With a strength that changes after every second or fourth step."""
+    case = ranks.case(name, variant, 0, accumulation)
+    flags = "--batch 64 --kimg 1.28 --fade-kimg 0.32 --stable-kimg 0.64 --augment ada --augment-kimg 20".split()
+    if variant == "wgan-gp":
+        flags = [*flags[:4], *flags[8:]]
+    return {**case, "flags": [*case["flags"], *flags], "strength": 0.4}
+
+
 # All of four ranks share the batches at 4 and 16 px; two of them share those of two images at 8 px.
 FOUR = "--batch 16 --batch-at 8 2 --resolution 16 --fade-kimg 0.008 --stable-kimg 0.032 --kimg 0.112".split()
 FOUR += "--lr-g 1e-4 --lr-d 1e-4".split()
@@ -48,13 +57,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     one = [ranks.case(f"one-{v}-{a}", v, 0, ranks.one_process(v, 2, a)) for v, a in pairs]
     one += [_idle(f"one-idle-{a}", 0, a) for a in (1, 2)]
     one += [_channels_last(f"one-last-{v}", v, ranks.one_process(v, 2, 1)) for v in ("wgan-gp", "pggan")]
+    one += [_augmented(f"one-augmented-{v}", v, ranks.one_process(v, 2, 1)) for v in ("wgan-gp", "pggan")]
     ranks.launch(SCRIPT, one, out, 1)
     two = [ranks.case(f"two-{v}-{z}-{a}", v, z, a) for v, z, a in CASES]
     two += [_idle(f"two-idle-{z}-{a}", z, a) for z, a in IDLE]
     two += [_channels_last(f"two-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
+    two += [_augmented(f"two-augmented-{v}", v, 1) for v in ("wgan-gp", "pggan")]
     ranks.launch(SCRIPT, two, out, 2)
     torch_cases = [ranks.case(f"torch-{v}-{a}", v, 0, a) for v, a in TORCH]
     torch_cases += [_idle(f"torch-idle-{a}", 0, a) for a in (1, 2)]
+    torch_cases += [_augmented(f"torch-augmented-{v}", v, 1) for v in ("wgan-gp", "pggan")]
     torch_cases += [_channels_last(f"torch-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
     ranks.launch(SCRIPT, torch_cases, out, 2, engine="torch")
     return {file.stem: load_file(file) for file in out.glob("*.safetensors")}
@@ -88,6 +100,17 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", ["wgan-gp", "pggan"])
 def test_channels_last(weights: dict, variant: str, engine: str) -> None:
     ranks.assert_same_weights(weights[f"one-last-{variant}"], weights[f"{engine}-last-{variant}"])
+
+
+@pytest.mark.parametrize("engine", ["two", "torch"])
+@pytest.mark.parametrize("variant", ["wgan-gp", "pggan"])
+def test_augmented(weights: dict, variant: str, engine: str) -> None:
+    """The strength comes from the scores of all ranks, and is the same to the bit."""
+    one, several = weights[f"one-augmented-{variant}"], weights[f"{engine}-augmented-{variant}"]
+    assert 0 < one["augmentation.strength"] != torch.tensor(0.4) and torch.equal(
+        *(w["augmentation.strength"] for w in (one, several))
+    )
+    ranks.assert_same_weights(one, several)
 
 
 @pytest.mark.parametrize(("zero", "accumulation"), IDLE)
