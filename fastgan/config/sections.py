@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal
 
 from fastgan.config.bounds import Bound, above, at_least, one_of
 
-ModelName = Literal["mlp", "dcgan", "sagan", "pggan"]
-LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge"]
-RegularizerName = Literal["none", "weight-clipping", "gradient-penalty", "wasserstein-divergence", "zero-centered"]
+ModelName = Literal["mlp", "dcgan", "sagan", "pggan", "r3gan"]
+LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge", "relativistic"]
+RegularizerName = Literal[
+    "none", "weight-clipping", "gradient-penalty", "wasserstein-divergence", "zero-centered", "zero-centered-both"
+]
 Norm = Literal["batch", "none"]
 AugmentName = Literal["none", "ada", "diffaugment"]
 
@@ -40,9 +42,9 @@ class Networks(_Section):
     latent: Annotated[int, at_least(1)] = 128
     """Size of the latent vector."""
     width: Annotated[int, at_least(1)] = 64
-    """Channels at the highest resolution (dcgan, sagan) or units of a hidden layer (mlp)."""
+    """Channels at the highest resolution (dcgan, sagan, r3gan) or units of a hidden layer (mlp)."""
     max_width: Annotated[int, at_least(1)] = 1024
-    """Limit of the doubling of channels towards 4x4 (dcgan, sagan)."""
+    """Limit of the doubling of channels towards 4x4 (dcgan, sagan, r3gan)."""
     fmap_base: Annotated[int, at_least(1)] = 8192
     """Feature maps at resolution r are min(2 fmap_base / r, fmap_max) (pggan)."""
     fmap_max: Annotated[int, at_least(1)] = 512
@@ -76,7 +78,8 @@ class Objective(_Section):
     clip: Annotated[float, above(0)] = 0.01
     """Weight clipping: every weight of the critic stays in [-clip, clip]."""
     penalty_weight: Annotated[float, at_least(0)] = 10.0
-    """Coefficient of the gradient penalty; zero-centered: of mean |grad D|^2 on real images, half of R1's gamma."""
+    """Coefficient of the gradient penalty; zero-centered: of mean |grad D|^2 on real images, half of R1's gamma;
+    zero-centered-both: on real and on generated images, R1 and R2."""
     divergence_k: Annotated[float, at_least(0)] = 2.0
     """Wasserstein divergence: k, its coefficient."""
     divergence_p: Annotated[float, above(0)] = 6.0

@@ -25,14 +25,15 @@ class Loss(NamedTuple):
 
     Attributes:
         discriminator: (scores of real images, scores of fake images) -> scalar.
-        generator: scores of fake images -> scalar.
+        generator: scores of fake images -> scalar; where `paired`, (those of fake, those of real images) -> scalar.
         margin: (scores of real images, scores of fake images) -> [N], positive where the discriminator takes a real
             image for real. Where scores have no zero, as a constant may be added to all, it compares pairs.
     """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
-    generator: Callable[[Tensor], Tensor]
+    generator: Callable[..., Tensor]
     margin: Callable[[Tensor, Tensor], Tensor] = _score
+    paired: bool = False
 
 
 def minimax(saturating: bool = False) -> Loss:
@@ -88,3 +89,19 @@ def hinge() -> Loss:
         return -fake.mean()
 
     return Loss(discriminator, generator)
+
+
+def relativistic() -> Loss:
+    """log(1 + exp(D(G(z)) - D(x))) over pairs of one real and one generated image, and the same with the sign changed.
+
+    The pairing loss of Jolicoeur-Martineau 2019 as in Huang et al. 2024, eq. 2: the generator moves its images above
+    real ones rather than above a boundary, so that no mode may stay below it.
+    """
+
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(fake - real).mean()
+
+    def generator(fake: Tensor, real: Tensor) -> Tensor:
+        return F.softplus(real - fake).mean()
+
+    return Loss(discriminator, generator, _difference, paired=True)

@@ -91,6 +91,7 @@ def build_step(
         "least-squares": objectives.least_squares(o.label_fake, o.label_real, o.label_generator),
         "wasserstein": objectives.wasserstein(),
         "hinge": objectives.hinge(),
+        "relativistic": objectives.relativistic(),
     }[o.loss]
     penalty: tuple[float, Regularizer] | None = None
     if o.regularizer == "gradient-penalty":
@@ -100,6 +101,8 @@ def build_step(
         penalty = (1.0, divergence)
     elif o.regularizer == "zero-centered":
         penalty = (o.penalty_weight, objectives.real_penalty)
+    elif o.regularizer == "zero-centered-both":
+        penalty = (o.penalty_weight, objectives.both_penalty)
     precision = config.system.precision
     return Step(
         generator,

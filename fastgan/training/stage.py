@@ -36,6 +36,8 @@ from fastgan.training.observability.nonfinite import NonFiniteDetector
 from fastgan.training.observability.stragglers import StragglerDetector
 from fastgan.training.step import frozen
 
+Seen = tuple[Tensor] | tuple[Tensor, Tensor, Tensor | None]
+"""Arguments of `Step.generator_loss`: the positions of a micro-batch and, for a paired loss, images and labels."""
 State = dict[str, dict[str, Tensor]]
 """State dicts by network: "generator", "discriminator" and "ema"; "augmentation" is that of an augmentation."""
 
@@ -196,7 +198,7 @@ class ActiveStage:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def discriminator_step(self, micro_batches: Iterable[data.Batch], *, generator_first: bool = False) -> list[Tensor]:
+    def discriminator_step(self, micro_batches: Iterable[data.Batch], *, generator_first: bool = False) -> list[Seen]:
         """One step of the discriminator.
 
         Args:
@@ -204,9 +206,9 @@ class ActiveStage:
             generator_first: see `Step.discriminator_loss`; False right after a step of the generator.
 
         Returns:
-            The positions of each micro-batch, which the generator's step takes.
+            What the generator's step takes of each micro-batch.
         """
-        positions = []
+        taken: list[Seen] = []
         for micro in micro_batches:
             real = micro.images.to(memory_format=memory_format(self.config))
             discriminator = self.step.discriminator
@@ -216,14 +218,14 @@ class ActiveStage:
                 real, micro.positions, micro.labels, generator_first=generator_first
             )
             self._backward(self.discriminator_engine, "discriminator", loss, seen)
-            positions.append(micro.positions)
-        return positions
+            taken.append((micro.positions, real, micro.labels) if self.step.loss.paired else (micro.positions,))
+        return taken
 
-    def generator_step(self, positions: list[Tensor]) -> None:
+    def generator_step(self, taken: list[Seen]) -> None:
         """One step of the generator on the positions of the discriminator's last step."""
         with frozen(self.step.discriminator):
-            for micro in positions:
-                loss, seen = self.step.generator_loss(micro)
+            for micro in taken:
+                loss, seen = self.step.generator_loss(*micro)
                 self._backward(self.generator_engine, "generator", loss, seen)
 
     def _backward(self, engine: Engine, name: str, loss: Tensor, seen: dict[str, Tensor]) -> None:

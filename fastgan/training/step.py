@@ -123,15 +123,28 @@ class Step:
         augmentation = self.augmentation.metrics if self.augmentation is not None else ()
         return ["loss_d", "loss_g", *penalty, "score_fake", "score_real", *augmentation]
 
-    def generator_loss(self, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of the generator and what to log; `positions`: int64 [N], those of the last discriminator step."""
+    def generator_loss(
+        self, positions: Tensor, real: Tensor | None = None, real_labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of the generator and what to log.
+
+        Args:
+            positions: int64 [N], those of the last discriminator step.
+            real, real_labels: its images and their labels, for a loss that is `paired`.
+        """
         with self._autocast(positions.device, self.precision):
             latent = counter_rng.normal(self.seed, "latent of G's step", positions, self.latent)
             labels = None
             if self.num_classes:
                 labels = counter_rng.integers(self.seed, "label of G's step", positions, self.num_classes)
             scores = self._score(self.generator(latent, labels), labels, positions, "G's step").float()
-        loss = self.loss.generator(scores)
+            pairs = []
+            if self.loss.paired:
+                assert real is not None
+                with torch.no_grad():
+                    score_real = self._score(real, real_labels if self.num_classes else None, positions, "real in G's")
+                pairs = [score_real.float()]
+        loss = self.loss.generator(scores, *pairs)
         return loss, {"loss_g": loss.detach()}
 
 

@@ -221,6 +221,7 @@ SMALL = {
     "wgan-div": "--width 8 --max-width 8 --accumulation 2",
     "sagan": "--width 8 --max-width 8 --conditional",
     "pggan": "--fmap-base 32 --fmap-max 8 --kimg 3",
+    "r3gan": "--width 8 --max-width 8",
 }
 
 

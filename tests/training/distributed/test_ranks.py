@@ -107,9 +107,8 @@ def test_channels_last(weights: dict, variant: str, engine: str) -> None:
 def test_augmented(weights: dict, variant: str, engine: str) -> None:
     """The strength comes from the scores of all ranks, and is the same to the bit."""
     one, several = weights[f"one-augmented-{variant}"], weights[f"{engine}-augmented-{variant}"]
-    assert 0 < one["augmentation.strength"] != torch.tensor(0.4) and torch.equal(
-        *(w["augmentation.strength"] for w in (one, several))
-    )
+    strength = one["augmentation.strength"]
+    assert 0 < strength != torch.tensor(0.4) and torch.equal(several["augmentation.strength"], strength)
     ranks.assert_same_weights(one, several)
 
 
