@@ -78,8 +78,8 @@ class Objective(_Section):
     clip: Annotated[float, above(0)] = 0.01
     """Weight clipping: every weight of the critic stays in [-clip, clip]."""
     penalty_weight: Annotated[float, at_least(0)] = 10.0
-    """Coefficient of the gradient penalty; zero-centered: of mean |grad D|^2 on real images, half of R1's gamma;
-    zero-centered-both: on real and on generated images, R1 and R2."""
+    """Coefficient of the gradient penalty; zero-centered: of mean |grad D|^2 on real images, half of R1's gamma (both:
+    on real and on generated images)."""
     divergence_k: Annotated[float, at_least(0)] = 2.0
     """Wasserstein divergence: k, its coefficient."""
     divergence_p: Annotated[float, above(0)] = 6.0

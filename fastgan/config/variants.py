@@ -226,9 +226,9 @@ VARIANTS: dict[str, Variant] = {
             "r3gan",
             _R3GAN,
             _R3GAN.but(
-                networks={"width": 32, "max_width": 64},
-                optimizer={"lr_g": 1e-3, "lr_d": 1e-3, "beta2": 0.99, **_QUICK},
-                schedule={"resolution": 16, "kimg": 200, "batch": 64},
+                networks={"width": 16, "max_width": 64},
+                optimizer={"lr_g": 2e-3, "lr_d": 2e-3, "beta2": 0.99, **_QUICK},
+                schedule={"resolution": 16, "kimg": 120, "batch": 64},
             ),
             "Huang et al. 2024, The GAN is dead; long live the GAN! A modern baseline GAN",
         ),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import ops
+from fastgan.ops.autograd import without_autocast
 from fastgan.utils import counter_rng
 
 MAX_STRENGTH = 0.8
@@ -86,7 +87,7 @@ class Augmentation(nn.Module):
     def forward(self, images: Tensor, positions: Tensor, use: str) -> Tensor:
         """`use` tells the draws for real, generated and other images of the same positions apart."""
         images = images.to(torch.promote_types(images.dtype, torch.float32))
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images):
             return self.augment(images, positions, f"augmentation, {use}")
 
     def augment(self, images: Tensor, positions: Tensor, stream: str) -> Tensor:

@@ -60,7 +60,11 @@ def _count_updates(step: Step, batch: int, channels: int, resolution: int) -> li
         positions = torch.arange(batch)
         labels = torch.zeros(batch, dtype=torch.int64)
     counts = []
-    for run in (lambda: step.discriminator_loss(real, positions, labels), lambda: step.generator_loss(positions)):
+    losses = (
+        lambda: step.discriminator_loss(real, positions, labels),
+        lambda: step.generator_loss(positions, real, labels),
+    )
+    for run in losses:
         with _Counter() as count:
             run()[0].backward()
         counts.append(count)
