@@ -15,7 +15,8 @@ from fastgan import checkpoint
 SCRIPT = Path(ranks.__file__)
 CASES = [(variant, zero, a) for variant in ("wgan-gp", "pggan") for zero in (0, 1, 2) for a in (1, 2)]
 CASES += [("dcgan", 0, 1), ("dcgan", 2, 2)]  # with batch norm in the critic and a penalty on real images alone
-TORCH = [(variant, a) for variant in ("wgan-gp", "pggan") for a in (1, 2)]
+CASES += [("r3gan", 2, 2)]  # real images in the generator's step
+TORCH = [*((variant, a) for variant in ("wgan-gp", "pggan") for a in (1, 2)), ("r3gan", 2)]
 # At 8 px one of the two ranks takes the whole batch, in one micro-batch or two.
 IDLE = [(zero, a) for zero in (0, 1, 2) for a in (1, 2)]
 
