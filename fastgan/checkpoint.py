@@ -44,7 +44,7 @@ class Checkpoint:
         return load_file(self.path / _GENERATOR)
 
     def training(self) -> dict[str, dict[str, Tensor]]:
-        """Everything else, by group: "generator", "discriminator", "optimizer_g", "optimizer_d", "random"."""
+        """The rest: groups "generator", "discriminator", "optimizer_g", "optimizer_d", "random", "augmentation"."""
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in load_file(self.path / _TRAINING).items():
             group, name = key.split(":", 1)

@@ -67,6 +67,7 @@ ARROWS: dict[str, set[str]] = {
             "models",
             "nn",
             "objectives",
+            "ops",
         ),
         *("planning", "utils"),
     },

@@ -1,4 +1,4 @@
-"""Eight variants on handwritten digits at 32 px, with the same generator size and the same number of training images.
+"""Nine variants on handwritten digits at 32 px, with the same generator size and the same number of training images.
 
     python -m benchmarks.studies.compare_variants --speed --threads 1
     python -m benchmarks.studies.compare_variants [--variants wgan-gp pggan] [--seeds 1] [--kimg 40] [--threads 1]
@@ -42,7 +42,7 @@ from benchmarks.studies.result_cache import (
     result_name,
     train_run,
 )
-from fastgan import checkpoint, models
+from fastgan import checkpoint, data, models
 from fastgan.config import Config, replace
 from fastgan.config.files import merge, read_yaml
 from fastgan.config.growth import stages_of
@@ -82,9 +82,16 @@ def gradient_norm(stored: checkpoint.Checkpoint, config: Config) -> float:
     positions = torch.arange(256)
     latent = counter_rng.normal(0, "gradient", positions, generator.latent)  # type: ignore[arg-type]
     images = generator(latent).requires_grad_()
-    loss = build_step(config, generator, discriminator, 0).loss.generator(discriminator(images))
+    loss_of = build_step(config, generator, discriminator, 0).loss
+    pairs = [discriminator(_real_images(len(images), networks["resolution"]))] if loss_of.paired else []
+    loss = loss_of.generator(discriminator(images), *pairs)
     (gradient,) = torch.autograd.grad(len(images) * loss, images)
     return gradient.flatten(1).norm(dim=1).mean().item()
+
+
+def _real_images(count: int, resolution: int) -> torch.Tensor:
+    source = data.open_source("digits", resolution)
+    return data.open(source, resolution=resolution, seed=0).batch(0, count).images
 
 
 def settings(arm: str) -> Changes:

@@ -127,12 +127,13 @@ def train_points(task: str, variant: str, seed: int, kimg: float) -> dict[str, A
     while position < 1000 * kimg:
         for _ in range(config.optimizer.n_critic):
             positions = torch.arange(position, position + _BATCH)
-            loss, _ = step.discriminator_loss(real_points(task, seed, positions), positions)
+            real = real_points(task, seed, positions)
+            loss, _ = step.discriminator_loss(real, positions)
             engine_d.backward(loss)
             engine_d.step()
             position += _BATCH
         with frozen(critic):
-            loss, _ = step.generator_loss(positions)
+            loss, _ = step.generator_loss(positions, real)
             engine_g.backward(loss)
             engine_g.step()
         ema.update(generator)

@@ -27,12 +27,14 @@ NETWORKS: dict[int, dict[str, dict[str, Any]]] = {
         "dcgan": {"width": 32, "max_width": 64},
         "sagan": {"width": 16, "max_width": 64},
         "pggan": {"fmap_base": 256, "fmap_max": 41},
+        "r3gan": {"width": 16, "max_width": 56},
     },
     32: {
         "mlp": {"width": 134},
         "dcgan": {"width": 32, "max_width": 64},
         "sagan": {"width": 16, "max_width": 59},
         "pggan": {"fmap_base": 256, "fmap_max": 53},
+        "r3gan": {"width": 24, "max_width": 48},
     },
 }
 # The digits presets of dcgan and lsgan add R1 and drop the discriminator's batch norm. These settings undo that, with
@@ -55,6 +57,7 @@ ARMS: dict[str, tuple[str, Changes]] = {
     "wgan-div": ("wgan-div", {}),
     "sagan": ("sagan", {}),
     "pggan": ("pggan", {}),
+    "r3gan": ("r3gan", {}),
 }
 
 

@@ -17,7 +17,7 @@ from fastgan.training.resilience.slurm import set_rank_variables
 from fastgan.utils.old_names import current_flags
 
 COMMANDS = {
-    "train": "train one of eight GAN variants",
+    "train": "train one of nine GAN variants",
     "plan": "predict how long a run takes on a cluster, stage by stage",
     "sample": "draw images from a trained generator",
     "evaluate": "measure how good the images of a trained generator are",

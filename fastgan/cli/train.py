@@ -1,4 +1,4 @@
-"""Train one of eight GAN variants: `deepspeed fastgan/train.py --variant pggan`, torchrun or `fastgan train`."""
+"""Train one of nine GAN variants: `deepspeed fastgan/train.py --variant pggan`, torchrun or `fastgan train`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from fastgan.config.bounds import violations
 from fastgan.config.sections import Config, to_dict
 from fastgan.errors import ArgumentError
 
-SECOND_ORDER = ("gradient-penalty", "wasserstein-divergence", "zero-centered")
+SECOND_ORDER = ("gradient-penalty", "wasserstein-divergence", "zero-centered", "zero-centered-both")
 """Regularizers whose step takes a second derivative of the discriminator."""
 
 
@@ -40,8 +40,8 @@ def validate(config: Config) -> None:
 
 # Field -> the field that decides whether it has an effect, and the values of that with which it has one.
 _USED_WITH = {
-    **dict.fromkeys(("width",), ("model", ("mlp", "dcgan", "sagan"))),
-    **dict.fromkeys(("max_width",), ("model", ("dcgan", "sagan"))),
+    **dict.fromkeys(("width",), ("model", ("mlp", "dcgan", "sagan", "r3gan"))),
+    **dict.fromkeys(("max_width",), ("model", ("dcgan", "sagan", "r3gan"))),
     **dict.fromkeys(("norm_g", "norm_d"), ("model", ("dcgan",))),
     **dict.fromkeys(("attention_at", "conditional"), ("model", ("sagan",))),
     **dict.fromkeys(
@@ -49,8 +49,9 @@ _USED_WITH = {
     ),
     **dict.fromkeys(("label_fake", "label_real", "label_generator"), ("loss", ("least-squares",))),
     "clip": ("regularizer", ("weight-clipping",)),
-    "penalty_weight": ("regularizer", ("gradient-penalty", "zero-centered")),
+    "penalty_weight": ("regularizer", ("gradient-penalty", "zero-centered", "zero-centered-both")),
     **dict.fromkeys(("divergence_k", "divergence_p"), ("regularizer", ("wasserstein-divergence",))),
+    **dict.fromkeys(("augment_target", "augment_kimg"), ("augment", ("ada",))),
     "beta1": ("optimizer", ("adam", "sgd")),
     "beta2": ("optimizer", ("adam", "rmsprop")),
 }

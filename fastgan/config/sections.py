@@ -12,11 +12,14 @@ from typing import Annotated, Any, Literal
 
 from fastgan.config.bounds import Bound, above, at_least, one_of
 
-ModelName = Literal["mlp", "dcgan", "sagan", "pggan"]
-LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge"]
-RegularizerName = Literal["none", "weight-clipping", "gradient-penalty", "wasserstein-divergence", "zero-centered"]
+ModelName = Literal["mlp", "dcgan", "sagan", "pggan", "r3gan"]
+LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge", "relativistic"]
+RegularizerName = Literal[
+    "none", "weight-clipping", "gradient-penalty", "wasserstein-divergence", "zero-centered", "zero-centered-both"
+]
 Norm = Literal["batch", "none"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+AugmentName = Literal["none", "ada", "diffaugment"]
 
 FINITE = Bound(lambda value: True, "a finite number")
 SHARE = Bound(lambda value: 0 <= value <= 1, "0 to 1")
@@ -40,9 +43,9 @@ class Networks(_Section):
     latent: Annotated[int, at_least(1)] = 128
     """Size of the latent vector."""
     width: Annotated[int, at_least(1)] = 64
-    """Channels at the highest resolution (dcgan, sagan) or units of a hidden layer (mlp)."""
+    """Channels at the highest resolution (dcgan, sagan, r3gan) or units of a hidden layer (mlp)."""
     max_width: Annotated[int, at_least(1)] = 1024
-    """Limit of the doubling of channels towards 4x4 (dcgan, sagan)."""
+    """Limit of the doubling of channels towards 4x4 (dcgan, sagan, r3gan)."""
     fmap_base: Annotated[int, at_least(1)] = 8192
     """Feature maps at resolution r are min(2 fmap_base / r, fmap_max) (pggan)."""
     fmap_max: Annotated[int, at_least(1)] = 512
@@ -76,7 +79,8 @@ class Objective(_Section):
     clip: Annotated[float, above(0)] = 0.01
     """Weight clipping: every weight of the critic stays in [-clip, clip]."""
     penalty_weight: Annotated[float, at_least(0)] = 10.0
-    """Coefficient of the gradient penalty; zero-centered: of mean |grad D|^2 on real images, half of R1's gamma."""
+    """Coefficient of the gradient penalty; zero-centered: of mean |grad D|^2 on real images, half of R1's gamma (both:
+    on real and on generated images)."""
     divergence_k: Annotated[float, at_least(0)] = 2.0
     """Wasserstein divergence: k, its coefficient."""
     divergence_p: Annotated[float, above(0)] = 6.0
@@ -141,6 +145,12 @@ class Data(_Section):
     """Channels of the images, 1 or 3; None: those of the data."""
     mirror: bool = False
     """Flip half of the real images left to right."""
+    augment: AugmentName = "none"
+    """Augment all that the discriminator sees, for few pictures: ada (adaptive strength), diffaugment or none."""
+    augment_target: Annotated[float, SHARE_BELOW_1] = 0.6
+    """ada: how sure the discriminator may be of real images, as the mean sign of its scores, before strength rises."""
+    augment_kimg: Annotated[float | None, above(0)] = None
+    """ada: kimg in which the strength can rise from 0 to 1; None: a fifth of --kimg, at most 500."""
     pipeline: Literal["auto", "cache", "dali", "torch"] = "auto"
     """cache: decoded images; dali, torch: decode a batch ahead; auto: the first that works, which the run names."""
     workers: int = 0

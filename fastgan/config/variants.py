@@ -1,4 +1,4 @@
-"""The eight variants as typed data: each is networks, objective, optimizer and schedule, in two presets.
+"""The nine variants as typed data: each is networks, objective, optimizer and schedule, in two presets.
 
 `paper` is the recipe as published, at its widths and schedule; `digits` is small and tuned for scikit-learn's digits
 on a CPU, and is what runs when no data is named. A new variant is a new entry.
@@ -10,7 +10,8 @@ of dcgan: lsgan's authors had deeper ones, wgan-gp's and wgan-div's residual one
 critic. wgan: always 5 critic steps, where the authors' code takes 100 now and then. wgan-div: k is the paper's, not the
 10 of the authors' code. sagan: classes are asked for by `--conditional`. pggan: schedule and batches of the authors'
 preset for one GPU, with the paper's one rate for all resolutions (1.5e-3 at 1024 px there); the optimizers start fresh
-at a growth, not once more when its fade ends.
+at a growth, not once more when its fade ends. r3gan: the authors lower the penalty's weight and the learning rates and
+raise beta2 while they train; here all are constant.
 """
 
 from __future__ import annotations
@@ -101,6 +102,13 @@ _PGGAN = Recipe(
         fade_kimg=600,
         stable_kimg=600,
     ),
+)
+_R3GAN = Recipe(
+    # FFHQ at 64 px.
+    Networks(model="r3gan", latent=64, width=384, max_width=768),
+    Objective(loss="relativistic", regularizer="zero-centered-both", penalty_weight=1.0),  # gamma of 2
+    Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.0, beta2=0.9, ema_decay=0.9999),
+    Schedule(resolution=64, kimg=10_000, batch=256),
 )
 
 # What the digits presets share. Runs are short: a moving average of the paper's length starts shorter and grows.
@@ -213,6 +221,16 @@ VARIANTS: dict[str, Variant] = {
                 },
             ),
             "Karras et al. 2018, Progressive growing of GANs for improved quality, stability, and variation",
+        ),
+        Variant(
+            "r3gan",
+            _R3GAN,
+            _R3GAN.but(
+                networks={"width": 16, "max_width": 64},
+                optimizer={"lr_g": 2e-3, "lr_d": 2e-3, "beta2": 0.99, **_QUICK},
+                schedule={"resolution": 16, "kimg": 120, "batch": 64},
+            ),
+            "Huang et al. 2024, The GAN is dead; long live the GAN! A modern baseline GAN",
         ),
     )
 }

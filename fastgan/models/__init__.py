@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from fastgan.models import dcgan, mlp, pggan, sagan
+from fastgan.models import dcgan, mlp, pggan, r3gan, sagan
 
-MODELS: dict[str, ModuleType] = {"mlp": mlp, "dcgan": dcgan, "sagan": sagan, "pggan": pggan}
+MODELS: dict[str, ModuleType] = {"mlp": mlp, "dcgan": dcgan, "sagan": sagan, "pggan": pggan, "r3gan": r3gan}
 
 
 def _build(cls: type[nn.Module], values: dict[str, Any]) -> nn.Module:
@@ -22,7 +22,7 @@ def build(model: str, *, norm_g: str = "batch", norm_d: str = "batch", **values:
     """Build a model on the CPU, with weights from torch's global random generator.
 
     Args:
-        model: mlp, dcgan, sagan or pggan.
+        model: mlp, dcgan, sagan, pggan or r3gan.
         norm_g: batch or none, for generators with that choice.
         norm_d: as `norm_g`, for discriminators.
         values: `resolution`, `channels`, `latent`, `width`, ...; each network gets those in its signature.

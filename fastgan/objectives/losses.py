@@ -12,16 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _score(real: Tensor, fake: Tensor) -> Tensor:
+    return real
+
+
+def _difference(real: Tensor, fake: Tensor) -> Tensor:
+    return real - fake
+
+
 class Loss(NamedTuple):
     """The losses of both networks.
 
     Attributes:
         discriminator: (scores of real images, scores of fake images) -> scalar.
-        generator: scores of fake images -> scalar.
+        generator: scores of fake images -> scalar; where `paired`, (those of fake, those of real images) -> scalar.
+        margin: (scores of real images, scores of fake images) -> [N], positive where the discriminator takes a real
+            image for real. Where scores have no zero, as a constant may be added to all, it compares pairs.
     """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
-    generator: Callable[[Tensor], Tensor]
+    generator: Callable[..., Tensor]
+    margin: Callable[[Tensor, Tensor], Tensor] = _score
+    paired: bool = False
 
 
 def minimax(saturating: bool = False) -> Loss:
@@ -49,7 +61,10 @@ def least_squares(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
     def generator(fake: Tensor) -> Tensor:
         return 0.5 * (fake - c).square().mean()
 
-    return Loss(discriminator, generator)
+    def margin(real: Tensor, fake: Tensor) -> Tensor:
+        return (real - 0.5 * (a + b)) * (b - a)
+
+    return Loss(discriminator, generator, margin)
 
 
 def wasserstein() -> Loss:
@@ -61,7 +76,7 @@ def wasserstein() -> Loss:
     def generator(fake: Tensor) -> Tensor:
         return -fake.mean()
 
-    return Loss(discriminator, generator)
+    return Loss(discriminator, generator, _difference)
 
 
 def hinge() -> Loss:
@@ -74,3 +89,19 @@ def hinge() -> Loss:
         return -fake.mean()
 
     return Loss(discriminator, generator)
+
+
+def relativistic() -> Loss:
+    """log(1 + exp(D(G(z)) - D(x))) over pairs of one real and one generated image, and the same with the sign changed.
+
+    The pairing loss of Jolicoeur-Martineau 2019 as in Huang et al. 2024, eq. 2: the generator moves its images above
+    real ones rather than above a boundary, so that no mode may stay below it.
+    """
+
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(fake - real).mean()
+
+    def generator(fake: Tensor, real: Tensor) -> Tensor:
+        return F.softplus(real - fake).mean()
+
+    return Loss(discriminator, generator, _difference, paired=True)

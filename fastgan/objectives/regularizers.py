@@ -9,7 +9,14 @@ from fastgan.ops import gradient_penalty, wasserstein_divergence, zero_centered_
 from fastgan.ops.penalty import Critic
 from fastgan.ops.torch_private import clamp_all_
 
-__all__ = ["clip_weights", "gradient_penalty", "real_penalty", "wasserstein_divergence", "zero_centered_penalty"]
+__all__ = [
+    "both_penalty",
+    "clip_weights",
+    "gradient_penalty",
+    "real_penalty",
+    "wasserstein_divergence",
+    "zero_centered_penalty",
+]
 
 
 def real_penalty(critic: Critic, real: Tensor, fake: Tensor, *, weight: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -18,6 +25,14 @@ def real_penalty(critic: Critic, real: Tensor, fake: Tensor, *, weight: Tensor, 
     The paper multiplies it by gamma / 2. It has the signature of the other penalties and ignores `fake` and `weight`.
     """
     return zero_centered_penalty(critic, real, scale=scale)
+
+
+def both_penalty(critic: Critic, real: Tensor, fake: Tensor, *, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """R1 + R2: the means of |grad critic(x)|^2 over real and over generated samples (Mescheder et al. 2018, eq. 9).
+
+    Huang et al. 2024 multiply it by gamma / 2. It ignores `weight`.
+    """
+    return zero_centered_penalty(critic, real, scale=scale) + zero_centered_penalty(critic, fake, scale=scale)
 
 
 def clip_weights(optimizer: torch.optim.Optimizer, limit: float) -> None:

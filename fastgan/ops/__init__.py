@@ -1,6 +1,7 @@
 """Operations of generative adversarial networks. They need torch alone, not the rest of the package."""
 
 from fastgan.ops.activation import abs, hardtanh, leaky_relu, prelu, relu, relu6, threshold
+from fastgan.ops.affine_grid_sample import affine_grid_sample
 from fastgan.ops.attention import scaled_dot_product_attention
 from fastgan.ops.avg_pool2d import avg_pool2d, interpolate, interpolate_nearest
 from fastgan.ops.backend import backends, use_backend
@@ -19,6 +20,7 @@ __all__ = [
     "abs",
     "adaptive_avg_pool2d",
     "adaptive_max_pool2d",
+    "affine_grid_sample",
     "avg_pool2d",
     "backends",
     "bias_act",

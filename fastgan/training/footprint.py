@@ -17,7 +17,7 @@ from fastgan.config.growth import Stage
 from fastgan.data import Source
 from fastgan.models.pggan import Progressive
 from fastgan.planning.memory import Footprint, model_state_bytes
-from fastgan.training.from_config import build_step, network_values
+from fastgan.training.from_config import build_augmentation, build_step, network_values
 from fastgan.training.step import Step
 
 
@@ -60,7 +60,11 @@ def _count_updates(step: Step, batch: int, channels: int, resolution: int) -> li
         positions = torch.arange(batch)
         labels = torch.zeros(batch, dtype=torch.int64)
     counts = []
-    for run in (lambda: step.discriminator_loss(real, positions, labels), lambda: step.generator_loss(positions)):
+    losses = (
+        lambda: step.discriminator_loss(real, positions, labels),
+        lambda: step.generator_loss(positions, real, labels),
+    )
+    for run in losses:
         with _Counter() as count:
             run()[0].backward()
         counts.append(count)
@@ -95,7 +99,8 @@ def footprint(config: Config, source: Source, stage: Stage, micro: int, ranks: i
         if isinstance(module, Progressive):
             module.set_alpha(0.5 if fading else 1.0)
     config = replace(config, system={"precision": "fp32"})
-    step = build_step(config, generator, discriminator, source.num_classes)
+    augmentation = build_augmentation(config, source.channels, torch.device("meta"))
+    step = build_step(config, generator, discriminator, source.num_classes, augmentation)
     update_d, update_g = _count_updates(step, micro, source.channels, stage.resolution)
     g, d = _parameters(generator), _parameters(discriminator)
     state = model_state_bytes(g, d, config.optimizer.optimizer, ranks if config.system.zero else 1)

@@ -13,6 +13,7 @@ from fastgan import objectives
 from fastgan.config import Config, Networks, active_ranks, batch_at
 from fastgan.config.growth import stages_of
 from fastgan.errors import ArgumentError
+from fastgan.training.augmentation import Adaptive, Augmentation, Differentiable
 from fastgan.training.distributed.deepspeed_engine import deepspeed_config
 from fastgan.training.distributed.engine import OptimizerFactory
 from fastgan.training.loss_scale import LossScale
@@ -67,8 +68,23 @@ def validate_stages(config: Config, world_size: int) -> None:
         engine_settings(config, stage.resolution, world_size)
 
 
-def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, num_classes: int) -> Step:
-    """The step that `config` asks for on two networks.
+def build_augmentation(config: Config, channels: int, device: torch.device) -> Augmentation | None:
+    """What augments images of so many channels, on `device`."""
+    d, kimg, seed = config.data, config.schedule.kimg, config.run.seed
+    if d.augment == "ada":
+        rise = min(500.0, kimg / 5.0) if d.augment_kimg is None else d.augment_kimg
+        return Adaptive(channels, seed, target=d.augment_target, kimg=rise).to(device)
+    return Differentiable(channels, seed).to(device) if d.augment == "diffaugment" else None
+
+
+def build_step(
+    config: Config,
+    generator: nn.Module,
+    discriminator: nn.Module,
+    num_classes: int,
+    augmentation: Augmentation | None = None,
+) -> Step:
+    """The step that `config` asks for on two networks; `augmentation`: see `build_augmentation`.
 
     Raises:
         ValueError: the precision is "auto", which `precision.resolve` turns into another.
@@ -80,6 +96,7 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
         "least-squares": objectives.least_squares(o.label_fake, o.label_real, o.label_generator),
         "wasserstein": objectives.wasserstein(),
         "hinge": objectives.hinge(),
+        "relativistic": objectives.relativistic(),
     }[o.loss]
     penalty: tuple[float, Regularizer] | None = None
     if o.regularizer == "gradient-penalty":
@@ -89,6 +106,8 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
         penalty = (1.0, divergence)
     elif o.regularizer == "zero-centered":
         penalty = (o.penalty_weight, objectives.real_penalty)
+    elif o.regularizer == "zero-centered-both":
+        penalty = (o.penalty_weight, objectives.both_penalty)
     if config.system.precision == "auto":
         raise ValueError("precision must be resolved, got 'auto': see fastgan.training.precision")
     return Step(
@@ -100,6 +119,7 @@ def build_step(config: Config, generator: nn.Module, discriminator: nn.Module, n
         num_classes=num_classes if config.networks.conditional else 0,
         seed=config.run.seed,
         precision=config.system.precision,
+        augmentation=augmentation,
     )
 
 

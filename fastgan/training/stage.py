@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastgan import data
 from fastgan.config import Config, active_ranks, batch_at, batches_for_all
 from fastgan.models.pggan import Progressive
+from fastgan.training.augmentation import ADAPT_IMAGES, Adaptive
 from fastgan.training.compiling.micro_step import MicroSteps, real_images
 from fastgan.training.compiling.programs import StagePrograms, compare
 from fastgan.training.distributed.deepspeed_engine import DeepSpeedEngine, uses_own_reducer
@@ -24,7 +25,14 @@ from fastgan.training.distributed.engine import Engine
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.ema import Ema
-from fastgan.training.from_config import build_step, engine_settings, memory_format, network_values, optimizer_factory
+from fastgan.training.from_config import (
+    build_augmentation,
+    build_step,
+    engine_settings,
+    memory_format,
+    network_values,
+    optimizer_factory,
+)
 from fastgan.training.loss_scale import LossScales
 from fastgan.training.networks import build_networks, inherit
 from fastgan.training.observability.meters import Meters
@@ -32,8 +40,10 @@ from fastgan.training.observability.nonfinite import NonFiniteDetector
 from fastgan.training.observability.stragglers import StragglerDetector
 from fastgan.training.step import frozen
 
+Seen = tuple[Tensor] | tuple[Tensor, Tensor, Tensor | None]
+"""Arguments of `Step.generator_loss`: the positions of a micro-batch and, for a paired loss, images and labels."""
 State = dict[str, dict[str, Tensor]]
-"""State dicts by network: "generator", "discriminator" and "ema"."""
+"""State dicts by network: "generator", "discriminator" and "ema"; "augmentation" is that of an augmentation."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +141,16 @@ class ActiveStage:
         self.discriminator_engine = self._engine(discriminator, discriminator=True)
         self.ema.module.to(memory_format=self.generator_engine.memory_format)
         modules = (self.generator_engine.module, self.discriminator_engine.module)
-        self.step = build_step(config, *modules, num_classes)
+        augmentation = build_augmentation(config, channels, world.device)
+        self.step = build_step(config, *modules, num_classes, augmentation)
+        if scales is not None:
+            self.step.penalty_scale = scales.discriminator.value
         self.programs: StagePrograms | None = None
         self.refusal: str | None = None
         self._unchecked: set[str] = set()
-        if scales is not None:
-            self.step.penalty_scale = scales.discriminator.value
+        if augmentation is not None and state is not None:
+            augmentation.load_state_dict(state.get("augmentation", {}), strict=False)  # there is none of an older run
+            self._keep_on_first_rank()
 
     def _engine(self, module: nn.Module, *, discriminator: bool) -> Engine:
         config, world = self.config, self.world
@@ -181,7 +195,7 @@ class ActiveStage:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def discriminator_step(self, micro_batches: Iterable[data.Batch], *, generator_first: bool = False) -> list[Tensor]:
+    def discriminator_step(self, micro_batches: Iterable[data.Batch], *, generator_first: bool = False) -> list[Seen]:
         """One step of the discriminator.
 
         Args:
@@ -189,30 +203,38 @@ class ActiveStage:
             generator_first: see `Step.discriminator_loss`; False right after a step of the generator.
 
         Returns:
-            The positions of each micro-batch, which the generator's step takes.
+            What the generator's step takes of each micro-batch.
         """
-        positions = []
+        taken: list[Seen] = []
         for micro in micro_batches:
-            positions.append(micro.positions)
             if self.programs is not None:
                 inputs = self.programs.inputs(micro.images, micro.positions, micro.labels)
                 self._run_program(self.programs, "discriminator", inputs)
+                taken.append(self._seen_by_generator(micro))
                 continue
             real = real_images(micro.images, self.step.discriminator, memory_format(self.config))
             loss, seen = self.step.discriminator_loss(
                 real, micro.positions, micro.labels, generator_first=generator_first
             )
             self._backward(self.discriminator_engine, "discriminator", loss, seen)
-        return positions
+            taken.append(self._seen_by_generator(micro, real))
+        return taken
 
-    def generator_step(self, positions: list[Tensor]) -> None:
+    def _seen_by_generator(self, micro: data.Batch, real: Tensor | None = None) -> Seen:
+        if not self.step.loss.paired:
+            return (micro.positions,)
+        if real is None:
+            real = real_images(micro.images, self.step.discriminator, memory_format(self.config))
+        return micro.positions, real, micro.labels if self.step.num_classes else None
+
+    def generator_step(self, taken: list[Seen]) -> None:
         """One step of the generator on the positions of the discriminator's last step."""
         with frozen(self.step.discriminator):
-            for micro in positions:
+            for micro in taken:
                 if self.programs is not None:
-                    self._run_program(self.programs, "generator", [micro])
+                    self._run_program(self.programs, "generator", [x for x in micro if x is not None])
                     continue
-                loss, seen = self.step.generator_loss(micro)
+                loss, seen = self.step.generator_loss(*micro)
                 self._backward(self.generator_engine, "generator", loss, seen)
 
     def use(self, programs: StagePrograms | None) -> None:
@@ -231,7 +253,7 @@ class ActiveStage:
         if name in self._unchecked:
             self._unchecked.discard(name)
             eager = MicroSteps(self.step, self.config.schedule.accumulation, memory_format(self.config))
-            buffers = [x for network in self.modules[:2] for x in network.buffers()]
+            buffers = [x for module in self.step.modules().values() for x in module.buffers()]
             found, difference = compare(programs, name, inputs, getattr(eager, name), buffers)
             if difference > programs.tolerance:
                 self.refusal = f"the compiled {name} differs from eager by {difference:.1e} of the norm"
@@ -268,6 +290,33 @@ class ActiveStage:
         if self.world.rank < self.share.active:
             self._meters.add(seen)
 
+    def adapt_augmentation(self, before: int, after: int) -> None:
+        """Adapt the strength of the augmentation, if it is due by the real images seen before and after a step.
+
+        A collective of the active ranks, and the same on any number of them: the sums are of integers.
+        """
+        augmentation = self.step.augmentation
+        if not isinstance(augmentation, Adaptive) or before // ADAPT_IMAGES == after // ADAPT_IMAGES:
+            return
+        if self.world.size > 1:
+            with self._stragglers.waiting():
+                self._sum_statistics(augmentation, self.share.group)
+        augmentation.adapt()
+
+    def _sum_statistics(self, augmentation: Adaptive, group: Any) -> None:
+        totals = torch.stack([augmentation.signs, augmentation.seen])
+        if self.world.rank >= self.share.active:
+            totals.zero_()  # of images that another rank has seen too
+        dist.all_reduce(totals, group=group)
+        augmentation.signs.copy_(totals[0])
+        augmentation.seen.copy_(totals[1])
+
+    def _keep_on_first_rank(self) -> None:
+        """Drop what the statistics of an adaptive augmentation are on other ranks: the first one has the sums."""
+        if self.world.rank > 0 and isinstance(self.step.augmentation, Adaptive):
+            self.step.augmentation.signs.zero_()
+            self.step.augmentation.seen.zero_()
+
     # --- state ------------------------------------------------------------------------------------------------------
 
     def wait(self) -> None:
@@ -286,13 +335,20 @@ class ActiveStage:
             broadcast_tensors([tensor for module in self.modules for tensor in module.state_dict().values()])
             broadcast_tensors([self.ema.steps])
             broadcast_tensors([] if self._scales is None else self._scales.state().values())
+        if self.world.size > 1 and isinstance(self.step.augmentation, Adaptive):
+            self._sum_statistics(self.step.augmentation, None)
+            self._keep_on_first_rank()
+            if self.share.has_subgroup:
+                broadcast_tensors([self.step.augmentation.strength])
 
     def state(self) -> State:
         """Weights on the CPU, after `synchronize`, for the stage that grows from this one."""
-        names = ("generator", "discriminator", "ema")
+        modules: dict[str, nn.Module] = dict(zip(("generator", "discriminator", "ema"), self.modules, strict=True))
+        if self.step.augmentation is not None:
+            modules["augmentation"] = self.step.augmentation
         return {
             name: {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
-            for name, module in zip(names, self.modules, strict=True)
+            for name, module in modules.items()
         }
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastgan.config import Precision
 from fastgan.nn.shared_weights import shared_weights
 from fastgan.objectives import Loss
+from fastgan.training.augmentation import Augmentation
 from fastgan.utils import counter_rng
 
 _AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +48,8 @@ class Step:
         num_classes: number of classes; 0: the networks take no labels.
         seed: of latents, interpolation weights and labels.
         precision: fp32, tf32 (the same here, see `torch_settings.allow_tf32`), bf16 or fp16 (autocast).
+        augmentation: of every image that the discriminator sees, or None.
+        augmentation: of every image that the discriminator sees, or None.
 
     Attributes:
         penalty_scale: scale of the penalty's inner gradient in fp16, a scalar on the device; None: 1.
@@ -63,6 +66,7 @@ class Step:
         num_classes: int = 0,
         seed: int = 0,
         precision: Precision = "fp32",
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.generator = generator
         self.discriminator = discriminator
@@ -73,13 +77,26 @@ class Step:
         self.seed = seed
         self.autocast_dtype = _AUTOCAST[precision]
         self.penalty_scale: Tensor | None = None
+        self.augmentation = augmentation
         self.latent: int = generator.latent  # type: ignore[assignment]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What has the tensors that a step reads and writes, by name."""
+        found = {"generator": self.generator, "discriminator": self.discriminator}
+        return found if self.augmentation is None else {**found, "augmentation": self.augmentation}
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
 
+    def _score(self, images: Tensor, labels: Tensor | None, positions: Tensor, use: str) -> Tensor:
+        """Scores of augmented images; `use`: see `Augmentation`."""
+        if self.augmentation is not None:
+            images = self.augmentation(images, positions, use)
+        return self.discriminator(images, labels)
+
+    @shared_weights()
     @shared_weights()
     def discriminator_loss(
         self, real: Tensor, positions: Tensor, labels: Tensor | None = None, *, generator_first: bool = True
@@ -96,17 +113,19 @@ class Step:
         labels = labels if self.num_classes else None
         with self._autocast(real.device):
             if not generator_first:
-                score_real = self.discriminator(real, labels)
+                score_real = self._score(real, labels, positions, "real")
             with torch.no_grad():
                 latent = counter_rng.normal(self.seed, "latent of D's step", positions, self.latent)
                 fake = self.generator(latent, labels)
             fake = fake.to(real.dtype)
             if generator_first:
-                score_real = self.discriminator(real, labels)
-            score_fake = self.discriminator(fake, labels).float()
+                score_real = self._score(real, labels, positions, "real")
+            score_fake = self._score(fake, labels, positions, "fake").float()
             score_real = score_real.float()
         loss = self.loss.discriminator(score_real, score_fake)
         seen = {"score_real": score_real.mean(), "score_fake": score_fake.mean()}
+        if self.augmentation is not None:
+            seen |= self.augmentation.observe(self.loss.margin(score_real, score_fake))
         if self.drift:
             loss = loss + self.drift * score_real.square().mean()
         if self.penalty is not None:
@@ -114,7 +133,8 @@ class Step:
             weight = counter_rng.uniform(self.seed, "interpolation", positions, 1)[:, 0]
             with self._autocast(real.device):
                 scale = {} if self.penalty_scale is None else {"scale": self.penalty_scale}
-                penalty = regularizer(lambda x: self.discriminator(x, labels), real, fake, weight=weight, **scale)
+                critic = lambda x: self._score(x, labels, positions, "penalty")  # noqa: E731
+                penalty = regularizer(critic, real, fake, weight=weight, **scale)
             seen["penalty"] = penalty
             loss = loss + coefficient * penalty
         seen["loss_d"] = loss
@@ -124,17 +144,31 @@ class Step:
     def metrics(self) -> list[str]:
         """Names of what both losses log, in order; the same on ranks that compute none."""
         penalty = ["penalty"] if self.penalty is not None else []
-        return ["loss_d", "loss_g", *penalty, "score_fake", "score_real"]
+        augmentation = self.augmentation.metrics if self.augmentation is not None else ()
+        return ["loss_d", "loss_g", *penalty, "score_fake", "score_real", *augmentation]
 
-    def generator_loss(self, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of the generator and what to log; `positions`: int64 [N], those of the last discriminator step."""
+    def generator_loss(
+        self, positions: Tensor, real: Tensor | None = None, real_labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of the generator and what to log.
+
+        Args:
+            positions: int64 [N], those of the last discriminator step.
+            real, real_labels: its images and their labels, for a loss that is `paired`.
+        """
         with self._autocast(positions.device):
             latent = counter_rng.normal(self.seed, "latent of G's step", positions, self.latent)
             labels = None
             if self.num_classes:
                 labels = counter_rng.integers(self.seed, "label of G's step", positions, self.num_classes)
-            scores = self.discriminator(self.generator(latent, labels), labels).float()
-        loss = self.loss.generator(scores)
+            scores = self._score(self.generator(latent, labels), labels, positions, "G's step").float()
+            pairs = []
+            if self.loss.paired:
+                assert real is not None
+                with torch.no_grad():
+                    score_real = self._score(real, real_labels if self.num_classes else None, positions, "real in G's")
+                pairs = [score_real.float()]
+        loss = self.loss.generator(scores, *pairs)
         return loss, {"loss_g": loss.detach()}
 
 

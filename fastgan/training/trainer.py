@@ -140,6 +140,7 @@ class Trainer:
                 self.images += batch
             self.stage.generator_engine.set_rate(rate_g)
             self.stage.generator_step(positions)
+            self.stage.adapt_augmentation(self.images - n_critic * batch, self.images)
             self.steps += 1
 
     def raise_if_nonfinite(self) -> None:

@@ -15,7 +15,7 @@ from fastgan.config.files import merge, read_yaml, write_yaml
 from fastgan.config.variants import VARIANTS, Preset
 from fastgan.errors import ArgumentError
 
-NAMES = ["gan", "dcgan", "lsgan", "wgan", "wgan-gp", "wgan-div", "sagan", "pggan"]
+NAMES = ["gan", "dcgan", "lsgan", "wgan", "wgan-gp", "wgan-div", "sagan", "pggan", "r3gan"]
 PRESETS: tuple[Preset, ...] = ("paper", "digits")
 
 
@@ -30,7 +30,7 @@ def refusal(call: Any, *args: Any) -> str:
 # --- variants --------------------------------------------------------------------------------------------------------
 
 
-def test_there_are_eight_variants() -> None:
+def test_there_are_nine_variants() -> None:
     assert list(VARIANTS) == NAMES
     assert all(VARIANTS[name].name == name and VARIANTS[name].reference for name in NAMES)
 
@@ -164,6 +164,21 @@ PAPER: dict[str, dict[str, Any]] = {
         "schedule.stable_kimg": 600,
         "schedule.kimg": 12_000,
     },
+    "r3gan": {
+        "networks.model": "r3gan",
+        "networks.latent": 64,
+        "objective.loss": "relativistic",
+        "objective.regularizer": "zero-centered-both",
+        "objective.penalty_weight": 1.0,
+        "optimizer.optimizer": "adam",
+        "optimizer.lr_g": 2e-4,
+        "optimizer.lr_d": 2e-4,
+        "optimizer.beta1": 0.0,
+        "optimizer.beta2": 0.9,
+        "optimizer.n_critic": 1,
+        "schedule.resolution": 64,
+        "schedule.batch": 256,
+    },
 }
 
 
@@ -188,7 +203,7 @@ def test_recipe_but_changes_only_what_it_says() -> None:
 @pytest.mark.parametrize("model", get_args(configs.ModelName))
 def test_losses_regularizers_and_models_are_orthogonal(model: str) -> None:
     losses, regularizers = get_args(configs.LossName), get_args(configs.RegularizerName)
-    assert (len(losses), len(regularizers)) == (5, 5)
+    assert (len(losses), len(regularizers)) == (6, 6)
     for loss, regularizer in itertools.product(losses, regularizers):
         validate(replace(Config(), networks={"model": model}, objective={"loss": loss, "regularizer": regularizer}))
 
@@ -256,7 +271,7 @@ def test_sagan_needs_eight_channels() -> None:
 
 
 def test_zero_3_is_refused_with_the_reason() -> None:
-    for regularizer in ("gradient-penalty", "wasserstein-divergence", "zero-centered"):
+    for regularizer in ("gradient-penalty", "wasserstein-divergence", "zero-centered", "zero-centered-both"):
         config = replace(Config(), objective={"regularizer": regularizer}, system={"zero": 3})
         text = refusal(validate, config)
         assert text.startswith("--zero must be 0, 1 or 2, got 3; ") and f"--regularizer {regularizer}" in text

@@ -5,7 +5,7 @@
 The launcher's environment variables make it a rank; without them it is one process. Each case is {"name", "variant",
 "flags", "steps"}. Rank 0 writes the weights and optimizer state after these steps to OUT/NAME.safetensors. A case with
 "stop" runs the training loop in OUT/NAME until the last rank has seen so many images and gets SIGTERM; then each rank R
-writes its weights and moving average to OUT/NAME-R.safetensors.
+writes its weights and moving average to OUT/NAME-R.safetensors. "strength" is that of the augmentation at the start.
 
 The tests that compare several ranks with one process share `launch`, `case` and `assert_same_weights`.
 """
@@ -31,7 +31,7 @@ from fastgan.training.distributed import rendezvous
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.trainer import Trainer
 
-STEPS = {"wgan-gp": 10, "dcgan": 10, "pggan": 16}
+STEPS = {"wgan-gp": 10, "dcgan": 10, "pggan": 16, "r3gan": 6}
 FLAGS = {
     # The paper's optimizer: rounding that differs in the last bit grows with the learning rate and the steps. The rates
     # fall over all of the ten steps.
@@ -44,6 +44,7 @@ FLAGS = {
     # comparison is made where the gradient is one.
     "pggan": "--fmap-base 32 --fmap-max 8 --latent 8 --batch 16 --resolution 8 --kimg 0.32 --drift 1 "
     "--fade-kimg 0.08 --stable-kimg 0.16 --lr-g 1e-3 --lr-d 1e-3",
+    "r3gan": "--width 8 --max-width 16 --latent 8 --batch 8 --resolution 8 --lr-g 1e-4 --lr-d 1e-4",
 }
 
 
@@ -62,10 +63,10 @@ def one_process(variant: str, world: int, accumulation: int) -> int:
     """Micro-batches with which one process does what `world` ranks do.
 
     Batch norm (wgan-gp's generator, both networks of dcgan) is per rank, so one process takes the ranks' shares as
-    micro-batches. pggan has none, and its minibatch-stddev groups of four fall within the ranks' strided slices: it
-    takes the batch of 16 whole, unless a slice is smaller than a group.
+    micro-batches. r3gan and pggan have none, and pggan's minibatch-stddev groups of four fall within the ranks' strided
+    slices: it takes the batch of 16 whole, unless a slice is smaller than a group.
     """
-    whole = variant == "pggan" and world * accumulation <= 4
+    whole = variant == "r3gan" or (variant == "pggan" and world * accumulation <= 4)
     return accumulation if whole else accumulation * world
 
 
@@ -135,6 +136,8 @@ def train(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
     if "stop" in case:
         stop(case, trainer, out)
         return
+    if "strength" in case:
+        trainer.stage.step.augmentation.strength.fill_(case["strength"])  # type: ignore[union-attr,operator]
     for _ in range(case["steps"]):
         trainer.train_step()
     trainer.stage.wait()
@@ -142,6 +145,8 @@ def train(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
     tensors |= {f"d.{k}": v for k, v in trainer.stage.step.discriminator.state_dict().items()}
     tensors |= {f"og.{k}": v for k, v in trainer.stage.engines[0].state().items()}
     tensors |= {f"od.{k}": v for k, v in trainer.stage.engines[1].state().items()}
+    if trainer.stage.step.augmentation is not None:
+        tensors |= {f"augmentation.{k}": v for k, v in trainer.stage.step.augmentation.state_dict().items()}
     if world.main:
         _write(tensors, out / f"{case['name']}.safetensors")
     trainer.stage.close()

@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pggan-4": {"model": "pggan", "resolution": 4},
     "pggan-fading": {"model": "pggan", "resolution": 16, "alpha": 0.4},
     "pggan": {"model": "pggan", "resolution": 32},
+    "r3gan": {"model": "r3gan", "resolution": 16},
 }
 
 

@@ -16,6 +16,7 @@ TINY: dict[str, dict[str, Any]] = {
     "dcgan": {"width": 4, "max_width": 8},
     "sagan": {"width": 8, "max_width": 16},
     "pggan": {"fmap_base": 32, "fmap_max": 8},
+    "r3gan": {"width": 4, "max_width": 8},
 }
 
 
@@ -41,7 +42,7 @@ def test_shapes(model: str, resolution: int, channels: int) -> None:
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None or _idle(model, name, resolution), name
-    if model != "pggan":
+    if model not in ("pggan", "r3gan"):
         assert images.abs().max() <= 1
 
 
@@ -245,3 +246,25 @@ def test_mlp_sizes() -> None:
     generator, discriminator = build("mlp", 8, 1, width=12)
     assert [m.out_features for m in generator.modules() if isinstance(m, nn.Linear)] == [12, 12, 64]
     assert [m.out_features for m in discriminator.modules() if isinstance(m, nn.Linear)] == [60, 60, 1]
+
+
+def test_r3gan_sizes_are_the_papers() -> None:
+    """Table 2 of Huang et al.: a generator of 20.78 M for CIFAR-10, and of 23.10 M for FFHQ-64."""
+    for resolution, width, paper in ((32, 768, 20.78e6), (64, 384, 23.10e6)):
+        with torch.device("meta"):
+            pair = build("r3gan", resolution, latent=64, width=width, max_width=768)
+        for network in pair:
+            assert sum(p.numel() for p in network.parameters()) == pytest.approx(paper, rel=0.04)
+
+
+@pytest.mark.parametrize("resolution", [8, 64])
+def test_r3gan_starts_as_its_shortcuts(resolution: int) -> None:
+    """The last convolution of a block is zero, so that both networks are linear at first, whatever their depth."""
+    generator, discriminator = build("r3gan", resolution, 1, width=8, max_width=16)
+    latent = torch.randn(5, 6)
+    torch.testing.assert_close(generator(2 * latent), 2 * generator(latent))
+    images = torch.randn(5, 1, resolution, resolution)
+    torch.testing.assert_close(discriminator(2 * images), 2 * discriminator(images), rtol=1e-4, atol=1e-5)
+    grouped = [m for network in (generator, discriminator) for m in network.modules() if getattr(m, "groups", 1) > 1]
+    assert any(m.kernel_size == (3, 3) for m in grouped)  # type: ignore[union-attr]
+    assert not any(isinstance(m, nn.BatchNorm2d) for network in (generator, discriminator) for m in network.modules())

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastgan.objectives import Loss, hinge, least_squares, minimax, wasserstein
+from fastgan.objectives import Loss, hinge, least_squares, minimax, relativistic, wasserstein
 
 REAL, FAKE = [2.0, -0.5, 0.25], [-1.0, 3.0, 0.5]
 
@@ -85,3 +85,29 @@ def test_signs(loss: Loss) -> None:
     (toward,) = torch.autograd.grad(loss.generator(fake), fake)
     assert (toward < 0).all()
     assert loss.discriminator(real, fake).shape == loss.generator(fake).shape == ()
+
+
+def test_relativistic() -> None:
+    """Pairs of one real and one fake score; a constant added to all changes nothing."""
+    loss, real, fake = relativistic(), torch.tensor(REAL), torch.tensor(FAKE)
+    d_expected = mean([-math.log(sigmoid(r - f)) for r, f in zip(REAL, FAKE, strict=True)])
+    g_expected = mean([-math.log(sigmoid(f - r)) for r, f in zip(REAL, FAKE, strict=True)])
+    for shift in (0.0, 40.0):
+        assert loss.discriminator(real + shift, fake + shift).item() == pytest.approx(d_expected, rel=1e-5)
+        assert loss.generator(fake + shift, real + shift).item() == pytest.approx(g_expected, rel=1e-5)
+    assert loss.paired and not any(other.paired for other in (minimax(), hinge(), least_squares(), wasserstein()))
+
+
+def test_margins() -> None:
+    """Positive where the discriminator takes the real image for real, by the boundary of each loss."""
+    real, fake = torch.tensor(REAL), torch.tensor(FAKE)
+    signs = {
+        minimax(): [1, -1, 1],
+        hinge(): [1, -1, 1],
+        least_squares(0.0, 1.0): [1, -1, -1],
+        least_squares(1.0, -1.0): [-1, 1, -1],  # labels the other way round
+        wasserstein(): [1, -1, -1],
+        relativistic(): [1, -1, -1],
+    }
+    for loss, expected in signs.items():
+        assert loss.margin(real, fake).sign().tolist() == expected

@@ -79,3 +79,14 @@ def test_real_penalty_makes_the_dirac_gan_converge(weight: float, converges: boo
         theta = (theta - 0.1 * torch.autograd.grad(loss.generator(theta @ psi), theta)[0]).detach()
     distance = torch.hypot(psi, theta[0]).item()
     assert (distance < 1e-3) if converges else (distance > 1.0), distance
+
+
+def test_both_penalty_is_r1_and_r2() -> None:
+    random = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(6, 4, dtype=torch.float64, generator=random) for _ in range(2))
+
+    def critic(x: torch.Tensor) -> torch.Tensor:
+        return (x**3).sum(dim=1)
+
+    penalty = objectives.both_penalty(critic, real, fake, weight=torch.rand(6))
+    torch.testing.assert_close(penalty, (9 * real**4).sum(dim=1).mean() + (9 * fake**4).sum(dim=1).mean())

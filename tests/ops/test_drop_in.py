@@ -74,6 +74,7 @@ def test_results_do_not_alias_inputs(dtype: torch.dtype) -> None:
 FAKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bias_act": lambda x, w: ops.bias_act(x),
     "bias_act relu": lambda x, w: ops.bias_act(x, None, "relu"),
+    "affine_grid_sample": lambda x, w: ops.affine_grid_sample(x, torch.zeros(8, 2, 3)),
     "avg_pool2d": lambda x, w: ops.avg_pool2d(x, 3),
     "upsample_conv2d": ops.upsample_conv2d,
     "conv2d_downsample": ops.conv2d_downsample,

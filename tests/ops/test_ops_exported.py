@@ -52,6 +52,7 @@ CASES: dict[str, nn.Module] = {
     "conv2d": Call(lambda x, w, b: ops.conv2d(x, w, b, 2, 1), (6, 8, 3, 3), (6,)),
     "conv_transpose2d": Call(lambda x, w: ops.conv_transpose2d(x, w, None, 2, 1), (8, 6, 4, 4)),
     "linear": Call(lambda x, w: ops.linear(x.flatten(1), w), (5, 8 * 256)),
+    "affine_grid_sample": Call(lambda x: ops.affine_grid_sample(x, 0.9 * torch.eye(2, 3).expand(x.shape[0], 2, 3))),
     "avg_pool2d": Call(ops.avg_pool2d),
     "interpolate_nearest": Call(ops.interpolate_nearest),
     "upsample_conv2d": Call(ops.upsample_conv2d, (64, 8, 3, 3)),

@@ -139,7 +139,7 @@ def test_tangent_gives_the_gradients_of_reverse(penalty: Penalty, curved: bool) 
         penalty(critic, real.flatten(1), fake.flatten(1), weight=t, method="forward")
 
 
-@pytest.mark.parametrize("model", ["dcgan", "pggan", "sagan"])
+@pytest.mark.parametrize("model", ["dcgan", "pggan", "r3gan", "sagan"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_tangent_of_the_critics_of_this_package(model: str, precision: str) -> None:
     """pggan's in a fade-in and sagan's shortcut pool the images before any weight is there to be tracked."""

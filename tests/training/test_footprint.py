@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fastgan.cli.train import parse
 from fastgan.config.growth import stages_of
+from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.training.footprint import footprint
 
@@ -21,3 +24,14 @@ def test_footprint_against_hand_computation() -> None:
     assert four.flops_g > 3 * 2 * 4 * products_g - 2 * 4 * 8 * 16
     # Parameters, gradients and two optimizer states of both networks, and the moving average of G, in float32.
     assert four.bytes > 4 * (4 * (four.g + four.d) + four.g)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_variant_can_be_counted_with_augmentation(variant: str) -> None:
+    counted = {}
+    for augment in ("none", "ada", "diffaugment"):
+        config = parse(["--variant", variant, "--augment", augment, "--precision", "bf16"]).config
+        source, stage = open_source("digits", config.schedule.resolution), stages_of(config)[-1]
+        counted[augment] = footprint(config, source, stage, 4, 1, fading=False)
+    assert counted["ada"].flops_d > counted["none"].flops_d < counted["diffaugment"].flops_d
+    assert counted["ada"].g == counted["none"].g > 0 and counted["none"].flops_g > 0

@@ -24,6 +24,7 @@ FLAGS = {
     "wgan-div": "--width 16 --max-width 16 --kimg 12 --lr-g 2e-3 --lr-d 2e-3 --n-critic 2",
     "sagan": "--width 8 --max-width 16 --kimg 5 --lr-g 1e-3 --lr-d 1e-3",
     "pggan": "--fmap-base 64 --fmap-max 16 --kimg 6",
+    "r3gan": "--width 8 --max-width 16 --kimg 8 --lr-g 2e-3 --lr-d 2e-3",
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastgan import checkpoint, data
 from fastgan.cli.train import parse
 from fastgan.config import Precision
-from fastgan.objectives import gradient_penalty, wasserstein
+from fastgan.objectives import Loss, gradient_penalty, relativistic, wasserstein
 from fastgan.training.distributed import process_group as processes
 from fastgan.training.observability.meters import Meters
 from fastgan.training.step import Step
@@ -27,6 +27,7 @@ SMALL = {
     "wgan-gp": "--width 8 --max-width 8 --resolution 8 --n-critic 2",
     "sagan": "--width 8 --max-width 8 --resolution 8 --conditional",
     "pggan": "--fmap-base 32 --fmap-max 8 --resolution 8 --kimg 0.8",
+    "r3gan": "--width 8 --max-width 8 --resolution 8",
 }
 
 
@@ -149,10 +150,10 @@ class _Discriminator(nn.Module):
         return x.flatten(1).sum(dim=1)
 
 
-def recorded(**options: Any) -> tuple[Step, list[tuple[Any, ...]]]:
+def recorded(loss: Loss | None = None, **options: Any) -> tuple[Step, list[tuple[Any, ...]]]:
     """A step of two networks that note (which, input, labels, whether autocast was on) of every call."""
     calls: list[tuple[Any, ...]] = []
-    return Step(_Generator(calls), _Discriminator(calls), loss=wasserstein(), seed=1, **options), calls
+    return Step(_Generator(calls), _Discriminator(calls), loss=loss or wasserstein(), seed=1, **options), calls
 
 
 REAL = torch.linspace(-1, 1, 32).view(8, 1, 2, 2)
@@ -200,3 +201,24 @@ def test_meters_sum_and_count_until_they_are_cleared() -> None:
     assert meters.totals(names, device).tolist() == [[4.0, 3.5, 0.0], [1.0, 2.0, 0.0]]
     meters.clear()
     assert meters.totals(names, device).tolist() == [[0.0] * 3] * 2
+
+
+def test_a_paired_loss_scores_real_images_in_the_generators_step() -> None:
+    """Those of the discriminator's step, with its weights of now; they send no gradient."""
+    step, calls = recorded(loss=relativistic())
+    loss, _ = step.generator_loss(torch.arange(8), REAL)
+    assert [who for who, *_ in calls] == ["G", "D", "D"] and calls[2][1] is not None
+    (_, fake, *_), (_, real, *_) = calls[1:]
+    torch.testing.assert_close(real, REAL)
+    expected = torch.nn.functional.softplus(REAL.flatten(1).sum(1) - fake.flatten(1).sum(1)).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("variant", ["dcgan", "sagan", "pggan"])
+def test_any_networks_train_with_the_relativistic_loss(variant: str, tmp_path: Path) -> None:
+    """Labels and fades included: the generator's step sees the same real images as the discriminator's."""
+    trainer = make(variant, tmp_path, "--loss", "relativistic", "--accumulation", "2")
+    for _ in range(3):
+        trainer.train_step()
+    trainer.raise_if_nonfinite()
+    assert trainer.steps == 3

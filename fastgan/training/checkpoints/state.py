@@ -22,6 +22,7 @@ def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
     """Weights, optimizer state and the random state of every rank, by group; a collective."""
     stage = trainer.stage
     random = trainer.world.gather(torch.get_rng_state())
+    augmentation = stage.step.augmentation
     return {
         "generator": dict(stage.step.generator.state_dict()),
         "discriminator": dict(stage.step.discriminator.state_dict()),
@@ -29,6 +30,7 @@ def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
         "optimizer_d": stage.discriminator_engine.state(),
         "random": {f"rank{i}": state for i, state in enumerate(random)},
         "loss_scale": {} if trainer.scales is None else trainer.scales.state(),
+        **({} if augmentation is None else {"augmentation": dict(augmentation.state_dict())}),
     }
 
 

@@ -145,7 +145,7 @@ class Compilation:
 
     def _switch(self, stage: ActiveStage, images: int) -> None:
         spec = self._spec(stage.resolution, stage.fades)
-        found = load(spec, stage.step.generator, stage.step.discriminator)
+        found: StagePrograms | str | None = load(spec, stage.step)
         if found is None and self._builder is not None:
             found = self._builder.failure()
         auto = self._config.system.compile == "auto"

@@ -66,10 +66,10 @@ class MicroSteps:
         loss, seen = self.step.discriminator_loss(real, positions, labels)
         return self._finish(self.step.discriminator, loss, seen)
 
-    def generator(self, positions: Tensor) -> MicroStep:
+    def generator(self, positions: Tensor, real: Tensor | None = None, labels: Tensor | None = None) -> MicroStep:
         """Arguments as for `Step.generator_loss`."""
         with frozen(self.step.discriminator):
-            loss, seen = self.step.generator_loss(positions)
+            loss, seen = self.step.generator_loss(positions, real, labels)
             return self._finish(self.step.generator, loss, seen)
 
     def _finish(self, network: nn.Module, loss: Tensor, seen: dict[str, Tensor]) -> MicroStep:

@@ -33,8 +33,15 @@ from fastgan.compiled.recording import Holder, NotRecordable, record
 from fastgan.config import Config
 from fastgan.models.pggan import Progressive
 from fastgan.training.compiling.micro_step import MicroStep, MicroSteps, flat, unflat
-from fastgan.training.from_config import build_step, memory_format, network_values, optimizer_factory
+from fastgan.training.from_config import (
+    build_augmentation,
+    build_step,
+    memory_format,
+    network_values,
+    optimizer_factory,
+)
 from fastgan.training.networks import build_networks
+from fastgan.training.step import Step
 from fastgan.utils.files import write_atomic
 from fastgan.utils.text import first_line
 
@@ -72,6 +79,7 @@ class ProgramSpec:
                 "networks": dataclasses.asdict(config.networks),
                 "objective": dataclasses.asdict(config.objective),
                 "seed": config.run.seed,
+                "augment": config.data.augment,
                 "deterministic": system.deterministic,
                 "accumulation": config.schedule.accumulation,
                 "precision": system.precision,
@@ -142,17 +150,13 @@ def entries(modules: dict[str, nn.Module]) -> dict[str, tuple[dict[str, Any], st
     return found
 
 
-def _bind(
-    spec: ProgramSpec, key: str, name: str, stored: dict[str, Any], generator: nn.Module, discriminator: nn.Module
-) -> BoundProgram:
-    modules = _modules(generator, discriminator)
-    device = next(modules["generator"].parameters()).device
-    places = entries(modules)
+def _bind(spec: ProgramSpec, key: str, name: str, stored: dict[str, Any], step: Step) -> BoundProgram:
+    places = entries(step.modules())
     missing = [path for path in stored["state"] if path not in places]
     if missing:
         raise CompileError(f"the networks have no {missing[0]}")
     state = tuple(Holder(*places[path]) for path in stored["state"])
-    layouts = [layout(x) for x in (*_example(spec, device)[name], *(holder.tensor for holder in state))]
+    layouts = [layout(x) for x in (*_example(spec, step)[name], *(holder.tensor for holder in state))]
     if [str(item) for item in layouts] != stored["layouts"]:
         raise CompileError("the networks' memory formats or dtypes differ from those that were compiled")
     return BoundProgram(
@@ -160,14 +164,13 @@ def _bind(
     )
 
 
-def load(spec: ProgramSpec, generator: nn.Module, discriminator: nn.Module) -> StagePrograms | str | None:
-    """The compiled programs of `spec` on these networks.
+def load(spec: ProgramSpec, step: Step) -> StagePrograms | str | None:
+    """The compiled programs of `spec` on the networks of `step`.
 
     Returns:
         None where they have not been compiled; a reason where they cannot be used.
     """
-    device = next(generator.parameters()).device
-    key = spec.key(device)
+    key = spec.key(_device(step))
     try:
         stored = json.loads(file_of(key).with_suffix(".json").read_bytes())
     except FileNotFoundError:
@@ -177,23 +180,26 @@ def load(spec: ProgramSpec, generator: nn.Module, discriminator: nn.Module) -> S
     if "reason" in stored:
         return str(stored["reason"])
     try:
-        d, g = (_bind(spec, key, name, stored[name], generator, discriminator) for name in _NAMES)
+        d, g = (_bind(spec, key, name, stored[name], step) for name in _NAMES)
     except CompileError as error:
         return str(error)
     return StagePrograms(spec, d, g, stored["tolerance"], stored["eager_ms"], stored["compiled_ms"])
 
 
-def _example(spec: ProgramSpec, device: torch.device) -> dict[str, list[Tensor]]:
+def _device(step: Step) -> torch.device:
+    return next(step.generator.parameters()).device
+
+
+def _example(spec: ProgramSpec, step: Step) -> dict[str, list[Tensor]]:
     """Inputs of both programs, with images of noise."""
+    device = _device(step)
     shape = (spec.micro_batch, spec.channels, spec.resolution, spec.resolution)
-    images = (
-        (torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-        .to(device)
-        .contiguous(memory_format=memory_format(spec.config))
-    )
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = images.to(device).contiguous(memory_format=memory_format(spec.config))
     positions = torch.arange(spec.micro_batch, device=device)
     labels = positions % spec.num_classes if spec.num_classes else None
-    return {"discriminator": _inputs(spec, images, positions, labels), "generator": [positions]}
+    given = _inputs(spec, images, positions, labels)
+    return {"discriminator": given, "generator": [positions, images, *given[2:]] if step.loss.paired else [positions]}
 
 
 def compare(
@@ -236,7 +242,8 @@ def _restore(tensors: list[Tensor], values: list[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def _networks(spec: ProgramSpec, device: torch.device) -> tuple[nn.Module, nn.Module]:
+def _step(spec: ProgramSpec, device: torch.device) -> Step:
+    """A step on new networks."""
     values = network_values(
         spec.config.networks, resolution=spec.resolution, channels=spec.channels, num_classes=spec.num_classes
     )
@@ -245,7 +252,8 @@ def _networks(spec: ProgramSpec, device: torch.device) -> tuple[nn.Module, nn.Mo
         network.to(device).to(memory_format=memory_format(spec.config))
         if isinstance(network, Progressive):
             network.set_alpha(0.5 if spec.fade else 1.0)
-    return networks
+    augmentation = build_augmentation(spec.config, spec.channels, device)
+    return build_step(spec.config, *networks, spec.num_classes, augmentation)
 
 
 def build(spec: ProgramSpec, device: torch.device) -> dict[str, Any]:
@@ -272,15 +280,11 @@ def build(spec: ProgramSpec, device: torch.device) -> dict[str, Any]:
 
 def _build(spec: ProgramSpec, key: str, device: torch.device) -> dict[str, Any]:
     began = time.monotonic()
-    generator, discriminator = _networks(spec, device)
-    eager = MicroSteps(
-        build_step(spec.config, generator, discriminator, spec.num_classes),
-        spec.config.schedule.accumulation,
-        memory_format(spec.config),
-    )
-    names = {id(tensor): path for path, (_, _, tensor) in entries(_modules(generator, discriminator)).items()}
+    step = _step(spec, device)
+    eager = MicroSteps(step, spec.config.schedule.accumulation, memory_format(spec.config))
+    names = {id(tensor): path for path, (_, _, tensor) in entries(step.modules()).items()}
     stored: dict[str, Any] = {"tolerance": 0.0}
-    for name, inputs in _example(spec, device).items():
+    for name, inputs in _example(spec, step).items():
         seen: list[str] = []
         with ops.use_backend(_FORMS):
             recording, _ = record(flat(getattr(eager, name), seen), inputs, lambda tensor: id(tensor) in names)
@@ -294,20 +298,16 @@ def _build(spec: ProgramSpec, key: str, device: torch.device) -> dict[str, Any]:
             "seen": seen,
         }
     seconds = time.monotonic() - began
-    d, g = (_bind(spec, key, name, stored[name], generator, discriminator) for name in _NAMES)
+    d, g = (_bind(spec, key, name, stored[name], step) for name in _NAMES)
     programs = StagePrograms(spec, d, g, stored["tolerance"], 0.0, 0.0)
     return {**stored, **_measure(programs, eager, device), "compile_seconds": seconds}
-
-
-def _modules(generator: nn.Module, discriminator: nn.Module) -> dict[str, nn.Module]:
-    return {"generator": generator, "discriminator": discriminator}
 
 
 def _measure(programs: StagePrograms, eager: MicroSteps, device: torch.device) -> dict[str, Any]:
     """Compare steps of both forms along a short eager training, then time them in turn."""
     step = eager.step
     networks = {"discriminator": step.discriminator, "generator": step.generator}
-    buffers = [x for network in networks.values() for x in network.buffers()]
+    buffers = [x for module in step.modules().values() for x in module.buffers()]
     difference = 0.0
     optimizers = {
         name: optimizer_factory(programs.spec.config, discriminator=name == "discriminator")(
@@ -316,7 +316,7 @@ def _measure(programs: StagePrograms, eager: MicroSteps, device: torch.device) -
         for name, network in networks.items()
     }
     for _ in range(_CHECKS):
-        for name, inputs in _example(programs.spec, device).items():
+        for name, inputs in _example(programs.spec, step).items():
             found, off = compare(programs, name, inputs, getattr(eager, name), buffers)
             difference = max(difference, off)
             for p, gradient in zip(optimizers[name].param_groups[0]["params"], found.gradients, strict=True):
@@ -328,7 +328,7 @@ def _measure(programs: StagePrograms, eager: MicroSteps, device: torch.device) -
     for _ in range(_TIMED):
         for form, runner in (("eager_ms", eager), ("compiled_ms", programs)):
             began = time.perf_counter()
-            for name, inputs in _example(programs.spec, device).items():
+            for name, inputs in _example(programs.spec, step).items():
                 getattr(runner, name)(*inputs)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

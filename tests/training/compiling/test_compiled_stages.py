@@ -32,6 +32,7 @@ SMALL = {
     "dcgan": "--width 8 --max-width 8 --resolution 8",
     "sagan": "--width 8 --max-width 8 --resolution 8 --conditional",
     "pggan": "--fmap-base 32 --fmap-max 8 --resolution 8 --kimg 0.8",
+    "r3gan": "--width 16 --max-width 16 --resolution 8",
 }
 
 
@@ -83,7 +84,7 @@ def compiled(trainer: Trainer) -> StagePrograms:
     stored = build(spec, CPU)
     assert "reason" not in stored, stored
     assert spec.compiled(CPU)
-    found = load(spec, trainer.stage.step.generator, trainer.stage.step.discriminator)
+    found = load(spec, trainer.stage.step)
     assert isinstance(found, StagePrograms), found
     return found
 
@@ -100,8 +101,15 @@ def require_equal(ours: Trainer, theirs: Trainer) -> None:
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("flags", ["", "--accumulation 2"])
-@pytest.mark.parametrize("variant", VARIANTS)
+CASES = [(variant, "") for variant in VARIANTS] + [
+    ("wgan-gp", "--accumulation 2"),
+    ("pggan", "--accumulation 2"),
+    ("dcgan", "--augment ada --accumulation 2"),
+    ("wgan-gp", "--augment diffaugment"),
+]
+
+
+@pytest.mark.parametrize(("variant", "flags"), CASES)
 def test_programs_compute_the_bits_of_eager_steps(variant, flags, tmp_path, interpreted):
     ours, theirs = (make(variant, tmp_path / name, *flags.split()) for name in ("ours", "theirs"))
     trainers = (ours, theirs)
@@ -155,7 +163,7 @@ def test_why_a_stage_cannot_be_compiled_is_kept(tmp_path, interpreted, monkeypat
 
     monkeypatch.setattr(programs, "compile_graph", fail)
     build(spec_of(trainer), CPU)
-    assert load(spec_of(trainer), trainer.stage.step.generator, trainer.stage.step.discriminator) == "no C++ compiler"
+    assert load(spec_of(trainer), trainer.stage.step) == "no C++ compiler"
 
 
 def test_programs_that_differ_from_eager_are_never_stored(tmp_path, interpreted, monkeypatch):
@@ -169,7 +177,7 @@ def test_a_cache_that_cannot_be_read_is_a_reason(tmp_path, interpreted):
     trainer = make("gan", tmp_path)
     compiled(trainer)
     file_of(spec_of(trainer).key(CPU)).with_suffix(".json").write_text("{")
-    found = load(spec_of(trainer), trainer.stage.step.generator, trainer.stage.step.discriminator)
+    found = load(spec_of(trainer), trainer.stage.step)
     assert "the cache cannot be read" in str(found)
 
 

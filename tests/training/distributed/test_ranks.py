@@ -15,7 +15,8 @@ from fastgan import checkpoint
 SCRIPT = Path(ranks.__file__)
 CASES = [(variant, zero, a) for variant in ("wgan-gp", "pggan") for zero in (0, 1, 2) for a in (1, 2)]
 CASES += [("dcgan", 0, 1), ("dcgan", 2, 2)]  # with batch norm in the critic and a penalty on real images alone
-TORCH = [(variant, a) for variant in ("wgan-gp", "pggan") for a in (1, 2)]
+CASES += [("r3gan", 2, 2)]  # real images in the generator's step
+TORCH = [*((variant, a) for variant in ("wgan-gp", "pggan") for a in (1, 2)), ("r3gan", 2)]
 # At 8 px one of the two ranks takes the whole batch, in one micro-batch or two.
 IDLE = [(zero, a) for zero in (0, 1, 2) for a in (1, 2)]
 
@@ -28,6 +29,15 @@ def _idle(name: str, zero: int, accumulation: int) -> dict:
 def _channels_last(name: str, variant: str, accumulation: int) -> dict:
     case = ranks.case(name, variant, 0, accumulation)
     return {**case, "flags": [*case["flags"], "--memory-format", "channels_last"]}
+
+
+def _augmented(name: str, variant: str, accumulation: int) -> dict:
+    """With a strength that changes after every second or fourth step."""
+    case = ranks.case(name, variant, 0, accumulation)
+    flags = "--batch 64 --kimg 1.28 --fade-kimg 0.32 --stable-kimg 0.64 --augment ada --augment-kimg 20".split()
+    if variant == "wgan-gp":
+        flags = [*flags[:4], *flags[8:]]
+    return {**case, "flags": [*case["flags"], *flags], "strength": 0.4}
 
 
 # All of four ranks share the batches at 4 and 16 px; two of them share those of two images at 8 px.
@@ -48,13 +58,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     one = [ranks.case(f"one-{v}-{a}", v, 0, ranks.one_process(v, 2, a)) for v, a in pairs]
     one += [_idle(f"one-idle-{a}", 0, a) for a in (1, 2)]
     one += [_channels_last(f"one-last-{v}", v, ranks.one_process(v, 2, 1)) for v in ("wgan-gp", "pggan")]
+    one += [_augmented(f"one-augmented-{v}", v, ranks.one_process(v, 2, 1)) for v in ("wgan-gp", "pggan")]
     ranks.launch(SCRIPT, one, out, 1)
     two = [ranks.case(f"two-{v}-{z}-{a}", v, z, a) for v, z, a in CASES]
     two += [_idle(f"two-idle-{z}-{a}", z, a) for z, a in IDLE]
     two += [_channels_last(f"two-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
+    two += [_augmented(f"two-augmented-{v}", v, 1) for v in ("wgan-gp", "pggan")]
     ranks.launch(SCRIPT, two, out, 2)
     torch_cases = [ranks.case(f"torch-{v}-{a}", v, 0, a) for v, a in TORCH]
     torch_cases += [_idle(f"torch-idle-{a}", 0, a) for a in (1, 2)]
+    torch_cases += [_augmented(f"torch-augmented-{v}", v, 1) for v in ("wgan-gp", "pggan")]
     torch_cases += [_channels_last(f"torch-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
     ranks.launch(SCRIPT, torch_cases, out, 2, engine="torch")
     return {file.stem: load_file(file) for file in out.glob("*.safetensors")}
@@ -88,6 +101,16 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", ["wgan-gp", "pggan"])
 def test_channels_last(weights: dict, variant: str, engine: str) -> None:
     ranks.assert_same_weights(weights[f"one-last-{variant}"], weights[f"{engine}-last-{variant}"])
+
+
+@pytest.mark.parametrize("engine", ["two", "torch"])
+@pytest.mark.parametrize("variant", ["wgan-gp", "pggan"])
+def test_augmented(weights: dict, variant: str, engine: str) -> None:
+    """The strength comes from the scores of all ranks, and is the same to the bit."""
+    one, several = weights[f"one-augmented-{variant}"], weights[f"{engine}-augmented-{variant}"]
+    strength = one["augmentation.strength"]
+    assert 0 < strength != torch.tensor(0.4) and torch.equal(several["augmentation.strength"], strength)
+    ranks.assert_same_weights(one, several)
 
 
 @pytest.mark.parametrize(("zero", "accumulation"), IDLE)
