@@ -19,7 +19,7 @@ _SPECS = (
 )
 
 
-def open_source(spec: str, resolution: int, channels: int | None = None, seed: int = 0) -> Source:
+def open_source(spec: str | Path, resolution: int, channels: int | None = None, seed: int = 0) -> Source:
     """Open the images that `--data` names, and check them as far as that is cheap.
 
     Args:
@@ -33,6 +33,7 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
         ArgumentError: the spec is unknown, a file is missing or unusable, a package cannot be imported, or the source
             does not have these channels or this resolution.
     """
+    spec = str(spec)
     kind, _, place = spec.partition(":")
     if not is_resolution(resolution):
         raise ArgumentError("--resolution", resolution, "must be a power of two from 4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -75,7 +76,7 @@ class Pipeline:
 
     def __init__(
         self,
-        source: Source | str,
+        source: Source | str | Path,
         resolution: int,
         batch: int | None = None,
         rank: int = 0,
@@ -96,7 +97,7 @@ class Pipeline:
         if pipeline not in KINDS:
             raise ArgumentError("--pipeline", pipeline, f"must be {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         rank_positions(0, max(world, 1) if batch is None else batch, rank, world)  # raises if one is out of range
-        self.source = open_source(source, target or resolution) if isinstance(source, str) else source
+        self.source = source if isinstance(source, Source) else open_source(str(source), target or resolution)
         self.source.require_resolution(resolution)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
