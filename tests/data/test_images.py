@@ -19,7 +19,9 @@ from published import noise, save
 
 from fastgan.data import images, open_source
 from fastgan.data.faults import is_machine_fault, machine_error
+from fastgan.data.preparation.inputs import PreparedCollection
 from fastgan.data.preparation.prepare import prepare
+from fastgan.data.preparation.settings import Settings
 from fastgan.data.prepared.manifest import is_prepared
 from fastgan.errors import ArgumentError
 
@@ -228,6 +230,23 @@ def test_a_folder_that_cannot_be_listed_now(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(ArgumentError, match=r"b.* cannot be read now .Input/output error"):
         open_source(f"folder:{tmp_path / 'photos'}", 16)
+
+
+def test_a_prepared_set_that_vanishes_costs_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(4):
+        save(tmp_path / "photos" / f"{i}.png", noise(16, 16, 3, seed=i))
+    first = prepare(str(tmp_path / "photos"), tmp_path / "first", Settings(per_shard=1), workers=1).path
+    real = PreparedCollection.pixels
+
+    def vanishing(self: PreparedCollection, image: Any, *args: Any) -> np.ndarray:
+        if image.location[0] == 2 and (first / "cache").exists():
+            (first / "cache").rename(first / "gone")
+        return real(self, image, *args)
+
+    monkeypatch.setattr(PreparedCollection, "pixels", vanishing)
+    with pytest.raises(ArgumentError, match="cannot be read now"):
+        prepare(str(first), tmp_path / "second", Settings(resolution=8), workers=1)
+    assert not is_prepared(tmp_path / "second")
 
 
 def test_too_many_open_files_says_so() -> None:

@@ -48,9 +48,8 @@ def map_npy(file: Path) -> np.ndarray:
         if os.name == "nt" or size == start:  # an empty map is refused by the system
             return np.load(file, mmap_mode="r" if size > start else None, allow_pickle=False)
         buffer = _map(stream.fileno(), size)
-    flat = np.frombuffer(
-        memoryview(buffer).cast("B"), dtype=dtype, count=int(np.prod(shape, dtype=np.int64)), offset=start
-    )
+    count = int(np.prod(shape, dtype=np.int64))
+    flat = np.frombuffer(memoryview(buffer).cast("B"), dtype=dtype, count=count, offset=start)
     flat.flags.writeable = False
     return flat.reshape(shape, order="F" if fortran else "C")
 
