@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 from fastgan.utils import counter_rng
 
 
@@ -30,7 +30,7 @@ class TrainedGenerator:
         """As in `pggan at 150 kimg`; without the second part if it is not known."""
         name = self.meta.get("variant") or self.meta["networks"]["model"]
         seen = self.meta.get("images")
-        return f"{name} at {seen / 1000:g} kimg" if seen else name
+        return printable(f"{name} at {seen / 1000:g} kimg" if seen else str(name))
 
     @property
     def num_classes(self) -> int:

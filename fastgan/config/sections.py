@@ -10,7 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from fastgan.config.bounds import Bound, above, at_least, one_of
+from fastgan.config.bounds import Bound, above, at_least, at_most, one_of
+from fastgan.utils.system import MAX_THREADS
 
 ModelName = Literal["mlp", "dcgan", "sagan", "pggan"]
 LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge"]
@@ -142,7 +143,7 @@ class Data(_Section):
     """Flip half of the real images left to right."""
     pipeline: Literal["auto", "cache", "dali", "torch"] = "auto"
     """cache: decoded images; dali, torch: decode a batch ahead; auto: the first that works, which the run names."""
-    workers: int = 0
+    workers: Annotated[int, at_least(0), at_most(MAX_THREADS)] = 0
     """Decoding threads of each rank, for images that are not in memory; 0: its share of the cores, at most 8."""
     resident_gb: Annotated[float | None, at_least(0)] = None
     """Largest decoded set, in GB, that is kept in memory or on the GPU; None: 1.1, or a quarter of free GPU memory."""
@@ -198,7 +199,7 @@ class System(_Section):
     """Of images and convolution weights; auto: channels_last."""
     sync_bn: bool = False
     """Batch-norm statistics over all ranks (GPU only)."""
-    threads: Annotated[int | None, at_least(1)] = None
+    threads: Annotated[int | None, at_least(1), at_most(MAX_THREADS)] = None
     """CPU threads of each rank; None: what torch chooses."""
     timeout: Annotated[float, at_least(5)] = 600.0
     """Seconds that ranks wait for one another; a rank that is silent for three quarters of it is named and given up."""

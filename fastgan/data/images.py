@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from fastgan.data.faults import raise_if_machine
+from fastgan.errors import printable
 from fastgan.utils.files import write_atomic
 from fastgan.utils.text import readable_size
 
@@ -91,7 +92,9 @@ def inspect_image(open_file: Callable[[], BinaryIO], name: str, flag: str = "--d
         logger.debug("%s is skipped", name, exc_info=True)
         return ImageInfo(decode_problem(error))
     if Image.MAX_IMAGE_PIXELS is not None and info.size[0] * info.size[1] > Image.MAX_IMAGE_PIXELS:
-        logger.warning("%s is unusually large: %d x %d px; remove it if you do not know it", name, *info.size)
+        logger.warning(
+            "%s is unusually large: %d x %d px; remove it if you do not know it", printable(name), *info.size
+        )
     return info
 
 

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +134,14 @@ def read_regular(file: Path) -> bytes:
         return stream.read()
 
 
+def open_appending(file: Path) -> IO[str]:
+    """Open a file to append UTF-8 text; it is made if it is missing. See `open_regular`."""
+    return open(open_regular(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8")
+
+
 def append_regular(file: Path, text: str) -> None:
-    """Append UTF-8 text to a file, which is made if it is missing; see `open_regular`."""
-    with open(open_regular(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as stream:
+    """Append UTF-8 text to a file; see `open_appending`."""
+    with open_appending(file) as stream:
         stream.write(text)
 
 

@@ -21,9 +21,9 @@ from fastgan.data.loading.sampler import Sampler, rank_positions
 from fastgan.data.loading.threads import ThreadedStore
 from fastgan.data.registry import open_source
 from fastgan.data.source import Source
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 from fastgan.utils.counter_rng import GOLDEN_GAMMA, signed64, splitmix64
-from fastgan.utils.system import cpu_count
+from fastgan.utils.system import MAX_THREADS, cpu_count
 from fastgan.utils.text import readable_size
 
 # `open` shadows the builtin on purpose, for callers that write `fastgan.data.open(...)`.
@@ -92,6 +92,8 @@ class Pipeline:
     ) -> None:
         if workers < 0:
             raise ArgumentError("--workers", workers, "must be at least 0; 0 is a share of the cores, at most 8")
+        if workers > MAX_THREADS:
+            raise ArgumentError("--workers", workers, f"must be at most {MAX_THREADS}")
         if resident_bytes is not None and resident_bytes < 0:
             raise ArgumentError("resident_bytes", resident_bytes, "must be at least 0")
         if pipeline not in KINDS:
@@ -214,7 +216,8 @@ class Pipeline:
         counts = f"{counted(len(source), 'image')}, {counted(source.channels, 'channel')}"
         place = "" if source.path is None else f" from {source.path}"
         kind, reason = self.kind
-        return f"{source.name}: {counts}{place}, at {self.resolution} px by {kind}: {self._store.describe()}; {reason}"
+        text = f"{source.name}: {counts}{place}, at {self.resolution} px by {kind}: {self._store.describe()}; {reason}"
+        return printable(text)
 
     def close(self) -> None:
         """Stop the decoding threads. No batch can be requested afterwards."""

@@ -165,9 +165,3 @@ def unpacked_name(name: str) -> str:
 def is_hidden(name: str) -> bool:
     """Return whether a name has a part such as .DS_Store, `..` or __MACOSX (resource forks in zips)."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def printable(text: str) -> str:
-    """Return one line of valid UTF-8; names of files may have any characters, also invalid ones."""
-    shown = text.encode(errors="backslashreplace").decode()
-    return "".join(f"\\x{ord(c):02x}" if ord(c) < 32 else c for c in shown)

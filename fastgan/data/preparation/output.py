@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fastgan.data.preparation.collection import InputImage, printable
+from fastgan.data.preparation.collection import InputImage
 from fastgan.data.preparation.context import Context
 from fastgan.data.preparation.state import Inspection
+from fastgan.errors import printable
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import IO, Any
 from fastgan.data.preparation.collection import InputImage
 from fastgan.data.prepared.manifest import CLASSES, LABELS, MANIFEST, NAMES, SKIPPED, UNFINISHED
 from fastgan.errors import ArgumentError
-from fastgan.utils.files import FileRecord, try_lock, write_atomic
+from fastgan.utils.files import FileRecord, open_appending, try_lock, write_atomic
 
 # All files and folders of a set; a DST that has others is refused.
 _OWN_NAMES = {UNFINISHED, "cache", "encoded", LABELS, NAMES, CLASSES, SKIPPED, MANIFEST}
@@ -178,7 +178,7 @@ def _lock(state: PreparationState) -> IO[str]:
     """Create and lock the lock file; the lock lasts until the returned file is closed."""
     while True:
         state.folder.mkdir(parents=True, exist_ok=True)
-        file = (state.folder / "lock").open("a")
+        file = open_appending(state.folder / "lock")
         if not try_lock(file.fileno()):
             file.close()
             raise ArgumentError("DST", str(state.dst), "another prepare is writing to it; use another folder")

@@ -15,7 +15,7 @@ from fastgan.data.faults import machine_error, raise_if_machine
 from fastgan.data.images import ImageInfo, inspect_image, is_gray
 from fastgan.data.source import FileSource, Source
 from fastgan.data.walk import walk
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,11 @@ def open_folder(spec: str, path: Path, resolution: int, channels: int | None) ->
     small = [info.size for info in images.values() if min(info.size) < resolution]
     if small:
         count = f"{len(small):,} of {len(images):,} images are smaller than {resolution} px"
-        logger.warning("%s: %s and are enlarged; the smallest is %d x %d", spec, count, *min(small, key=min))
+        logger.warning("%s: %s and are enlarged; the smallest is %d x %d", printable(spec), count, *min(small, key=min))
     floats = [file for file, info in images.items() if info.mode == "F"]
     if floats:
-        logger.warning("%s: %s holds floats; they are read as 0 (black) to 255 (white)", spec, floats[0])
+        what = "holds floats; they are read as 0 (black) to 255 (white)"
+        logger.warning("%s: %s %s", printable(spec), printable(floats[0]), what)
     if channels is None:
         channels = 1 if all(is_gray(info.mode) for info in images.values()) else 3
     names = list(images)

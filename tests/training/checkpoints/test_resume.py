@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from fastgan import checkpoint
 from fastgan.cli import train as program
+from fastgan.training.distributed.process_group import ProcessGroup
+from fastgan.training.resilience.signals import SignalHandler
 
 ROOT = Path(__file__).resolve().parents[3]
 PGGAN = (
@@ -93,7 +95,7 @@ def test_spectral_norm_labels_and_accumulation_resume(tmp_path: Path) -> None:
     assert_same_end(whole, run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     flags = [*PGGAN, "--kimg", "200", "--checkpoint-kimg", "0.1", "--out", str(run)]
@@ -104,6 +106,18 @@ def test_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signa
     assert process.returncode == 0
     assert f"stopped by {number.name}" in output and f"--resume {run}" in output
     assert checkpoint.read(run, "run").meta["images"] > 100
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_stops_a_run_unless_nohup_has_it_ignored(ignored: bool) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with SignalHandler(ProcessGroup(0, 1, torch.device("cpu"), "torch", "alone"), 5) as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.should_stop() is not ignored
+            assert signals.signal == (None if ignored else signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_launcher_starts_and_stops_a_run(tmp_path: Path) -> None:
