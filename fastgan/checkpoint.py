@@ -2,7 +2,7 @@
 
     RUN/checkpoints/kimg-000123.456/
         generator.safetensors   moving average of the generator's weights: what samples are drawn from
-        training.safetensors    both networks, both optimizers' state, random state of every rank
+        training.safetensors    both networks, both optimizers' state, random state and meters of every rank
         checkpoint.json         schema, variant, networks, images seen, size and hash of the files above
 
 The folder is written under another name, flushed to disk and renamed, which is atomic: a crash at any moment leaves the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgan.errors import ArgumentError
+from fastgan.utils.files import write_atomic
 from fastgan.utils.old_names import RENAMED, current_names
 
 SCHEMA = 1
 _GENERATOR, _TRAINING, _META = "generator.safetensors", "training.safetensors", "checkpoint.json"
 _REPLACED = ".replaced-"
+KEEP = "KEEP"
+"""File that keeps the checkpoint in whose folder it is, whatever `--keep` says; its text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Checkpoint:
         return load_file(self.path / _GENERATOR)
 
     def training(self) -> dict[str, dict[str, Tensor]]:
-        """Everything else, by group: "generator", "discriminator", "optimizer_g", "optimizer_d", "random"."""
+        """Everything else, by group: "generator", "discriminator", "optimizer_g", "optimizer_d", "random", "meters"."""
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in load_file(self.path / _TRAINING).items():
             group, name = key.split(":", 1)
@@ -86,6 +90,33 @@ def existing(run: Path) -> list[Path]:
     return sorted(p for p in folder(run).glob("kimg-*") if (p / _META).is_file())
 
 
+def mark(run: Path, images: int, reason: str) -> Path | None:
+    """Mark the newest checkpoint of at most `images` images seen, or else the oldest one: `save` never deletes it.
+
+    Args:
+        run: the run directory.
+        images: see above.
+        reason: written into the mark, the file KEEP in the checkpoint's folder.
+
+    Returns:
+        The checkpoint, or None if the run has none.
+    """
+    found = existing(run)
+    if not found:
+        return None
+    before = [path for path in found if _kimg(path) * 1000 <= images + 0.5]
+    chosen = (before or found[:1])[-1]
+    write_atomic(chosen / KEEP, reason.encode() + b"\n")
+    return chosen
+
+
+def _kimg(path: Path) -> float:
+    try:
+        return float(path.name.removeprefix("kimg-"))
+    except ValueError:  # a folder of the user's
+        return math.inf
+
+
 def recover(run: Path) -> None:
     """Restore the name of a checkpoint whose replacement stopped between two renames.
 
@@ -104,7 +135,7 @@ def save(
     training: dict[str, dict[str, Tensor]],
     keep: int,
 ) -> Path:
-    """Write a checkpoint of `run`, and delete the oldest ones until `keep` are left, this one among them.
+    """Write a checkpoint of `run`, and delete the oldest ones that `mark` has not marked until `keep` are left.
 
     Args:
         run: the run directory.
@@ -151,11 +182,16 @@ def save(
         recover(run)
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    others = [path for path in existing(run) if path != final]
+    others = [path for path in existing(run) if path != final and not (path / KEEP).exists()]
     for old in others[: max(len(others) - keep + 1, 0)]:
         # Renamed first: a kill halfway through then leaves nothing that looks like a checkpoint.
         shutil.rmtree(old.rename(old.with_name(f".dropped-{old.name}")))
     return final
+
+
+def read_named(path: str, flag: str) -> Checkpoint:
+    """`read`, of a path as a user writes it."""
+    return read(Path(path).expanduser(), flag)
 
 
 def read(path: Path, flag: str) -> Checkpoint:

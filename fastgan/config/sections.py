@@ -123,6 +123,8 @@ class Schedule(_Section):
     """Smaller batches from a resolution on, as pairs `RESOLUTION BATCH ...`; replaces those of the preset (pggan)."""
     accumulation: Annotated[int, at_least(1)] = 1
     """Micro-batches of each rank in a batch (gradient accumulation)."""
+    first_resolution: int | None = None
+    """Resolution at which training starts (pggan); None: 4, or that of the weights of init_from."""
     fade_kimg: Annotated[float | None, at_least(0)] = None
     """Length of a fade-in (pggan); None: half of an equal share of --kimg, or see grown_at."""
     stable_kimg: Annotated[float | None, at_least(0)] = None
@@ -155,6 +157,8 @@ class Run(_Section):
 
     out: str | None = None
     """Run directory; None: runs/VARIANT-TIME."""
+    init_from: str | None = None
+    """Run or checkpoint whose weights a new run starts from, on any data; None: new weights."""
     seed: Annotated[int, SEED] = 0
     """Seed of the initial weights, the order of the data and every random number of a sample."""
     checkpoint_kimg: Annotated[float | None, above(0)] = None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastgan import checkpoint
 from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, batch_at, validate
 from fastgan.config.growth import stage_at, stages_of
@@ -24,6 +25,7 @@ from fastgan.training.intervals import Interval, checkpoint_kimg, log_kimg, samp
 from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.metrics_log import MetricsLog
 from fastgan.training.observability.rank_log import LOGGER, rank_log
+from fastgan.training.observability.runaway import RunawayDetector, RunawayError
 from fastgan.training.observability.stragglers import StragglerDetector
 from fastgan.training.resilience.signals import SignalHandler
 from fastgan.training.stage import ActiveStage, State
@@ -43,6 +45,7 @@ class Trainer:
         source: the images.
         run: the run directory; it exists and holds config.yaml.
         resume: checkpoint to resume from.
+        initial: checkpoint whose weights a new run starts from; its networks are those of the first stage.
 
     Attributes:
         images: real images seen so far, the clock of a run.
@@ -58,6 +61,7 @@ class Trainer:
         source: Source,
         run: Path,
         resume: Checkpoint | None = None,
+        initial: Checkpoint | None = None,
     ) -> None:
         validate(config)
         self.config, self.variant, self.world, self.source, self.run_path = config, variant, world, source, run
@@ -69,6 +73,7 @@ class Trainer:
         self.meters = Meters()
         self.feed = Feed(config, world, source, self.stages[0].resolution)
         self.stragglers = StragglerDetector(world)
+        self.runaway = RunawayDetector()
         self.last_good: Path | None = None
         self._logged_at = (time.monotonic(), 0)
         self._groups: dict[int, Any] = {}
@@ -76,7 +81,8 @@ class Trainer:
         self._evaluator = None if config.run.evaluate_kimg is None else Evaluator.of(config, source, world.device)
         self.stage: ActiveStage
         if resume is None:
-            self.enter(self.stages[0].resolution)
+            weights = None if initial is None else {**initial.training(), "ema": initial.generator()}
+            self.enter(self.stages[0].resolution, weights)
         else:
             self._restore(resume)
 
@@ -164,6 +170,9 @@ class Trainer:
         self.enter(resolution, {**training, "ema": resume.generator()}, meta["ema_steps"])
         self.stage.generator_engine.load_state(training.get("optimizer_g", {}))
         self.stage.discriminator_engine.load_state(training.get("optimizer_d", {}))
+        if "runaway" in meta:
+            self.runaway.load(meta["runaway"])
+        checkpoint_state.load_meters(self, training.get("meters", {}))
         if meta["world_size"] == self.world.size:
             torch.set_rng_state(training["random"][f"rank{self.world.rank}"])
         self.last_good = resume.path
@@ -229,6 +238,7 @@ class Trainer:
         self._logged_at = (now, self.images)
         seconds = max(now - then, 1e-9)
         planned, share = stage_at(self.stages, self.images), self.stage.share
+        values = {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
         speeds = self.stragglers.row(share.active if share.has_subgroup else self.world.size, log.line)
         log.metrics(
             {
@@ -238,11 +248,31 @@ class Trainer:
                 "alpha": planned.alpha(self.images) if planned.resolution == self.stage.resolution else 1.0,
                 "images_per_second": (self.images - images) / seconds,
                 "data_share": self.feed.waited / seconds,  # the share of all time spent waiting for batches
-                **{name: total / count for name, total, count in zip(names, sums, counts, strict=True)},
+                **values,
                 **speeds,
             }
         )
         self.feed.waited = 0.0
+        self._tell_of_leaps(log, values)
+
+    def _tell_of_leaps(self, log: MetricsLog, values: dict[str, float]) -> None:
+        """Warn of a leap, keep the last checkpoint before it, and end a run in which it stays.
+
+        Raises:
+            RunawayError: on every rank.
+        """
+        leap = self.runaway.update(self.images, values)
+        if leap is None:
+            return
+        way_back = "there is no checkpoint yet"
+        if self.world.main and not leap.over:
+            kept = checkpoint.mark(self.run_path, leap.images, str(leap))
+            way_back = way_back if kept is None else f"{kept} is kept; --init-from it with a lower --lr-d"
+        if leap.stays:
+            raise RunawayError(f"step {self.steps}: {leap}, and stays for {leap.rows} rows; {way_back}")
+        if leap.over or leap.rows == 1:
+            LOGGER.warning(str(leap))
+            log.line(str(leap) if leap.over else f"warning: {leap}; {way_back}")
 
     def _sample(self, log: MetricsLog) -> None:
         self.stage.wait()

@@ -19,16 +19,37 @@ if TYPE_CHECKING:
 
 
 def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """Weights, optimizer state and the random state of every rank, by group; a collective."""
+    """Weights, optimizer state, and of every rank its random state and meters, by group; a collective."""
     stage = trainer.stage
     random = trainer.world.gather(torch.get_rng_state())
+    totals = trainer.meters.totals(stage.step.metrics, trainer.world.device)
+    meters = trainer.world.gather(totals.cpu())
     return {
         "generator": dict(stage.step.generator.state_dict()),
         "discriminator": dict(stage.step.discriminator.state_dict()),
         "optimizer_g": stage.generator_engine.state(),
         "optimizer_d": stage.discriminator_engine.state(),
         "random": {f"rank{i}": state for i, state in enumerate(random)},
+        "meters": {f"rank{i}": totals for i, totals in enumerate(meters)},
     }
+
+
+def load_meters(trainer: Trainer, stored: dict[str, Tensor]) -> None:
+    """Continue the interval between two rows of metrics.jsonl that a checkpoint was written in.
+
+    Args:
+        trainer: at the stage of the checkpoint.
+        stored: the group "meters" of the checkpoint; empty in old ones.
+    """
+    world, names = trainer.world, trainer.stage.step.metrics
+    parts = [part for _, part in sorted(stored.items())]
+    if not parts or any(part.shape != (2, len(names)) for part in parts):
+        return
+    if len(parts) == world.size:
+        own = stored[f"rank{world.rank}"]
+    else:  # another number of ranks: the sums of all are what a row is made from
+        own = torch.stack(parts).sum(0) if world.main else torch.zeros_like(parts[0])
+    trainer.meters.load(names, own.to(world.device))
 
 
 def description(trainer: Trainer) -> dict[str, Any]:
@@ -46,6 +67,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
         "accumulation": config.schedule.accumulation,
         "seed": config.run.seed,
         "optimizer": config.optimizer.optimizer,
+        "runaway": trainer.runaway.state(),
         "data": trainer.feed.pipeline.state_dict(),
     }
 
