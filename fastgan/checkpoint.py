@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 from fastgan.utils.files import write_atomic
 from fastgan.utils.old_names import RENAMED, current_names
+from fastgan.utils.stored_values import checkpoint_problem
 
 SCHEMA = 1
 _GENERATOR, _TRAINING, _META = "generator.safetensors", "training.safetensors", "checkpoint.json"
@@ -38,20 +40,51 @@ KEEP = "KEEP"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose files have been verified."""
+    """A checkpoint on disk whose files have been verified.
+
+    Attributes:
+        path: its folder.
+        meta: its plain values; those that are there are of the right type and in range.
+        flag: what the user named it by, for errors.
+    """
 
     path: Path
     meta: dict[str, Any]
+    flag: str = "RUN"
+
+    def require(self, *names: str) -> None:
+        """Raise ArgumentError if one of the plain values is missing."""
+        for name in names:
+            if name not in self.meta:
+                raise ArgumentError(self.flag, str(self.path), f"{_META} has no {name}; {_older(self.path)}")
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file.
+
+        Raises:
+            ArgumentError: it is damaged, or a value is NaN or infinite: what is computed from it would be, too.
+        """
+        try:
+            tensors = load_file(self.path / name)
+        except SafetensorError as error:
+            raise ArgumentError(
+                self.flag, str(self.path), f"{name} is damaged ({error}); {_older(self.path)}"
+            ) from None
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                problem = f"{printable(key[:80])} in {name} is not finite; {_older(self.path)}"
+                raise ArgumentError(self.flag, str(self.path), problem)
+        return tensors
 
     def generator(self) -> dict[str, Tensor]:
         """State of the averaged generator, CPU tensors."""
-        return load_file(self.path / _GENERATOR)
+        return self._load(_GENERATOR)
 
     def training(self) -> dict[str, dict[str, Tensor]]:
         """Everything else, by group: "generator", "discriminator", "optimizer_g", "optimizer_d", "random", "meters"."""
         groups: dict[str, dict[str, Tensor]] = {}
-        for key, value in load_file(self.path / _TRAINING).items():
-            group, name = key.split(":", 1)
+        for key, value in self._load(_TRAINING).items():
+            group, _, name = key.partition(":")
             groups.setdefault(RENAMED.get(group, group), {})[name] = value
         return groups
 
@@ -212,16 +245,20 @@ def read(path: Path, flag: str) -> Checkpoint:
             return read(path, flag)  # a process that trains has replaced it by a newer one
     try:
         meta = json.loads((path / _META).read_text())
-        digest, files, schema = meta.pop("sha256"), meta["files"], meta["schema"]
+        digest, schema = meta.pop("sha256"), meta["schema"]
         if schema == SCHEMA and digest != _digest(meta):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ArgumentError(flag, str(path), f"its {_META} is damaged; {_older(path)}") from None
     except PermissionError as error:
         raise ArgumentError(flag, str(path), f"its {_META} cannot be read ({error.strerror})") from None
     if schema != SCHEMA:
         raise ArgumentError(flag, str(path), f"its schema is {schema}; this version reads {SCHEMA}")
-    for name, expected in files.items():
+    meta = current_names(meta)
+    problem = checkpoint_problem(meta) or ("" if {*meta.get("files", ())} == {_GENERATOR, _TRAINING} else "files")
+    if problem:
+        raise ArgumentError(flag, str(path), f"its {_META} is damaged: {problem}; {_older(path)}")
+    for name, expected in meta["files"].items():
         file = path / name
         if not file.is_file():
             raise ArgumentError(flag, str(path), f"{name} is missing; {_older(path)}")
@@ -232,7 +269,7 @@ def read(path: Path, flag: str) -> Checkpoint:
             )
         if _hash(file) != expected["sha256"]:
             raise ArgumentError(flag, str(path), f"{name} has changed since it was written; {_older(path)}")
-    return Checkpoint(path, current_names(meta))
+    return Checkpoint(path, meta, flag)
 
 
 def _older(path: Path) -> str:

@@ -162,9 +162,13 @@ def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
     if file is not None:
         return TrainedGenerator(*formats.read(file, device))
     stored = checkpoint.read(path, "RUN")
-    generator, _ = models.build(**stored.meta["networks"])
+    stored.require("networks")
     try:
-        generator.load_state_dict(stored.generator())
+        generator = models.load_generator(stored.meta["networks"], stored.generator())
+    except ValueError as error:
+        if isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError("RUN", str(stored.path), f"generator.safetensors does not fit: {error}") from None
     except FileNotFoundError:
         return load(path, device)  # training has replaced this checkpoint by a newer one since it was verified
     return TrainedGenerator(generator.to(device).eval().requires_grad_(False), stored.meta)

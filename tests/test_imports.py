@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"kernels"},
     "nn": {"ops"},
     "objectives": {"ops"},
-    "models": {"ops", "nn"},
+    "models": {"ops", "nn", "utils"},
     "config": {"errors", "utils"},
     "checkpoint": {"errors", "utils"},
     "planning": {"config", "errors", "utils"},
@@ -39,7 +39,9 @@ ARROWS: dict[str, set[str]] = {
     "training.observability": {"", "data", "errors", "utils"},
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
     "training.distributed": {"training.observability", "training.resilience", "", "config", "errors", "utils"},
-    "training.checkpoints": {"training.distributed", "", "checkpoint", "config", "errors", "utils"},
+    "training.checkpoints": {
+        *("training.distributed", "training.observability", "", "checkpoint", "config", "errors", "models", "utils")
+    },
     "training": {
         *("training.checkpoints", "training.distributed", "training.observability", "training.resilience"),
         *(

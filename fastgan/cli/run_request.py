@@ -177,7 +177,9 @@ def _initial_values(first: argparse.Namespace, layers: list[_Layer]) -> dict[str
         return None
     from fastgan import checkpoint
 
-    return checkpoint.read_named(str(path), "--init-from").meta
+    stored = checkpoint.read_named(str(path), "--init-from")
+    stored.require("networks", "variant")
+    return stored.meta
 
 
 def _with_networks(base: Config, initial: dict[str, Any], variant: str) -> Config:

@@ -144,16 +144,10 @@ def _build_network(content: bytes, meta: Meta, device: str) -> nn.Module:
     """
     from safetensors.torch import load
 
-    weights = load(content)
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in models.build(**meta["networks"])[0].state_dict().items()}
-    for name in sorted(expected.keys() | weights.keys()):
-        shape = list(weights[name].shape) if name in weights else None
-        expected_shape = list(expected[name]) if name in expected else None
-        if shape != expected_shape:
-            raise UntrustedFile(f"weight {name[:60]!r} has shape {shape}, its network needs {expected_shape}")
-    generator, _ = models.build(**meta["networks"])
-    generator.load_state_dict(weights)
+    try:
+        generator = models.load_generator(meta["networks"], load(content))
+    except ValueError as error:
+        raise UntrustedFile(str(error)) from None
     return generator.to(device).eval().requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config
 from fastgan.data import Source
 from fastgan.errors import ArgumentError
+from fastgan.training.checkpoints.resume import require_fitting
 from fastgan.training.from_config import network_values
 
 FLAG = "--init-from"
@@ -25,6 +26,7 @@ def initial_weights(config: Config, source: Source) -> Checkpoint | None:
     if config.run.init_from is None:
         return None
     stored = checkpoint.read_named(config.run.init_from, FLAG)
+    stored.require("networks", "variant")
     first = config.schedule.resolution
     if config.networks.model == "pggan":
         first = config.schedule.first_resolution or 4
@@ -32,6 +34,7 @@ def initial_weights(config: Config, source: Source) -> Checkpoint | None:
     for key, value in stored.meta["networks"].items():
         if own.get(key) != value:
             raise _difference(key, own.get(key), value, config, stored)
+    require_fitting(stored)
     return stored
 
 

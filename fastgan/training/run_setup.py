@@ -161,6 +161,7 @@ def checkpoint_to_resume(resume: Path | None, run: Path, variant: str, config: C
         _refuse_lost_checkpoints(run, config)
         return None
     stored = checkpoint.read(resume, "--resume")
+    stored.require("variant", "networks", "images", "steps", "ema_steps", "resolution", "world_size", "seed", "data")
     newest = checkpoint.existing(run)[-1:]
     if newest and not newest[0].samefile(stored.path):
         problem = f"the run has a newer one, {newest[0]}; to resume from here, copy the run without what is newer"

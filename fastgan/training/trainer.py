@@ -16,7 +16,7 @@ from fastgan.config.growth import stage_at, stages_of
 from fastgan.data import Source
 from fastgan.generator import sample_images
 from fastgan.training.checkpoints import state as checkpoint_state
-from fastgan.training.checkpoints.resume import validate_resume
+from fastgan.training.checkpoints.resume import require_fitting, validate_resume
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.evaluator import Evaluator, append
 from fastgan.training.feed import Feed
@@ -166,15 +166,15 @@ class Trainer:
         validate_resume(resume, self.config, values, self.stages)
         self.feed.pipeline.load_state_dict(meta["data"])
         self.images, self.steps = meta["images"], meta["steps"]
-        training = resume.training()
-        self.enter(resolution, {**training, "ema": resume.generator()}, meta["ema_steps"])
+        training = require_fitting(resume)
+        self.enter(resolution, training, meta["ema_steps"])
         self.stage.generator_engine.load_state(training.get("optimizer_g", {}))
         self.stage.discriminator_engine.load_state(training.get("optimizer_d", {}))
         if "runaway" in meta:
-            self.runaway.load(meta["runaway"])
+            checkpoint_state.load_runaway(self.runaway, resume)
         checkpoint_state.load_meters(self, training.get("meters", {}))
         if meta["world_size"] == self.world.size:
-            torch.set_rng_state(training["random"][f"rank{self.world.rank}"])
+            checkpoint_state.load_random(resume, training, self.world.rank)
         self.last_good = resume.path
 
     def run(self) -> int | None:

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from fastgan import __version__, checkpoint
+from fastgan.checkpoint import Checkpoint
 from fastgan.errors import ArgumentError
+from fastgan.training.observability.runaway import RunawayDetector
+from fastgan.utils.text import first_line
 
 if TYPE_CHECKING:
     from fastgan.training.trainer import Trainer
@@ -32,6 +35,33 @@ def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
         "random": {f"rank{i}": state for i, state in enumerate(random)},
         "meters": {f"rank{i}": totals for i, totals in enumerate(meters)},
     }
+
+
+def load_random(resume: Checkpoint, training: dict[str, dict[str, Tensor]], rank: int) -> None:
+    """Restore torch's random state of a rank.
+
+    Raises:
+        ArgumentError: there is none, or it is of another kind.
+    """
+    state = training.get("random", {}).get(f"rank{rank}")
+    current = torch.get_rng_state()
+    if state is None or state.dtype != current.dtype or state.shape != current.shape:
+        problem = f"training.safetensors does not fit: random:rank{rank} is no state of this torch"
+        raise ArgumentError(resume.flag, str(resume.path), problem)
+    torch.set_rng_state(state)
+
+
+def load_runaway(detector: RunawayDetector, resume: Checkpoint) -> None:
+    """Restore what the detector of leaps had seen.
+
+    Raises:
+        ArgumentError: the values were edited.
+    """
+    try:
+        detector.load(resume.meta["runaway"])
+    except ValueError as error:
+        problem = f"its checkpoint.json is damaged: runaway: {first_line(error)}"
+        raise ArgumentError(resume.flag, str(resume.path), problem) from None
 
 
 def load_meters(trainer: Trainer, stored: dict[str, Tensor]) -> None:
