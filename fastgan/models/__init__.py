@@ -28,7 +28,7 @@ def load_generator(networks: dict[str, Any], weights: dict[str, Tensor]) -> nn.M
         weights: its state dict.
 
     Raises:
-        ValueError: a value of `networks` or the shape of a weight is wrong. Both are checked before memory is allocated.
+        ValueError: a value of `networks` or the shape of a weight is wrong; checked before memory is allocated.
     """
     problem = networks_problem(networks) or misfit(networks, weights, discriminator=False)
     if problem:

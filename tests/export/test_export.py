@@ -409,10 +409,8 @@ def test_shapes_are_compared_before_a_network_is_built(exported: dict[str, Path]
         meta = json.loads(file.metadata()["fastgan"])
     weights = load_file(exported["safetensors"])
     path = tmp_path / "x.safetensors"
-    for latent, words in (
-        (2**20, r"weight .* has shape \[.*\], its network needs \[1048576"),
-        (2**40, "networks.latent"),
-    ):
+    misfit = r"weight .* has shape \[.*\], its network needs \[1048576"
+    for latent, words in ((2**20, misfit), (2**40, r"networks\.latent")):
         meta["networks"]["latent"] = latent
         save_file(weights, path, {"fastgan": json.dumps(meta)})
         with pytest.raises(ArgumentError, match=words):

@@ -7,6 +7,7 @@ every resolution, and a process may open 1,024 files on most systems.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import threading
 import weakref
@@ -79,12 +80,18 @@ def _require_whole(size: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> N
         raise ValueError(f"{size} of {expected} bytes")
 
 
-def _map(descriptor: int, size: int) -> ctypes.Array[ctypes.c_char]:
-    """Map the first `size` bytes of an open file; unmapped with the returned buffer."""
+@functools.cache
+def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return libc
+
+
+def _map(descriptor: int, size: int) -> ctypes.Array[ctypes.c_char]:
+    """Map the first `size` bytes of an open file; unmapped with the returned buffer."""
+    libc = _libc()
     address = libc.mmap(None, size, _PROT_READ, _MAP_SHARED, descriptor, 0)
     if address == ctypes.c_void_p(-1).value:
         code = ctypes.get_errno()
