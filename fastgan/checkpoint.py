@@ -30,6 +30,7 @@ from fastgan.errors import ArgumentError, printable
 from fastgan.utils.files import write_atomic
 from fastgan.utils.old_names import RENAMED, current_names
 from fastgan.utils.stored_values import checkpoint_problem
+from fastgan.utils.text import first_line
 
 SCHEMA = 1
 _GENERATOR, _TRAINING, _META = "generator.safetensors", "training.safetensors", "checkpoint.json"
@@ -224,7 +225,10 @@ def save(
 
 def read_named(path: str, flag: str) -> Checkpoint:
     """`read`, of a path as a user writes it."""
-    return read(Path(path).expanduser(), flag)
+    try:
+        return read(Path(path).expanduser(), flag)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
+        raise ArgumentError(flag, path, f"must be a run that can be read ({first_line(error)})") from None
 
 
 def read(path: Path, flag: str) -> Checkpoint:

@@ -22,7 +22,7 @@ FINITE = Bound(lambda value: True, "a finite number")
 SHARE = Bound(lambda value: 0 <= value <= 1, "0 to 1")
 SHARE_ABOVE_0 = Bound(lambda value: 0 < value <= 1, "above 0 and at most 1")
 SHARE_BELOW_1 = Bound(lambda value: 0 <= value < 1, "at least 0 and below 1")
-KIMG = Bound(lambda value: 1 <= round(1000 * value) < 10**9, "at least 0.001 and below 1,000,000")
+KIMG = Bound(lambda value: value < 10**7 and 1 <= round(1000 * value) < 10**9, "at least 0.001 and below 1,000,000")
 # A torch generator takes 64 bits; 12 of them tell the networks of one resolution from those of another.
 SEED = Bound(lambda value: 0 <= value < 2**51, "at least 0 and below 2**51")
 

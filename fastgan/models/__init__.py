@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastgan.models import dcgan, mlp, pggan, sagan
 from fastgan.utils.stored_values import networks_problem
+from fastgan.utils.text import first_line
 
 MODELS: dict[str, ModuleType] = {"mlp": mlp, "dcgan": dcgan, "sagan": sagan, "pggan": pggan}
 
@@ -40,8 +41,11 @@ def load_generator(networks: dict[str, Any], weights: dict[str, Tensor]) -> nn.M
 
 def misfit(networks: dict[str, Any], weights: dict[str, Tensor], *, discriminator: bool) -> str:
     """The first weight that a network does not have or that has another shape; "" if all fit. Allocates nothing."""
-    with torch.device("meta"):
-        network = build(**networks)[int(discriminator)]
+    try:
+        with torch.device("meta"):
+            network = build(**networks)[int(discriminator)]
+    except (TypeError, ValueError, RuntimeError, AssertionError, OverflowError, MemoryError) as error:
+        return f"networks cannot be built: {first_line(error)}"
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     for name in sorted(expected.keys() | weights.keys()):
         shape = list(weights[name].shape) if name in weights else None

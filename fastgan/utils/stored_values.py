@@ -88,6 +88,13 @@ DATA: Mapping[str, Rule] = {"position": whole(0, 10**15), "seed": whole(0, 2**51
 """Where a run stands in its data."""
 FILE: Mapping[str, Rule] = {"bytes": whole(0, 2**62), "sha256": text(64)}
 """What is known of a file."""
+EXPORT: Mapping[str, Rule] = {
+    **{name: text(1000) for name in ("version", "variant", "license", "data", "weights")},
+    "images": whole(0, 10**15),
+    "alpha": Rule(lambda value: isinstance(value, int | float) and 0 <= value <= 1, "a number from 0 to 1"),
+    "batch": Rule(lambda value: value is None or whole(1, 2**20).holds(value), "a whole number of at least 1"),
+}
+"""The plain values of an exported file, besides its networks."""
 
 
 def problem(values: Any, rules: Mapping[str, Rule], required: tuple[str, ...] = (), within: str = "") -> str:
@@ -114,6 +121,12 @@ def problem(values: Any, rules: Mapping[str, Rule], required: tuple[str, ...] = 
 def networks_problem(networks: Any) -> str:
     """`problem` of arguments of `fastgan.models.build`."""
     return problem(networks, NETWORKS, REQUIRED_NETWORKS, "networks")
+
+
+def export_problem(meta: Any) -> str:
+    """`problem` of the plain values of an exported file."""
+    found = problem(meta, {**EXPORT, "networks": mapping()}, ("networks",))
+    return found or networks_problem(meta["networks"])
 
 
 def checkpoint_problem(meta: dict[str, Any]) -> str:

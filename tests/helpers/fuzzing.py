@@ -40,7 +40,8 @@ class Watch:
     def __init__(self, folder: Path) -> None:
         self.active, self.seen, self.folder = False, [], str(folder.resolve()) + os.sep
         libraries = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), *map(os.path.abspath, sys.path)}
-        self.readable = tuple(f"{os.path.realpath(path)}{os.sep}" for path in libraries if path) + ("/proc/", "/dev/", "/sys/")
+        folders = [os.path.realpath(path) + os.sep for path in libraries if path]
+        self.readable = (*folders, "/proc/", "/dev/", "/sys/")
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -114,7 +115,7 @@ def main() -> None:
     for number in range(-20, 0):  # what is imported at the first use
         try:
             read(random.Random(number))
-        except Exception:  # noqa: S112, BLE001  (the watched cases report it)
+        except Exception:  # the watched cases report it
             continue
     print(json.dumps(run(read, count, seed, Watch(folder))))
 

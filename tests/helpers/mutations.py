@@ -8,8 +8,38 @@ import random
 from typing import Any
 
 EVIL: tuple[Any, ...] = (
-    *(None, True, False, -1, 0, 1, 7, 2**31, 2**53, 2**63, 10**18, -(10**18), 0.5, -0.0, 1e308, float("nan"), float("inf")),
-    *("", "x", "x" * 1000, "\x1b[31mred\x07", "a\nb", "../../../../tmp/escaped", "/etc/passwd", "\ud800", "é\u202e", "1e5", "nan"),
+    *(
+        None,
+        True,
+        False,
+        -1,
+        0,
+        1,
+        7,
+        2**31,
+        2**53,
+        2**63,
+        10**18,
+        -(10**18),
+        0.5,
+        -0.0,
+        1e308,
+        float("nan"),
+        float("inf"),
+    ),
+    *(
+        "",
+        "x",
+        "x" * 1000,
+        "\x1b[31mred\x07",
+        "a\nb",
+        "../../../../tmp/escaped",
+        "/etc/passwd",
+        "\ud800",
+        "é\u202e",
+        "1e5",
+        "nan",
+    ),
     *([], {}, [[]], [0, 1], {"x": 1}, [None] * 50, {"first": 0, "count": 10**12}, ["__import__('os').system('true')"]),
     *(["a" * 300] * 3, {"__reduce__": "os.system"}, "!!python/object/apply:os.system ['true']"),
 )
@@ -57,7 +87,7 @@ def forged(values: Any, rng: random.Random) -> Any:
         if not places:
             return rng.choice(EVIL)
         node, key = rng.choice(places)
-        if isinstance(node, dict) and key not in node or isinstance(node, list) and key >= len(node):
+        if (isinstance(node, dict) and key not in node) or (isinstance(node, list) and key >= len(node)):
             continue
         way = rng.randrange(8)
         if way == 0 and isinstance(node, dict):
