@@ -12,9 +12,11 @@ import json
 import random
 import shutil
 import struct
+import sys
 import tarfile
+import unittest.mock
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -175,12 +177,20 @@ def runs(folder: Path) -> Read:
         for one in model_card.evaluations(run, 16):
             model_card.render({"networks": {**NETWORKS}, "variant": "dcgan"}, ["model.onnx"], [one])
         run_setup._last_images(run / "metrics.jsonl")
-        log = MetricsLog(run, active=True, total=1000, seen=16)
-        log.close()
+        with without_events():
+            MetricsLog(run, active=True, total=1000, seen=16).close()
         request = train.parse(["--resume", str(run)])
         run_setup.checkpoint_to_resume(request.resume, run, request.variant, request.config)
 
     return read
+
+
+@contextlib.contextmanager
+def without_events() -> Iterator[None]:
+    """TensorBoard's writer starts a thread and a file for each log, and reads nothing."""
+    stub = unittest.mock.MagicMock()
+    with unittest.mock.patch.dict(sys.modules, {"torch.utils.tensorboard": stub}):
+        yield
 
 
 NETWORKS = {"model": "dcgan", "resolution": 8, "channels": 1, "latent": 4, "num_classes": 0}
