@@ -5,6 +5,7 @@ Pillow is imported inside functions, so that only what needs it fails without it
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
@@ -125,8 +126,7 @@ def load_image(content: bytes, shrink_to: int | None = None, fit: bool = False) 
 def _load(content: bytes, shrink_to: int | None, fit: bool) -> tuple[Image.Image, ImageInfo]:
     from PIL import Image
 
-    # Pillow's warning about large images does not name the file; that of `inspect_image` does.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    _silence_pillow()
     image: Image.Image = Image.open(io.BytesIO(content))
     info = ImageInfo("", image.mode, image.size, image.format or "", "transparency" in image.info)
     extent = max(image.size) if fit else min(image.size)
@@ -135,6 +135,14 @@ def _load(content: bytes, shrink_to: int | None, fit: bool) -> tuple[Image.Image
         image.draft(None, (width, height))
     image.load()
     return image, info
+
+
+@functools.cache
+def _silence_pillow() -> None:
+    """Ignore Pillow's warning about large images, which does not name the file; that of `inspect_image` does."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def _without_text(content: bytes) -> bytes:
