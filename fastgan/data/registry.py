@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastgan.data.faults import machine_error
 from fastgan.data.prepared.manifest import is_prepared, read_manifest, unfinished_problem
 from fastgan.data.prepared.reader import PreparedSource
 from fastgan.data.source import Source, import_for, is_resolution
@@ -50,7 +51,10 @@ def open_source(spec: str | Path, resolution: int, channels: int | None = None, 
         raise ArgumentError(
             "--data", spec, f"must be a folder; {path} {'is a file' if path.exists() else 'is missing'}"
         )
-    return _OPENERS[kind](spec, path, resolution, channels)
+    try:
+        return _OPENERS[kind](spec, path, resolution, channels)
+    except (OSError, MemoryError) as error:
+        raise machine_error("--data", spec, error) from error
 
 
 def _unknown(spec: str, kind: str) -> str:

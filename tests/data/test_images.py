@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from published import noise, save
+from published import cifar10, noise, save
 
 from fastgan.data import images, open_source
 from fastgan.data.faults import is_machine_fault, machine_error
@@ -215,6 +215,17 @@ def test_a_fault_of_the_machine_costs_no_image(
     with pytest.raises(ArgumentError, match=r"4\.png.* cannot be read now"):
         prepare(str(photos), tmp_path / "set", workers=1)
     assert not is_prepared(tmp_path / "set")
+
+
+def test_a_published_set_that_cannot_be_read_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cifar10(tmp_path / "root")
+
+    def failing(*_: Any, **__: Any) -> np.ndarray:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(np, "fromfile", failing)
+    with pytest.raises(ArgumentError, match=r"--data 'cifar10:.*' *: it cannot be read now .Input/output error"):
+        open_source(f"cifar10:{tmp_path / 'root'}", 32)
 
 
 def test_a_folder_that_cannot_be_listed_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

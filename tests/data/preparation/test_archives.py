@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import struct
@@ -15,6 +16,7 @@ import pytest
 from published import noise, save
 
 from fastgan.data import open_source
+from fastgan.data.preparation import prepare as preparation
 from fastgan.data.preparation.archives import TarCollection, ZipCollection
 from fastgan.data.preparation.prepare import prepare
 from fastgan.data.preparation.settings import Settings
@@ -203,6 +205,26 @@ def test_a_bomb_is_bounded_by_what_an_image_may_be(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(content)
     problems = {image.name: image.problem for image in ZipCollection(tmp_path / "a.zip").images()}
     assert problems == {"a.png": "", "b.png": "too large: 3.3 GB, above 537 MB"}
+
+
+RECORDS = ("asked.json", "listed.json", "items/00000.json", "looked/00000.json", "done/00000.json")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("content", [b"[" * 5000, b"[1]", b'{"late": 3}', b"[[1]]", b"null", b"\xff"])
+def test_an_edited_state_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    """The state of an interrupted preparation, from which the same command would go on."""
+    save(tmp_path / "photos" / "a.png", noise(16, 16, 3))
+    settings = Settings(per_shard=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(str(tmp_path / "photos"), tmp_path / "set", settings, workers=1)
+    (tmp_path / "set" / ".preparing" / name).write_bytes(content)
+    with contextlib.suppress(ArgumentError):  # or the record is made again
+        prepare(str(tmp_path / "photos"), tmp_path / "set", settings, workers=1)
 
 
 @pytest.mark.parametrize("archive", [False, True])
