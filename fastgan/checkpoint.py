@@ -2,7 +2,7 @@
 
     RUN/checkpoints/kimg-000123.456/
         generator.safetensors   moving average of the generator's weights: what samples are drawn from
-        training.safetensors    both networks, both optimizers' state, random state of every rank
+        training.safetensors    both networks, both optimizers' state, random state and meters of every rank
         checkpoint.json         schema, variant, networks, images seen, size and hash of the files above
 
 The folder is written under another name, flushed to disk and renamed, which is atomic: a crash at any moment leaves the
@@ -14,40 +14,78 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
+from fastgan.utils.files import write_atomic
 from fastgan.utils.old_names import RENAMED, current_names
+from fastgan.utils.stored_values import checkpoint_problem
+from fastgan.utils.text import first_line
 
 SCHEMA = 1
 _GENERATOR, _TRAINING, _META = "generator.safetensors", "training.safetensors", "checkpoint.json"
 _REPLACED = ".replaced-"
+KEEP = "KEEP"
+"""File that keeps the checkpoint in whose folder it is, whatever `--keep` says; its text is the reason."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose files have been verified."""
+    """A checkpoint on disk whose files have been verified.
+
+    Attributes:
+        path: its folder.
+        meta: its plain values; those that are there are of the right type and in range.
+        flag: what the user named it by, for errors.
+    """
 
     path: Path
     meta: dict[str, Any]
+    flag: str = "RUN"
+
+    def require(self, *names: str) -> None:
+        """Raise ArgumentError if one of the plain values is missing."""
+        for name in names:
+            if name not in self.meta:
+                raise ArgumentError(self.flag, str(self.path), f"{_META} has no {name}; {_older(self.path)}")
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file.
+
+        Raises:
+            ArgumentError: it is damaged, or a value is NaN or infinite: what is computed from it would be, too.
+        """
+        try:
+            tensors = load_file(self.path / name)
+        except SafetensorError as error:
+            raise ArgumentError(
+                self.flag, str(self.path), f"{name} is damaged ({error}); {_older(self.path)}"
+            ) from None
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                problem = f"{printable(key[:80])} in {name} is not finite; {_older(self.path)}"
+                raise ArgumentError(self.flag, str(self.path), problem)
+        return tensors
 
     def generator(self) -> dict[str, Tensor]:
         """State of the averaged generator, CPU tensors."""
-        return load_file(self.path / _GENERATOR)
+        return self._load(_GENERATOR)
 
     def training(self) -> dict[str, dict[str, Tensor]]:
-        """The rest: groups "generator", "discriminator", "optimizer_g", "optimizer_d", "random", "augmentation"."""
+        """Everything else, by group: "generator", "discriminator", "optimizer_g", "optimizer_d", "random", "meters"."""
         groups: dict[str, dict[str, Tensor]] = {}
-        for key, value in load_file(self.path / _TRAINING).items():
-            group, name = key.split(":", 1)
+        for key, value in self._load(_TRAINING).items():
+            group, _, name = key.partition(":")
             groups.setdefault(RENAMED.get(group, group), {})[name] = value
         return groups
 
@@ -86,6 +124,33 @@ def existing(run: Path) -> list[Path]:
     return sorted(p for p in folder(run).glob("kimg-*") if (p / _META).is_file())
 
 
+def mark(run: Path, images: int, reason: str) -> Path | None:
+    """Mark the newest checkpoint of at most `images` images seen, or else the oldest one: `save` never deletes it.
+
+    Args:
+        run: the run directory.
+        images: see above.
+        reason: written into the mark, the file KEEP in the checkpoint's folder.
+
+    Returns:
+        The checkpoint, or None if the run has none.
+    """
+    found = existing(run)
+    if not found:
+        return None
+    before = [path for path in found if _kimg(path) * 1000 <= images + 0.5]
+    chosen = (before or found[:1])[-1]
+    write_atomic(chosen / KEEP, reason.encode() + b"\n")
+    return chosen
+
+
+def _kimg(path: Path) -> float:
+    try:
+        return float(path.name.removeprefix("kimg-"))
+    except ValueError:  # a folder of the user's
+        return math.inf
+
+
 def recover(run: Path) -> None:
     """Restore the name of a checkpoint whose replacement stopped between two renames.
 
@@ -104,7 +169,7 @@ def save(
     training: dict[str, dict[str, Tensor]],
     keep: int,
 ) -> Path:
-    """Write a checkpoint of `run`, and delete the oldest ones until `keep` are left, this one among them.
+    """Write a checkpoint of `run`, and delete the oldest ones that `mark` has not marked until `keep` are left.
 
     Args:
         run: the run directory.
@@ -151,11 +216,19 @@ def save(
         recover(run)
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    others = [path for path in existing(run) if path != final]
+    others = [path for path in existing(run) if path != final and not (path / KEEP).exists()]
     for old in others[: max(len(others) - keep + 1, 0)]:
         # Renamed first: a kill halfway through then leaves nothing that looks like a checkpoint.
         shutil.rmtree(old.rename(old.with_name(f".dropped-{old.name}")))
     return final
+
+
+def read_named(path: str, flag: str) -> Checkpoint:
+    """`read`, of a path as a user writes it."""
+    try:
+        return read(Path(path).expanduser(), flag)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
+        raise ArgumentError(flag, path, f"must be a run that can be read ({first_line(error)})") from None
 
 
 def read(path: Path, flag: str) -> Checkpoint:
@@ -176,16 +249,20 @@ def read(path: Path, flag: str) -> Checkpoint:
             return read(path, flag)  # a process that trains has replaced it by a newer one
     try:
         meta = json.loads((path / _META).read_text())
-        digest, files, schema = meta.pop("sha256"), meta["files"], meta["schema"]
+        digest, schema = meta.pop("sha256"), meta["schema"]
         if schema == SCHEMA and digest != _digest(meta):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ArgumentError(flag, str(path), f"its {_META} is damaged; {_older(path)}") from None
     except PermissionError as error:
         raise ArgumentError(flag, str(path), f"its {_META} cannot be read ({error.strerror})") from None
     if schema != SCHEMA:
         raise ArgumentError(flag, str(path), f"its schema is {schema}; this version reads {SCHEMA}")
-    for name, expected in files.items():
+    meta = current_names(meta)
+    problem = checkpoint_problem(meta) or ("" if {*meta.get("files", ())} == {_GENERATOR, _TRAINING} else "files")
+    if problem:
+        raise ArgumentError(flag, str(path), f"its {_META} is damaged: {problem}; {_older(path)}")
+    for name, expected in meta["files"].items():
         file = path / name
         if not file.is_file():
             raise ArgumentError(flag, str(path), f"{name} is missing; {_older(path)}")
@@ -196,7 +273,7 @@ def read(path: Path, flag: str) -> Checkpoint:
             )
         if _hash(file) != expected["sha256"]:
             raise ArgumentError(flag, str(path), f"{name} has changed since it was written; {_older(path)}")
-    return Checkpoint(path, current_names(meta))
+    return Checkpoint(path, meta, flag)
 
 
 def _older(path: Path) -> str:

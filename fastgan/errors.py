@@ -9,6 +9,16 @@ _SHORT.maxstring = _SHORT.maxother = 300
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxtuple = 3, 8, 12, 12
 
 
+def printable(text: str) -> str:
+    """Return one line without control characters, which a terminal would obey; names of files may have any."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"
+
+
 class ArgumentError(ValueError):
     """An argument that cannot be used, described in one line.
 
@@ -28,7 +38,7 @@ class ArgumentError(ValueError):
             line = f"{argument} {requirement}, got {shown}{semicolon}{why}"
         else:
             line = f"{argument} {shown}: {problem}"
-        super().__init__(line)
+        super().__init__(printable(line))
         self.argument, self.got, self.problem = argument, got, problem
 
     def renamed(self, argument: str) -> ArgumentError:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 from fastgan.utils import counter_rng
 
 
@@ -30,7 +30,7 @@ class TrainedGenerator:
         """As in `pggan at 150 kimg`; without the second part if it is not known."""
         name = self.meta.get("variant") or self.meta["networks"]["model"]
         seen = self.meta.get("images")
-        return f"{name} at {seen / 1000:g} kimg" if seen else name
+        return printable(f"{name} at {seen / 1000:g} kimg" if seen else str(name))
 
     @property
     def num_classes(self) -> int:
@@ -162,9 +162,13 @@ def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
     if file is not None:
         return TrainedGenerator(*formats.read(file, device))
     stored = checkpoint.read(path, "RUN")
-    generator, _ = models.build(**stored.meta["networks"])
+    stored.require("networks")
     try:
-        generator.load_state_dict(stored.generator())
+        generator = models.load_generator(stored.meta["networks"], stored.generator())
+    except ValueError as error:
+        if isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError("RUN", str(stored.path), f"generator.safetensors does not fit: {error}") from None
     except FileNotFoundError:
         return load(path, device)  # training has replaced this checkpoint by a newer one since it was verified
     return TrainedGenerator(generator.to(device).eval().requires_grad_(False), stored.meta)

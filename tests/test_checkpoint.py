@@ -16,6 +16,14 @@ import fastgan
 from fastgan import checkpoint
 from fastgan.errors import ArgumentError
 
+NETWORKS = {
+    "model": "pggan",
+    "resolution": 8,
+    "channels": 1,
+    "latent": 64,
+    "num_classes": 0,
+    "attention_at": None,
+}
 FILES = ("generator.safetensors", "training.safetensors", "checkpoint.json")
 
 
@@ -69,7 +77,7 @@ def leftovers(run: Path) -> list[str]:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    path = save(tmp_path, 123_456, variant="pggan", networks={"latent": 3, "attention_at": None}, nested=[1, 2.5])
+    path = save(tmp_path, 123_456, variant="pggan", networks=NETWORKS, nested=[1, 2.5])
     assert path == tmp_path / "checkpoints" / "kimg-000123.456"
     assert sorted(p.name for p in path.iterdir()) == sorted(FILES)
     assert leftovers(tmp_path) == []
@@ -83,7 +91,7 @@ def test_round_trip(tmp_path: Path) -> None:
         "schema": 1,
         "images": 123_456,
         "variant": "pggan",
-        "networks": {"latent": 3, "attention_at": None},
+        "networks": NETWORKS,
         "nested": [1, 2.5],
     }
     assert {name: entry["bytes"] for name, entry in files.items()} == {n: (path / n).stat().st_size for n in FILES[:2]}
@@ -184,7 +192,7 @@ def test_damaged_json(tmp_path: Path, content: bytes) -> None:
 def test_one_changed_bit_in_the_json_is_noticed(tmp_path: Path) -> None:
     """The numbers of the record are as much the state of a run as its tensors."""
     save(tmp_path, 1000, seed=1)
-    newest = save(tmp_path, 2000, seed=2, networks={"latent": 64, "fmap_base": 256})
+    newest = save(tmp_path, 2000, seed=2, networks={**NETWORKS, "fmap_base": 256})
     file, meta = newest / "checkpoint.json", checkpoint.read(newest, "RUN").meta
     content = file.read_bytes()
     for i in range(0, len(content), 2):

@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "nn": {"functional", "ops"},
     "objectives": {"ops"},
     "compiled": {"utils"},
-    "models": {"ops", "nn"},
+    "models": {"ops", "nn", "utils"},
     "config": {"errors", "utils"},
     "checkpoint": {"errors", "utils"},
     "planning": {"config", "errors", "utils"},
@@ -41,10 +41,12 @@ ARROWS: dict[str, set[str]] = {
     "training.observability": {"", "data", "errors", "utils"},
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
     "training.distributed": {"training.observability", "training.resilience", "", "config", "errors", "utils"},
-    "training.checkpoints": {"training.distributed", "", "checkpoint", "config", "errors", "utils"},
     "training.compiling": {
         *("training", "training.distributed", "training.observability", "compiled", "config", "data", "models", "ops"),
         "utils",
+    },
+    "training.checkpoints": {
+        *("training.distributed", "training.observability", "", "checkpoint", "config", "errors", "models", "utils")
     },
     "training": {
         *(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastgan.cli.main import check_picture, command, writing
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 
 if TYPE_CHECKING:
     from fastgan.data.prepared.manifest import Manifest
@@ -93,7 +93,7 @@ def table(manifest: Manifest) -> str:
         "fingerprint": manifest.fingerprint,
         "on disk": f"{readable_size(sum(sizes))} in {len(sizes):,} files, {len(manifest.shards):,} shards",
     }
-    lines = [str(manifest.path), *(f"  {name:12} {value}" for name, value in facts.items()), ""]
+    lines = [str(manifest.path), *(f"  {name:12} {printable(value)}" for name, value in facts.items()), ""]
     lines.append(f"  {'px':>5}  {'stored as':10} {'on disk':>10} {'per image':>12}")
     for r in manifest.resolutions:
         stored_as = "arrays" if r in manifest.cached else manifest.encoding
@@ -105,12 +105,14 @@ def table(manifest: Manifest) -> str:
 def _verify(manifest: Manifest, workers: int) -> int:
     from tqdm import tqdm
 
-    from fastgan.data.preparation.collection import printable
     from fastgan.data.preparation.verification import verify
+    from fastgan.utils.system import MAX_THREADS
     from fastgan.utils.text import readable_size
 
     if workers < 0:
         raise ArgumentError("--workers", workers, "must be at least 0; 0 is one per core")
+    if workers > MAX_THREADS:
+        raise ArgumentError("--workers", workers, f"must be at most {MAX_THREADS}")
     faults = 0
     for fault in verify(manifest, workers=workers, progress=True):
         faults += 1

@@ -98,7 +98,7 @@ def _first_pass(argv: list[str], prog: str) -> argparse.Namespace:
         ArgumentError: a path that is not UTF-8, which TensorBoard and config.yaml need.
     """
     parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
-    for flag in ("--variant", "--preset", "--config", "--data", "--resume", "--out"):
+    for flag in ("--variant", "--preset", "--config", "--data", "--resume", "--out", "--init-from"):
         parser.add_argument(flag)
     first = parser.parse_known_args(argv)[0]
     for flag in ("out", "resume"):
@@ -163,13 +163,51 @@ def _layers(first: argparse.Namespace) -> tuple[list[_Layer], Path | None]:
     return layers, resume
 
 
-def _start(first: argparse.Namespace, layers: list[_Layer]) -> tuple[str, Preset, str]:
+def _initial_values(first: argparse.Namespace, layers: list[_Layer]) -> dict[str, Any] | None:
+    """The plain values of the checkpoint of --init-from, if there is one.
+
+    Raises:
+        ArgumentError: there is no checkpoint, or it is damaged.
+    """
+    path = first.init_from
+    for layer in layers if path is None else []:
+        section = layer.values.get("run")
+        path = section.get("init_from", path) if isinstance(section, dict) else path
+    if path is None:
+        return None
+    from fastgan import checkpoint
+
+    stored = checkpoint.read_named(str(path), "--init-from")
+    stored.require("networks", "variant")
+    return stored.meta
+
+
+def _with_networks(base: Config, initial: dict[str, Any], variant: str) -> Config:
+    """`base` with the networks of a checkpoint, and its resolution as the first one.
+
+    Raises:
+        ArgumentError: the variant has networks of another kind.
+    """
+    networks = dict(initial["networks"])
+    if networks["model"] != base.networks.model:
+        fitting = [name for name, one in VARIANTS.items() if one.paper.networks.model == networks["model"]]
+        problem = f"must be {', '.join(fitting)}; the weights of --init-from are those of {networks['model']}"
+        raise ArgumentError("--variant", variant, problem)
+    resolution, channels = networks.pop("resolution"), networks.pop("channels")
+    networks["conditional"] = networks.pop("num_classes") > 0
+    schedule = {"resolution": resolution}
+    if networks["model"] == "pggan":
+        schedule["first_resolution"] = resolution
+    return replace(base, networks=networks, schedule=schedule, data={"channels": channels})
+
+
+def _start(first: argparse.Namespace, layers: list[_Layer], initial: dict[str, Any] | None) -> tuple[str, Preset, str]:
     """Variant, preset and data of a command line with its files; removes the first two from the files.
 
     Raises:
         ArgumentError: there is no such variant or preset.
     """
-    variant, preset, data = DEFAULT_VARIANT, None, "digits"
+    variant, preset, data = DEFAULT_VARIANT if initial is None else initial["variant"], None, "digits"
     for layer in layers:
         variant = layer.values.pop("variant", variant)
         preset = layer.values.pop("preset", preset)
@@ -201,12 +239,14 @@ def parse(argv: list[str], kind: type[Flags], prog: str) -> RunRequest:
     argv = [flag for flag in argv if not flag.startswith(("--local_rank=", supervisor.HOSTS_FLAG, supervisor.JOB_FLAG))]
     first = _first_pass(argv, prog)
     layers, resume = _layers(first)
-    variant, preset, data = _start(first, layers)
+    initial = None if resume is not None else _initial_values(first, layers)
+    variant, preset, data = _start(first, layers, initial)
     # A value that the stored file of a run lacks is newer than the run. It gets the default, which changes nothing.
     base = VARIANTS[variant].config(preset) if resume is None else Config()
     largest = _prepared_resolution(data)
     if largest is not None and resume is None:
         base = replace(base, schedule={"resolution": min(base.schedule.resolution, largest)})
+    base = base if initial is None else _with_networks(base, initial, variant)
     for layer in layers:
         schedule = layer.values.get("schedule")
         base = _one_growth_rule(merge(base, layer.values, layer.name), schedule if isinstance(schedule, dict) else ())

@@ -115,6 +115,8 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
     from fastgan.training import run_setup
     from fastgan.training.distributed.rank_consistency import require_same_on_all_ranks, shared_settings
     from fastgan.training.from_config import validate_stages
+    from fastgan.training.initial_weights import initial_weights
+    from fastgan.training.observability.runaway import RunawayError
     from fastgan.training.trainer import NonFiniteError, Trainer
 
     config, variant = request.config, request.variant
@@ -131,7 +133,8 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
     source = run_setup.open_images(config, world)
     if world.heartbeat is not None and stored is not None:
         world.heartbeat.run, world.heartbeat.last_good = run, stored.path
-    trainer = Trainer(config, variant, world, source, run, stored)
+    initial = initial_weights(config, source) if stored is None else None
+    trainer = Trainer(config, variant, world, source, run, stored, initial)
     run = run_setup.create_run(world, run, trainer.config, variant, request.preset, request.resume, locks)
     trainer.run_path = run
     if world.heartbeat is not None:
@@ -140,7 +143,7 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
         _announce(trainer, request, resumed=stored is not None)
     try:
         stopped = trainer.run()
-    except NonFiniteError as error:  # raised by all ranks together
+    except (NonFiniteError, RunawayError) as error:  # raised by all ranks together
         if world.main:
             print(f"fastgan: {error}", file=sys.stderr, flush=True)
         return 1

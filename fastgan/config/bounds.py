@@ -26,6 +26,10 @@ def at_least(least: float) -> Bound:
     return Bound(lambda value: value >= least, f"at least {least:g}")
 
 
+def at_most(most: float) -> Bound:
+    return Bound(lambda value: value <= most, f"at most {most:g}")
+
+
 def above(limit: float) -> Bound:
     return Bound(lambda value: value > limit, f"above {limit:g}")
 

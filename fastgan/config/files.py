@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -16,6 +17,7 @@ from fastgan.utils.files import write_atomic
 from fastgan.utils.old_names import current_names
 
 SCHEMA = 1
+_DEFAULTS = Config()
 
 
 @cache
@@ -46,12 +48,25 @@ def merge(base: Config, values: dict[str, Any], where: str) -> Config:
 
 def from_dict(values: dict[str, Any], where: str) -> Config:
     """The `Config` of a complete nested dict; `where` names its origin in errors."""
+    for section in dataclasses.fields(Config):
+        _refuse_switches(values.get(section.name), type(getattr(_DEFAULTS, section.name)), f"{where}: {section.name}")
     try:
         return _adapter().validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise ArgumentError(f"{where}: {name}", first["input"], first["msg"].lower()) from None
+
+
+def _refuse_switches(values: Any, section: type, where: str) -> None:
+    """Refuse true and false where another value belongs: pydantic takes true for 1."""
+    if not isinstance(values, dict):
+        return
+    kinds = get_type_hints(section)
+    for key, value in values.items():
+        inner = [*value, *value.values()] if isinstance(value, dict) else [value]
+        if kinds.get(key) is not bool and any(isinstance(one, bool) for one in inner):
+            raise ArgumentError(f"{where}.{key}", value, "must not be true or false; write a number or a text")
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,7 +90,7 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
         ArgumentError: the file cannot be read, is not a YAML mapping, or has another schema version.
     """
     try:
-        content = _Loader(path.read_text()).get_single_data()
+        content = _Loader(path.read_text(encoding="utf-8-sig")).get_single_data()
     except OSError as error:
         raise ArgumentError(flag, str(path), f"must be a readable YAML file; {error.strerror}") from None
     except yaml.MarkedYAMLError as error:

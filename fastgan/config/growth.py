@@ -29,20 +29,21 @@ def stages(
     kimg: float,
     *,
     progressive: bool,
+    first_resolution: int = 4,
     fade_kimg: float | None = None,
     stable_kimg: float | None = None,
     grown_at: float | None = None,
 ) -> list[Stage]:
     """The stages of a run; one stage without a fade when not `progressive`.
 
-    The first resolution, 4, has no fade-in. By default every resolution gets an equal share of `kimg`, half of it for
+    The first resolution has no fade-in. By default every resolution gets an equal share of `kimg`, half of it for
     its fade-in; the last one trains to the end. With `grown_at`, all fade-ins and the intervals between them have one
     length, and the last fade-in ends after that share of the run. Stages that would start after `kimg` are left out.
     """
     total = round(kimg * 1000)
     if not progressive:
         return [Stage(resolution, 0, 0, total)]
-    sizes = [2**i for i in range(2, int(math.log2(resolution)) + 1)]
+    sizes = [2**i for i in range(int(math.log2(first_resolution)), int(math.log2(resolution)) + 1)]
     share = 1000 * kimg / len(sizes)
     if fade_kimg is None and stable_kimg is None:
         fade = stable = share / 2
@@ -56,8 +57,8 @@ def stages(
     planned: list[Stage] = []
     start = 0.0
     for size in sizes:
-        fade_end = start + (fade if size > 4 else 0.0)
-        end = fade_end + (stable if size > 4 else first)
+        fade_end = start + (fade if size > sizes[0] else 0.0)
+        end = fade_end + (stable if size > sizes[0] else first)
         if round(start) < total:
             planned.append(Stage(size, round(start), round(fade_end), round(end)))
         start = end
@@ -78,6 +79,7 @@ def stages_of(config: Config) -> list[Stage]:
         s.resolution,
         s.kimg,
         progressive=config.networks.model == "pggan",
+        first_resolution=s.first_resolution or 4,
         fade_kimg=s.fade_kimg,
         stable_kimg=s.stable_kimg,
         grown_at=s.grown_at,

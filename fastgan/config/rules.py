@@ -45,7 +45,8 @@ _USED_WITH = {
     **dict.fromkeys(("norm_g", "norm_d"), ("model", ("dcgan",))),
     **dict.fromkeys(("attention_at", "conditional"), ("model", ("sagan",))),
     **dict.fromkeys(
-        ("fmap_base", "fmap_max", "fused_scale", "fade_kimg", "stable_kimg", "grown_at"), ("model", ("pggan",))
+        ("fmap_base", "fmap_max", "fused_scale", "first_resolution", "fade_kimg", "stable_kimg", "grown_at"),
+        ("model", ("pggan",)),
     ),
     **dict.fromkeys(("label_fake", "label_real", "label_generator"), ("loss", ("least-squares",))),
     "clip": ("regularizer", ("weight-clipping",)),
@@ -77,6 +78,9 @@ def _validate_networks(config: Config) -> None:
     smallest = 4 if n.model == "pggan" else 8
     powers = [2**i for i in range(2, 11) if 2**i >= smallest]
     _require(s.resolution in powers, "--resolution", s.resolution, f"must be {', '.join(map(str, powers))}")
+    starts = [p for p in powers if p <= s.resolution]
+    allowed = f"must be {', '.join(map(str, starts))} at {s.resolution} px"
+    _require(s.first_resolution in (None, *starts), "--first-resolution", s.first_resolution, allowed)
     pairs = all(k in powers and v >= 1 for k, v in s.batch_at.items())
     _require(pairs, "--batch-at", s.batch_at, "must be pairs of a resolution and a batch of at least 1")
     if n.model == "sagan":

@@ -10,7 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from fastgan.config.bounds import Bound, above, at_least, one_of
+from fastgan.config.bounds import Bound, above, at_least, at_most, one_of
+from fastgan.utils.system import MAX_THREADS
 
 ModelName = Literal["mlp", "dcgan", "sagan", "pggan", "r3gan"]
 LossName = Literal["minimax", "minimax-saturating", "least-squares", "wasserstein", "hinge", "relativistic"]
@@ -25,7 +26,7 @@ FINITE = Bound(lambda value: True, "a finite number")
 SHARE = Bound(lambda value: 0 <= value <= 1, "0 to 1")
 SHARE_ABOVE_0 = Bound(lambda value: 0 < value <= 1, "above 0 and at most 1")
 SHARE_BELOW_1 = Bound(lambda value: 0 <= value < 1, "at least 0 and below 1")
-KIMG = Bound(lambda value: 1 <= round(1000 * value) < 10**9, "at least 0.001 and below 1,000,000")
+KIMG = Bound(lambda value: value < 10**7 and 1 <= round(1000 * value) < 10**9, "at least 0.001 and below 1,000,000")
 # A torch generator takes 64 bits; 12 of them tell the networks of one resolution from those of another.
 SEED = Bound(lambda value: 0 <= value < 2**51, "at least 0 and below 2**51")
 
@@ -127,6 +128,8 @@ class Schedule(_Section):
     """Smaller batches from a resolution on, as pairs `RESOLUTION BATCH ...`; replaces those of the preset (pggan)."""
     accumulation: Annotated[int, at_least(1)] = 1
     """Micro-batches of each rank in a batch (gradient accumulation)."""
+    first_resolution: int | None = None
+    """Resolution at which training starts (pggan); None: 4, or that of the weights of init_from."""
     fade_kimg: Annotated[float | None, at_least(0)] = None
     """Length of a fade-in (pggan); None: half of an equal share of --kimg, or see grown_at."""
     stable_kimg: Annotated[float | None, at_least(0)] = None
@@ -153,7 +156,7 @@ class Data(_Section):
     """ada: kimg in which the strength can rise from 0 to 1; None: a fifth of --kimg, at most 500."""
     pipeline: Literal["auto", "cache", "dali", "torch"] = "auto"
     """cache: decoded images; dali, torch: decode a batch ahead; auto: the first that works, which the run names."""
-    workers: int = 0
+    workers: Annotated[int, at_least(0), at_most(MAX_THREADS)] = 0
     """Decoding threads of each rank, for images that are not in memory; 0: its share of the cores, at most 8."""
     resident_gb: Annotated[float | None, at_least(0)] = None
     """Largest decoded set, in GB, that is kept in memory or on the GPU; None: 1.1, or a quarter of free GPU memory."""
@@ -165,6 +168,8 @@ class Run(_Section):
 
     out: str | None = None
     """Run directory; None: runs/VARIANT-TIME."""
+    init_from: str | None = None
+    """Run or checkpoint whose weights a new run starts from, on any data; None: new weights."""
     seed: Annotated[int, SEED] = 0
     """Seed of the initial weights, the order of the data and every random number of a sample."""
     checkpoint_kimg: Annotated[float | None, above(0)] = None
@@ -207,7 +212,7 @@ class System(_Section):
     """Of images and convolution weights; auto: channels_last."""
     sync_bn: bool = False
     """Batch-norm statistics over all ranks (GPU only)."""
-    threads: Annotated[int | None, at_least(1)] = None
+    threads: Annotated[int | None, at_least(1), at_most(MAX_THREADS)] = None
     """CPU threads of each rank; None: what torch chooses."""
     timeout: Annotated[float, at_least(5)] = 600.0
     """Seconds that ranks wait for one another; a rank that is silent for three quarters of it is named and given up."""

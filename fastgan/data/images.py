@@ -5,10 +5,12 @@ Pillow is imported inside functions, so that only what needs it fails without it
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -16,13 +18,19 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
+from fastgan.data.faults import raise_if_machine
+from fastgan.errors import printable
 from fastgan.utils.files import write_atomic
+from fastgan.utils.text import readable_size
 
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.Image import Resampling
 
 logger = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 2**29
+"""Largest image file that is read: the pixels of the largest image that Pillow opens without a warning, 16-bit RGB."""
 
 
 class ImageInfo(NamedTuple):
@@ -43,48 +51,120 @@ class ImageInfo(NamedTuple):
     transparent: bool = False
 
 
-def inspect_image(open_file: Callable[[], BinaryIO], name: str) -> ImageInfo:
-    """Open one image file. It is decoded only if nothing cheaper shows whether it is complete.
+def read_whole(stream: BinaryIO) -> bytes:
+    """Read one image file whole, so that what its decoder meets later is a property of the file.
+
+    Raises:
+        ValueError: it is larger than `MAX_FILE_BYTES`.
+        OSError: the machine cannot read it.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    require_size(size)
+    stream.seek(0)
+    return stream.read()
+
+
+def require_size(size: int) -> None:
+    """Raise ValueError for a size, in bytes, that no image file of the sizes that Pillow opens has."""
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"too large: {readable_size(size)}, above {readable_size(MAX_FILE_BYTES)}")
+
+
+def inspect_image(open_file: Callable[[], BinaryIO], name: str, flag: str = "--data") -> ImageInfo:
+    """Decode one image file; a JPEG at an eighth of its size, which still reads all of it.
 
     Args:
-        open_file: opens the file from its start; may be called more than once.
-        name: of the file in the log.
+        open_file: opens the file from its start.
+        name: of the file in messages.
+        flag: the argument to name in errors.
+
+    Raises:
+        ArgumentError: the machine cannot read the file now.
     """
     from PIL import Image
 
     try:
-        with open_file() as stream, Image.open(stream) as image:
-            mode, size, format_ = image.mode, image.size, image.format or ""
-            transparent = "transparency" in image.info
-            image.verify()
-        # `verify` reads all of a PNG, and opening reads all of a WebP. Neither detects a truncated file of any other
-        # format, which would stop a run later. A truncated JPEG lacks the end marker; some cameras write more data
-        # after it. Only a JPEG without it is decoded.
-        if format_ not in ("PNG", "WEBP"):
-            with open_file() as stream:
-                if format_ not in ("JPEG", "MPO") or not _has_jpeg_end(stream):
-                    with Image.open(stream) as image:
-                        image.load()
+        with open_file() as stream:
+            image, info = load_image(read_whole(stream), shrink_to=1)
+        if info.mode == "I":
+            convert(image, "L")  # refuses what is out of range
     except Exception as error:  # Pillow's readers raise nearly any exception on a damaged file
+        raise_if_machine(error, flag, name)
         logger.debug("%s is skipped", name, exc_info=True)
         return ImageInfo(decode_problem(error))
-    return ImageInfo("", mode, size, format_, transparent)
+    if Image.MAX_IMAGE_PIXELS is not None and info.size[0] * info.size[1] > Image.MAX_IMAGE_PIXELS:
+        logger.warning(
+            "%s is unusually large: %d x %d px; remove it if you do not know it", printable(name), *info.size
+        )
+    return info
 
 
-def _has_jpeg_end(stream: BinaryIO) -> bool:
-    stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1024))
-    end = stream.read()
-    stream.seek(0)
-    return b"\xff\xd9" in end
+def load_image(content: bytes, shrink_to: int | None = None, fit: bool = False) -> tuple[Image.Image, ImageInfo]:
+    """Decode an image file whole.
+
+    Args:
+        content: of the file.
+        shrink_to: a JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8, not below this shorter side, px.
+        fit: compare the longer side with `shrink_to` instead.
+
+    Returns:
+        The image, and what its header says.
+
+    Raises:
+        Exception: nearly any, if the file is damaged.
+    """
+    try:
+        return _load(content, shrink_to, fit)
+    except ValueError:
+        # Texts and color profiles of more than 1 MB are refused by Pillow, and are no part of the pixels.
+        pixels = _without_text(content)
+        if len(pixels) == len(content):
+            raise
+        return _load(pixels, shrink_to, fit)
+
+
+def _load(content: bytes, shrink_to: int | None, fit: bool) -> tuple[Image.Image, ImageInfo]:
+    from PIL import Image
+
+    _silence_pillow()
+    image: Image.Image = Image.open(io.BytesIO(content))
+    info = ImageInfo("", image.mode, image.size, image.format or "", "transparency" in image.info)
+    extent = max(image.size) if fit else min(image.size)
+    if shrink_to is not None and extent >= 2 * shrink_to:
+        width, height = (max(1, shrink_to * length // extent) for length in image.size)
+        image.draft(None, (width, height))
+    image.load()
+    return image, info
+
+
+@functools.cache
+def _silence_pillow() -> None:
+    """Ignore Pillow's warning about large images, which does not name the file; that of `inspect_image` does."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def _without_text(content: bytes) -> bytes:
+    """The content of a PNG without its texts and color profile; anything else as it is."""
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return content
+    parts, at = [content[:8]], 8
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        if content[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            parts.append(content[at:end])
+        at = end
+    return b"".join(parts)
 
 
 def decode(
-    stream: BinaryIO, side: int, channels: int, *, shrink: Resampling | None = None, fit: bool = False
+    content: bytes, side: int, channels: int, *, shrink: Resampling | None = None, fit: bool = False
 ) -> np.ndarray:
     """Decode one image file: upright, its center square, resized.
 
     Args:
-        stream: the file.
+        content: of the file.
         side: of the result, px.
         channels: 1 or 3.
         shrink: Pillow's filter for larger images; None: Lanczos.
@@ -93,20 +173,14 @@ def decode(
     Returns:
         uint8 [channels, side, side].
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    image: Image.Image
-    with Image.open(stream) as image:
-        extent = max(image.size) if fit else min(image.size)
-        if extent >= 4 * side:
-            # A JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8; the filter does the last halving.
-            width, height = (2 * side * length // extent for length in image.size)
-            image.draft(None, (width, height))
-        image.load()
-        with suppress(Exception):  # a damaged EXIF block does not damage the pixels
-            ImageOps.exif_transpose(image, in_place=True)
-        image = convert(image, "L" if channels == 1 else "RGB")
-        return channels_first(np.array(square(image, side, shrink, fit)))
+    # A JPEG far larger than needed is decoded smaller; the filter does the last halving.
+    image, _ = load_image(content, 2 * side, fit)
+    with suppress(Exception):  # a damaged EXIF block does not damage the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    image = convert(image, "L" if channels == 1 else "RGB")
+    return channels_first(np.array(square(image, side, shrink, fit)))
 
 
 def channels_first(pixels: np.ndarray) -> np.ndarray:
@@ -120,21 +194,33 @@ def channels_last(pixels: np.ndarray) -> np.ndarray:
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-    """Convert any Pillow mode to L or RGB. 16-bit gray is scaled; transparent images are put on white."""
+    """Convert any Pillow mode to L or RGB; transparent images are put on white.
+
+    Samples of more than 8 bits are scaled by their type alone, never by the values of one image: 12 and 16 bits by
+    their largest value, 32-bit integers as 16 bits, floats from 0 to 255.
+
+    Raises:
+        ValueError: an integer is negative or above 65,535.
+    """
     from PIL import Image
 
-    if image.mode[0] in "IF":
-        # I;16 and its variants, I (16 bits in 32), F (0 to 1, or to 255): Pillow's own convert clips at 255.
+    if image.mode[0] in "IF":  # I;16 and its variants, I, F: Pillow's own convert clips at 255
         values, clear = np.asarray(image, dtype=np.float32), image.info.get("transparency")
-        largest = values.max(where=np.isfinite(values), initial=0)
-        top = 65535 if image.mode[0] == "I" else 255 if largest > 1 else 1
-        levels = np.rint(np.clip(np.nan_to_num(values) / top, 0, 1) * 255).astype(np.uint8)
+        white = 255 if image.mode == "F" else 65535
+        if image.mode == "I" and not (values.min() >= 0 and values.max() <= white):
+            raise ValueError(f"its integers are {values.min():.0f} to {values.max():.0f}; 0 to 65,535 are read")
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF
+        if image.mode != "F" and bits < 16:
+            white = 2**bits - 1
+        levels = np.rint(np.clip(np.nan_to_num(values) / white, 0, 1) * 255).astype(np.uint8)
         if isinstance(clear, int):  # one value is transparent
             levels[values == clear] = 255
         image = Image.fromarray(levels)
     elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB" and mode == "L":  # Pillow converts it to RGB only
+        image = image.convert("RGB")
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastgan.data.faults import machine_error
 from fastgan.data.prepared.manifest import is_prepared, read_manifest, unfinished_problem
 from fastgan.data.prepared.reader import PreparedSource
 from fastgan.data.source import Source, import_for, is_resolution
@@ -19,7 +20,7 @@ _SPECS = (
 )
 
 
-def open_source(spec: str, resolution: int, channels: int | None = None, seed: int = 0) -> Source:
+def open_source(spec: str | Path, resolution: int, channels: int | None = None, seed: int = 0) -> Source:
     """Open the images that `--data` names, and check them as far as that is cheap.
 
     Args:
@@ -33,6 +34,7 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
         ArgumentError: the spec is unknown, a file is missing or unusable, a package cannot be imported, or the source
             does not have these channels or this resolution.
     """
+    spec = str(spec)
     kind, _, place = spec.partition(":")
     if not is_resolution(resolution):
         raise ArgumentError("--resolution", resolution, "must be a power of two from 4")
@@ -49,7 +51,10 @@ def open_source(spec: str, resolution: int, channels: int | None = None, seed: i
         raise ArgumentError(
             "--data", spec, f"must be a folder; {path} {'is a file' if path.exists() else 'is missing'}"
         )
-    return _OPENERS[kind](spec, path, resolution, channels)
+    try:
+        return _OPENERS[kind](spec, path, resolution, channels)
+    except (OSError, MemoryError) as error:
+        raise machine_error("--data", spec, error) from error
 
 
 def _unknown(spec: str, kind: str) -> str:

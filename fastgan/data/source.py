@@ -12,8 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastgan.data.images import area_average, decode, decode_problem, first_line, square
+from fastgan.data.faults import raise_if_machine
+from fastgan.data.images import area_average, decode, decode_problem, first_line, read_whole, square
 from fastgan.errors import ArgumentError
+
+MAX_CLASSES = 2**20
+"""Most classes of a source: a network has a vector for each."""
 
 
 class Encoded(NamedTuple):
@@ -187,8 +191,9 @@ class FileSource(Source):
         file = self._file(index)
         try:
             with file.open("rb") as stream:
-                return decode(stream, self.resolution, self.channels)
+                return decode(read_whole(stream), self.resolution, self.channels)
         except Exception as error:  # Pillow's decoders raise nearly any exception on a damaged file
+            raise_if_machine(error, "--data", str(file))
             problem = f"the image cannot be decoded ({decode_problem(error)}); remove or replace the file"
             raise ArgumentError("--data", str(file), problem) from error
 

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastgan.data.faults import raise_if_machine
 
-def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
+
+def walk(path: Path, everything: bool = False, flag: str = "--data") -> Iterator[tuple[str, str]]:
     """Yield (name, problem) of the files below `path`, sorted by name.
 
     The names of one folder are held in memory while its files are listed: about 80 bytes each.
@@ -16,9 +18,13 @@ def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
     Args:
         path: the folder.
         everything: include hidden files and folders.
+        flag: the argument to name in errors.
 
     Yields:
-        name: relative to `path`, with "/" between parts. problem: "", or why a folder cannot be listed.
+        name: relative to `path`, with "/" between parts. problem: "", or why a folder may not be listed.
+
+    Raises:
+        ArgumentError: the machine cannot list a folder.
     """
     visited: set[str] = set()
 
@@ -33,6 +39,7 @@ def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
                 shown = (entry for entry in entries if everything or entry.name[0] != ".")
                 names = sorted(entry.name + "/" * is_folder(entry) for entry in shown)
         except OSError as error:
+            raise_if_machine(error, flag, str(path / folder))
             yield folder, error.strerror or str(error)
             return
         for name in names:

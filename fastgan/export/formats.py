@@ -33,6 +33,7 @@ from torch.nn.utils import parametrize
 from fastgan import models
 from fastgan.errors import ArgumentError
 from fastgan.utils.old_names import current_names
+from fastgan.utils.stored_values import export_problem
 from fastgan.utils.text import first_line
 
 Meta = dict[str, Any]
@@ -144,16 +145,10 @@ def _build_network(content: bytes, meta: Meta, device: str) -> nn.Module:
     """
     from safetensors.torch import load
 
-    weights = load(content)
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in models.build(**meta["networks"])[0].state_dict().items()}
-    for name in sorted(expected.keys() | weights.keys()):
-        shape = list(weights[name].shape) if name in weights else None
-        expected_shape = list(expected[name]) if name in expected else None
-        if shape != expected_shape:
-            raise UntrustedFile(f"weight {name[:60]!r} has shape {shape}, its network needs {expected_shape}")
-    generator, _ = models.build(**meta["networks"])
-    generator.load_state_dict(weights)
+    try:
+        generator = models.load_generator(meta["networks"], load(content))
+    except ValueError as error:
+        raise UntrustedFile(str(error)) from None
     return generator.to(device).eval().requires_grad_(False)
 
 
@@ -372,11 +367,12 @@ def read(file: Path, device: str = "cpu") -> tuple[nn.Module, Meta]:
         config = file.with_name("config.json")
         if format.suffix == ".safetensors" and KEY.encode() not in content[: 8 + int.from_bytes(content[:8], "little")]:
             if config.is_file():  # written by save_pretrained
-                meta = _meta_of_config(json.loads(config.read_text()))
+                meta = _checked(_meta_of_config(json.loads(config.read_text())))
                 return _build_network(content, meta, device), meta
             if file.with_name("checkpoint.json").is_file():
                 raise ArgumentError("RUN", str(file), f"must be the checkpoint, {file.parent}, not a file in it")
-        return format.open(content, device), format.meta(content)
+        meta = _checked(format.meta(content))
+        return format.open(content, device), meta
 
 
 def read_meta(file: Path) -> Meta:
@@ -386,7 +382,19 @@ def read_meta(file: Path) -> Meta:
         ArgumentError: the file is damaged or was not written by fastgan.
     """
     with _described_errors(file):
-        return _format_of(file).meta(file.read_bytes())
+        return _checked(_format_of(file).meta(file.read_bytes()))
+
+
+def _checked(meta: Meta) -> Meta:
+    """`meta`, if its values are of the right type and in range.
+
+    Raises:
+        UntrustedFile: one is not; the message names it.
+    """
+    problem = export_problem(meta)
+    if problem:
+        raise UntrustedFile(f"its metadata: {problem}")
+    return meta
 
 
 def _format_of(file: Path) -> Format:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fastgan.errors import printable
 from fastgan.export.formats import FORMATS
+from fastgan.utils.files import read_regular
 
 _MARK = "<!-- Written by fastgan export, which replaces it; delete this line to keep your own. -->"
 _PAPERS = {
@@ -42,7 +46,7 @@ def evaluations(run: Path, images: int | None, fingerprint: str | None = None) -
     """
     rows: dict[str, dict[str, Any]] = {}
     try:
-        lines = (run / "evaluation.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_regular(run / "evaluation.jsonl").decode(errors="replace").splitlines()
     except OSError:
         return []
     for line in lines:
@@ -50,7 +54,7 @@ def evaluations(run: Path, images: int | None, fingerprint: str | None = None) -
             row = json.loads(line)
             metrics = {str(k): float(v) for k, v in row["metrics"].items() if isinstance(v, int | float)}
             seen, n = round(1000 * row["kimg"]), row["images"]["generated"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
         if metrics and seen == images:
             features, real = row.get("features"), row.get("fingerprint")
@@ -109,6 +113,11 @@ def _facts(meta: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _cell(text: str) -> str:
+    """Text of others in a table: one line, and neither a column, a tag, a link nor code of its own."""
+    return re.sub(r"([|<>\[\]`\\])", r"\\\1", printable(text))
+
+
 def render(meta: dict[str, Any], files: list[str], rows: list[dict[str, Any]]) -> str:
     """The card, in Markdown, of the exported `files` beside it; `rows` as `evaluations` returns them."""
     networks = meta["networks"]
@@ -118,18 +127,19 @@ def render(meta: dict[str, Any], files: list[str], rows: list[dict[str, Any]]) -
         "",
         _MARK,
         "",
-        f"# {_name(meta)}, {networks['resolution']} px",
+        f"# {_cell(_name(meta))}, {networks['resolution']} px",
         "",
     ]
     lines += ["A generator of images, trained with fastgan.", "", "| | |", "| --- | --- |"]
-    lines += [f"| {label} | {value} |" for label, value in _facts(meta)]
+    lines += [f"| {label} | {_cell(value)} |" for label, value in _facts(meta)]
     lines += ["", "## Metrics", ""]
     if rows:
         lines += ["| metric | value | features | samples |", "| --- | --- | --- | --- |"]
         for row in rows:
-            against = f" against {row['other']}, not the training data" if row["other"] else ""
+            against = f" against {_cell(row['other'])}, not the training data" if row["other"] else ""
+            features, samples = _cell(str(row["features"] or "")), _cell(str(row["n"]))
             for metric, value in row["metrics"].items():
-                lines.append(f"| {metric}{against} | {value:.4g} | {row['features'] or ''} | {row['n']} |")
+                lines.append(f"| {_cell(metric)}{against} | {value:.4g} | {features} | {samples} |")
         lines += ["", "Measured by `fastgan evaluate`."]
     else:
         lines.append("Not measured.")
@@ -154,4 +164,4 @@ def render(meta: dict[str, Any], files: list[str], rows: list[dict[str, Any]]) -
 
 def may_replace(path: Path) -> bool:
     """Whether `path` is missing, or is a card that fastgan wrote."""
-    return not path.exists() or _MARK in path.read_text(encoding="utf-8", errors="replace")
+    return not os.path.lexists(path) or (path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace"))

@@ -6,9 +6,12 @@ import inspect
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastgan.models import dcgan, mlp, pggan, r3gan, sagan
+from fastgan.utils.stored_values import networks_problem
+from fastgan.utils.text import first_line
 
 MODELS: dict[str, ModuleType] = {"mlp": mlp, "dcgan": dcgan, "sagan": sagan, "pggan": pggan, "r3gan": r3gan}
 
@@ -16,6 +19,39 @@ MODELS: dict[str, ModuleType] = {"mlp": mlp, "dcgan": dcgan, "sagan": sagan, "pg
 def _build(cls: type[nn.Module], values: dict[str, Any]) -> nn.Module:
     parameters = inspect.signature(cls).parameters
     return cls(**{name: value for name, value in values.items() if name in parameters})
+
+
+def load_generator(networks: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """Build a generator and load its weights, which may come from others.
+
+    Args:
+        networks: arguments of `build`.
+        weights: its state dict.
+
+    Raises:
+        ValueError: a value of `networks` or the shape of a weight is wrong; checked before memory is allocated.
+    """
+    problem = networks_problem(networks) or misfit(networks, weights, discriminator=False)
+    if problem:
+        raise ValueError(problem)
+    generator, _ = build(**networks)
+    generator.load_state_dict(weights)
+    return generator
+
+
+def misfit(networks: dict[str, Any], weights: dict[str, Tensor], *, discriminator: bool) -> str:
+    """The first weight that a network does not have or that has another shape; "" if all fit. Allocates nothing."""
+    try:
+        with torch.device("meta"):
+            network = build(**networks)[int(discriminator)]
+    except (TypeError, ValueError, RuntimeError, AssertionError, OverflowError, MemoryError) as error:
+        return f"networks cannot be built: {first_line(error)}"
+    expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    for name in sorted(expected.keys() | weights.keys()):
+        shape = list(weights[name].shape) if name in weights else None
+        if shape != expected.get(name):
+            return f"weight {name[:60]!r} has shape {shape}, its network needs {expected.get(name)}"
+    return ""
 
 
 def build(model: str, *, norm_g: str = "batch", norm_d: str = "batch", **values: Any) -> tuple[nn.Module, nn.Module]:

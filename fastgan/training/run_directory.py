@@ -13,7 +13,7 @@ from pathlib import Path
 from fastgan import checkpoint
 from fastgan.config.variants import VARIANTS
 from fastgan.errors import ArgumentError
-from fastgan.utils.files import try_lock
+from fastgan.utils.files import open_appending, try_lock
 
 LOCK = ".lock"
 
@@ -125,7 +125,7 @@ def locked(run: Path, flag: str, patience: float = 0.0) -> Iterator[None]:
         ArgumentError: the lock file cannot be written.
     """
     with writable(run):
-        stream = (run / LOCK).open("a")
+        stream = open_appending(run / LOCK)
     with stream:
         deadline, told = time.monotonic() + patience, False
         while not try_lock(stream.fileno()):

@@ -15,7 +15,7 @@ from fastgan.config.files import write_yaml
 from fastgan.config.growth import stages_of
 from fastgan.data.preparation.verification import spot_check
 from fastgan.data.prepared import PreparedSource
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 from fastgan.training import run_directory
 from fastgan.training.checkpoints.resume import accumulation_for
 from fastgan.training.distributed.process_group import ProcessGroup
@@ -110,7 +110,7 @@ def open_images(config: Config, world: ProcessGroup) -> data.Source:
         raise fault
     if world.main and source.skipped:
         for file, reason in source.skipped[:10]:
-            print(f"skipped {file}: {reason}", file=sys.stderr)
+            print(printable(f"skipped {file}: {reason}"), file=sys.stderr)
         print(f"skipped {len(source.skipped)} files that are no images; {len(source)} images remain", file=sys.stderr)
     if config.networks.conditional and source.num_classes == 0:
         raise ArgumentError("--conditional", True, f"{config.data.data} has no labels: remove it")
@@ -161,6 +161,7 @@ def checkpoint_to_resume(resume: Path | None, run: Path, variant: str, config: C
         _refuse_lost_checkpoints(run, config)
         return None
     stored = checkpoint.read(resume, "--resume")
+    stored.require("variant", "networks", "images", "steps", "ema_steps", "resolution", "world_size", "seed", "data")
     newest = checkpoint.existing(run)[-1:]
     if newest and not newest[0].samefile(stored.path):
         problem = f"the run has a newer one, {newest[0]}; to resume from here, copy the run without what is newer"

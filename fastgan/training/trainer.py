@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastgan import checkpoint
 from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, batch_at, validate
 from fastgan.config.growth import stage_at, stages_of
@@ -16,7 +17,7 @@ from fastgan.data import Source
 from fastgan.generator import sample_images
 from fastgan.training import precision, torch_settings
 from fastgan.training.checkpoints import state as checkpoint_state
-from fastgan.training.checkpoints.resume import validate_resume
+from fastgan.training.checkpoints.resume import require_fitting, validate_resume
 from fastgan.training.compiling.compilation import Compilation
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.evaluator import Evaluator, append
@@ -27,6 +28,7 @@ from fastgan.training.loss_scale import LossScales
 from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.metrics_log import MetricsLog
 from fastgan.training.observability.rank_log import LOGGER, rank_log
+from fastgan.training.observability.runaway import RunawayDetector, RunawayError
 from fastgan.training.observability.stragglers import StragglerDetector
 from fastgan.training.resilience.signals import SignalHandler
 from fastgan.training.stage import ActiveStage, State
@@ -46,6 +48,7 @@ class Trainer:
         source: the images.
         run: the run directory; it exists and holds config.yaml.
         resume: checkpoint to resume from.
+        initial: checkpoint whose weights a new run starts from; its networks are those of the first stage.
 
     Attributes:
         config: that of the run, with a precision in place of "auto".
@@ -63,6 +66,7 @@ class Trainer:
         source: Source,
         run: Path,
         resume: Checkpoint | None = None,
+        initial: Checkpoint | None = None,
     ) -> None:
         validate(config)
         config, self.precision_note = precision.resolve(config, variant, world)
@@ -77,6 +81,7 @@ class Trainer:
         self.scales = LossScales(world.device) if config.system.precision == "fp16" else None
         self.feed = Feed(config, world, source, self.stages[0].resolution)
         self.stragglers = StragglerDetector(world)
+        self.runaway = RunawayDetector()
         self.last_good: Path | None = None
         self._logged_at = (time.monotonic(), 0)
         self._groups: dict[int, Any] = {}
@@ -87,7 +92,8 @@ class Trainer:
         self._evaluator = None if config.run.evaluate_kimg is None else Evaluator.of(config, source, world.device)
         self.stage: ActiveStage
         if resume is None:
-            self.enter(self.stages[0].resolution)
+            weights = None if initial is None else {**initial.training(), "ema": initial.generator()}
+            self.enter(self.stages[0].resolution, weights)
         else:
             self._restore(resume)
 
@@ -175,14 +181,17 @@ class Trainer:
         self.feed.pipeline.load_state_dict(meta["data"])
         self.images, self.steps = meta["images"], meta["steps"]
         self.compilation.resumes_compiled = meta.get("compiled", False)
-        training = resume.training()
-        self.enter(resolution, {**training, "ema": resume.generator()}, meta["ema_steps"])
+        training = require_fitting(resume)
+        self.enter(resolution, training, meta["ema_steps"])
         self.stage.generator_engine.load_state(training.get("optimizer_g", {}))
         self.stage.discriminator_engine.load_state(training.get("optimizer_d", {}))
         if self.scales is not None:
             self.scales.load_state(training.get("loss_scale", {}))
+        if "runaway" in meta:
+            checkpoint_state.load_runaway(self.runaway, resume)
+        checkpoint_state.load_meters(self, training.get("meters", {}))
         if meta["world_size"] == self.world.size:
-            torch.set_rng_state(training["random"][f"rank{self.world.rank}"])
+            checkpoint_state.load_random(resume, training, self.world.rank)
         self.last_good = resume.path
 
     def run(self) -> int | None:
@@ -250,6 +259,7 @@ class Trainer:
         seconds = max(now - then, 1e-9)
         images_per_second = (self.images - images) / seconds
         planned, share = stage_at(self.stages, self.images), self.stage.share
+        values = {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
         speeds = self.stragglers.row(share.active if share.has_subgroup else self.world.size, log.line)
         log.metrics(
             {
@@ -260,13 +270,33 @@ class Trainer:
                 "form": "eager" if self.stage.programs is None else "compiled",
                 "images_per_second": images_per_second,
                 "data_share": self.feed.waited / seconds,  # the share of all time spent waiting for batches
-                **{name: total / count for name, total, count in zip(names, sums, counts, strict=True)},
+                **values,
                 **speeds,
                 **({} if self.scales is None else self.scales.row()),
             }
         )
         self.feed.waited = 0.0
         self.compilation.at_log(self.stage, self.images, images_per_second)
+        self._tell_of_leaps(log, values)
+
+    def _tell_of_leaps(self, log: MetricsLog, values: dict[str, float]) -> None:
+        """Warn of a leap, keep the last checkpoint before it, and end a run in which it stays.
+
+        Raises:
+            RunawayError: on every rank.
+        """
+        leap = self.runaway.update(self.images, values)
+        if leap is None:
+            return
+        way_back = "there is no checkpoint yet"
+        if self.world.main and not leap.over:
+            kept = checkpoint.mark(self.run_path, leap.images, str(leap))
+            way_back = way_back if kept is None else f"{kept} is kept; --init-from it with a lower --lr-d"
+        if leap.stays:
+            raise RunawayError(f"step {self.steps}: {leap}, and stays for {leap.rows} rows; {way_back}")
+        if leap.over or leap.rows == 1:
+            LOGGER.warning(str(leap))
+            log.line(str(leap) if leap.over else f"warning: {leap}; {way_back}")
 
     def _sample(self, log: MetricsLog) -> None:
         self.stage.wait()

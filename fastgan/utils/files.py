@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,48 @@ def write_atomic(file: Path, content: bytes | memoryview) -> FileRecord:
     with AtomicFile(file) as out:
         out.write(content)
         return out.commit()
+
+
+def open_regular(file: Path, flags: int) -> int:
+    """Open a file, and refuse a named pipe or a device, on which opening, reading or writing may wait forever.
+
+    Args:
+        file: the file.
+        flags: as for `os.open`.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        OSError: it is not a regular file, or cannot be opened.
+    """
+    try:
+        descriptor = os.open(file, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a pipe without a reader
+            raise OSError(errno.EINVAL, "not a regular file", str(file)) from None
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", str(file))
+
+
+def read_regular(file: Path) -> bytes:
+    """Return the content of a file; see `open_regular`."""
+    with open(open_regular(file, os.O_RDONLY), "rb") as stream:
+        return stream.read()
+
+
+def open_appending(file: Path) -> IO[str]:
+    """Open a file to append UTF-8 text; it is made if it is missing. See `open_regular`."""
+    return open(open_regular(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8")
+
+
+def append_regular(file: Path, text: str) -> None:
+    """Append UTF-8 text to a file; see `open_appending`."""
+    with open_appending(file) as stream:
+        stream.write(text)
 
 
 def try_lock(descriptor: int) -> bool:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+MAX_THREADS = 1024
+"""Most threads or processes that one rank or command starts."""
+
 
 def cpu_count() -> int:
     """Cores that this process may run on."""

@@ -14,6 +14,7 @@ from fastgan.config import Config, Schedule, batch_at, batches_for_all, files, r
 from fastgan.config.files import merge, read_yaml, write_yaml
 from fastgan.config.variants import VARIANTS, Preset
 from fastgan.errors import ArgumentError
+from fastgan.training.resilience.supervisor import read_hostfile
 
 NAMES = ["gan", "dcgan", "lsgan", "wgan", "wgan-gp", "wgan-div", "sagan", "pggan", "r3gan"]
 PRESETS: tuple[Preset, ...] = ("paper", "digits")
@@ -440,3 +441,33 @@ def test_flags_are_unique_over_sections() -> None:
     """Sections are left out of the flags, so that no two may share a name."""
     names = [f.name for s in dataclasses.fields(Config) for f in dataclasses.fields(getattr(Config(), s.name))]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("schedule", "batch", True), ("run", "seed", False), ("schedule", "batch_at", {16: True}), ("data", "data", True)],
+)
+def test_true_is_no_number(section: str, key: str, value: object) -> None:
+    with pytest.raises(ArgumentError, match=rf"FILE: {section}\.{key} must not be true or false"):
+        merge(Config(), {section: {key: value}}, "FILE")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"\xef\xbb\xbfrun:\n  seed: 3\n")
+    assert read_yaml(file, "--config") == {"run": {"seed": 3}}
+    file.write_bytes(b"\xef\xbb\xbflocalhost slots=1\r\n")
+    assert read_hostfile(file) == {"localhost": 1}
+
+
+@pytest.mark.parametrize("name", ["threads", "workers"])
+def test_more_threads_than_a_machine_has_are_refused(name: str) -> None:
+    section = "system" if name == "threads" else "data"
+    with pytest.raises(ArgumentError, match=f"--{name} must be at most 1024, got 1000000"):
+        validate(replace(Config(), **{section: {name: 1_000_000}}))
+
+
+def test_an_error_has_no_control_characters() -> None:
+    """A terminal would obey them; names of files may have any."""
+    text = str(ArgumentError("--data", "x", "a\x1b[31mb\x07\r\n\u202ec\udcff is missing"))
+    assert text == "--data 'x': a\\x1b[31mb\\x07\\x0d\\x0a\\u202ec\\udcff is missing"

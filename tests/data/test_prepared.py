@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from fastgan.data.images import area_average
-from fastgan.data.prepared import manifest as manifest_module
+from fastgan.data.prepared import mapping
 from fastgan.data.prepared.manifest import MANIFEST, Manifest, fingerprint, is_prepared, read_manifest
 from fastgan.data.prepared.reader import Level, PreparedSource
 from fastgan.errors import ArgumentError
@@ -187,24 +187,40 @@ def test_nothing_is_unpickled(tmp_path: Path, prepared_set: Writer) -> None:
     np.save(labels, np.array([Attack()], dtype=object), allow_pickle=True)
     with labels.open("ab") as file:
         file.write(bytes(size - file.tell()))
-    with pytest.raises(ArgumentError, match=r"labels\.npy': it is not a whole \.npy file \(Object arrays"):
+    with pytest.raises(ArgumentError, match=r"labels\.npy': it is not a whole \.npy file \(it holds Python objects"):
         PreparedSource(read_manifest(tmp_path), 8)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 3], [-1, 0, 1], [0, 0, 10**12]])
+def test_labels_that_are_no_classes_are_refused(tmp_path: Path, prepared_set: Writer, labels: list[int]) -> None:
+    """On a GPU they would be a failed assertion somewhere in a later step."""
+    manifest = prepared_set(tmp_path, smooth(3, 1, 8), np.array(labels))
+    edit(tmp_path, lambda content: content.update(num_classes=3))
+    with pytest.raises(ArgumentError, match=r"--data .*labels\.npy holds .* and the classes are 0 to 2"):
+        PreparedSource(read_manifest(tmp_path), 8)
+    assert manifest.count == 3
+
+
+def test_more_classes_than_a_network_can_have_are_refused(tmp_path: Path, prepared_set: Writer) -> None:
+    prepared_set(tmp_path, smooth(3, 1, 8), np.array([0, 0, 10**12]))
+    with pytest.raises(ArgumentError, match=r"--data .* it has 1,000,000,000,001 classes; at most 1,048,576"):
+        PreparedSource(read_manifest(tmp_path), 8)
 
 
 def test_one_header_is_read_at_a_time(tmp_path: Path, prepared_set: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads that read one at once would sometimes take a complete file for a damaged one."""
     prepared_set(tmp_path, smooth(6, 1, 16), np.arange(6))
-    load, alone = np.load, []
+    read, alone = np.lib.format.read_array_header_1_0, []
 
-    def watched(*args: Any, **settings: Any) -> Any:
-        alone.append(manifest_module._HEADER_LOCK.locked())
-        return load(*args, **settings)
+    def watched(*args: Any) -> Any:
+        alone.append(mapping._HEADER_LOCK.locked())
+        return read(*args)
 
-    monkeypatch.setattr(np, "load", watched)
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", watched)
     PreparedSource(read_manifest(tmp_path), 16).arrays(8)
     assert len(alone) == 4 and all(alone)  # labels, offsets, two shards
-    assert not manifest_module._HEADER_LOCK.locked()
+    assert not mapping._HEADER_LOCK.locked()
 
 
 def test_size_problems_of_a_file(tmp_path: Path, prepared_set: Writer) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -21,7 +22,7 @@ import fastgan
 from fastgan import checkpoint, models
 from fastgan.cli import export, main, sample
 from fastgan.errors import ArgumentError
-from fastgan.export import formats
+from fastgan.export import formats, model_card
 from fastgan.generator import TrainedGenerator, great_circle
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
@@ -409,10 +410,12 @@ def test_shapes_are_compared_before_a_network_is_built(exported: dict[str, Path]
         meta = json.loads(file.metadata()["fastgan"])
     weights = load_file(exported["safetensors"])
     path = tmp_path / "x.safetensors"
-    meta["networks"]["latent"] = 2**40
-    save_file(weights, path, {"fastgan": json.dumps(meta)})
-    with pytest.raises(ArgumentError, match=r"weight .* has shape \[.*\], its network needs \[1099511627776"):
-        fastgan.load(path)
+    misfit = r"weight .* has shape \[.*\], its network needs \[1048576"
+    for latent, words in ((2**20, misfit), (2**40, r"networks\.latent")):
+        meta["networks"]["latent"] = latent
+        save_file(weights, path, {"fastgan": json.dumps(meta)})
+        with pytest.raises(ArgumentError, match=words):
+            fastgan.load(path)
     meta["networks"]["latent"] = 6
     for name in (weights, {**weights, "more": torch.zeros(1)}, {}):
         save_file(dict(name), path, {"fastgan": json.dumps(meta)})
@@ -432,3 +435,16 @@ def test_damaged_files(name: str, exported: dict[str, Path], tmp_path: Path) -> 
         with pytest.raises(ArgumentError, match=f"RUN must be a {name} file .*{file.name}") as error:
             (formats.read if formats.FORMATS[name].loadable else formats.read_meta)(file)
         assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_card_shows_the_text_of_others_as_text() -> None:
+    """Names in metadata and evaluations add no rows, columns, tags or links, and no control characters."""
+    hostile = "x\x1b[31m | y\n# title\n<script>alert(1)</script> [link](http://evil.example) `code`"
+    meta = {"networks": {"model": "dcgan", "resolution": 8, "channels": 1, "latent": 4, "num_classes": 0}}
+    row = {"metrics": {hostile: 1.0}, "features": hostile, "n": hostile, "other": hostile}
+    card = model_card.render({**meta, "variant": hostile, "data": hostile, "license": hostile}, ["model.onnx"], [row])
+    table = card.partition("---\n\n")[2]
+    assert not re.search(r"(?<!\\)(<script|\[link|`code)", table) and "\x1b" not in card
+    assert not [line for line in table.splitlines() if line.startswith("# title")]
+    widths = {line.replace("\\|", "").count("|") for line in table.splitlines() if line.startswith("| x")}
+    assert widths == {5}

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from fastgan.data.images import ImageInfo
+from fastgan.data.preparation import collection
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -73,3 +78,14 @@ def save_broken(path: Path, side: int) -> Path:
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", b"\x78\x9c" + bytes(range(256)) * 8) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     return path
+
+
+def miss_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the inspection of `fastgan prepare` take the files of `save_broken` for whole, as if they changed later."""
+    inspect = collection.inspect_image
+
+    def lenient(open_file: Callable[[], BinaryIO], name: str, flag: str) -> ImageInfo:
+        info = inspect(open_file, name, flag)
+        return ImageInfo("", "RGB", (32, 32), "PNG") if "broken" in name else info
+
+    monkeypatch.setattr(collection, "inspect_image", lenient)

@@ -49,11 +49,11 @@ def resume(case: dict[str, Any], world: ProcessGroup, out: Path) -> None:
 
 
 def stored(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and values of a run's checkpoint, without torch's random state, which differs between ranks."""
+    """Tensors and values of a run's checkpoint, without the random states and meters of single ranks."""
     saved = checkpoint.read(run, "--resume")
     tensors = {f"ema:{name}": tensor for name, tensor in saved.generator().items()}
     everything = load_file(saved.path / "training.safetensors")
-    tensors |= {name: tensor for name, tensor in everything.items() if not name.startswith("random:")}
+    tensors |= {name: tensor for name, tensor in everything.items() if not name.startswith(("random:", "meters:"))}
     values = {key: saved.meta[key] for key in ("images", "steps", "ema_steps", "resolution", "data", "seed")}
     return tensors, values
 

@@ -17,19 +17,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastgan.data.faults import machine_error, raise_if_machine
 from fastgan.data.images import area_average, decode, decode_problem, first_line
 from fastgan.data.loading.image_store import BatchRequest, DecodingStore, counted
 from fastgan.data.source import Encoded, Source
 from fastgan.errors import ArgumentError
 
-# Pillow's formats -> modes that DALI decodes to the same pixels; not so 16 bits and transparency.
+# Pillow's formats -> modes that DALI decodes to the same pixels. Not among them: 16 bits, transparency, CMYK (whose
+# inversion is told by a marker that DALI does not read), BMP (5 or 6 bits a channel), PGM and PPM (other white values),
+# and black and white, which Pillow resizes after it has become gray.
 SAME_AS_PILLOW = {
-    "JPEG": ("L", "RGB", "CMYK"),
+    "JPEG": ("L", "RGB"),
     "MPO": ("RGB",),
-    "PNG": ("1", "L", "P", "RGB"),
+    "PNG": ("L", "P", "RGB"),
     "WEBP": ("RGB",),
-    "BMP": ("L", "RGB"),
-    "PPM": ("L", "RGB"),
     "TIFF": ("L", "RGB"),
 }
 
@@ -138,9 +139,8 @@ class DaliStore(DecodingStore):
     def _read(self, index: int) -> bytes:
         try:
             content = self._files.read(index)
-        except OSError as error:
-            problem = f"the file cannot be read ({error.strerror}); restore it"
-            raise ArgumentError("--data", self._files.name(index), problem) from error
+        except (OSError, MemoryError) as error:
+            raise machine_error("--data", self._files.name(index), error) from error
         if not self._opened[index]:
             from PIL import Image
 
@@ -149,6 +149,7 @@ class DaliStore(DecodingStore):
                 with Image.open(io.BytesIO(content)):
                     self._opened[index] = True
             except Exception as error:  # Pillow's readers raise nearly any exception on a damaged file
+                raise_if_machine(error, "--data", self._files.name(index))
                 raise self._damaged(index, error) from error
         return content
 
@@ -180,10 +181,11 @@ class DaliStore(DecodingStore):
             if not isinstance(alone, Exception):
                 continue
             try:
-                decode(io.BytesIO(content), self._files.side, self._source.channels)
+                decode(content, self._files.side, self._source.channels)
                 problem = "DALI cannot decode it, but Pillow can; use --pipeline torch"
                 named = ArgumentError("--data", self._files.name(index), problem)
             except Exception as damage:  # Pillow's decoders raise nearly any exception on a damaged file
+                raise_if_machine(damage, "--data", self._files.name(index))
                 named = self._damaged(index, damage)
             named.__cause__ = alone
             return named

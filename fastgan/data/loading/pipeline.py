@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -20,9 +21,9 @@ from fastgan.data.loading.sampler import Sampler, rank_positions
 from fastgan.data.loading.threads import ThreadedStore
 from fastgan.data.registry import open_source
 from fastgan.data.source import Source
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 from fastgan.utils.counter_rng import GOLDEN_GAMMA, signed64, splitmix64
-from fastgan.utils.system import cpu_count
+from fastgan.utils.system import MAX_THREADS, cpu_count
 from fastgan.utils.text import readable_size
 
 # `open` shadows the builtin on purpose, for callers that write `fastgan.data.open(...)`.
@@ -75,7 +76,7 @@ class Pipeline:
 
     def __init__(
         self,
-        source: Source | str,
+        source: Source | str | Path,
         resolution: int,
         batch: int | None = None,
         rank: int = 0,
@@ -91,12 +92,14 @@ class Pipeline:
     ) -> None:
         if workers < 0:
             raise ArgumentError("--workers", workers, "must be at least 0; 0 is a share of the cores, at most 8")
+        if workers > MAX_THREADS:
+            raise ArgumentError("--workers", workers, f"must be at most {MAX_THREADS}")
         if resident_bytes is not None and resident_bytes < 0:
             raise ArgumentError("resident_bytes", resident_bytes, "must be at least 0")
         if pipeline not in KINDS:
             raise ArgumentError("--pipeline", pipeline, f"must be {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         rank_positions(0, max(world, 1) if batch is None else batch, rank, world)  # raises if one is out of range
-        self.source = open_source(source, target or resolution) if isinstance(source, str) else source
+        self.source = source if isinstance(source, Source) else open_source(str(source), target or resolution)
         self.source.require_resolution(resolution)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
@@ -213,7 +216,8 @@ class Pipeline:
         counts = f"{counted(len(source), 'image')}, {counted(source.channels, 'channel')}"
         place = "" if source.path is None else f" from {source.path}"
         kind, reason = self.kind
-        return f"{source.name}: {counts}{place}, at {self.resolution} px by {kind}: {self._store.describe()}; {reason}"
+        text = f"{source.name}: {counts}{place}, at {self.resolution} px by {kind}: {self._store.describe()}; {reason}"
+        return printable(text)
 
     def close(self) -> None:
         """Stop the decoding threads. No batch can be requested afterwards."""

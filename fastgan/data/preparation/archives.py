@@ -16,13 +16,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from fastgan.data.images import first_line
-from fastgan.data.preparation.collection import FileCollection, InputImage, first_folder, is_hidden
+from fastgan.data.faults import is_machine_fault
+from fastgan.data.images import first_line, require_size
+from fastgan.data.preparation.collection import FileCollection, InputImage, first_folder, is_hidden, unpacked_name
+from fastgan.data.source import MAX_CLASSES
 from fastgan.errors import ArgumentError
-from fastgan.utils.text import readable_size
 
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-_MAX_SIZE = 2**31  # bytes of a file in a zip; Pillow refuses to decode the images that would be larger
 _PIECE = 2**12  # bytes read from a file in a zip at a time
 _LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, lengths of name and extra field (APPNOTE 6.3.10, 4.3.7)
 _LABEL_KEYS = ("label", "cls", "class")  # of a sample's .json, in order of precedence
@@ -41,29 +41,27 @@ class ZipCollection(FileCollection):
 
     def images(self) -> Iterator[InputImage]:
         members = self._members()
-        wrapper = common_folder(member.filename for member in members)
-        for member in members:
-            problem = ""
+        wrapper = common_folder(members)
+        for name, member in members.items():
+            problem = too_large(member.file_size)
             if member.flag_bits & 1:
                 problem = "encrypted"
             elif member.compress_type not in _METHODS:
                 problem = f"compression method {member.compress_type} is not supported"
-            elif member.file_size > _MAX_SIZE:
-                problem = f"too large: {readable_size(member.file_size)}, above {readable_size(_MAX_SIZE)}"
             location = member.header_offset, member.compress_size, member.compress_type
-            label = first_folder(member.filename[len(wrapper) :])
-            yield InputImage(member.filename, member.file_size, member.CRC, location, label, problem)
+            label = first_folder(name[len(wrapper) :])
+            yield InputImage(name, member.file_size, member.CRC, location, label, problem)
 
-    def _members(self) -> list[zipfile.ZipInfo]:
+    def _members(self) -> dict[str, zipfile.ZipInfo]:
+        """The files that unpacking would leave, by name, sorted: of files with one name the last."""
         try:
             with zipfile.ZipFile(self.path) as archive:
-                members = [one for one in archive.infolist() if not one.is_dir() and not is_hidden(one.filename)]
-            if any(member.header_offset < 0 for member in members):
+                members = {unpacked_name(one.filename): one for one in archive.infolist() if not _is_folder(one)}
+            if any(member.header_offset < 0 for member in members.values()):
                 raise zipfile.BadZipFile("Bad offset")
         except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
             raise ArgumentError("SRC", str(self.path), f"must be a whole zip file; {first_line(error)}") from error
-        members.sort(key=lambda member: (member.filename, member.file_size, member.CRC, member.header_offset))
-        return members
+        return {name: members[name] for name in sorted(members) if name and not is_hidden(name)}
 
     def open(self, image: InputImage) -> BinaryIO:
         """Read one file. Memory is bounded by its listed size: the rest of a decompression bomb is not read.
@@ -86,11 +84,15 @@ class ZipCollection(FileCollection):
                     if zlib.crc32(content) != image.stamp:
                         raise zipfile.BadZipFile("Bad CRC-32")
                     return io.BytesIO(content)
+                out = io.BytesIO()
                 with zipfile.ZipExtFile(stream, "r", member) as packed:
                     # In pieces, which bounds LZMA: zipfile decompresses a whole piece, and 4 kB become 30 MB at most.
-                    return io.BytesIO(b"".join(iter(lambda: packed.read(_PIECE), b"")))
+                    while piece := packed.read(_PIECE):
+                        out.write(piece)
+                out.seek(0)
+                return out
         except Exception as error:  # each decompressor has its own
-            if isinstance(error, OSError) and error.errno is not None:
+            if is_machine_fault(error):
                 raise
             raise ValueError(f"the archive is damaged here: {first_line(error)}") from error
 
@@ -127,7 +129,8 @@ class TarCollection(FileCollection):
                         if wrapper is None:
                             wrapper = common_folder(one.name for each in self.files for one in self._members(each))
                         label = first_folder(member.name[len(wrapper) :])
-                    yield InputImage(name, member.size, int(member.mtime), (number, member.offset_data), label)
+                    stamp, location = int(member.mtime), (number, member.offset_data)
+                    yield InputImage(name, member.size, stamp, location, label, too_large(member.size))
                 if not has_image:
                     yield InputImage(f"{file.name}/{sample[0].name}", problem="no image format Pillow knows")
 
@@ -157,8 +160,8 @@ class TarCollection(FileCollection):
             with tarfile.open(file, "r:") as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
-                    last = member.name = member.name.removeprefix("./")
-                    if (member.isreg() or member.islnk() or member.issym()) and not is_hidden(member.name):
+                    last = member.name = unpacked_name(member.name)
+                    if (member.isreg() or member.islnk() or member.issym()) and last and not is_hidden(last):
                         yield member
                 # tarfile takes a damaged header for the end, which is a block of zeros, or the end of the file.
                 assert archive.fileobj is not None
@@ -192,11 +195,24 @@ class TarCollection(FileCollection):
             if isinstance(value, str) and not value.isdecimal():
                 return value
             number = isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
-            if number and len(str(value)) <= 18:  # labels are stored in 64 bits
+            if number and len(str(value)) <= 18 and int(value) < MAX_CLASSES:
                 return int(value)
-            rule = "a label must be a number from 0, of up to 18 digits, or the name of a class"
+            rule = f"a label must be a number from 0 to {MAX_CLASSES - 1:,}, or the name of a class"
             raise ArgumentError("SRC", str(file), f"{member.name} holds {value!r:.40}; {rule}")
         return None
+
+
+def too_large(size: int) -> str:
+    """Return why a file of so many bytes is not read, or ""."""
+    try:
+        require_size(size)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _is_folder(member: zipfile.ZipInfo) -> bool:
+    return member.filename.endswith(("/", "\\"))
 
 
 def tar_files(pattern: str) -> list[Path]:

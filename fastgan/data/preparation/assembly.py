@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 import numpy as np
 
-from fastgan.data.preparation.collection import printable
 from fastgan.data.preparation.context import Context
 from fastgan.data.preparation.jobs import renumber_shard
 from fastgan.data.preparation.output import OutputFormat
@@ -26,7 +25,7 @@ from fastgan.data.prepared.manifest import (
     offsets_file,
     write_manifest,
 )
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 from fastgan.utils.files import AtomicFile, FileRecord, write_atomic
 
 

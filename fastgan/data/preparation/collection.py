@@ -5,7 +5,7 @@ Images are listed one by one, sorted by name, which is also the order of trainin
 
 from __future__ import annotations
 
-import logging
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +13,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from fastgan.data.images import ImageInfo, decode, inspect_image
+from fastgan.data.faults import raise_if_machine
+from fastgan.data.images import ImageInfo, decode, decode_problem, inspect_image, read_whole
 from fastgan.data.walk import walk
-from fastgan.errors import ArgumentError
-
-logger = logging.getLogger(__name__)
 
 
 class InputImage(NamedTuple):
@@ -90,7 +88,7 @@ class InputCollection(ABC):
 
     @abstractmethod
     def inspect(self, image: InputImage) -> ImageInfo:
-        """Open one image. It is decoded only if nothing cheaper shows whether it is complete."""
+        """Open one image, and decode it to see whether it is whole."""
 
     @abstractmethod
     def pixels(self, image: InputImage, side: int, channels: int, fit: bool) -> np.ndarray:
@@ -105,29 +103,13 @@ class FileCollection(InputCollection):
         """Open the file of an image."""
 
     def inspect(self, image: InputImage) -> ImageInfo:
-        info = inspect_image(lambda: self.open(image), image.name)
-        if info.problem:
-            try:
-                with self.open(image) as stream:
-                    stream.read(1)
-            except OSError as error:
-                if not isinstance(error, PermissionError):
-                    raise unreadable(image, error) from error
-            except Exception:  # it is there, and damaged
-                logger.debug("%s is skipped", image.name, exc_info=True)
-        return info
+        return inspect_image(lambda: self.open(image), image.name, "SRC")
 
     def pixels(self, image: InputImage, side: int, channels: int, fit: bool) -> np.ndarray:
         from PIL.Image import Resampling
 
         with self.open(image) as stream:
-            return decode(stream, side, channels, shrink=Resampling.BOX, fit=fit)
-
-
-def unreadable(image: InputImage, error: OSError) -> ArgumentError:
-    """The error for a disk or network that failed: skipping the image would skip all that follow, too."""
-    problem = f"it was listed and cannot be read now ({error.strerror}); run the same command again to continue"
-    return ArgumentError("SRC", image.name, problem)
+            return decode(read_whole(stream), side, channels, shrink=Resampling.BOX, fit=fit)
 
 
 class FolderCollection(FileCollection):
@@ -139,7 +121,7 @@ class FolderCollection(FileCollection):
         self.path: Path = path
 
     def images(self) -> Iterator[InputImage]:
-        for name, problem in walk(self.path):
+        for name, problem in walk(self.path, flag="SRC"):
             yield InputImage(name, problem=problem) if problem else self.image(name)
 
     def image(self, name: str) -> InputImage:
@@ -147,12 +129,18 @@ class FolderCollection(FileCollection):
         try:
             status = (self.path / name).stat()
         except OSError as error:
+            if not (self.path / name).is_symlink():  # one that leads nowhere
+                raise_if_machine(error, "SRC", name)
             return InputImage(name, problem=error.strerror or str(error))
         return InputImage(name, status.st_size, status.st_mtime_ns, label=first_folder(name))
 
     def inspect(self, image: InputImage) -> ImageInfo:
-        file = self.path / image.name
-        if file.exists() and not file.is_file():  # opening a named pipe would block forever
+        try:
+            regular = stat.S_ISREG((self.path / image.name).stat().st_mode)
+        except OSError as error:
+            raise_if_machine(error, "SRC", image.name)
+            return ImageInfo(decode_problem(error))
+        if not regular:  # opening a named pipe would block forever
             return ImageInfo("not a regular file")
         return super().inspect(image)
 
@@ -166,12 +154,14 @@ def first_folder(name: str) -> str | None:
     return folder if slash else None
 
 
+def unpacked_name(name: str) -> str:
+    """Return the name below the current folder that a file of an archive gets when it is unpacked.
+
+    Some programs on Windows write names with backslashes; others begin every name with "./" or "/".
+    """
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
 def is_hidden(name: str) -> bool:
     """Return whether a name has a part such as .DS_Store, `..` or __MACOSX (resource forks in zips)."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def printable(text: str) -> str:
-    """Return one line of valid UTF-8; names of files may have any characters, also invalid ones."""
-    shown = text.encode(errors="backslashreplace").decode()
-    return "".join(f"\\x{ord(c):02x}" if ord(c) < 32 else c for c in shown)

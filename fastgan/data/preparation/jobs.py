@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from fastgan.data.faults import raise_if_machine
 from fastgan.data.images import first_line, is_gray, pyramid
-from fastgan.data.preparation.collection import InputCollection, InputImage, unreadable
+from fastgan.data.preparation.collection import InputCollection, InputImage
 from fastgan.data.preparation.output import OutputFormat
 from fastgan.data.preparation.shards import ShardWriter, encode, renumber
 from fastgan.data.preparation.state import FinishedShard, PreparationState
 from fastgan.data.preparation.workers import shared, tick
 from fastgan.data.prepared.manifest import SUFFIXES
+from fastgan.errors import ArgumentError
 from fastgan.utils.files import FileRecord
 
 
@@ -99,11 +101,10 @@ def _decode(collection: InputCollection, image: InputImage, output: OutputFormat
     """The pixels at the target resolution, or None and the problem."""
     try:
         return collection.pixels(image, output.resolutions[-1], output.channels, output.fit), ""
-    except MemoryError:
-        raise
+    except ArgumentError:
+        raise  # a prepared set is damaged, or the machine cannot read it
     except Exception as error:  # Pillow's decoders raise nearly any exception on a damaged file
-        if isinstance(error, OSError) and error.errno is not None:
-            raise unreadable(image, error) from error
+        raise_if_machine(error, "SRC", image.name)
         return None, first_line(error)
 
 

@@ -6,9 +6,9 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 
-from fastgan.data.preparation.collection import InputCollection, InputImage, printable
+from fastgan.data.preparation.collection import InputCollection, InputImage
 from fastgan.data.preparation.state import PreparationState
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 
 
 def iterate(collection: InputCollection, on_image: Callable[[int], object]) -> Iterator[InputImage]:

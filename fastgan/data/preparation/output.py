@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fastgan.data.preparation.collection import InputImage, printable
+from fastgan.data.preparation.collection import InputImage
 from fastgan.data.preparation.context import Context
 from fastgan.data.preparation.state import Inspection
+from fastgan.errors import printable
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def choose_output(context: Context, shards: int) -> OutputFormat:
     """
     settings, collection, state = context.settings, context.collection, context.state
     reach: Counter[int] = Counter()  # largest power of two that an image reaches -> number of images
-    gray, kinds, classes, highest, first_problem = True, set(), set(), -1, ""
+    gray, classes, highest, first_problem = True, set(), -1, ""
+    kinds: dict[type, str] = {}  # of labels -> the first image with one
     for shard in range(shards):
         for image, one in zip(state.images(shard), state.inspections(shard), strict=True):
             if one.problem:
@@ -74,7 +76,7 @@ def choose_output(context: Context, shards: int) -> OutputFormat:
                 continue
             reach[1 << max(_extent(one, settings.fit).bit_length() - 1, 0)] += 1
             gray &= one.gray
-            kinds.add(type(image.label))
+            kinds.setdefault(type(image.label), printable(image.name))
             if isinstance(image.label, str):
                 classes.add(image.label)
             elif image.label is not None:
@@ -82,7 +84,7 @@ def choose_output(context: Context, shards: int) -> OutputFormat:
     if not reach:
         raise context.unusable(f"none of its files is an image (first: {first_problem})")
     if len(kinds) > 1:
-        context.report("no labels: only some images have one, or some have a number and others a name")
+        context.report(_why_no_labels(kinds))
     resolution = settings.resolution or collection.default_resolution or _common_resolution(reach)
     resolutions = tuple(2**i for i in range(2, resolution.bit_length()))
     return OutputFormat(
@@ -96,6 +98,15 @@ def choose_output(context: Context, shards: int) -> OutputFormat:
         num_classes=0 if len(kinds) > 1 else collection.num_classes or len(classes) or highest + 1,
         ranks={name: rank for rank, name in enumerate(sorted(classes))} if len(kinds) == 1 else {},
     )
+
+
+def _why_no_labels(kinds: dict[type, str]) -> str:
+    """Why a collection with several kinds of labels has none; `kinds`: kind -> its first image."""
+    number, word = kinds.get(int), kinds.get(str)
+    if number and word:
+        return f"no labels: that of {number} is a number, and that of {word} a name; use one of them"
+    labeled, remedy = number or word, "move it into the subfolder of its class, or give it a label"
+    return f"no labels: {labeled} has one, and {kinds[type(None)]} has none; {remedy}"
 
 
 def _extent(one: Inspection, fit: bool) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastgan.data.preparation.assembly import assemble
-from fastgan.data.preparation.collection import InputCollection, printable
+from fastgan.data.preparation.collection import InputCollection
 from fastgan.data.preparation.context import Context
 from fastgan.data.preparation.inputs import open_collection
 from fastgan.data.preparation.jobs import encode_shard, inspect_shard, sample_sizes
@@ -28,8 +28,8 @@ from fastgan.data.preparation.settings import Settings, versions
 from fastgan.data.preparation.state import FinishedShard, PreparationState, lock_destination
 from fastgan.data.preparation.workers import WorkerPool
 from fastgan.data.prepared.manifest import Manifest, is_prepared, read_manifest
-from fastgan.errors import ArgumentError
-from fastgan.utils.system import cpu_count
+from fastgan.errors import ArgumentError, printable
+from fastgan.utils.system import MAX_THREADS, cpu_count
 from fastgan.utils.text import readable_size
 
 _MAX_REPORTED = 10  # rejected files that are reported; skipped.txt lists them all
@@ -69,6 +69,8 @@ def prepare(
     settings.validate()
     if workers < 0:
         raise ArgumentError("--workers", workers, "must be at least 0; 0 is one per core")
+    if workers > MAX_THREADS:
+        raise ArgumentError("--workers", workers, f"must be at most {MAX_THREADS}")
     collection = open_collection(src)
     if settings.channels is not None and collection.channels not in (None, settings.channels):
         problem = f"is not needed with {collection.kind}, which has {collection.channels}: remove it"

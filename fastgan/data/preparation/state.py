@@ -22,10 +22,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
+from fastgan.data.images import first_line
 from fastgan.data.preparation.collection import InputImage
 from fastgan.data.prepared.manifest import CLASSES, LABELS, MANIFEST, NAMES, SKIPPED, UNFINISHED
 from fastgan.errors import ArgumentError
-from fastgan.utils.files import FileRecord, try_lock, write_atomic
+from fastgan.utils.files import FileRecord, open_appending, read_regular, try_lock, write_atomic
 
 # All files and folders of a set; a DST that has others is refused.
 _OWN_NAMES = {UNFINISHED, "cache", "encoded", LABELS, NAMES, CLASSES, SKIPPED, MANIFEST}
@@ -85,7 +86,8 @@ class PreparationState:
 
     def read(self, kind: str, shard: int) -> Any:
         """Read the record of a shard."""
-        return json.loads((self.folder / kind / f"{shard:05}.json").read_bytes())
+        with self._described(f"{kind}/{shard:05}.json"):
+            return json.loads(read_regular(self.folder / kind / f"{shard:05}.json"))
 
     def has(self, kind: str, shard: int) -> bool:
         """Return whether a shard has a record."""
@@ -93,18 +95,23 @@ class PreparationState:
 
     def images(self, shard: int) -> list[InputImage]:
         """Return the input images of a shard."""
-        return [InputImage(*row)._replace(location=tuple(row[3])) for row in self.read("items", shard)]
+        with self._described(f"items/{shard:05}.json"):
+            return [InputImage(*row)._replace(location=tuple(row[3])) for row in self.read("items", shard)]
 
     def inspections(self, shard: int) -> list[Inspection]:
         """Return the inspections of the images of a shard, in the same order."""
-        return [Inspection(*row) for row in self.read("looked", shard)]
+        with self._described(f"looked/{shard:05}.json"):
+            return [
+                Inspection(str(row[0]), int(row[1]), int(row[2]), bool(row[3])) for row in self.read("looked", shard)
+            ]
 
     def finished(self, shard: int) -> FinishedShard:
         """Return the record of a finished shard."""
         content = self.read("done", shard)
-        late = {int(at): problem for at, problem in content["late"].items()}
-        files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        return FinishedShard(content["first"], content["count"], late, files)
+        with self._described(f"done/{shard:05}.json"):
+            late = {int(at): str(problem) for at, problem in content["late"].items()}
+            files = {name: FileRecord(**record) for name, record in content["files"].items()}
+            return FinishedShard(int(content["first"]), int(content["count"]), late, files)
 
     def write_finished(self, shard: int, finished: FinishedShard) -> None:
         """Record that a shard is finished."""
@@ -117,9 +124,24 @@ class PreparationState:
     def note(self, name: str) -> dict[str, Any] | None:
         """Read a record of the whole preparation, or return None."""
         try:
-            return json.loads((self.folder / name).read_bytes())
+            with self._described(name):
+                content = dict(json.loads(read_regular(self.folder / name)))
+                if name == "listed.json" and not (type(content["count"]) is int and type(content["digest"]) is str):
+                    raise ValueError("count and digest")
+                return content
         except FileNotFoundError:
             return None
+
+    @contextlib.contextmanager
+    def _described(self, name: str) -> Iterator[None]:
+        """Report a record that was edited or damaged."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            if isinstance(error, ArgumentError):
+                raise
+            problem = f"{self.folder.name}/{name} is damaged ({first_line(error)}); delete {self.dst} to start again"
+            raise ArgumentError("DST", str(self.dst), problem) from None
 
     def any_finished(self) -> bool:
         """Return whether a shard is finished."""
@@ -178,7 +200,7 @@ def _lock(state: PreparationState) -> IO[str]:
     """Create and lock the lock file; the lock lasts until the returned file is closed."""
     while True:
         state.folder.mkdir(parents=True, exist_ok=True)
-        file = (state.folder / "lock").open("a")
+        file = open_appending(state.folder / "lock")
         if not try_lock(file.fileno()):
             file.close()
             raise ArgumentError("DST", str(state.dst), "another prepare is writing to it; use another folder")

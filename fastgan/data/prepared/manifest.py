@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -13,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from fastgan.data.faults import raise_if_machine
 from fastgan.data.images import first_line
+from fastgan.data.prepared.mapping import load_npy, map_npy
 from fastgan.errors import ArgumentError
-from fastgan.utils.files import FileRecord, write_atomic
+from fastgan.utils.files import FileRecord, read_regular, write_atomic
 
 FORMAT = "fastgan-prepared"
 SCHEMA = 1
@@ -24,8 +25,6 @@ UNFINISHED = ".preparing"  # folder with the state of an unfinished `prepare`
 LABELS, NAMES, CLASSES, SKIPPED = "labels.npy", "names.jsonl", "classes.json", "skipped.txt"
 # Encoding -> suffix of its members in a tar. DALI and webdataset know all three.
 SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-# np.load parses headers with `ast`, which fails in Python 3.11 when two threads use it at once (SystemError).
-_HEADER_LOCK = threading.Lock()
 _VERIFY = "run `fastgan data verify` to list all such files"
 
 
@@ -129,23 +128,34 @@ class Manifest:
         return "" if size == expected else f"is too long: {size:,} bytes instead of {expected:,}"
 
     def labels(self, flag: str = "--data") -> np.ndarray | None:
-        """Return int64 [N], or None for a set without labels."""
-        return self.array(LABELS, np.int64, (self.count,), flag, mmap=False) if self.num_classes else None
-
-    def array(self, name: str, dtype: Any, shape: tuple[int, ...], flag: str, mmap: bool = True) -> np.ndarray:
-        """Return the array in a .npy file of the set, memory-mapped by default.
+        """Return int64 [N], or None for a set without labels.
 
         Raises:
-            ArgumentError: the file is damaged, or holds another dtype or shape.
+            ArgumentError: the file is damaged, or a label is not a number of one of the classes.
         """
+        if not self.num_classes:
+            return None
+        labels = self.array(LABELS, np.int64, (self.count,), flag, mmap=False)
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < 0 or highest >= self.num_classes:
+            problem = f"{LABELS} holds {lowest} to {highest}, and the classes are 0 to {self.num_classes - 1}"
+            raise ArgumentError(flag, str(self.path), f"{problem}; {_VERIFY}")
+        return labels
+
+    def array(self, name: str, dtype: Any, shape: tuple[int, ...], flag: str, mmap: bool = True) -> np.ndarray:
+        """Return the array in a .npy file of the set, memory-mapped by default, without a file descriptor.
+
+        Raises:
+            ArgumentError: the file is damaged, or holds another dtype or shape; or the machine cannot read it now.
+        """
+        file, problem = self.path / name, ""
         try:
-            with _HEADER_LOCK:
-                array = np.load(self.path / name, mmap_mode="r" if mmap else None, allow_pickle=False)
-            problem = "" if isinstance(array, np.ndarray) else "it is a .npz"
+            array = map_npy(file) if mmap else load_npy(file)
         except Exception as error:  # a damaged header goes through Python's tokenizer, which raises many kinds
+            raise_if_machine(error, flag, str(file))
             problem = first_line(error)
         if problem:
-            raise ArgumentError(flag, str(self.path / name), f"it is not a whole .npy file ({problem}); {_VERIFY}")
+            raise ArgumentError(flag, str(file), f"it is not a whole .npy file ({problem}); {_VERIFY}")
         if array.shape != shape or array.dtype != dtype:
             problem = f"{name} holds {array.dtype} {list(array.shape)} instead of {np.dtype(dtype)} {list(shape)}"
             raise ArgumentError(flag, str(self.path), problem)
@@ -195,7 +205,7 @@ def offsets_file(resolution: int) -> str:
 def is_prepared(path: str | Path) -> bool:
     """Return whether `path` is a folder with a manifest of this format, which may be damaged."""
     try:
-        return f'"format": "{FORMAT}"'.encode() in (Path(path) / MANIFEST).read_bytes()
+        return f'"format": "{FORMAT}"'.encode() in read_regular(Path(path) / MANIFEST)
     except OSError:
         return False
 
@@ -220,13 +230,13 @@ def read_manifest(path: str | Path, flag: str = "--data") -> Manifest:
     path = Path(path)
     file = path / MANIFEST
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_regular(file))
     except FileNotFoundError:
         problem = unfinished_problem(path) or f"must be a prepared set; {file} is missing"
         raise ArgumentError(flag, str(path), problem) from None
     except OSError as error:
         raise ArgumentError(flag, str(path), f"{file} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(flag, str(path), f"{file} is damaged ({error}); prepare the set again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArgumentError(flag, str(path), f"{file} does not have the format {FORMAT}")

@@ -7,9 +7,10 @@ import io
 
 import numpy as np
 
+from fastgan.data.faults import raise_if_machine
 from fastgan.data.images import channels_first, decode_problem
 from fastgan.data.prepared.manifest import SUFFIXES, Manifest, cache_file, offsets_file, tar_file
-from fastgan.data.source import Encoded, Source, require_channels
+from fastgan.data.source import MAX_CLASSES, Encoded, Source, require_channels
 from fastgan.errors import ArgumentError
 
 
@@ -62,6 +63,7 @@ class Level:
             with Image.open(io.BytesIO(self.encoded(index))) as image:
                 return channels_first(np.array(image.convert(mode)))
         except Exception as error:  # Pillow's decoders raise nearly any exception on damaged bytes
+            raise_if_machine(error, self._flag, self.name(index))
             problem = f"the image cannot be decoded ({decode_problem(error)})"
             hint = "run `fastgan data verify` to list all damaged files"
             raise ArgumentError(self._flag, self.name(index), f"{problem}; {hint}") from error
@@ -72,10 +74,16 @@ class Level:
         Raises:
             ArgumentError: the file holds something else.
         """
-        if shard not in self._arrays:
+        array = self._arrays.get(shard)
+        if array is None:
             shape = (self.manifest.shards[shard].count, self.manifest.channels, self.resolution, self.resolution)
-            self._arrays[shard] = self.manifest.array(cache_file(self.resolution, shard), np.uint8, shape, self._flag)
-        return self._arrays[shard]
+            array = self.manifest.array(cache_file(self.resolution, shard), np.uint8, shape, self._flag)
+            self._arrays[shard] = array
+        return array
+
+    def drop_maps(self) -> None:
+        """Give up the memory maps that nobody else uses; they are made again when they are needed."""
+        self._arrays.clear()
 
     def name(self, index: int) -> str:
         """Return the name of an encoded image for error messages."""
@@ -100,6 +108,9 @@ class PreparedSource(Source):
 
     def __init__(self, manifest: Manifest, resolution: int, channels: int | None = None) -> None:
         require_channels(str(manifest.path), manifest.channels, channels)
+        if manifest.num_classes > MAX_CLASSES:
+            problem = f"it has {manifest.num_classes:,} classes; at most {MAX_CLASSES:,} can be used"
+            raise ArgumentError("--data", str(manifest.path), problem)
         if resolution > manifest.resolution:
             problem = (
                 f"must be at most {manifest.resolution}; {manifest.path} was prepared up to {manifest.resolution} px"
@@ -128,6 +139,9 @@ class PreparedSource(Source):
 
     def arrays(self, resolution: int) -> list[np.ndarray] | None:
         level = self._levels[resolution]
+        for at, other in self._levels.items():
+            if at != resolution:
+                other.drop_maps()
         return [level.array(shard) for shard in range(len(self.manifest.shards))] if level.cached else None
 
     def encoded(self, resolution: int) -> Encoded | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, Schedule, batch_at
 from fastgan.config.files import read_yaml
 from fastgan.config.growth import Stage, stage_at
 from fastgan.errors import ArgumentError
+from fastgan.models import misfit
 
 
 def _optimizer(resume: Checkpoint) -> str | None:
@@ -57,6 +60,38 @@ def validate_resume(resume: Checkpoint, config: Config, networks: dict[str, Any]
     was, requested = _optimizer(resume), config.optimizer.optimizer
     if was not in (None, requested):
         raise ArgumentError("--optimizer", requested, f"must be {was}; the checkpoint {resume.path} has its state")
+
+
+def require_fitting(stored: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by group, if they are those of its networks; nothing is built for the comparison.
+
+    Raises:
+        ArgumentError: a weight is missing, has another shape, or is not finite.
+    """
+    groups = {"ema": stored.generator(), **stored.training()}
+    for group in ("ema", "generator", "discriminator"):
+        problem = misfit(stored.meta["networks"], groups.get(group, {}), discriminator=group == "discriminator")
+        if problem:
+            file = "generator.safetensors" if group == "ema" else "training.safetensors"
+            raise ArgumentError(stored.flag, str(stored.path), f"{file} does not fit: {problem}")
+    for group, network in (("optimizer_g", "generator"), ("optimizer_d", "discriminator")):
+        problem = _optimizer_misfit(groups.get(group, {}), groups[network])
+        if problem:
+            raise ArgumentError(stored.flag, str(stored.path), f"training.safetensors does not fit: {group}:{problem}")
+    return groups
+
+
+def _optimizer_misfit(state: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
+    """The first part of an optimizer's state, by "weight/quantity", that is of no weight or incomplete."""
+    quantities: dict[str, set[str]] = {}
+    for name, tensor in state.items():
+        weight, _, quantity = name.rpartition("/")
+        expected = 1 if quantity == "step" else weights[weight].numel() if weight in weights else -1
+        if tensor.numel() != expected or weight not in weights:
+            return f"{name[:60]} is of no weight"
+        quantities.setdefault(weight, set()).add(quantity)
+    every = set().union(*quantities.values())
+    return next((f"{weight[:60]} is incomplete" for weight, found in quantities.items() if found != every), "")
 
 
 def accumulation_for(parts: int, world: int, schedule: Schedule, resolutions: list[int]) -> int | None:

@@ -12,17 +12,22 @@ import torch
 from torch import Tensor
 
 from fastgan import __version__, checkpoint
+from fastgan.checkpoint import Checkpoint
 from fastgan.errors import ArgumentError
+from fastgan.training.observability.runaway import RunawayDetector
+from fastgan.utils.text import first_line
 
 if TYPE_CHECKING:
     from fastgan.training.trainer import Trainer
 
 
 def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """Weights, optimizer state and the random state of every rank, by group; a collective."""
+    """Weights, optimizer state, and of every rank its random state and meters, by group; a collective."""
     stage = trainer.stage
     random = trainer.world.gather(torch.get_rng_state())
     augmentation = stage.step.augmentation
+    totals = trainer.meters.totals(stage.step.metrics, trainer.world.device)
+    meters = trainer.world.gather(totals.cpu())
     return {
         "generator": dict(stage.step.generator.state_dict()),
         "discriminator": dict(stage.step.discriminator.state_dict()),
@@ -31,7 +36,53 @@ def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
         "random": {f"rank{i}": state for i, state in enumerate(random)},
         "loss_scale": {} if trainer.scales is None else trainer.scales.state(),
         **({} if augmentation is None else {"augmentation": dict(augmentation.state_dict())}),
+        "meters": {f"rank{i}": totals for i, totals in enumerate(meters)},
     }
+
+
+def load_random(resume: Checkpoint, training: dict[str, dict[str, Tensor]], rank: int) -> None:
+    """Restore torch's random state of a rank.
+
+    Raises:
+        ArgumentError: there is none, or it is of another kind.
+    """
+    state = training.get("random", {}).get(f"rank{rank}")
+    current = torch.get_rng_state()
+    if state is None or state.dtype != current.dtype or state.shape != current.shape:
+        problem = f"training.safetensors does not fit: random:rank{rank} is no state of this torch"
+        raise ArgumentError(resume.flag, str(resume.path), problem)
+    torch.set_rng_state(state)
+
+
+def load_runaway(detector: RunawayDetector, resume: Checkpoint) -> None:
+    """Restore what the detector of leaps had seen.
+
+    Raises:
+        ArgumentError: the values were edited.
+    """
+    try:
+        detector.load(resume.meta["runaway"])
+    except ValueError as error:
+        problem = f"its checkpoint.json is damaged: runaway: {first_line(error)}"
+        raise ArgumentError(resume.flag, str(resume.path), problem) from None
+
+
+def load_meters(trainer: Trainer, stored: dict[str, Tensor]) -> None:
+    """Continue the interval between two rows of metrics.jsonl that a checkpoint was written in.
+
+    Args:
+        trainer: at the stage of the checkpoint.
+        stored: the group "meters" of the checkpoint; empty in old ones.
+    """
+    world, names = trainer.world, trainer.stage.step.metrics
+    parts = [part for _, part in sorted(stored.items())]
+    if not parts or any(part.shape != (2, len(names)) for part in parts):
+        return
+    if len(parts) == world.size:
+        own = stored[f"rank{world.rank}"]
+    else:  # another number of ranks: the sums of all are what a row is made from
+        own = torch.stack(parts).sum(0) if world.main else torch.zeros_like(parts[0])
+    trainer.meters.load(names, own.to(world.device))
 
 
 def description(trainer: Trainer) -> dict[str, Any]:
@@ -50,6 +101,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
         "accumulation": config.schedule.accumulation,
         "seed": config.run.seed,
         "optimizer": config.optimizer.optimizer,
+        "runaway": trainer.runaway.state(),
         "data": trainer.feed.pipeline.state_dict(),
     }
 

@@ -25,6 +25,14 @@ class Meters:
         counts = torch.tensor([self._counts.get(name, 0) for name in names], dtype=torch.float32)
         return torch.stack([sums, counts.to(device)])
 
+    def load(self, names: list[str], totals: Tensor) -> None:
+        """Continue from `totals` of these names."""
+        self.clear()
+        sums, counts = totals
+        for name, total, count in zip(names, sums, counts.tolist(), strict=True):
+            if count:
+                self._sums[name], self._counts[name] = total.clone(), int(count)
+
     def clear(self) -> None:
         self._sums.clear()
         self._counts.clear()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgan.data.images import save_sheet
-from fastgan.utils.files import write_atomic
+from fastgan.utils.files import append_regular, write_atomic
 from fastgan.utils.text import readable_duration
 
 
@@ -56,6 +56,7 @@ class MetricsLog:
         if not active:
             return
         self._path = run / "metrics.jsonl"
+        append_regular(self._path, "")  # refuses what cannot be written now, and not after the first interval
         self._drop_rows_after(seen)
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -66,7 +67,7 @@ class MetricsLog:
                 unit="kimg",
                 dynamic_ncols=True,
                 smoothing=0.1,
-                bar_format="{l_bar}{bar}| {n:.1f}/{total:.0f} kimg [{elapsed}<{remaining}{postfix}]",
+                bar_format="{l_bar}{bar}| {n:.4g}/{total:g} kimg [{elapsed}<{remaining}{postfix}]",
             )
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -91,6 +92,10 @@ class MetricsLog:
         if len(kept) != len(rows):
             write_atomic(self._path, b"".join(kept))
 
+    def _progress(self, seen: int) -> str:
+        """As in `     12.8/600 kimg`; runs of less than 1 kimg have three digits."""
+        return f"{seen / 1000:9.{1 if self._total >= 1000 else 3}f}/{self._total / 1000:g} kimg"
+
     def line(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
         if not self._active:
@@ -113,8 +118,7 @@ class MetricsLog:
         """
         if not self._active:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_regular(self._path, json.dumps(row) + "\n")
         if self._events is not None:
             for name, value in row.items():
                 if name != "images" and isinstance(value, int | float):
@@ -129,10 +133,7 @@ class MetricsLog:
             self._bar.set_postfix_str(f"{speed:.0f} img/s, {shown}, {stage}")
         else:
             left = readable_duration(max(self._total - row["images"], 0) / max(speed, 1e-9))
-            self.line(
-                f"{row['images'] / 1000:9.1f}/{self._total / 1000:.0f} kimg  {speed:7.1f} img/s  {shown}  {stage}  "
-                f"{left} left"
-            )
+            self.line(f"{self._progress(row['images'])}  {speed:7.1f} img/s  {shown}  {stage}  {left} left")
 
     def evaluation(self, seen: int, record: dict[str, Any]) -> None:
         """Log the result of an evaluation.
@@ -144,13 +145,12 @@ class MetricsLog:
         if not self._active:
             return
         names = {f"evaluation/{name}": value for name, value in record["metrics"].items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"images": seen, "features": record["features"], **names}) + "\n")
+        append_regular(self._path, json.dumps({"images": seen, "features": record["features"], **names}) + "\n")
         if self._events is not None:
             for name, value in names.items():
                 self._events.add_scalar(name, value, seen)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
-        self.line(f"{seen / 1000:9.1f}/{self._total / 1000:.0f} kimg  {record['features']} features: {shown}")
+        self.line(f"{self._progress(seen)}  {record['features']} features: {shown}")
 
     def images(self, images: Tensor, path: Path, seen: int, size: int) -> None:
         """Write a sample grid; see `save_grid`."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastgan import __version__
+from fastgan.utils.files import append_regular
 from fastgan.utils.system import device_name
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def rank_log(run: Path, world: ProcessGroup) -> Iterator[None]:
     handler: logging.Handler
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        append_regular(path, "")  # a named pipe would block
         handler = _File(path, encoding="utf-8")
     except OSError as error:
         print(f"fastgan: rank {world.rank} cannot write its log: {error}", file=sys.stderr, flush=True)

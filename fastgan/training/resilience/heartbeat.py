@@ -39,6 +39,7 @@ EXIT_RANK_FAULT = 75
 _DIED = "its connection closed: the process died"
 _HEARTBEAT, _BYE = b".\n", b'{"bye": true}\n'
 _START = 30.0  # seconds by which one host may start later than another, which reads its packages from a cold disk
+_SPEAK = 0.5  # seconds that a silent rank leaves to the one that prints: a launcher may kill all when the first ends
 _COLLECT = 3.0  # seconds in which ranks report after the first report of a fault
 _COMMUNICATION_ERROR = re.compile(
     r"gloo|nccl|connection|timed? ?out|socket|store|broken pipe|peer|process ?group", re.IGNORECASE
@@ -187,7 +188,7 @@ class Heartbeat:
             now = time.monotonic()
             if self._leaving.is_set():
                 if self.rank in self._failures:
-                    self._announce(self.rank, *self._failures[self.rank])
+                    self._announce(self._verdict(self.rank, *self._failures[self.rank]))
                 else:
                     self._send_all(_BYE)
                 return
@@ -283,12 +284,18 @@ class Heartbeat:
                 peer.socket.send(line)
 
     def _end_all(self, rank: int, what: str, code: int = EXIT_RANK_FAULT) -> NoReturn:
-        self._end(self._announce(rank, what, code))
+        verdict = self._verdict(rank, what, code)
+        # Printed before the others hear of it: they end at once, and a launcher such as torchrun then kills this rank.
+        self._print_verdict(verdict)
+        self._announce(verdict)
+        os._exit(code)
 
-    def _announce(self, rank: int, what: str, code: int) -> dict[str, Any]:
-        """Send the verdict to all ranks, and return it."""
+    def _verdict(self, rank: int, what: str, code: int) -> dict[str, Any]:
         host = self._hosts.get(rank) or self._expected.get(rank, "an unknown host")
-        verdict = {"failed": rank, "host": host, "what": what, "code": code}
+        return {"failed": rank, "host": host, "what": what, "code": code}
+
+    def _announce(self, verdict: dict[str, Any]) -> None:
+        """Send the verdict to all ranks."""
         self._send_all(_encode(verdict))
         # A process that ends with unread data resets its connections, which may drop what it sent last.
         until = time.monotonic() + 0.5
@@ -297,7 +304,6 @@ class Heartbeat:
                 with contextlib.suppress(OSError):
                     peer.socket.recv(65536)
             time.sleep(0.05)
-        return verdict
 
     # --- the thread of every other rank -----------------------------------------------------------------------------
 
@@ -352,6 +358,12 @@ class Heartbeat:
 
     def _end(self, verdict: dict[str, Any]) -> NoReturn:
         """Print the verdict, once on each host, and exit without waiting for anything."""
+        if not self._print_verdict(verdict):
+            time.sleep(_SPEAK)
+        os._exit(verdict["code"])
+
+    def _print_verdict(self, verdict: dict[str, Any]) -> bool:
+        """Print the verdict if that is this rank's part; returns whether it is."""
         rank = verdict["failed"]
         # Local rank 0 prints; if it is the failed rank, the next one on its host does.
         prints = self.local_rank == 0 or (self.local_rank == 1 and rank == self.rank - 1)
@@ -363,7 +375,8 @@ class Heartbeat:
             printing = threading.Thread(target=self._print, args=(line,), daemon=True)
             printing.start()
             printing.join(timeout=2)
-        os._exit(verdict["code"])
+            return True
+        return False
 
     @staticmethod
     def _print(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Requests to stop after the current step: SIGINT, SIGTERM, and an output that its reader has closed."""
+"""Requests to stop after the current step: SIGINT, SIGTERM, SIGHUP, and an output that its reader has closed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fastgan.training.distributed.process_group import ProcessGroup
 
 _OUTPUT_CLOSED = threading.Event()
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+_STOPS = [signal.SIGINT, signal.SIGTERM, *([] if _HANGUP is None else [_HANGUP])]
 
 
 class _Output:
@@ -73,7 +75,7 @@ def stop_on_closed_output() -> Iterator[None]:
 
 
 class SignalHandler:
-    """Turns SIGINT and SIGTERM into a stop after the same step on all ranks.
+    """Turns SIGINT, SIGTERM and SIGHUP (unless `nohup` ignores it) into a stop after the same step on all ranks.
 
     `should_stop` starts an all-reduce of one integer over gloo and reads its result at the next step, so that it
     overlaps the step and no rank waits. A second SIGINT raises KeyboardInterrupt at once.
@@ -99,7 +101,9 @@ class SignalHandler:
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _STOPS:
+                if number == _HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # `nohup` ignores it
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 

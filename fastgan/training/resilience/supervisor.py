@@ -103,7 +103,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         ArgumentError: the file cannot be read or has another format.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ArgumentError("--hostfile", str(path), f"must be a readable file ({reason})") from None

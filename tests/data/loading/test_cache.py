@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastgan import data
 from fastgan.data import open_source
 from fastgan.data.loading import cache
 from fastgan.data.loading.cache import MappedStore, ResidentStore, upload_all
@@ -129,9 +132,36 @@ def test_prepared_shards_are_mapped_not_read(tmp_path: Path, prepared_set: Calla
     images = np.random.default_rng(0).integers(0, 256, (13, 3, 16, 16), dtype=np.uint8)
     prepared_set(tmp_path, images, cache_to=16)
     arrays = open_source(str(tmp_path), 16).arrays(16)
-    assert arrays is not None and all(isinstance(one, np.memmap) for one in arrays)
+    assert arrays is not None
     assert [len(one) for one in arrays] == [5, 4, 4]
     np.testing.assert_array_equal(np.concatenate(arrays), images)
+    assert not any(one.flags.writeable or one.flags.owndata for one in arrays)
+    # A map shows what another process writes.
+    with next((tmp_path / "cache" / "0016").glob("00000.npy")).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(bytes([255 - images[4, -1, -1, -1]]))
+    assert arrays[0][-1, -1, -1, -1] == 255 - images[4, -1, -1, -1]
+
+
+def test_shards_keep_no_descriptors(tmp_path: Path, prepared_set: Callable[..., Manifest]) -> None:
+    """A set of a million images has a thousand shards at each resolution; most systems allow 1,024 open files."""
+    prepared_set(tmp_path, np.zeros((40, 1, 16, 16), np.uint8), cache_to=16, per_shard=1)
+    before = len(os.listdir("/dev/fd"))
+    with data.open(tmp_path, resolution=4, target=16, resident_bytes=0) as pipeline:
+        for resolution in (4, 8, 16):
+            pipeline.set_resolution(resolution)
+            pipeline.batch(0, 40)
+            assert len(os.listdir("/dev/fd")) <= before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system lists its maps in another way")
+def test_levels_that_are_left_keep_no_maps(tmp_path: Path, prepared_set: Callable[..., Manifest]) -> None:
+    prepared_set(tmp_path, np.zeros((13, 1, 16, 16), np.uint8), cache_to=16)
+    source = open_source(str(tmp_path), 16)
+    for resolution in (4, 8, 16):
+        assert source.arrays(resolution) is not None
+        gc.collect()
+        assert set(re.findall(rf"{tmp_path}/cache/(\d+)/", Path("/proc/self/maps").read_text())) == {f"{resolution:04}"}
 
 
 def test_prepared_source(tmp_path: Path, prepared_set: Callable[..., Manifest]) -> None:

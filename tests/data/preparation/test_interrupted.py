@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from published import contents, noise, save, save_broken
+from published import contents, miss_broken, noise, save, save_broken
 
 from fastgan.data.preparation.archives import ZipCollection
 from fastgan.data.preparation.prepare import prepare
@@ -130,6 +130,7 @@ def test_killed_at_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     One image is found damaged only when it is decoded, so that tars are renumbered, too.
     """
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which is for power cuts, and slow
+    miss_broken(monkeypatch)
     src = tmp_path / "photos"
     for i in range(5):
         save(src / "ab"[i % 2] / f"{i}.png", noise(8, 8, seed=i))

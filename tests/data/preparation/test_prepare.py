@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from published import celeba, cifar10, contents, mnist, noise, save, save_broken
+from published import celeba, cifar10, contents, miss_broken, mnist, noise, save, save_broken
 
 import fastgan.data
 from fastgan.data import open_source
@@ -262,7 +262,7 @@ def test_another_prepared_set(photos: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def mixed(photos: Path) -> Path:
-    """The photos, and unusable files: one of them is detected only when it is decoded."""
+    """The photos, and unusable files."""
     (photos / "a" / "notes.txt").write_text("no image")
     data = save(photos / "a" / "cut.jpg", noise(32, 32, 3)).read_bytes()
     (photos / "a" / "cut.jpg").write_bytes(data[: len(data) // 2])
@@ -271,7 +271,13 @@ def mixed(photos: Path) -> Path:
     return photos
 
 
-def test_unusable_files_are_skipped_and_listed(mixed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_unusable_files_are_skipped_and_listed(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Whether they are found by the inspection, or only when they are encoded."""
+    if late:
+        miss_broken(monkeypatch)
     made = make(mixed, tmp_path / "set", resolution=16, cache_to=8, lossless="png")
     skipped = dict(line.split("\t") for line in (tmp_path / "set" / "skipped.txt").read_text().splitlines())
     assert list(skipped) == ["a/2.broken.png", "a/cut.jpg", "a/notes.txt", "a/tiny.png"]
@@ -317,12 +323,13 @@ def test_a_file_without_permission_is_skipped(photos: Path, tmp_path: Path, monk
     assert (tmp_path / "set" / "skipped.txt").read_text() == "a/9.png\tPermission denied\n"
 
 
-def test_strict(mixed: Path, tmp_path: Path) -> None:
+def test_strict(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = refusal(mixed, tmp_path / "set", strict=True, resolution=16)
-    assert "--strict: 3 of its files" in text and "a/cut.jpg" in text
+    assert "--strict: 4 of its files" in text and "a/2.broken.png" in text
     assert not (tmp_path / "set").exists()
     for name in ("cut.jpg", "notes.txt", "tiny.png"):
         (mixed / "a" / name).unlink()
+    miss_broken(monkeypatch)
     assert "--strict: 1 of its files cannot be decoded" in refusal(mixed, tmp_path / "set", strict=True)
     with pytest.raises(ArgumentError, match="the prepared set is not finished"):
         read_manifest(tmp_path / "set")

@@ -175,3 +175,19 @@ def test_accumulation_keeps_the_cut_of_the_batch() -> None:
     assert [accumulation_for(4, world, schedule, [4, 8]) for world in (1, 2, 4, 8)] == [4, 2, 1, 1]
     assert accumulation_for(16, 1, schedule, [64, 128]) == 8  # at most one part for each image
     assert accumulation_for(4, 3, schedule, [4]) is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
+def test_a_hung_rank_is_named_before_a_launcher_kills_the_rest(tmp_path: Path) -> None:
+    """torchrun kills all ranks when the first one ends: the line must be out by then."""
+    ranks = _ranks(tmp_path, "hang", "hang", "hang")
+    _wait_until_ready(tmp_path)
+    ranks[2].send_signal(signal.SIGSTOP)
+    while all(rank.poll() is None for rank in ranks[:2]):
+        time.sleep(0.001)
+    for rank in ranks:
+        rank.kill()
+    _, lines = _end(ranks[0])
+    assert len(lines) == 1 and "rank 2 on" in lines[0] and "no heartbeat" in lines[0]
+    for rank in ranks[1:]:
+        rank.communicate()
