@@ -15,7 +15,7 @@ from torch import Tensor
 from fastgan.ops import piecewise
 from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import SMALL_NUMEL
-from fastgan.ops.autograd import tracked
+from fastgan.ops.autograd import autocast, autocast_enabled, tracked
 from fastgan.ops.backend import LEAN, Op
 from fastgan.ops.bias_act import OP as BIAS_ACT
 from fastgan.ops.bias_act import bias_act
@@ -205,7 +205,8 @@ def prelu(input: Tensor, weight: Tensor, *, backend: str | None = None) -> Tenso
         return fall_through(PRELU, prelu, F.prelu, (input, weight), backend=backend)
     fits = weight.ndim <= 1 and (weight.numel() == 1 or (input.ndim > 1 and weight.numel() == input.shape[1]))
     lean = PRELU.choose(backend, input) == "lean" and tracked(input, weight)
-    if not lean or not fits or input.dtype != weight.dtype:
+    if not lean or not fits or (input.dtype != weight.dtype and not autocast_enabled(input)):
         return F.prelu(input, weight)
+    input, weight = autocast(input, weight)
     slope = weight.view(-1, *[1] * (input.ndim - 2)) if weight.numel() > 1 else weight.reshape(())
     return torch.where(input > 0, input, slope * input)

@@ -64,7 +64,7 @@ def avg_pool2d(
         return F.avg_pool2d(input, *options)
     if k is not None:
         return _AvgPool.apply(input, k, name) if tracked(input) else _pool(input, k, name)
-    if not tracked(input):
+    if not tracked(input) or in_forward_mode():
         return F.avg_pool2d(input, *options)
     return piecewise.apply(input, _WINDOWS, (options, input.shape, layout_of(input)))
 

@@ -219,7 +219,7 @@ class _BiasAct(Function):
         origin = placeholder(x) if settings.act in (TANH, SIGMOID) else None
         if settings.act == SILU:
             ctx.save_for_backward(form_tag(), None, x, bias)
-        elif settings.act == LRELU and bias is None:
+        elif settings.act == LRELU and bias is None and not in_forward_mode():
             # The slope can be read off x as well, and as with torch's leaky_relu y may then be changed in place.
             ctx.save_for_backward(form_tag(), x, None, None)
         else:

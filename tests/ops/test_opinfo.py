@@ -86,6 +86,8 @@ def check(name: str, variant: str, dtype: torch.dtype, every: bool) -> int:
             assert found == expected, sample
             continue
         for a, b in zip(found, expected, strict=True):
+            if dtype == torch.float16:  # squares overflow, in PyTorch more often
+                a, b = a[b.isfinite()], b[b.isfinite()]
             scale = max(1.0, b.abs().nan_to_num(0, 0, 0).max().item()) if b.numel() else 1.0
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
         count += 1
