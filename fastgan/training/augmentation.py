@@ -11,7 +11,9 @@ The strength of ADA is a tensor on the device. A step reads it and adds to its s
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from fastgan import ops
 from fastgan.ops.autograd import without_autocast
 from fastgan.utils import counter_rng
 
+Map = Callable[[Tensor], Tensor]
+"""From images to images."""
 MAX_STRENGTH = 0.8
 """Most that ADA's strength reaches: above, augmented images look like the data often enough to leak (section 2.2)."""
 ADAPT_IMAGES = 256
@@ -27,7 +31,7 @@ ADAPT_IMAGES = 256
 
 
 def color_basis(channels: int) -> Tensor:
-    """[5, C (C + 1)]: what the coefficients of `_recolor` are multiplied with, a matrix with an offset for each.
+    """[5, C (C + 1)]: what the coefficients of colors are multiplied with, a matrix with an offset for each.
 
     A color x in [-1, 1] becomes alpha P x + beta (I - P) x + gamma K x + t, where P projects onto the gray axis, and K,
     of three colors, turns about it by 90 degrees. With four channels the colors are premultiplied by the fourth, alpha:
@@ -53,11 +57,10 @@ def color_basis(channels: int) -> Tensor:
     return basis.flatten(1)
 
 
-def _recolor(images: Tensor, coefficients: list[Tensor], basis: Tensor) -> Tensor:
-    """Images [N, C, H, W] with new colors; coefficients: alpha, beta, gamma and t of `color_basis`, each [N]."""
-    n, channels = images.shape[:2]
-    rows = torch.stack([*coefficients, torch.ones_like(coefficients[0])], dim=1)
-    matrix = (rows @ basis).view(n, channels, channels + 1).to(images.dtype)
+def _recolor(images: Tensor, matrix: Tensor) -> Tensor:
+    """Images [N, C, H, W] with new colors: `matrix` [N, C, C + 1] has a matrix and an offset for each image."""
+    channels = images.shape[1]
+    matrix = matrix.to(images.dtype)
     if channels == 1:
         return torch.addcmul(matrix[:, :, 1:, None], images, matrix[:, :, :1, None])
     m, offset = matrix[:, :, :channels], matrix[:, :, channels:]
@@ -67,8 +70,13 @@ def _recolor(images: Tensor, coefficients: list[Tensor], basis: Tensor) -> Tenso
     return torch.baddbmm(offset.mT, pixels.flatten(1, 2), m.mT).view(pixels.shape).permute(0, 3, 1, 2)
 
 
+def _rows(numbers: Tensor, count: int) -> Tensor:
+    """[N, count K] -> [count N, K]."""
+    return numbers.view(len(numbers), count, -1).transpose(0, 1).reshape(count * len(numbers), -1)
+
+
 class Augmentation(nn.Module):
-    """Base of both: (images [N, C, H, W], positions int64 [N], use) -> images.
+    """Base of both: (images [N, C, H, W], positions int64 [N], stream) -> images.
 
     Args:
         channels: of the images: 1, 3 or, premultiplied by alpha, 4; any other number is of gray values.
@@ -81,17 +89,45 @@ class Augmentation(nn.Module):
 
     def __init__(self, channels: int, seed: int) -> None:
         super().__init__()
-        self.seed = seed
+        self.channels, self.seed = channels, seed
         self.register_buffer("basis", color_basis(channels), persistent=False)
 
-    def forward(self, images: Tensor, positions: Tensor, use: str) -> Tensor:
-        """`use` tells the draws for real, generated and other images of the same positions apart."""
+    def forward(self, images: Tensor, positions: Tensor, stream: str) -> Tensor:
+        return self.draw(positions, stream, 1, images.shape)[0](images)
+
+    @torch.no_grad()
+    def draw(self, positions: Tensor, stream: str, count: int, shape: Sequence[int]) -> list[Map]:
+        """`count` augmentations of images of these positions, from images to images of the same shape.
+
+        One call for all that a step needs: on small images drawing takes longer than augmenting.
+
+        Args:
+            positions: int64 [N].
+            stream: names the random numbers.
+            count: how many.
+            shape: of the images, [..., H, W].
+        """
+        height, width = shape[-2:]
+        drawn = self._draw(positions, f"augmentation, {stream}", count, height, width)
+        return [functools.partial(self._apply_float32, [t[i] for t in drawn]) for i in range(count)]
+
+    def _apply_float32(self, drawn: list[Tensor], images: Tensor) -> Tensor:
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         with without_autocast(images):
-            return self.augment(images, positions, f"augmentation, {use}")
+            return self.augment(images, drawn)
 
-    def augment(self, images: Tensor, positions: Tensor, stream: str) -> Tensor:
+    def _draw(self, positions: Tensor, stream: str, count: int, height: int, width: int) -> list[Tensor]:
+        """What `augment` needs, as tensors [count, N, ...]."""
         raise NotImplementedError
+
+    def augment(self, images: Tensor, drawn: list[Tensor]) -> Tensor:
+        """Augment images with the tensors [N, ...] of one of the draws."""
+        raise NotImplementedError
+
+    def _color_matrix(self, coefficients: list[Tensor]) -> Tensor:
+        """[N, C, C + 1] from alpha, beta, gamma and t of `color_basis`, each [N]."""
+        rows = torch.stack([*coefficients, torch.ones_like(coefficients[0])], dim=1)
+        return (rows @ self.basis).view(-1, self.channels, self.channels + 1)
 
     def observe(self, margins: Tensor) -> dict[str, Tensor]:
         """Take note of the discriminator's margins on real images [N] (`Loss.margin`); what to log, scalars."""
@@ -169,10 +205,11 @@ class Adaptive(Augmentation):
         for name, tensor in constants.items():
             self.register_buffer(name, tensor, persistent=False)
 
-    def _draw(self, positions: Tensor, stream: str) -> Tensor:
-        """What each transformation is given, float32 [N, 15], in the order of the columns above; 0 changes nothing."""
-        uniform = counter_rng.uniform(self.seed, stream, positions, _TRANSFORMATIONS + len(_UNIFORM))
-        normal = counter_rng.normal(self.seed, f"{stream}, normal", positions, len(_NORMAL))
+    def numbers(self, positions: Tensor, stream: str, count: int) -> Tensor:
+        """What each transformation is given, float32 [count N, 15], by the columns above; 0 changes nothing."""
+        size = _TRANSFORMATIONS + len(_UNIFORM)
+        uniform = _rows(counter_rng.uniform(self.seed, stream, positions, count * size), count)
+        normal = _rows(counter_rng.normal(self.seed, f"{stream}, normal", positions, count * len(_NORMAL)), count)
         # Two rotations, so that each is less likely: together they rotate with the chance of the others.
         chance = torch.where(self.is_rotation, 1.0 - torch.sqrt(1.0 - self.strength), self.strength)
         on = (uniform[:, :_TRANSFORMATIONS] < chance).to(torch.float32)
@@ -198,21 +235,22 @@ class Adaptive(Augmentation):
         offset = linear @ drawn[:, 12:14, None] + torch.stack(whole, dim=1)[:, :, None]
         return blit @ torch.cat([linear, offset], dim=2)
 
-    def transformations(self, positions: Tensor, stream: str, height: int, width: int) -> tuple[Tensor, list[Tensor]]:
-        """Maps for `ops.affine_grid_sample` and coefficients for `color_basis`."""
-        drawn = self._draw(positions, stream)
-        quarters = torch.floor(drawn[:, 2:3]) * (0.5 * math.pi)
-        angles = torch.cat([quarters, drawn[:, 5:8]], dim=1)
+    def _draw(self, positions: Tensor, stream: str, count: int, height: int, width: int) -> list[Tensor]:
+        """Maps for `ops.affine_grid_sample`, and matrices of colors."""
+        numbers = self.numbers(positions, stream, count)
+        quarters = torch.floor(numbers[:, 2:3]) * (0.5 * math.pi)
+        angles = torch.cat([quarters, numbers[:, 5:8]], dim=1)
         cos, sin = torch.cos(angles), torch.sin(angles)
-        gain = torch.exp2(drawn[:, 10])
-        alpha = gain * (1.0 - 2.0 * (drawn[:, 1] > 0))
-        chroma = gain * torch.exp2(drawn[:, 11])
-        coefficients = [alpha, chroma * cos[:, 3], chroma * sin[:, 3], alpha * drawn[:, 14]]
-        return self._theta(drawn, height, width, cos, sin), coefficients
+        gain = torch.exp2(numbers[:, 10])
+        alpha = gain * (1.0 - 2.0 * (numbers[:, 1] > 0))
+        chroma = gain * torch.exp2(numbers[:, 11])
+        coefficients = [alpha, chroma * cos[:, 3], chroma * sin[:, 3], alpha * numbers[:, 14]]
+        theta = self._theta(numbers, height, width, cos, sin)
+        return [t.view(count, -1, *t.shape[1:]) for t in (theta, self._color_matrix(coefficients))]
 
-    def augment(self, images: Tensor, positions: Tensor, stream: str) -> Tensor:
-        theta, coefficients = self.transformations(positions, stream, *images.shape[2:])
-        return _recolor(ops.affine_grid_sample(images, theta), coefficients, self.basis)
+    def augment(self, images: Tensor, drawn: list[Tensor]) -> Tensor:
+        theta, matrix = drawn
+        return _recolor(ops.affine_grid_sample(images, theta), matrix)
 
     @torch.no_grad()
     def observe(self, margins: Tensor) -> dict[str, Tensor]:
@@ -238,23 +276,31 @@ class Differentiable(Augmentation):
     images are 0 or, with alpha, transparent.
     """
 
-    def augment(self, images: Tensor, positions: Tensor, stream: str) -> Tensor:
-        n, channels, height, width = images.shape
-        u = counter_rng.uniform(self.seed, stream, positions, 7)
+    @property
+    def empty(self) -> float:
+        """Value of an image where there is nothing."""
+        return -1.0 if self.channels == 4 else 0.0
+
+    def _draw(self, positions: Tensor, stream: str, count: int, height: int, width: int) -> list[Tensor]:
+        """Matrices of colors, 1 - contrast, maps for `ops.affine_grid_sample`, and masks without the square."""
+        u = _rows(counter_rng.uniform(self.seed, stream, positions, count * 7), count)
         brightness, saturation, contrast = u[:, 0] - 0.5, 2.0 * u[:, 1], u[:, 2] + 0.5
-        empty = -1.0 if channels == 4 else 0.0
-        offset = brightness * contrast if empty else brightness
-        coefficients = [contrast, contrast * saturation, torch.zeros_like(contrast), offset]
-        y = _recolor(images, coefficients, self.basis)
-        if not empty:
-            mean = images.mean(dim=(1, 2, 3), keepdim=True)
-            y = torch.addcmul(y, mean, (1.0 - contrast).to(y.dtype).view(n, 1, 1, 1))
-        theta = torch.eye(2, 3, device=u.device).repeat(n, 1, 1)
+        offset = brightness * contrast if self.empty else brightness
+        matrix = self._color_matrix([contrast, contrast * saturation, torch.zeros_like(contrast), offset])
+        theta = torch.eye(2, 3, device=u.device).repeat(len(u), 1, 1)
         theta[:, :, 2] = torch.stack([self._shift(u[:, 3], width), self._shift(u[:, 4], height)], dim=1)
-        y = ops.affine_grid_sample(y - empty if empty else y, theta, "zeros")
         rows, columns = self._cut(u[:, 5], height), self._cut(u[:, 6], width)
-        y = y * (1.0 - rows[:, None, :, None] * columns[:, None, None, :]).to(y.dtype)
-        return y + empty if empty else y
+        kept = 1.0 - rows[:, None, :, None] * columns[:, None, None, :]
+        return [t.view(count, -1, *t.shape[1:]) for t in (matrix, 1.0 - contrast, theta, kept)]
+
+    def augment(self, images: Tensor, drawn: list[Tensor]) -> Tensor:
+        matrix, pivot, theta, kept = drawn
+        y = _recolor(images, matrix)
+        if not self.empty:
+            mean = images.mean(dim=(1, 2, 3), keepdim=True)
+            y = torch.addcmul(y, mean, pivot.to(y.dtype)[:, None, None, None])
+        y = ops.affine_grid_sample(y - self.empty if self.empty else y, theta, "zeros") * kept.to(y.dtype)
+        return y + self.empty if self.empty else y
 
     @staticmethod
     def _shift(u: Tensor, size: int) -> Tensor:

@@ -21,6 +21,7 @@ from fastgan.training.augmentation import Augmentation
 from fastgan.utils import counter_rng
 
 _AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+Critic = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Regularizer(Protocol):
@@ -90,13 +91,16 @@ class Step:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
 
-    def _score(self, images: Tensor, labels: Tensor | None, positions: Tensor, use: str) -> Tensor:
-        """Scores of augmented images; `use`: see `Augmentation`."""
-        if self.augmentation is not None:
-            images = self.augmentation(images, positions, use)
-        return self.discriminator(images, labels)
+    def _critics(self, stream: str, positions: Tensor, count: int, shape: torch.Size) -> list[Critic]:
+        """The discriminator as `count` functions of images and labels, each behind an augmentation of its own."""
+        if self.augmentation is None:
+            return [self.discriminator] * count
 
-    @shared_weights()
+        def behind(augment: Callable[[Tensor], Tensor]) -> Critic:
+            return lambda images, labels: self.discriminator(augment(images), labels)
+
+        return [behind(augment) for augment in self.augmentation.draw(positions, stream, count, shape)]
+
     @shared_weights()
     def discriminator_loss(
         self, real: Tensor, positions: Tensor, labels: Tensor | None = None, *, generator_first: bool = True
@@ -111,16 +115,17 @@ class Step:
                 last should be used last, as the all-reduce of its gradients may still be running.
         """
         labels = labels if self.num_classes else None
+        of_real, of_fake, of_penalty = self._critics("D's step", positions, 3, real.shape)
         with self._autocast(real.device):
             if not generator_first:
-                score_real = self._score(real, labels, positions, "real")
+                score_real = of_real(real, labels)
             with torch.no_grad():
                 latent = counter_rng.normal(self.seed, "latent of D's step", positions, self.latent)
                 fake = self.generator(latent, labels)
             fake = fake.to(real.dtype)
             if generator_first:
-                score_real = self._score(real, labels, positions, "real")
-            score_fake = self._score(fake, labels, positions, "fake").float()
+                score_real = of_real(real, labels)
+            score_fake = of_fake(fake, labels).float()
             score_real = score_real.float()
         loss = self.loss.discriminator(score_real, score_fake)
         seen = {"score_real": score_real.mean(), "score_fake": score_fake.mean()}
@@ -133,8 +138,7 @@ class Step:
             weight = counter_rng.uniform(self.seed, "interpolation", positions, 1)[:, 0]
             with self._autocast(real.device):
                 scale = {} if self.penalty_scale is None else {"scale": self.penalty_scale}
-                critic = lambda x: self._score(x, labels, positions, "penalty")  # noqa: E731
-                penalty = regularizer(critic, real, fake, weight=weight, **scale)
+                penalty = regularizer(lambda x: of_penalty(x, labels), real, fake, weight=weight, **scale)
             seen["penalty"] = penalty
             loss = loss + coefficient * penalty
         seen["loss_d"] = loss
@@ -161,12 +165,14 @@ class Step:
             labels = None
             if self.num_classes:
                 labels = counter_rng.integers(self.seed, "label of G's step", positions, self.num_classes)
-            scores = self._score(self.generator(latent, labels), labels, positions, "G's step").float()
+            fake = self.generator(latent, labels)
+            of_fake, of_real = self._critics("G's step", positions, 2, fake.shape)
+            scores = of_fake(fake, labels).float()
             pairs = []
             if self.loss.paired:
                 assert real is not None
                 with torch.no_grad():
-                    score_real = self._score(real, real_labels if self.num_classes else None, positions, "real in G's")
+                    score_real = of_real(real, real_labels if self.num_classes else None)
                 pairs = [score_real.float()]
         loss = self.loss.generator(scores, *pairs)
         return loss, {"loss_g": loss.detach()}

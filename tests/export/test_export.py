@@ -55,7 +55,10 @@ def content(path: Path) -> list[Path]:
 
 
 # Cases that add little to the others run with the slow tests.
-SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("mlp", "sagan", "pggan-4", "pggan", "dcgan-no-norm")]
+SLOW = [
+    pytest.param(case, marks=pytest.mark.slow)
+    for case in ("mlp", "sagan", "pggan-4", "pggan", "dcgan-no-norm", "r3gan")
+]
 
 
 @pytest.mark.parametrize("case", ["dcgan", "sagan-classes", "pggan-fading", *SLOW])

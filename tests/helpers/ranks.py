@@ -63,8 +63,8 @@ def one_process(variant: str, world: int, accumulation: int) -> int:
     """Micro-batches with which one process does what `world` ranks do.
 
     Batch norm (wgan-gp's generator, both networks of dcgan) is per rank, so one process takes the ranks' shares as
-    micro-batches. r3gan and pggan have none, and pggan's minibatch-stddev groups of four fall within the ranks' strided
-    slices: it takes the batch of 16 whole, unless a slice is smaller than a group.
+    micro-batches. r3gan has none and takes the batch whole. pggan has none, and its minibatch-stddev groups of four
+    fall within the ranks' strided slices: it takes the batch of 16 whole, unless a slice is smaller than a group.
     """
     whole = variant == "r3gan" or (variant == "pggan" and world * accumulation <= 4)
     return accumulation if whole else accumulation * world

@@ -54,8 +54,8 @@ def test_geometry_is_the_papers_sequence() -> None:
     """Appendix B, one matrix for each transformation; the map to input coordinates applies the first one last."""
     adaptive, size = Adaptive(3, 1, strength=0.7), 16
     positions = torch.arange(40)
-    theta, _ = adaptive.transformations(positions, "s", size, size)
-    for row, found in zip(adaptive._draw(positions, "s").double().tolist(), theta, strict=True):
+    theta, _ = adaptive._draw(positions, "s", 1, size, size)
+    for row, found in zip(adaptive.numbers(positions, "s", 1).double().tolist(), theta[0], strict=True):
         flip, _, quarters, wx, wy, before, after, _, scale, aspect, _, _, x, y, _ = row
         whole = (round(wx * size / 2) * 2 / size, round(wy * size / 2) * 2 / size)
         expected = _homogeneous([[-1.0 if flip > 0 else 1.0, 0.0], [0.0, 1.0]])
@@ -95,7 +95,7 @@ def test_colors_are_the_papers_sequence(channels: int, layout: torch.memory_form
     x = x[:, :, None, None].expand(n, channels, 4, 4).float().contiguous(memory_format=layout)
     y = adaptive(x, positions, "real")
     assert y.is_contiguous(memory_format=layout)
-    rows = adaptive._draw(positions, "augmentation, real").double().tolist()
+    rows = adaptive.numbers(positions, "augmentation, real", 1).double().tolist()
     for i, row in enumerate(rows):
         expected = _recolored(colors[i], row)
         if channels == 4:
@@ -104,7 +104,7 @@ def test_colors_are_the_papers_sequence(channels: int, layout: torch.memory_form
 
 
 def test_each_transformation_has_its_chance() -> None:
-    drawn = Adaptive(3, 0, strength=0.3)._draw(torch.arange(20_000), "s")
+    drawn = Adaptive(3, 0, strength=0.3).numbers(torch.arange(20_000), "s", 1)
     share = (drawn != 0).float().mean(dim=0)
     rotation = 1 - math.sqrt(0.7)
     expected = torch.tensor([0.3] * 5 + [rotation] * 2 + [0.3] * 8)
@@ -305,24 +305,29 @@ def test_a_growth_keeps_the_strength(tmp_path: Path) -> None:
     assert (adaptive_of(run).strength.item(), adaptive_of(run).seen.item()) == (0.375, 32.0)
 
 
+@pytest.mark.parametrize("variant", ["wgan-gp", "r3gan"])
 @pytest.mark.parametrize("augment", ["ada", "diffaugment"])
-def test_all_that_the_discriminator_sees_is_augmented(augment: str, tmp_path: Path) -> None:
+def test_all_that_the_discriminator_sees_is_augmented(
+    augment: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With draws of their own for real and generated images, the penalty, and the generator's step."""
-    run = trainer("wgan-gp", tmp_path, augment)
-    step, uses = run.stage.step, []
+    step = trainer(variant, tmp_path, augment).stage.step
     assert step.augmentation is not None
-    original = step.augmentation.forward
-    step.augmentation.forward = lambda x, positions, use: uses.append(use) or original(x, positions, use)  # type: ignore
-    step.discriminator_loss(images(4, 1), torch.arange(4))
-    step.generator_loss(torch.arange(4))
-    assert sorted(uses) == ["G's step", "fake", "penalty", "real"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "discriminator", lambda x, labels: x.flatten(1).sum(1))
-        step.penalty = None
-        loss, _ = step.discriminator_loss(images(4, 1), torch.arange(4))
-        step.augmentation = None
-        plain, _ = step.discriminator_loss(images(4, 1), torch.arange(4))
-    assert (loss - plain).abs() > 1e-3
+    seen: list[Tensor] = []
+    original = step.augmentation.augment
+
+    def augmented(x: Tensor, drawn: list[Tensor]) -> Tensor:
+        seen.append(torch.cat([t.flatten() for t in drawn]))
+        return original(x, drawn)
+
+    monkeypatch.setattr(step.augmentation, "augment", augmented)
+    real = images(4, 1)
+    step.discriminator_loss(real, torch.arange(4))
+    step.generator_loss(torch.arange(4), real)
+    paired = variant == "r3gan"
+    assert len(seen) == (6 if paired else 4)  # R1 and R2 of the same draws, and real images in the generator's step
+    different = 5 if paired else 4
+    assert len({tuple(drawn.tolist()) for drawn in seen}) == different
 
 
 @pytest.mark.parametrize("augment", ["ada", "diffaugment"])
