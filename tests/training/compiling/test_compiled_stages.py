@@ -238,7 +238,11 @@ def test_a_run_may_start_in_one_form_and_resume_in_the_other(tmp_path, own_cache
     text = train(tmp_path, "--compile", "on", "--deterministic", "--kimg", "0.2", resume=True)
     assert "8 px: compiled from 0.104 kimg on" in text
     text = train(tmp_path, "--compile", "off", "--kimg", "0.3", resume=True)
-    assert [row["form"] for row in rows(tmp_path)][::12] == ["eager", "compiled", "eager"]
+    forms = (
+        [(row["images"] > 104) + (row["images"] > 200) for row in rows(tmp_path)],
+        [r["form"] for r in rows(tmp_path)],
+    )
+    assert set(zip(*forms, strict=True)) == {(0, "eager"), (1, "compiled"), (2, "eager")}
 
 
 @pytest.mark.slow
