@@ -20,6 +20,7 @@ from fastgan.training.stage import ActiveStage
 # Assumed before anything is measured: a compiled step saves this share of a step's time, and compiling both programs
 # of a stage takes this long, beside training.
 _SAVED, _COMPILE_SECONDS = 0.25, 90.0
+_WARM_UP_SECONDS = 20.0  # of training, whose speed says nothing yet
 
 
 def unsupported_reason(config: Config, world: ProcessGroup) -> str | None:
@@ -61,6 +62,7 @@ class Compilation:
         self._notes = [f"--compile: off, {reason}"] if reason is not None and config.system.compile == "on" else []
         self._builder: ProgramBuilder | None = None
         self._phase: tuple[ActiveStage, bool] | None = None
+        self._first_log: float | None = None
         self._settled = False  # whether the form of the phase is decided
         self.resumes_compiled = False
         """Whether the run that is resumed was compiled where it stopped; it then waits for its programs."""
@@ -114,7 +116,9 @@ class Compilation:
         if stage.refusal is not None:
             self._notes.append(f"{stage.resolution} px: eager, {stage.refusal}")
             stage.refusal = None
-        if self._builder is None and self._config.system.compile == "auto":
+        self._first_log = self._first_log or time.monotonic()
+        warm = time.monotonic() - self._first_log > _WARM_UP_SECONDS
+        if self._builder is None and self._config.system.compile == "auto" and warm:
 
             def earned(planned: Stage, left: int) -> bool:
                 # A step of twice the resolution takes about three times as long.

@@ -20,7 +20,7 @@ from fastgan import data
 from fastgan.cli.train import parse
 from fastgan.compiled.program import CompileError, file_of
 from fastgan.config.variants import VARIANTS
-from fastgan.training.compiling import programs
+from fastgan.training.compiling import compilation, programs
 from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, build, load
 from fastgan.training.distributed import process_group as processes
 from fastgan.training.trainer import Trainer
@@ -255,3 +255,35 @@ def test_compiled_ranks_train_as_one_eager_process(engine, tmp_path, own_cache):
     launch(Path(__file__).parents[2] / "helpers" / "ranks.py", several, tmp_path, 2, engine)
     assert "--n-critic 2" in FLAGS["wgan-gp"]
     assert_same_weights(load_file(tmp_path / "eager.safetensors"), load_file(tmp_path / "compiled.safetensors"))
+
+
+def test_auto_starts_to_compile_where_the_run_is_long_enough_to_earn_it(tmp_path, monkeypatch):
+    started: list[Any] = []
+
+    class Builder:
+        def __init__(self, specs: Any, device: torch.device) -> None:
+            started.append([(spec.resolution, spec.fade) for spec in specs])
+
+        def failure(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    clock = itertools.count(step=10)
+    monkeypatch.setattr(compilation, "ProgramBuilder", Builder)
+    monkeypatch.setattr(compilation.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(ProgramSpec, "compiled", lambda *_: False)
+    trainer = make("pggan", tmp_path, "--kimg", "40")
+    for mode, speed, expected in (
+        ("off", 1.0, []),
+        ("auto", 1e9, []),  # over in no time
+        ("auto", 20.0, [[(4, False), (8, True), (8, False)]]),
+        ("auto", 60.0, [[(8, True), (8, False)]]),  # a step of 8 px takes three times as long
+    ):
+        started.clear()
+        config = dataclasses.replace(trainer.config, system=dataclasses.replace(trainer.config.system, compile=mode))
+        chosen = compilation.Compilation(config, trainer.world, trainer.stages, channels=1, num_classes=10)
+        chosen.follow(trainer.stage, 0)
+        for _ in range(5):
+            chosen.at_log(trainer.stage, 0, speed)
+        assert started == expected
+        chosen.close()
