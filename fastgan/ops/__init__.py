@@ -1,5 +1,6 @@
 """Operations of generative adversarial networks. They need torch alone, not the rest of the package."""
 
+from fastgan.ops import qualification as _qualification
 from fastgan.ops.attention import scaled_dot_product_attention
 from fastgan.ops.avg_pool2d import avg_pool2d, interpolate_nearest
 from fastgan.ops.backend import backends, use_backend
@@ -10,6 +11,8 @@ from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.penalty import gradient_penalty, wasserstein_divergence, zero_centered_penalty
 from fastgan.ops.pixel_norm import pixel_norm
 from fastgan.ops.scaled_conv import conv2d_downsample, upsample_conv2d
+
+_qualification.configure(enabled=True)
 
 __all__ = [
     "avg_pool2d",

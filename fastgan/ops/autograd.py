@@ -92,6 +92,13 @@ def autocast_enabled(x: Tensor) -> bool:
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
+def computes_in(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product of `x`: autocast's, where that is on."""
+    if not autocast_enabled(x) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Context in which autocast is off for the device of `x`."""
     if torch.compiler.is_compiling() or not autocast_enabled(x):

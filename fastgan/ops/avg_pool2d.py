@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,42 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import SMALL_NUMEL, dense, require_floating
 from fastgan.ops.autograd import tracked
-from fastgan.ops.backend import LEAN, Op
+from fastgan.ops.backend import LEAN, NATIVE, Op, by_size
 from fastgan.ops.kernel_registry import kernel_implementations
 from fastgan.ops.torch_private import in_forward_mode, upsample_bilinear2d
 
+
+def _native_unsupported_reason(*inputs: Tensor, kernel_size: int = 2) -> str | None:
+    even = kernel_size == 2 and all(x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0 for x in inputs)
+    return None if even else "it supports squares of 2x2 and even sizes"
+
+
+def _native_not_preferred(*inputs: Tensor, **_: int) -> str | None:
+    small = inputs and inputs[0].is_cpu and inputs[0].numel() <= SMALL_NUMEL and not in_forward_mode()
+    return None if small else f"the default on a CPU up to {SMALL_NUMEL} elements, in reverse mode"
+
+
+def _cpp_not_preferred(*inputs: Tensor, **options: int) -> str | None:
+    native = inputs and (_native_unsupported_reason(*inputs, **options) or _native_not_preferred(*inputs)) is None
+    return f"PyTorch's own ops are faster up to {SMALL_NUMEL} elements" if native else None
+
+
+def _classify(x: Tensor, kernel_size: int = 2) -> tuple[object, ...]:
+    return *by_size(x)[:-1], (kernel_size,)
+
+
 AVG_POOL2D = Op(
-    "avg_pool2d", {"cpp": kernel_implementations("avg_pool2d")["cpp"], "lean": LEAN}, supports_forward_mode=True
+    "avg_pool2d",
+    {
+        "cpp": replace(kernel_implementations("avg_pool2d")["cpp"], not_preferred_reason=_cpp_not_preferred),
+        "native": replace(
+            NATIVE, unsupported_reason=_native_unsupported_reason, not_preferred_reason=_native_not_preferred
+        ),
+        "lean": LEAN,
+    },
+    supports_forward_mode=True,
+    classify=_classify,
+    variant=("kernel",),
 )
 Op("interpolate_nearest")
 
@@ -30,7 +61,7 @@ def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -
     Args:
         x: [N, C, H, W], any floating-point dtype.
         kernel_size: k, the side of the squares.
-        backend: "cpp", "lean" (PyTorch's kernels) or "torch" (PyTorch's own function).
+        backend: "cpp", "native" (2x2 alone), "lean" (PyTorch's kernels) or "torch" (PyTorch's own function).
 
     Returns:
         [N, C, H // k, W // k].
@@ -44,9 +75,11 @@ def avg_pool2d(x: Tensor, kernel_size: int = 2, *, backend: str | None = None) -
     require_floating("x", x)
     if x.ndim != 4 or min(x.shape[2:]) < kernel_size:
         raise ValueError(f"x must be [N, C, H, W], H and W at least {kernel_size}, got shape {tuple(x.shape)}")
-    if kernel_size == 2 and AVG_POOL2D.allows_fast_path(backend) and is_small_and_even(x):
+    if kernel_size == 2 and AVG_POOL2D.allows_fast_path(backend, x) and is_small_and_even(x):
         return halve(x)
-    name = AVG_POOL2D.choose(backend, x)
+    name = AVG_POOL2D.choose(backend, x, kernel_size=kernel_size)
+    if name == "native":
+        return halve(x)
     if name == "torch" or (name == "lean" and torch.compiler.is_compiling()):
         return F.avg_pool2d(x, kernel_size)
     return _AvgPool.apply(x, kernel_size, name) if tracked(x) else _pool(x, kernel_size, name)

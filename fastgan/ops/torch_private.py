@@ -58,6 +58,13 @@ dispatcher_has_kernel: Callable[[str, str], bool] = _private("_C._dispatch_has_k
 flash_attention_for_cpu: Any = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu")
 flash_attention_for_cpu_backward: Any = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
 
+# Dispatch modes that are active in this thread: make_fx, FakeTensorMode, counters of operations. Missing: as if there
+# were one, so that nothing is measured but by `fastgan doctor --qualify`.
+dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or (lambda: 1)
+
+# The number of the backward pass that runs this thread, or -1 outside of one. Missing: as if there were one.
+backward_pass: Callable[[], int] = _private("_C._current_graph_task_id") or (lambda: 0)
+
 _foreach_clamp_min_ = _private("_foreach_clamp_min_")
 _foreach_clamp_max_ = _private("_foreach_clamp_max_")
 
