@@ -39,7 +39,9 @@ ARROWS: dict[str, set[str]] = {
     "training.observability": {"", "data", "errors", "utils"},
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
     "training.distributed": {"training.observability", "training.resilience", "", "config", "errors", "utils"},
-    "training.checkpoints": {"training.distributed", "", "checkpoint", "config", "errors", "utils"},
+    "training.checkpoints": {
+        *("training.distributed", "training.observability", "", "checkpoint", "config", "errors", "ops", "utils"),
+    },
     "training": {
         *("training.checkpoints", "training.distributed", "training.observability", "training.resilience"),
         *(
@@ -55,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
             "models",
             "objectives",
         ),
-        *("planning", "utils"),
+        *("ops", "planning", "utils"),
     },
     # Commands put everything together, and nothing imports them but the files that start them.
     "cli": {

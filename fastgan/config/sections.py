@@ -196,6 +196,9 @@ class System(_Section):
     """Use deterministic kernels alone: the same machine computes the same bits."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Of images and convolution weights; auto: channels_last."""
+    qualify: bool = True
+    """Let the ops run what is right and fastest on this machine, measured once; else, and with --deterministic, the
+    shipped choices."""
     sync_bn: bool = False
     """Batch-norm statistics over all ranks (GPU only)."""
     threads: Annotated[int | None, at_least(1)] = None

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import SMALL_NUMEL, dense, require_floating
 from fastgan.ops.autograd import tracked
-from fastgan.ops.backend import LEAN, NATIVE, Op, by_size
+from fastgan.ops.backend import LEAN, NATIVE, Op, size_class
 from fastgan.ops.kernel_registry import kernel_implementations
 from fastgan.ops.torch_private import in_forward_mode, upsample_bilinear2d
 
@@ -34,7 +34,7 @@ def _cpp_not_preferred(*inputs: Tensor, **options: int) -> str | None:
 
 
 def _classify(x: Tensor, kernel_size: int = 2) -> tuple[object, ...]:
-    return *by_size(x)[:-1], (kernel_size,)
+    return x.device, x.dtype, x.is_contiguous(), size_class(x.numel()), (kernel_size,)
 
 
 AVG_POOL2D = Op(

@@ -71,9 +71,12 @@ NATIVE = Implementation(note="PyTorch's own ops, without an autograd Function; n
 OPS: dict[str, Op] = {}
 
 
+_SIZES = [min(max((bits + 1) // 2, 5), 11) for bits in range(65)]
+
+
 def size_class(elements: int) -> int:
     """k of a number of elements in (4^(k-1), 4^k]; 5 for all below, and 11 (4 million) for all above."""
-    return min(max(((elements - 1).bit_length() + 1) // 2, 5), 11)
+    return _SIZES[(elements - 1).bit_length()]
 
 
 class CallClass(NamedTuple):
@@ -181,7 +184,7 @@ class Op:
             return "torch"
         requested = self.requested(backend)
         if requested is None:
-            decision = None if forward_mode else self.decision(inputs, options)
+            decision = None if _decide is None or forward_mode else self.decision(inputs, options)
             if decision is None:
                 return self.shipped(*inputs, **options)
             for name, it in decision.candidates:
@@ -199,7 +202,7 @@ class Op:
 
     def decision(self, inputs: tuple[Tensor | None, ...], options: Mapping[str, object]) -> Decision | None:
         """What was measured for this call, which may be measured now; None where the shipped table decides."""
-        if _decide is None or not inputs or not is_measurable(inputs[0]) or _deterministic():
+        if not inputs or _decide is None or not is_measurable(inputs[0]) or _deterministic():
             return None
         key = self.classify(*inputs, **options)
         try:

@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
@@ -136,11 +136,7 @@ def _known_or_measured(
     op: Op, key: CallClass, label: str, inputs: tuple[Tensor | None, ...], options: Mapping[str, object]
 ) -> Decision | None:
     store = _store(key.device)
-    names = [
-        name
-        for name, it in op.implementations.items()
-        if it.unsupported_reason(*inputs, **options) is None and (key.device.type, key.dtype, name) not in op.wrong
-    ]
+    names = _candidates(op, key, inputs, options)
     entry = _usable(store, label, names)
     if entry is None and can_measure(inputs) and len(names) > 1:
         entry = _measured(store, op, key, label, inputs, options, names)
@@ -148,6 +144,15 @@ def _known_or_measured(
         shapes = tuple(None if x is None else (x.shape, x.is_contiguous()) for x in inputs)
         _pending[op.name, key] = (shapes, dict(options))
     return None if entry is None else _decision(op, entry["order"], entry["forms"], entry["why"])
+
+
+def _candidates(op: Op, key: CallClass, inputs: tuple[Tensor | None, ...], options: Mapping[str, object]) -> list[str]:
+    """Implementations that can run a call and were not wrong here."""
+    return [
+        name
+        for name, it in op.implementations.items()
+        if it.unsupported_reason(*inputs, **options) is None and (key.device.type, key.dtype, name) not in op.wrong
+    ]
 
 
 def _usable(store: Store, label: str, names: list[str]) -> dict[str, Any] | None:
@@ -185,13 +190,18 @@ def _measured(
         reason = f"{type(error).__name__}: {first_line(error)}"
         _say(f"{label} could not be measured, and the shipped table decides ({reason})")
         return None
+    _require_device(op, entry)
+    return entry
+
+
+def _require_device(op: Op, entry: Mapping[str, Any]) -> None:
+    """Raise if the measurement has left the GPU unusable."""
     if not entry["order"]:
         broken = next(f"{name}: {it['wrong']}" for name, it in entry["forms"].items() if it.get("wrong"))
         raise RuntimeError(
             f"{op.name} ({broken}) has left the GPU unusable for this process; it is noted and will not be used again: "
             "start again"
         )
-    return entry
 
 
 def _entry(
@@ -223,7 +233,7 @@ def _found(
     """What is measured; twice where it speaks against the shipped table, the least times of both."""
     found = measure(op, key, inputs, options, names)
     shipped = op.shipped(*inputs, **options)
-    if choose_from(found, shipped)[0][0] == shipped or shipped not in found:
+    if shipped not in found or found[shipped].wrong or choose_from(found, shipped)[0][0] == shipped:
         return found
     again = measure(op, key, inputs, options, names)
     return {name: min(it, again[name], key=lambda m: (m.wrong is None, m.cost)) for name, it in found.items()}
@@ -248,8 +258,10 @@ def choose_from(found: Mapping[str, Measurement], shipped: str) -> tuple[list[st
     """
     right = {name: it.cost for name, it in found.items() if it.wrong is None}
     order = sorted(right, key=lambda name: (found[name].zeros, right[name], backend.PREFERENCE.index(name)))
-    if shipped not in right or right[shipped] == math.inf:
-        return order, "the fastest" if right[order[0]] < math.inf else "none could be timed"
+    if shipped not in right or right[shipped] == math.inf > right[order[0]]:
+        return order, "the fastest"
+    if right[shipped] == math.inf:
+        return sorted(order, key=lambda name: name != shipped), "the shipped choice; none could be timed"
     if found[order[0]].zeros < found[shipped].zeros:
         return order, f"{shipped}, the shipped choice, sends zeros back in second order"
     ratio = right[shipped] / right[order[0]]
@@ -291,6 +303,27 @@ def _exclude_and_report(label: str, entry: Mapping[str, Any]) -> None:
             f"{op}: {form} is wrong on this machine and is not used ({reason}); "
             "please report it with the output of `fastgan doctor --qualify`"
         )
+
+
+def qualify(name: str, inputs: tuple[Tensor | None, ...], options: Mapping[str, object]) -> tuple[str, dict[str, Any]]:
+    """Measure the class of a call, also where it is known, and use it from now on.
+
+    Returns:
+        Label of the class, and its entry in the cache: "order", "why", "shape" and "forms", as `Measurement`.
+
+    Raises:
+        Unwritable: the cache cannot be written.
+    """
+    op = OPS[name]
+    key = CallClass(*op.classify(*inputs, **options))  # type: ignore[arg-type]
+    label, store = label_of(op, key), _store(key.device)
+    with _lock, store.locked():
+        entry = _entry(store, op, key, inputs, options, _candidates(op, key, inputs, options))
+        _exclude_and_report(label, entry)
+        store.add(label, entry)
+        op.decisions[key] = _decision(op, entry["order"], entry["forms"], entry["why"])
+    _require_device(op, entry)
+    return label, entry
 
 
 def pending() -> int:
@@ -342,6 +375,34 @@ def record(device: torch.device) -> dict[str, Any]:
                 names = None if decision is None else [name for name, _ in decision.candidates]
                 classes[label_of(op, CallClass(*key))] = names  # type: ignore[arg-type]
     return {"shipped": None, "machine": machine(device), "classes": classes}
+
+
+def summary(device: torch.device) -> str:
+    """One line: what ran in this process that the shipped table would not have chosen."""
+    off = mode()
+    if off is not None:
+        return f"implementations by the shipped table ({off})"
+    found = record(device)["classes"]
+    measured = [label for label, order in found.items() if order is not None]
+    rest = len(found) - len(measured)
+    return f"implementations: {len(measured)} classes of calls by measurement, {rest} by the shipped table"
+
+
+def conflict(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line about a class that ranks decide differently, as they may where hosts share no cache; None: no such class.
+
+    Args:
+        records: what `record` returned on each rank.
+    """
+    seen: dict[str, tuple[int, Any]] = {}
+    for rank, stored in enumerate(records):
+        for label, order in stored["classes"].items():
+            first, others = seen.setdefault(label, (rank, order))
+            if (others or [None])[0] != (order or [None])[0]:
+                one, two = (it[0] if it else "the shipped one" for it in (others, order))
+                choices = f"rank {first} chose {one}, rank {rank} {two}"
+                return f"ranks differ in the implementation of {label}: {choices}; a resume takes rank 0's everywhere"
+    return None
 
 
 def adopt(stored: Mapping[str, Any] | None, device: torch.device) -> str | None:

@@ -260,7 +260,9 @@ def test_argument_errors() -> None:
         bias_act([1.0])
     with pytest.raises(ValueError, match=r"x must be \[N, C, ...\], got 1 dimensions"):
         bias_act(torch.zeros(3))
-    with pytest.raises(ValueError, match="backend must be triton, cuda, cpp, native, lean, torch for bias_act, got 'chunked'"):
+    with pytest.raises(
+        ValueError, match="backend must be triton, cuda, cpp, native, lean, torch for bias_act, got 'chunked'"
+    ):
         bias_act(x, backend="chunked")
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastgan import __version__, checkpoint
 from fastgan.errors import ArgumentError
+from fastgan.ops import qualification
+from fastgan.training.observability.rank_log import LOGGER
 
 if TYPE_CHECKING:
     from fastgan.training.trainer import Trainer
@@ -47,6 +49,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
         "seed": config.run.seed,
         "optimizer": config.optimizer.optimizer,
         "data": trainer.feed.pipeline.state_dict(),
+        "implementations": qualification.record(trainer.world.device),
     }
 
 
@@ -61,6 +64,9 @@ def write(trainer: Trainer) -> Path:
     """
     world, run, last_good = trainer.world, trainer.run_path, trainer.last_good
     stored, meta, ema = tensors(trainer), description(trainer), dict(trainer.stage.ema.module.state_dict())
+    differing = qualification.conflict(world.gather(meta["implementations"]))
+    if differing is not None:
+        LOGGER.warning(differing)
     failure = None
     if world.main:
         try:
