@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ def run(out: str | None) -> None:
     off = qualification.mode()
     if off is not None:
         raise ArgumentError("--qualify", True, f"nothing can be measured: {off}")
+    if out is not None and not (
+        Path(out).absolute().parent.is_dir() and os.access(Path(out).absolute().parent, os.W_OK)
+    ):
+        raise ArgumentError("--out", out, "must be a file in an existing, writable folder")
     print("implementations on this machine, forward and both backward passes (with nothing else running, please)")
     print(_FORMAT.format(*_HEADER))
     results: list[dict[str, Any]] = []
@@ -63,9 +68,9 @@ def lines(label: str, entry: dict[str, Any]) -> list[str]:
         it = entry["forms"][form]
         error = "inf" if it["error"] is None else f"{it['error']:.1e}"
         device, host = ("-" if it[key] is None else f"{it[key]:.0f}" for key in ("device_us", "host_us"))
-        chosen = (
-            f"yes: {entry['why']}" if form == entry["order"][0] else f"WRONG: {it['wrong']}" if it["wrong"] else "no"
-        )
+        chosen = f"WRONG: {it['wrong']}" if it["wrong"] else "no"
+        if form == entry["order"][0]:
+            chosen = f"yes: {entry['why']}"
         rows.append(_FORMAT.format(op, dtype, " ".join(rest), form, error, device, host, chosen))
     return rows
 

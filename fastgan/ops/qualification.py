@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
@@ -37,6 +38,7 @@ from fastgan.ops.qualification_measure import DeviceBroken, Measurement, is_meas
 from fastgan.ops.torch_private import backward_pass, dispatch_modes, in_forward_mode
 from fastgan.utils.text import first_line
 
+_BUSY_SECONDS = 3600.0  # until a class is measured again that other programs did not let be timed
 _GAIN = 0.9  # another implementation than the shipped one takes less than this part of its time
 
 _lock = threading.RLock()
@@ -156,9 +158,11 @@ def _candidates(op: Op, key: CallClass, inputs: tuple[Tensor | None, ...], optio
 
 
 def _usable(store: Store, label: str, names: list[str]) -> dict[str, Any] | None:
-    """The entry of a class, if it knows every implementation that can run the call."""
+    """The entry of a class, if it knows every implementation that can run the call, and all could be timed."""
     entry = store.classes.get(label)
-    return entry if entry is not None and set(names) <= set(entry["forms"]) else None
+    if entry is None or not set(names) <= set(entry["forms"]) or entry.get("until", math.inf) < time.time():
+        return None
+    return entry
 
 
 def _measured(
@@ -224,7 +228,11 @@ def _entry(
         return {"order": [], "why": "the GPU was left unusable", "shape": list(first.shape), "forms": wrong}
     order, why = choose_from(found, op.shipped(*inputs, **options))
     forms = {**wrong, **{name: _plain(it) for name, it in found.items()}}
-    return {"order": order, "why": why, "shape": list(first.shape), "forms": forms}
+    entry: dict[str, Any] = {"order": order, "why": why, "shape": list(first.shape), "forms": forms}
+    if any(it.device_us == math.inf or it.host_us == math.inf for it in found.values()):
+        entry["until"] = time.time() + _BUSY_SECONDS
+        _say("other programs are running: what they did not let be timed runs by the shipped table, for an hour")
+    return entry
 
 
 def _found(
@@ -258,10 +266,10 @@ def choose_from(found: Mapping[str, Measurement], shipped: str) -> tuple[list[st
     """
     right = {name: it.cost for name, it in found.items() if it.wrong is None}
     order = sorted(right, key=lambda name: (found[name].zeros, right[name], backend.PREFERENCE.index(name)))
-    if shipped not in right or right[shipped] == math.inf > right[order[0]]:
+    if shipped not in right:
         return order, "the fastest"
     if right[shipped] == math.inf:
-        return sorted(order, key=lambda name: name != shipped), "the shipped choice; none could be timed"
+        return sorted(order, key=lambda name: name != shipped), "the shipped choice, which could not be timed"
     if found[order[0]].zeros < found[shipped].zeros:
         return order, f"{shipped}, the shipped choice, sends zeros back in second order"
     ratio = right[shipped] / right[order[0]]
@@ -389,7 +397,7 @@ def summary(device: torch.device) -> str:
 
 
 def conflict(records: Sequence[Mapping[str, Any]]) -> str | None:
-    """One line about a class that ranks decide differently, as they may where hosts share no cache; None: no such class.
+    """One line about a class that ranks decide differently, as they may where hosts share no cache; else None.
 
     Args:
         records: what `record` returned on each rank.

@@ -171,4 +171,5 @@ def _is_entry(entry: Any) -> bool:
         and all(isinstance(it, dict) for it in forms.values())
         and all(isinstance(name, str) and name in forms for name in entry["order"])
         and isinstance(entry.get("why"), str)
+        and isinstance(entry.get("until", 0.0), float)
     )

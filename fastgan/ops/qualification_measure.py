@@ -42,7 +42,7 @@ class Measurement:
         wrong: why it is wrong; None when it is right.
         zeros: second derivatives that it returns though they are zero: other layers then compute with them.
         device_us: time of forward, backward and second backward on the device, in microseconds; None where it was not
-            timed.
+            timed, infinite where other programs did not let it.
         host_us: time of the same on the host, in microseconds.
     """
 
@@ -268,12 +268,27 @@ def _rounds(runs: dict[str, Callable[[], float]], seconds: float = _SECONDS) -> 
     return least
 
 
+def interruptions() -> int:
+    """How often the system has taken a core from a thread of this process for another one; 0 where it does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 def _clock(run: Callable[[], None], repeats: int = 1) -> Callable[[], float]:
+    """Seconds of one run; infinite where it was interrupted more than 20 times a second.
+
+    On a busy machine threads wait for one that has no core, and a run of 0.1 ms takes 60 ms, each time.
+    """
+
     def timed() -> float:
-        began = time.perf_counter()
+        before, began = interruptions(), time.perf_counter()
         for _ in range(repeats):
             run()
-        return (time.perf_counter() - began) / repeats
+        seconds = time.perf_counter() - began
+        return seconds / repeats if interruptions() - before <= 20 * seconds else math.inf
 
     return timed
 

@@ -41,6 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     os.environ.pop("FASTGAN_QUALIFY", None)
     os.environ["XDG_CACHE_HOME"] = str(tmp_path)
     monkeypatch.setattr(qualification_measure, "_SECONDS", 0.01)
+    monkeypatch.setattr(qualification_measure, "interruptions", lambda: 0)
     qualification.configure(enabled=True)
     yield tmp_path / "fastgan" / "qualification"
     os.environ.clear()
@@ -620,3 +621,29 @@ def test_float64_oracle_sees_what_float32_computes() -> None:
         inputs = (x.to(dtype),)
         found = measure(op, CallClass(*op.classify(*inputs)), inputs, {"eps": 1e-8}, ["torch"])
         assert found["torch"].wrong is None and found["torch"].error == found["torch"].plain_error
+
+
+# --- a busy machine --------------------------------------------------------------------------------------------------
+
+
+def test_times_of_a_busy_machine_decide_nothing(
+    calls: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    counts = iter(range(0, 10**9, 50))
+    monkeypatch.setattr(qualification_measure, "interruptions", lambda: next(counts))
+    x, w = torch.randn(2, 3, 4, 4), torch.randn(3, 5, 4, 4)
+    ops.conv_transpose2d(x, w)
+    ops.conv_transpose2d(x, w)
+    assert calls == ["conv_transpose2d"]
+    assert entry(folder)["order"][0] == "lean" and entry(folder)["forms"]["torch"]["device_us"] is None
+    assert capfd.readouterr().err.count("other programs are running") == 1
+    anew()
+    ops.conv_transpose2d(x, w)  # another process, soon: it agrees
+    assert calls == ["conv_transpose2d"]
+    later = time.time() + 4000.0
+    monkeypatch.setattr(time, "time", lambda: later)
+    monkeypatch.setattr(qualification_measure, "interruptions", lambda: 0)
+    anew()
+    ops.conv_transpose2d(x, w)  # another process, later
+    assert len(calls) > 1 and "until" not in entry(folder)
+    assert entry(folder)["forms"]["torch"]["device_us"] > 0
