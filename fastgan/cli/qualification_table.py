@@ -38,9 +38,8 @@ def run(out: str | None) -> None:
     off = qualification.mode()
     if off is not None:
         raise ArgumentError("--qualify", True, f"nothing can be measured: {off}")
-    if out is not None and not (
-        Path(out).absolute().parent.is_dir() and os.access(Path(out).absolute().parent, os.W_OK)
-    ):
+    parent = None if out is None else Path(out).absolute().parent
+    if parent is not None and not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ArgumentError("--out", out, "must be a file in an existing, writable folder")
     print("implementations on this machine, forward and both backward passes (with nothing else running, please)")
     print(_FORMAT.format(*_HEADER))

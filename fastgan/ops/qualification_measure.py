@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -98,20 +98,13 @@ def _measure(op: Op, key: CallClass, cases: Cases, names: Sequence[str]) -> dict
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.synchronize(device)  # the work of the caller's streams would be in the times
-    found = {name: _compare(op, key, cases, name) for name in names}
-    timed = [
-        name for name, it in found.items() if it.wrong is None and _runs(op, key, cases, cases.timed, name) is None
-    ]
-    times = _times(key, cases, timed)
+    oracles = _oracles(key, cases)
+    found = {name: _compare(op, key, oracles, name) for name in names}
+    times = _times(op, key, cases, [name for name, it in found.items() if it.wrong is None])
     return {
         name: Measurement(it.error, it.plain_error, it.wrong, it.zeros, *times.get(name, (None, None)))
         for name, it in found.items()
     }
-
-
-def _runs(op: Op, key: CallClass, cases: Cases, case: Case, name: str) -> str | None:
-    tensors = cases.tensors(case, key.dtype, key.device)
-    return op.implementations[name].unsupported_reason(*tensors, **case.options)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -126,7 +119,7 @@ def derivatives(call: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -
     first = torch.autograd.grad(y, given, dy, create_graph=True, allow_unused=True)
     tracked = [(g, _cotangent(g, 2 + i)) for i, g in enumerate(first) if g is not None and g.requires_grad]
     if not tracked:
-        return [y, *first]
+        return [y, *first, *[None] * (len(given) + 1)]
     gs, us = zip(*tracked, strict=True)
     second = torch.autograd.grad(gs, [*given, dy], us, allow_unused=True)
     return [y, *first, *second]
@@ -155,35 +148,60 @@ def _relative_error(ours: Tensor | None, exact: Tensor | None, scale: float) -> 
     return _rms(ours.double() - exact) / (scale if size <= 1e-12 * scale else size)
 
 
-def _compare(op: Op, key: CallClass, cases: Cases, name: str) -> Measurement:
+class _Oracle(NamedTuple):
+    """One case, computed by plain PyTorch.
+
+    Attributes:
+        label: "small" or "odd".
+        case, tensors: the call.
+        exact: value and derivatives in float64.
+        scale: the largest root mean square of those.
+        errors: of plain PyTorch in the dtype at hand.
+    """
+
+    label: str
+    case: Case
+    tensors: list[Tensor | None]
+    exact: list[Tensor | None]
+    scale: float
+    errors: list[float]
+
+
+def _oracles(key: CallClass, cases: Cases) -> list[_Oracle]:
+    made = []
+    for label, case in (("small", cases.small), ("odd", cases.odd)):
+        tensors = cases.tensors(case, key.dtype, key.device)
+        exact = derivatives(partial(case.call, "torch"), [None if x is None else x.double() for x in tensors])
+        plain = derivatives(partial(case.call, "torch"), tensors)
+        scale = max((_rms(x) for x in exact if x is not None), default=0.0) or 1.0
+        errors = [_relative_error(p, e, scale) for p, e in zip(plain, exact, strict=True)]
+        made.append(_Oracle(label, case, tensors, exact, scale, errors))
+    return made
+
+
+def _compare(op: Op, key: CallClass, oracles: Sequence[_Oracle], name: str) -> Measurement:
     """Errors on a small and an odd shape, against plain PyTorch in float64.
 
     An error may be twice that of plain PyTorch in the same dtype, plus eight roundings.
     """
-    worst = worst_plain = 0.0
-    zeros = 0
-    wrong = None
-    for label, case in (("small", cases.small), ("odd", cases.odd)):
-        if _runs(op, key, cases, case, name) is not None:
+    worst, zeros, wrong = 0.0, 0, None
+    worst_plain = max(error for it in oracles for error in it.errors)
+    for label, case, tensors, exact, scale, errors in oracles:
+        if op.implementations[name].unsupported_reason(*tensors, **case.options) is not None:
             continue
-        tensors = cases.tensors(case, key.dtype, key.device)
-        exact = derivatives(partial(case.call, "torch"), [None if x is None else x.double() for x in tensors])
-        plain = derivatives(partial(case.call, "torch"), tensors)
         try:
             ours = derivatives(partial(case.call, name), tensors)
         except torch.OutOfMemoryError:
             continue
         except Exception as error:
             return Measurement(math.inf, worst_plain, _failure(key, name, label, error))
-        scale = max((_rms(x) for x in exact if x is not None), default=0.0) or 1.0
-        for i, (a, e, p) in enumerate(zip(ours, exact, plain, strict=True)):
-            mine, theirs = _relative_error(a, e, scale), _relative_error(p, e, scale)
-            worst, worst_plain = max(worst, mine), max(worst_plain, theirs)
-            limit = 2 * theirs + 8 * torch.finfo(key.dtype).eps
-            if not mine <= limit and wrong is None:
-                given = sum(x is not None for x in tensors)
-                order = "its result" if i == 0 else f"a {'first' if i <= given else 'second'} derivative"
-                wrong = f"error {mine:.1e} in {order}, {label} shape, where plain PyTorch has {theirs:.1e}"
+        given = sum(x is not None for x in tensors)
+        for i, (a, e, theirs) in enumerate(zip(ours, exact, errors, strict=True)):
+            mine = _relative_error(a, e, scale)
+            worst = max(worst, mine)
+            if not mine <= 2 * theirs + 8 * torch.finfo(key.dtype).eps and wrong is None:
+                what = "its result" if i == 0 else f"a {'first' if i <= given else 'second'} derivative"
+                wrong = f"error {mine:.1e} in {what}, {label} shape, where plain PyTorch has {theirs:.1e}"
         zeros = sum(x is not None and not x.any() for x in ours)
     return Measurement(worst, worst_plain, wrong, zeros)
 
@@ -210,12 +228,14 @@ class DeviceBroken(RuntimeError):
 # --- times -----------------------------------------------------------------------------------------------------------
 
 
-def _times(key: CallClass, cases: Cases, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+def _times(op: Op, key: CallClass, cases: Cases, names: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Implementation -> microseconds of forward and both backward passes on the device and on the host."""
     timer = _times_on_gpu if key.device.type == "cuda" else _times_on_cpu
     tensors = cases.tensors(cases.timed, key.dtype, key.device)
     runs = {}
     for name in names:
+        if op.implementations[name].unsupported_reason(*tensors, **cases.timed.options) is not None:
+            continue
         try:
             runs[name] = _pass(cases.timed, name, tensors)
             runs[name]()

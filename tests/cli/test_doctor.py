@@ -21,7 +21,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with monkeypatch.context() as patch:
         patch.delenv("FASTGAN_QUALIFY")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        patch.setattr(qualification_measure, "_times", lambda key, cases, names: dict.fromkeys(names, (100.0, 30.0)))
+        patch.setattr(
+            qualification_measure, "_times", lambda op, key, cases, names: dict.fromkeys(names, (100.0, 30.0))
+        )
         patch.setattr(qualification_beforehand, "SHAPES", [(4, 16, 4, 4)])
         patch.setattr(qualification_beforehand, "QUERIES", [(1, 1, 16, 8)])
         qualification.configure(enabled=True)

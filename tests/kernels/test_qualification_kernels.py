@@ -33,7 +33,7 @@ def qualify(name: str, monkeypatch: pytest.MonkeyPatch) -> Measurement:
     """What the Triton kernels of an op are found to be, on a CPU."""
     op = OPS[name]
     monkeypatch.setitem(op.implementations, "triton", Implementation(note="interpreted"))
-    monkeypatch.setattr(qualification_measure, "_times", lambda key, cases, names: {})
+    monkeypatch.setattr(qualification_measure, "_times", lambda op, key, cases, names: {})
     monkeypatch.setattr(kernels, "TILE", 16)
     inputs, options = CALLS[name]
     with running("cpu"):

@@ -68,13 +68,13 @@ def anew() -> None:
 
 
 def without_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qualification_measure, "_times", lambda key, cases, names: dict.fromkeys(names, (1.0, 1.0)))
+    monkeypatch.setattr(qualification_measure, "_times", lambda op, key, cases, names: dict.fromkeys(names, (1.0, 1.0)))
 
 
 def with_times(monkeypatch: pytest.MonkeyPatch, **times: float) -> None:
     """Microseconds of each implementation, in place of a clock."""
     monkeypatch.setattr(
-        qualification_measure, "_times", lambda key, cases, names: {n: (times[n], 1.0) for n in names if n in times}
+        qualification_measure, "_times", lambda op, key, cases, names: {n: (times[n], 1.0) for n in names if n in times}
     )
 
 

@@ -30,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with monkeypatch.context() as patch:
         patch.delenv("FASTGAN_QUALIFY")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        patch.setattr(qualification_measure, "_times", lambda key, cases, names: dict.fromkeys(names, (1.0, 1.0)))
+        patch.setattr(qualification_measure, "_times", lambda op, key, cases, names: dict.fromkeys(names, (1.0, 1.0)))
         yield tmp_path / "cache"
     qualification.configure(enabled=True)
     torch.set_num_threads(threads)
