@@ -7,7 +7,9 @@ import importlib.metadata
 import platform
 
 from fastgan import __version__, configure_process
+from fastgan.cli import qualification_table
 from fastgan.cli.main import command
+from fastgan.errors import ArgumentError
 from fastgan.utils.text import first_line
 
 # Distribution -> (purpose, command that installs it)
@@ -97,7 +99,21 @@ def _print_kernels() -> None:
 
 @command
 def main(argv: list[str]) -> int:
-    argparse.ArgumentParser(prog="fastgan doctor", description=__doc__).parse_args(argv)
+    parser = argparse.ArgumentParser(prog="fastgan doctor", description=__doc__)
+    parser.add_argument(
+        "--qualify",
+        action="store_true",
+        help="compare and time every implementation of every op on this machine, some minutes with nothing else "
+        "running; a run then finds the results in the user's cache (FASTGAN_QUALIFY=0 switches all of it off)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="JSON file for the results of --qualify (default: benchmarks/results/ of a checkout)",
+    )
+    args = parser.parse_args(argv)
+    if args.out is not None and not args.qualify:
+        raise ArgumentError("--out", args.out, "it is for --qualify: add that, or remove it")
     print(f"fastgan {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     missing = _print_packages()
     from fastgan.data.loading import dali
@@ -113,6 +129,8 @@ def main(argv: list[str]) -> int:
     for name, state in configure_process().items():
         print(f"  {name}: {state}")
     _print_kernels()
+    if args.qualify:
+        qualification_table.run(args.out)
     print("missing" if missing else "nothing is missing")
     for line in missing:
         print(f"  {line}")

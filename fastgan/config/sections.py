@@ -210,6 +210,9 @@ class System(_Section):
     """Compile losses and gradients of each stage, beside training; auto: where the run is long enough to gain by it."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Of images and convolution weights; auto: channels_last."""
+    qualify: bool = True
+    """Let the ops run what is right and fastest on this machine, measured once; else, and with --deterministic, the
+    shipped choices."""
     sync_bn: bool = False
     """Batch-norm statistics over all ranks (GPU only)."""
     threads: Annotated[int | None, at_least(1), at_most(MAX_THREADS)] = None

@@ -1,5 +1,6 @@
 """Operations of generative adversarial networks. They need torch alone, not the rest of the package."""
 
+from fastgan.ops import qualification as _qualification
 from fastgan.ops.activation import abs, hardtanh, leaky_relu, prelu, relu, relu6, threshold
 from fastgan.ops.affine_grid_sample import affine_grid_sample
 from fastgan.ops.attention import scaled_dot_product_attention
@@ -15,6 +16,8 @@ from fastgan.ops.pixel_norm import pixel_norm
 from fastgan.ops.pooling import adaptive_avg_pool2d, adaptive_max_pool2d, max_pool2d
 from fastgan.ops.resample import blur, upfirdn2d
 from fastgan.ops.scaled_conv import conv2d_downsample, upsample_conv2d
+
+_qualification.configure(enabled=True)
 
 __all__ = [
     "abs",

@@ -15,10 +15,11 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, require_floating
 from fastgan.ops.autograd import needs_gradient, non_leaf, tracked
-from fastgan.ops.backend import Op
+from fastgan.ops.backend import Op, by_size
 from fastgan.ops.kernel_registry import kernel_implementations
 
-AFFINE_GRID_SAMPLE = Op("affine_grid_sample", {"cpp": kernel_implementations("affine_grid_sample")["cpp"]})
+_CPP = kernel_implementations("affine_grid_sample")["cpp"]
+AFFINE_GRID_SAMPLE = Op("affine_grid_sample", {"cpp": _CPP}, classify=by_size)
 PADDING_MODES = ("reflection", "zeros")
 
 

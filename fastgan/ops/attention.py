@@ -21,7 +21,7 @@ from fastgan.ops import attention_chunked
 from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import require_number
 from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, form_tag, tracked, without_autocast
-from fastgan.ops.backend import Implementation, Op
+from fastgan.ops.backend import Implementation, Op, size_class
 from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.torch_private import constant_when_compiled, in_forward_mode
@@ -361,6 +361,13 @@ def _kernel_implementations() -> dict[str, Implementation]:
     return {**entries, "triton": replace(triton, unsupported_reason=unsupported_reason)}
 
 
+def _classify(query: Tensor, key: Tensor, value: Tensor, **_: object) -> tuple[object, ...]:
+    """The class of a call, by the number of logits and the power of 2 of the features."""
+    features = query.shape[-1]
+    logits = query.numel() // max(features, 1) * key.shape[-2]
+    return query.device, query.dtype, True, size_class(logits), ((features - 1).bit_length(),)
+
+
 OP = Op(
     "scaled_dot_product_attention",
     {
@@ -371,4 +378,6 @@ OP = Op(
             note="plain PyTorch in blocks of rows, with O(N) memory",
         ),
     },
+    classify=_classify,
+    variant=("features",),
 )

@@ -110,6 +110,23 @@ def form_tag(form: str = "") -> Tensor | None:
     return _TAGS[form]
 
 
+class _Tagged(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tag: Tensor) -> Tensor:
+        ctx.save_for_backward(tag)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def tagged(x: Tensor, form: str) -> Tensor:
+    """x, behind which a form without a Function of ours saves a `form_tag` of its own."""
+    tag = form_tag(form)
+    return x if tag is None else _Tagged.apply(x, tag)
+
+
 class SecondBackward(Function):
     """Runs the kernel of an op's second backward, `apply(op, kernel, *arguments)`; a third derivative raises.
 
@@ -140,6 +157,13 @@ def autocast_enabled(x: Tensor) -> bool:
         return torch.is_autocast_enabled("cpu")
     device = x.device.type
     return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def computes_in(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product of `x`: autocast's, where that is on."""
+    if not autocast_enabled(x) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:

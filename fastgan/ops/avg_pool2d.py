@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastgan.ops import piecewise
 from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import SMALL_NUMEL, dense
 from fastgan.ops.autograd import form_tag, tracked
-from fastgan.ops.backend import LEAN, Op
+from fastgan.ops.backend import LEAN, NATIVE, Op, size_class
 from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_implementations
 from fastgan.ops.piecewise import Rule
@@ -21,12 +22,46 @@ from fastgan.ops.pooling import adaptive_avg_pool2d, empty_like_input, layout_of
 from fastgan.ops.torch_private import in_forward_mode, upsample_bilinear2d
 
 
-def _unsupported_windows(squares: bool = True, **options: object) -> str | None:
-    return None if squares else "it supports squares that do not overlap, without padding"
+def _unsupported_windows(kernel_size: int | None = 2, **options: object) -> str | None:
+    return "it supports squares that do not overlap, without padding" if kernel_size is None else None
 
 
-_KERNELS = kernel_implementations("avg_pool2d", _unsupported_windows)
-AVG_POOL2D = Op("avg_pool2d", {"cpp": _KERNELS["cpp"], "lean": LEAN}, supports_forward_mode=True)
+def _native_unsupported_reason(*inputs: Tensor, kernel_size: int | None = 2) -> str | None:
+    even = kernel_size == 2 and all(x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0 for x in inputs)
+    return None if even else "it supports squares of 2x2 and even sizes"
+
+
+def _native_not_preferred(*inputs: Tensor, **_: int | None) -> str | None:
+    small = inputs and inputs[0].is_cpu and inputs[0].numel() <= SMALL_NUMEL and not in_forward_mode()
+    return None if small else f"the default on a CPU up to {SMALL_NUMEL} elements, in reverse mode"
+
+
+def _cpp_not_preferred(*inputs: Tensor, **options: int | None) -> str | None:
+    native = inputs and (_native_unsupported_reason(*inputs, **options) or _native_not_preferred(*inputs)) is None
+    return f"PyTorch's own ops are faster up to {SMALL_NUMEL} elements" if native else None
+
+
+def _classify(x: Tensor, kernel_size: int | None = 2) -> tuple[object, ...] | None:
+    """The class of a call; other windows than squares have one implementation besides plain PyTorch."""
+    if kernel_size is None:
+        return None
+    return x.device, x.dtype, x.is_contiguous(), size_class(x.numel()), (kernel_size,)
+
+
+_CPP = kernel_implementations("avg_pool2d", _unsupported_windows)["cpp"]
+AVG_POOL2D = Op(
+    "avg_pool2d",
+    {
+        "cpp": replace(_CPP, not_preferred_reason=_cpp_not_preferred),
+        "native": replace(
+            NATIVE, unsupported_reason=_native_unsupported_reason, not_preferred_reason=_native_not_preferred
+        ),
+        "lean": LEAN,
+    },
+    supports_forward_mode=True,
+    classify=_classify,
+    variant=("kernel",),
+)
 INTERPOLATE = Op("interpolate", {"lean": LEAN})
 Op("interpolate_nearest")
 
@@ -48,7 +83,8 @@ def avg_pool2d(
         input: [N, C, H, W] or [C, H, W]; what is not a plain tensor of a floating-point dtype runs in torch's own
             function.
         kernel_size: as in torch, but 2 when not given; the other arguments are as in torch.
-        backend: "cpp" (of squares that do not overlap), "lean" (PyTorch's kernels) or "torch" (PyTorch's own function).
+        backend: "cpp" (of squares that do not overlap), "native" (of such squares of 2x2, and even sizes), "lean"
+            (PyTorch's kernels) or "torch" (PyTorch's own function).
 
     Returns:
         [N, C, H', W'], with the default stride [N, C, H // k, W // k]; or without N.
@@ -57,9 +93,11 @@ def avg_pool2d(
     if foreign(input):
         return fall_through(AVG_POOL2D, avg_pool2d, F.avg_pool2d, (input,), *options, backend=backend)
     k = _side_of_squares(input, options)
-    if k == 2 and AVG_POOL2D.allows_fast_path(backend) and is_small_and_even(input):
+    if k == 2 and AVG_POOL2D.allows_fast_path(backend, input) and is_small_and_even(input):
         return halve(input)
-    name = AVG_POOL2D.choose(backend, input, squares=k is not None)
+    name = AVG_POOL2D.choose(backend, input, kernel_size=k)
+    if name == "native":
+        return halve(input)
     if name == "torch" or (name == "lean" and torch.compiler.is_compiling()):
         return F.avg_pool2d(input, *options)
     if k is not None:

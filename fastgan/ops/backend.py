@@ -4,12 +4,16 @@ Every op has a plain PyTorch implementation, `torch`, which is its reference and
 
 - `triton` and `cuda`: kernels for GPUs; `cpp`: kernels for CPUs (entries made in `fastgan.ops.kernel_registry`);
 - `chunked`: plain PyTorch in blocks, with little memory;
+- `fused`: one convolution of PyTorch's in place of a convolution and a change of scale;
+- `native`: PyTorch's ops in an order that sends no zeros back, without an autograd Function, for small tensors;
 - `lean`: PyTorch's kernels under an autograd Function that skips second derivatives which are zero.
 
-`PREFERENCE` below is the order in which they are considered. The first one that supports a call
-(`Implementation.unsupported_reason`) and is preferred for it (`not_preferred_reason`) runs: `Op.choose`. An op's file
-lists the implementations that it has. `backend=` of a call or `use_backend` around it requests one by name, and then
-one that cannot run raises instead of giving way to another.
+The shipped table is the order `PREFERENCE` below and the crossovers in `Implementation.not_preferred_reason`: the first
+implementation that supports a call (`unsupported_reason`) and is preferred for it runs. Calls of a class that was
+measured on this machine (`Op.classify`: device, dtype, layout, size) run the fastest that was right there instead, see
+`fastgan.ops.qualification`. `Op.choose` is the one place that decides. An op's file lists the implementations that it
+has. `backend=` of a call or `use_backend` around it requests one by name, and then one that cannot run raises instead
+of giving way to another.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +36,10 @@ from fastgan.ops.torch_private import (
     saved_tensors_are_hooked,
 )
 
-PREFERENCE = ("triton", "cuda", "cpp", "chunked", "lean", "torch")
+# In place of an implementation in `_requested`: those of recordings, see `recorded_forms`.
+_RECORDED = "recorded"
+
+PREFERENCE = ("triton", "cuda", "cpp", "chunked", "fused", "native", "lean", "torch")
 
 # Called with the tensors of a call and, as keywords, options of it; or without any, about the machine alone.
 # Returns a reason, or None where there is none.
@@ -49,7 +57,15 @@ def _requests() -> Mapping[str, str]:
 
     A GPU's backward pass runs on such a thread, where a checkpoint calls the ops of the forward pass again.
     """
-    return _requested.get() or (_open[-1] if _open and current_backward() != -1 else {})
+    requested = _requested.get()
+    if requested or not _open or current_backward is None or current_backward() == -1:
+        return requested
+    return _open[-1]
+
+
+def _is_recorded() -> bool:
+    """Whether the call is inside `recorded_forms`."""
+    return _requests().get("*") == _RECORDED
 
 
 def _no_reason(*inputs: Tensor | None, **options: object) -> str | None:
@@ -62,17 +78,15 @@ class Implementation:
 
     Attributes:
         unsupported_reason: why it cannot run these inputs on this machine; None when it can.
-        not_preferred_reason: why it is not the default for inputs that it can run (a measured crossover); None when
-            it is.
+        not_preferred_reason: the shipped table: why it is not the default for inputs that it can run (a crossover
+            measured on another machine); None when it is.
         note: what it is, for `backends`.
-        describe_call: what it does with these inputs, where that depends on them, for `backends`.
         device: the only device type that it runs on; None for any.
     """
 
     unsupported_reason: ReasonFn = _no_reason
     not_preferred_reason: ReasonFn = _no_reason
     note: str = ""
-    describe_call: ReasonFn = _no_reason
     device: str | None = None
 
 
@@ -80,7 +94,71 @@ REFERENCE = Implementation(note="the reference, in plain PyTorch")
 
 LEAN = Implementation(note="PyTorch's kernels; second derivatives that are zero are skipped")
 
+NATIVE = Implementation(note="PyTorch's own ops, without an autograd Function; no zeros are sent back")
+
 OPS: dict[str, Op] = {}
+
+
+_SIZES = [min(max((bits + 1) // 2, 5), 11) for bits in range(65)]
+
+
+def size_class(elements: int) -> int:
+    """k of a number of elements in (4^(k-1), 4^k]; 5 for all below, and 11 (4 million) for all above."""
+    return _SIZES[(elements - 1).bit_length()]
+
+
+class CallClass(NamedTuple):
+    """Calls for which one implementation is the default, once it was measured.
+
+    A plain tuple of the same values stands for it in `Op.choose`, where making one takes a third of the time.
+
+    Attributes:
+        device: where the call runs.
+        dtype: in which it computes.
+        contiguous: whether its first input is; else it is in channels_last, or a view.
+        size: `size_class` of its first input.
+        variant: other integers that matter to this op, as `Op.variant` names them.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    contiguous: bool
+    size: int
+    variant: tuple[int, ...] = ()
+
+
+def by_size(x: Tensor, *_: Tensor | None, **options: object) -> tuple[object, ...]:
+    """The class of a call that depends on its first input alone."""
+    return x.device, x.dtype, x.is_contiguous(), size_class(x.numel()), ()
+
+
+class Decision(NamedTuple):
+    """What was measured for a class of calls.
+
+    Attributes:
+        candidates: implementations that were right, the default first.
+        reasons: implementation -> what was measured, for `backends`.
+    """
+
+    candidates: tuple[tuple[str, Implementation], ...]
+    reasons: Mapping[str, str]
+
+
+_UNKNOWN = Decision((("", Implementation()),), {})
+
+# Called for a class that `Op.choose` meets first; the answer is kept. None: the shipped table decides.
+Decide = Callable[["Op", CallClass, tuple[Tensor | None, ...], Mapping[str, object]], Decision | None]
+_decide: Decide | None = None
+_deterministic = torch.are_deterministic_algorithms_enabled
+
+
+def decide_with(decide: Decide | None) -> None:
+    """Let `decide` measure the classes of calls that are met from now on, or forget what was measured."""
+    global _decide
+    _decide = decide
+    for op in OPS.values():
+        op.decisions.clear()
+        op.wrong.clear()
 
 
 class Op:
@@ -90,15 +168,30 @@ class Op:
         name: of the public function.
         implementations: those besides `torch`, by name.
         supports_forward_mode: whether they can all be differentiated in forward mode (`torch.autograd.forward_ad`).
+        classify: the class of a call, called as `Implementation.unsupported_reason` is; runs in every call. It returns
+            None for calls that the shipped table decides; without it, that decides all.
+        variant: names of the integers in `CallClass.variant`.
+
+    Attributes:
+        decisions: what was measured, by class; None where the shipped table decides.
+        wrong: (device type, dtype, implementation) that gave wrong results on this machine.
     """
 
     def __init__(
-        self, name: str, implementations: dict[str, Implementation] | None = None, supports_forward_mode: bool = False
+        self,
+        name: str,
+        implementations: dict[str, Implementation] | None = None,
+        supports_forward_mode: bool = False,
+        classify: Callable[..., tuple[object, ...] | None] | None = None,
+        variant: tuple[str, ...] = (),
     ) -> None:
         every = {**(implementations or {}), "torch": REFERENCE}
         assert set(every) <= set(PREFERENCE)
         self.name = name
         self.supports_forward_mode = supports_forward_mode
+        self.classify, self.variant = classify, variant
+        self.decisions: dict[tuple[object, ...], Decision | None] = {}
+        self.wrong: set[tuple[str, torch.dtype, str]] = set()
         self.implementations = {name: every[name] for name in PREFERENCE if name in every}
         self._by_device: dict[str | None, list[tuple[str, Implementation]]] = {}
         OPS[name] = self
@@ -115,17 +208,20 @@ class Op:
             ValueError: the request, or that of `use_backend`, names no implementation of this op or one that cannot
                 run.
         """
-        if backend is None and (in_transform() or (in_forward_mode() and not self.supports_forward_mode)):
+        forward_mode = in_forward_mode()
+        if backend is None and (in_transform() or (forward_mode and not self.supports_forward_mode)):
             return "torch"
         requested = self.requested(backend)
         if requested is None:
-            device = inputs[0].device.type if inputs and inputs[0] is not None else None
-            for name, it in self._by_device.get(device) or self._candidates(device):
-                if (
-                    it.unsupported_reason(*inputs, **options) is None
-                    and it.not_preferred_reason(*inputs, **options) is None
-                ):
+            if _open and _is_recorded():
+                return self.recorded(*inputs, **options)
+            decision = None if _decide is None or forward_mode else self.decision(inputs, options)
+            if decision is None:
+                return self.shipped(*inputs, **options)
+            for name, it in decision.candidates:
+                if it.unsupported_reason(*inputs, **options) is None:
                     return name
+            return "torch"
         if requested not in self.implementations:
             raise ValueError(f"backend must be {', '.join(self.implementations)} for {self.name}, got {requested!r}")
         reason = self.implementations[requested].unsupported_reason(*inputs, **options)
@@ -135,24 +231,79 @@ class Op:
             raise ValueError(f"backend {requested!r}: {reason}; can run this call: {others}")
         return requested
 
+    def decision(self, inputs: tuple[Tensor | None, ...], options: Mapping[str, object]) -> Decision | None:
+        """What was measured for this call, which may be measured now; None where the shipped table decides."""
+        if self.classify is None or not inputs or _decide is None or not is_measurable(inputs[0]) or _deterministic():
+            return None
+        key = self.classify(*inputs, **options)
+        if key is None:
+            return None
+        try:
+            return self.decisions[key]
+        except KeyError:
+            return _decide(self, CallClass(*key), inputs, options)  # type: ignore[arg-type]
+
+    def class_of(self, *inputs: Tensor | None, **options: object) -> CallClass | None:
+        """The class of a call; None where it has none, and the shipped table decides."""
+        key = None if self.classify is None else self.classify(*inputs, **options)
+        return None if key is None else CallClass(*key)  # type: ignore[arg-type]
+
+    def shipped(self, *inputs: Tensor | None, **options: object) -> str:
+        """Name of the implementation that runs a call by the shipped table; none that was wrong on this machine."""
+        device = inputs[0].device.type if inputs and inputs[0] is not None else None
+        for name, it in self._by_device.get(device) or self._candidates(device):
+            if (
+                it.unsupported_reason(*inputs, **options) is None
+                and it.not_preferred_reason(*inputs, **options) is None
+                and not (self.wrong and self._was_wrong(name, inputs))
+            ):
+                return name
+        return "torch"
+
+    def _was_wrong(self, name: str, inputs: tuple[Tensor | None, ...]) -> bool:
+        first = inputs[0] if inputs else None
+        return first is not None and (first.device.type, first.dtype, name) in self.wrong
+
+    def recorded(self, *inputs: Tensor | None, **options: object) -> str:
+        """Name of the implementation that runs a call under `recorded_forms`."""
+        right = [
+            name
+            for name in self.recordable()
+            if self.implementations[name].unsupported_reason(*inputs, **options) is None
+            and not (self.wrong and self._was_wrong(name, inputs))
+        ]
+        preferred = (n for n in right if self.implementations[n].not_preferred_reason(*inputs, **options) is None)
+        # `lean` may be left out by the shipped table for `native`, which a compiler has no use for.
+        return next(preferred, "lean" if "lean" in right else "torch")
+
+    def recordable(self) -> tuple[str, ...]:
+        """Implementations that a recording may have, by the shipped table: what a compiler can fuse, if there is any.
+
+        `torch` comes after the others, and launches of Triton leave no operation in a graph.
+        """
+        if "lean" in self.implementations:
+            return tuple(name for name in ("fused", "lean") if name in self.implementations)
+        return tuple(name for name in self.implementations if name not in ("triton", "torch"))
+
     def _candidates(self, device: str | None) -> list[tuple[str, Implementation]]:
         found = [(n, it) for n, it in self.implementations.items() if device is None or it.device in (None, device)]
         self._by_device[device] = found
         return found
 
-    def allows_fast_path(self, backend: str | None) -> bool:
+    def allows_fast_path(self, backend: str | None, *inputs: Tensor | None, **options: object) -> bool:
         """Whether no implementation is requested and the call is eager, differentiated in reverse mode at most.
 
-        The smallest inputs may then skip `choose`, which would take as long as their PyTorch ops. Where a checkpoint
-        watches what is saved, they may not (`autograd.form_tag`).
+        The smallest inputs may then skip `choose`, which would take as long as their PyTorch ops, and run `native`,
+        unless another one was measured to be faster. Where a checkpoint watches what is saved, they may not
+        (`autograd.form_tag`).
         """
-        return (
-            backend is None
-            and not in_transform()
-            and not in_forward_mode()
-            and not _requests()
-            and not saved_tensors_are_hooked()
-        )
+        if backend is not None or in_transform() or in_forward_mode() or _requests() or saved_tensors_are_hooked():
+            return False
+        if self.classify is None or _decide is None or not is_measurable(inputs[0]) or _deterministic():
+            return True
+        key = self.classify(*inputs, **options)
+        decision = None if key is None else self.decisions.get(key, _UNKNOWN)
+        return decision is None or decision.candidates[0][0] == "native"
 
     def requested(self, backend: str | None) -> str | None:
         """The implementation that is requested by name for a call with this `backend`, if any."""
@@ -166,11 +317,22 @@ class Op:
         return requested.get(self.name) or (everywhere if everywhere in self.implementations else None)
 
     def explain(self, *inputs: Tensor | None) -> dict[str, str]:
-        """Implementation -> what it is and why it would run or not, beginning with the one that would run."""
-        chosen = self.choose(None, *inputs)
-        described = self.implementations[chosen].describe_call(*inputs)
-        note = self.implementations[chosen].note
-        lines = {chosen: f"{note}: {described}" if described else note}
+        """Implementation -> what it is and why it would run or not, beginning with the one that would run.
+
+        It measures nothing.
+        """
+        decision = None
+        if self.classify is not None and inputs and is_measurable(inputs[0]) and _decide and not _deterministic():
+            decision = self.decisions.get(self.classify(*inputs) or ())
+        fixed = self.requested(None) is not None or _is_recorded()
+        if fixed or in_transform() or in_forward_mode():
+            chosen, by = self.choose(None, *inputs), "requested, or all that can run in this context"
+        elif decision is None:
+            chosen, by = self.shipped(*inputs), "by the shipped table"
+        else:
+            right = (name for name, it in decision.candidates if it.unsupported_reason(*inputs) is None)
+            chosen, by = next(right, "torch"), "chosen here by measurement"
+        lines = {chosen: f"{self.implementations[chosen].note}; {by}"}
         for name, it in self.implementations.items():
             if name == chosen:
                 continue
@@ -178,9 +340,15 @@ class Op:
             if reason is not None:
                 lines[name] = f"{it.note}; cannot run: {reason}"
             else:
-                reason = it.not_preferred_reason(*inputs) or f"{chosen} comes first"
-                lines[name] = f"{it.note}; can run, not the default: {reason}"
+                reason = decision.reasons.get(name) if decision else it.not_preferred_reason(*inputs)
+                lines[name] = f"{it.note}; can run, not the default: {reason or f'{chosen} comes first'}"
         return lines
+
+
+def is_measurable(x: Tensor | None) -> bool:
+    """Whether calls on x can be measured: it is a dense tensor itself, not of a subclass, on a device that we know."""
+    plain = x.__class__ is Tensor or x.__class__ is torch.nn.Parameter
+    return plain and x.layout is torch.strided and (x.is_cpu or x.is_cuda)  # type: ignore[union-attr]
 
 
 _is_compiling = torch.compiler.is_compiling
@@ -230,7 +398,24 @@ def use_backend(backend: str | None = None, /, **ops: str) -> Iterator[None]:
     for name in ops:
         _require_op(name)
     # A request for every op replaces all requests of outer blocks.
-    requests = {"*": backend, **ops} if backend else {**_requested.get(), **ops}
+    with _request({"*": backend, **ops} if backend else {**_requested.get(), **ops}):
+        yield
+
+
+@contextlib.contextmanager
+def recorded_forms() -> Iterator[None]:
+    """Run ops in a `with` block as a recorded graph is to have them (`fastgan.compiled.recording`), in this thread.
+
+    PyTorch's kernels with lean derivatives, which a compiler can fuse with the rest; of ops that have none, what the
+    shipped table says. Nothing is measured and no measurement counts, so that the same calls are the same graph in
+    every process that has equal `forms_of_recordings`. What is requested by name inside the block has precedence.
+    """
+    with _request({"*": _RECORDED}):
+        yield
+
+
+@contextlib.contextmanager
+def _request(requests: Mapping[str, str]) -> Iterator[None]:
     token = _requested.set(requests)
     _open.append(requests)
     try:

@@ -28,9 +28,10 @@ from fastgan.ops.autograd import (
     needs_gradient,
     non_leaf,
     placeholder,
+    tagged,
     tracked,
 )
-from fastgan.ops.backend import LEAN, Op, in_transform
+from fastgan.ops.backend import LEAN, NATIVE, Op, in_transform, size_class
 from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.torch_private import in_forward_mode
@@ -63,15 +64,36 @@ def _cpp_not_preferred(*inputs: Tensor, act: int = LRELU, **_: Any) -> str | Non
     return f"PyTorch's own ops are faster up to {SMALL_NUMEL} elements" if small and not in_forward_mode() else None
 
 
+def _native_unsupported_reason(*inputs: Tensor, act: int = LRELU, **_: Any) -> str | None:
+    if act != LRELU or in_forward_mode():
+        return "it supports lrelu in reverse mode"
+    plain = all(is_plain_tensor(x) and x.is_cpu and x.dtype == torch.float32 for x in inputs)
+    return None if plain else "it supports float32 on a CPU"
+
+
+def _native_not_preferred(*inputs: Tensor, **_: Any) -> str | None:
+    return None if inputs and inputs[0].numel() <= SMALL_NUMEL else f"kernels are faster beyond {SMALL_NUMEL} elements"
+
+
+def classify(x: Tensor, *inputs: Tensor, act: int = LRELU, **_: Any) -> tuple[object, ...]:
+    """The class of a call: the act decides what its derivatives take."""
+    return x.device, x.dtype, x.is_contiguous(), size_class(x.numel()), (act,)
+
+
 _KERNELS = kernel_implementations("bias_act", unsupported_options)
 OP = Op(
     "bias_act",
     {
         **_KERNELS,
         "cpp": replace(_KERNELS["cpp"], not_preferred_reason=_cpp_not_preferred),
+        "native": replace(
+            NATIVE, unsupported_reason=_native_unsupported_reason, not_preferred_reason=_native_not_preferred
+        ),
         "lean": replace(LEAN, unsupported_reason=_lean_unsupported_reason),
     },
     supports_forward_mode=True,
+    classify=classify,
+    variant=("act",),
 )
 
 
@@ -107,7 +129,7 @@ def bias_act(
         ValueError: shapes or devices that do not fit, or an unknown `act`.
     """
     negative_slope, gain = require_number("negative_slope", negative_slope), require_number("gain", gain)
-    if act == "lrelu" and OP.allows_fast_path(backend) and _is_small(x, bias):
+    if act == "lrelu" and OP.allows_fast_path(backend, x) and _is_small(x, bias):
         small = _small if tracked(x, bias) else reference
         return small(x, bias, LRELU, negative_slope, gain)
     if foreign(x, bias) and not in_transform():
@@ -115,7 +137,10 @@ def bias_act(
     code = require_bias_and_act(x, bias, act)
     options = {"act": code, "negative_slope": negative_slope, "gain": gain}
     name = OP.choose(backend, *((x,) if bias is None else (x, bias)), **options)
-    if name == "torch" or (name == "lean" and in_transform()) or (in_forward_mode() and code not in PIECEWISE_LINEAR):
+    if name == "native" and tracked(x, bias):
+        return _small(tagged(x, "native"), bias, code, negative_slope, gain)
+    plain = name in ("torch", "native") or (name == "lean" and in_transform())
+    if plain or (in_forward_mode() and code not in PIECEWISE_LINEAR):
         return reference(x, bias, code, negative_slope, gain)
     kernels = PYTORCH_KERNELS if name == "lean" else kernel_functions("bias_act", name)
     settings = BiasActSettings(kernels, code, negative_slope, gain)

@@ -26,6 +26,7 @@ from fastgan.ops.bias_act import (
     LRELU,
     PIECEWISE_LINEAR,
     bias_sum,
+    classify,
     require_bias_and_act,
     unsupported_options,
 )
@@ -44,7 +45,12 @@ def _unsupported_options(act: int = LRELU, **options: Any) -> str | None:
     return unsupported_options(**options)
 
 
-OP = Op("bias_act_pixel_norm", kernel_implementations("bias_act_pixel_norm", _unsupported_options))
+OP = Op(
+    "bias_act_pixel_norm",
+    kernel_implementations("bias_act_pixel_norm", _unsupported_options),
+    classify=classify,
+    variant=("act",),
+)
 
 
 def bias_act_pixel_norm(

@@ -18,16 +18,26 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops import torch_functions as F
+from fastgan.ops.arguments import is_channels_last
 from fastgan.ops.autograd import autocast, autocast_enabled, needs_gradient, non_leaf, tracked
 from fastgan.ops.backend import LEAN, Op, in_transform
-from fastgan.ops.conv_products import CPP, Dispatch, Geometry, convolution, dispatch_of, forward
+from fastgan.ops.conv_products import (
+    CONV_VARIANT,
+    CPP,
+    Dispatch,
+    Geometry,
+    classify,
+    convolution,
+    dispatch_of,
+    forward,
+)
 from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.torch_private import in_forward_mode
 
 Ints = int | tuple[int, ...]
 
-CONV2D = Op("conv2d", {"cpp": CPP, "lean": LEAN}, supports_forward_mode=True)
-CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN}, supports_forward_mode=True)
+CONV2D = Op("conv2d", {"cpp": CPP, "lean": LEAN}, True, classify, CONV_VARIANT)
+CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN}, True, classify, CONV_VARIANT)
 Op("linear")
 
 
@@ -140,7 +150,10 @@ def conv2d(
     name = CONV2D.choose(backend, batch, weight, geometry=geometry)
     if name == "torch" or torch.compiler.is_compiling():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    dispatch = dispatch_of(name, CONV2D.requested(backend) is not None, batch, geometry)
+    as_measured = CONV2D.requested(backend) is not None
+    if name == "cpp" and not as_measured and is_channels_last(batch):
+        as_measured = CONV2D.decision((batch, weight), {"geometry": geometry}) is not None
+    dispatch = dispatch_of(name, as_measured, batch, geometry)
     if tracked(input, weight, bias):
         y = convolution(batch, weight, bias, dispatch)
     elif dispatch.cpp_forward:
@@ -192,7 +205,7 @@ def conv_transpose2d(
         groups,
     )
     _require_geometry(geometry, input, weight)
-    name = CONV_TRANSPOSE2D.choose(backend, input, weight)
+    name = CONV_TRANSPOSE2D.choose(backend, input, weight, geometry=geometry)
     if name == "torch" or torch.compiler.is_compiling() or not tracked(input, weight, bias):
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     x, w, bias = autocast(input, weight, bias)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.arguments import dense, dense_like, is_channels_last
-from fastgan.ops.autograd import needs_gradient, non_leaf
-from fastgan.ops.backend import Implementation
+from fastgan.ops.autograd import computes_in, needs_gradient, non_leaf
+from fastgan.ops.backend import Implementation, size_class
 from fastgan.ops.kernel_registry import kernel_implementations
 from fastgan.ops.torch_private import in_forward_mode
 
@@ -81,6 +81,16 @@ def _instructions() -> str:
     return str(torch.ops.fastgan.cpu_instructions())
 
 
+CONV_VARIANT = ("kernel", "stride", "pairs")
+
+
+def classify(x: Tensor, w: Tensor, geometry: Geometry | None = None) -> tuple[object, ...]:
+    """The class of a convolution: pairs of channels matter beside the image."""
+    out, into, kernel, _ = w.shape
+    variant = kernel, 1 if geometry is None else geometry.stride[0], size_class(out * into)
+    return x.device, computes_in(x), x.is_contiguous(), size_class(x.numel()), variant
+
+
 CPP = Implementation(
     unsupported_reason=_cpp_unsupported_reason,
     not_preferred_reason=_cpp_not_preferred_reason,
@@ -89,11 +99,11 @@ CPP = Implementation(
 )
 
 
-def dispatch_of(implementation: str, requested: bool, x: Tensor, geometry: Geometry) -> Dispatch:
-    """The products that the C++ kernels compute, under a chosen implementation that may be the caller's request."""
+def dispatch_of(implementation: str, both: bool, x: Tensor, geometry: Geometry) -> Dispatch:
+    """The products that the C++ kernels compute: `both` where they were requested, or measured to be faster."""
     cpp = implementation == "cpp"
-    # In channels_last oneDNN's forward product is the faster one for a first layer.
-    return Dispatch(geometry, cpp and (requested or not is_channels_last(x)), cpp)
+    # The shipped table: in channels_last oneDNN's forward product is the faster one for a first layer.
+    return Dispatch(geometry, cpp and (both or not is_channels_last(x)), cpp)
 
 
 @cache

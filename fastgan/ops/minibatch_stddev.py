@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_feature_map
 from fastgan.ops.autograd import SecondBackward, form_tag, needs_gradient, non_leaf, tracked
-from fastgan.ops.backend import Op, in_transform
+from fastgan.ops.backend import Op, by_size, in_transform
 from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 
@@ -29,7 +29,7 @@ def _unsupported_options(eps: float = 1.0, **options: object) -> str | None:
     return None if eps > 0 else "it supports only a positive eps"
 
 
-OP = Op("minibatch_stddev", kernel_implementations("minibatch_stddev", _unsupported_options))
+OP = Op("minibatch_stddev", kernel_implementations("minibatch_stddev", _unsupported_options), classify=by_size)
 
 
 def minibatch_stddev(

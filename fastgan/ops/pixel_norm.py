@@ -20,11 +20,11 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_feature_map
 from fastgan.ops.autograd import SecondBackward, add_gradients, form_tag, needs_gradient, non_leaf, placeholder, tracked
-from fastgan.ops.backend import Op, in_transform
+from fastgan.ops.backend import Op, by_size, in_transform
 from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 
-OP = Op("pixel_norm", kernel_implementations("pixel_norm"))
+OP = Op("pixel_norm", kernel_implementations("pixel_norm"), classify=by_size)
 
 
 def pixel_norm(x: Tensor, eps: float = 1e-8, *, backend: str | None = None) -> Tensor:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import SMALL_NUMEL, is_channels_last, is_plain_tensor, require_number
-from fastgan.ops.autograd import autocast_enabled, without_autocast
+from fastgan.ops.autograd import autocast_enabled, computes_in, without_autocast
 from fastgan.ops.avg_pool2d import avg_pool2d, halve, interpolate_nearest
-from fastgan.ops.backend import Implementation, Op, ReasonFn, in_transform
+from fastgan.ops.backend import Implementation, Op, in_transform, size_class
 from fastgan.ops.bias_act import bias_act, require_bias_and_act
 from fastgan.ops.conv import CONV2D, conv2d, conv_transpose2d, require_conv_arguments
 from fastgan.ops.conv_products import Dispatch, Geometry, forward
 from fastgan.ops.scaled_conv_triton import scaled_conv, triton_implementation
-from fastgan.ops.torch_private import upsample_nearest2d
+from fastgan.ops.torch_private import in_forward_mode, upsample_nearest2d
 
 _SAME_SIZE = Dispatch(Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1), cpp_forward=True)
 
@@ -65,7 +65,7 @@ def _with_box(w: Tensor, direction: str, last: bool = False) -> Tensor:
 
 
 def _form(direction: str, pixels: int, pairs: int, last: bool = False, bf16: bool = False) -> str:
-    """The fastest way to compute the op on a CPU.
+    """The shipped table: the fastest way to compute the op on a CPU.
 
     From times on two cores (benchmarks/ops/bench_conv.py). Making the 4x4 kernel takes as long as about a hundred of
     its pixels, and handling it a tenth of a millisecond; in the smallest convolutions Python's autograd Functions take
@@ -80,8 +80,8 @@ def _form(direction: str, pixels: int, pairs: int, last: bool = False, bf16: boo
         bf16: whether it is in bfloat16.
 
     Returns:
-        "fused": one strided convolution; "steps": `conv2d` and the change of scale; "native": the two in PyTorch's
-        own ops.
+        "fused": one strided convolution; "lean": `conv2d` and the change of scale; "native": the two in PyTorch's own
+        ops.
     """
     work = pixels * pairs
     kernel_pays = pixels >= (256 if pairs <= 2**16 or (last and direction == "down") else 400)
@@ -90,7 +90,7 @@ def _form(direction: str, pixels: int, pairs: int, last: bool = False, bf16: boo
         least = 2**22 if direction == "up" and last else 2**21
     if kernel_pays and work >= least and pixels * work >= (2**28 if direction == "down" else 2**30):
         return "fused"
-    return "native" if work <= 2**21 else "steps"
+    return "native" if work <= 2**21 else "lean"
 
 
 def _form_of(direction: str, x: Tensor, w: Tensor) -> str:
@@ -100,23 +100,8 @@ def _form_of(direction: str, x: Tensor, w: Tensor) -> str:
     batch = 1 if torch.compiler.is_exporting() or torch.jit.is_tracing() else x.shape[0]
     pixels = batch * x.shape[2] * x.shape[3]
     pairs, bf16 = w.shape[0] * w.shape[1], x.dtype is torch.bfloat16
-    return _form(direction, pixels if direction == "up" else pixels // 4, pairs, is_channels_last(x), bf16)
-
-
-def _describe(direction: str) -> ReasonFn:
-    def describe_call(*inputs: Tensor | None, **_: object) -> str | None:
-        if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
-            return None
-        x, w = inputs[:2]
-        assert x is not None and w is not None
-        scale = "interpolate_nearest" if direction == "up" else "2x2 mean"
-        return {
-            "fused": f"one {'transposed ' if direction == 'up' else ''}convolution of stride 2",
-            "steps": f"conv2d and {scale}: with few pixels a 4x4 kernel costs more than it saves",
-            "native": f"PyTorch's own convolution and {scale}: too small, Python's overhead would exceed the gain",
-        }[_form_of(direction, x, w)]
-
-    return describe_call
+    form = _form(direction, pixels if direction == "up" else pixels // 4, pairs, is_channels_last(x), bf16)
+    return "lean" if form == "native" and not is_plain_tensor(x) else form
 
 
 @functools.lru_cache(4096)  # faster than computing it
@@ -181,9 +166,30 @@ def _reference(direction: str, x: Tensor, w: Tensor, bias: Tensor | None) -> Ten
     return F.avg_pool2d(F.conv2d(x, w, bias, padding=1), 2)
 
 
+def _classify(x: Tensor, w: Tensor, *_: Tensor | None, act: int = 0, **options: object) -> tuple[object, ...]:
+    """The class of a call: pairs of channels matter beside the image."""
+    pairs = size_class(w.shape[0] * w.shape[1]) if w.ndim > 1 else 0
+    return x.device, computes_in(x), x.is_contiguous(), size_class(x.numel()), (pairs, act)
+
+
 def _op(name: str, direction: str) -> Op:
-    lean = Implementation(note="convolutions with lean derivatives", describe_call=_describe(direction))
-    return Op(name, {"triton": triton_implementation(), "lean": lean})
+    def form(form: str, note: str) -> Implementation:
+        def not_preferred_reason(*inputs: Tensor | None, **_: object) -> str | None:
+            if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
+                return None if form == "lean" else "it depends on the shapes"
+            chosen = _form_of(direction, inputs[0], inputs[1])
+            return None if form == chosen else f"{chosen} is faster at these shapes"
+
+        return Implementation(not_preferred_reason=not_preferred_reason, note=note)
+
+    scale = "interpolate_nearest" if direction == "up" else "2x2 mean"
+    forms = {
+        "triton": triton_implementation(),
+        "fused": form("fused", f"one {'transposed ' if direction == 'up' else ''}convolution of stride 2"),
+        "native": form("native", f"PyTorch's own convolution and {scale}, without an autograd Function"),
+        "lean": form("lean", f"conv2d and {scale}"),
+    }
+    return Op(name, forms, classify=_classify, variant=("pairs", "act"))
 
 
 UPSAMPLE_CONV2D, CONV2D_DOWNSAMPLE = _op("upsample_conv2d", "up"), _op("conv2d_downsample", "down")
@@ -210,7 +216,6 @@ def _run(
     """Either op, for shapes of `x` and `w` that fit; the convolution checks the rest."""
     negative_slope, gain = require_number("negative_slope", negative_slope), require_number("gain", gain)
     direction = "up" if op is UPSAMPLE_CONV2D else "down"
-    form = _form_of(direction, x, w)
     code = require_bias_and_act(x, None, act)
     options = {"act": code, "negative_slope": negative_slope, "gain": gain}
     name = op.choose(backend, x, w, bias, **options)
@@ -219,18 +224,22 @@ def _run(
         require_conv_arguments(x, w4, bias, 1, transposed=direction == "up")
         return scaled_conv(direction, x, w4, bias, code, negative_slope, gain)
     if act != "linear" or gain != 1:
-        y = _run(op, backend, x, w, None, "linear", 0.0, 1.0)
+        y = _run(op, backend if name == "torch" else name, x, w, None, "linear", 0.0, 1.0)
         return bias_act(y, bias, act, negative_slope, gain, backend="torch" if backend == "torch" else None)
-    # `choose` returns "torch" under a compiler and in forward mode too; there the forms below are PyTorch's anyway.
-    if name == "torch" and (backend == "torch" or (not in_transform() and op.requested(None) == "torch")):
+    # `choose` returns "torch" under a compiler and in forward mode too; there the other forms are PyTorch's anyway.
+    if name == "torch":
+        rewritten = backend is None and (in_transform() or (in_forward_mode() and op.requested(None) != "torch"))
+        if rewritten:
+            name = "fused" if _form_of(direction, x, w) == "fused" else "lean"
+    if name in ("torch", "native"):
         require_conv_arguments(x, w, bias, 1, transposed=False)
-        return _reference(direction, x, w, bias)
+        return (_reference if name == "torch" else _native)(direction, x, w, bias)
     last = x.is_cpu and is_channels_last(x)
     if direction == "up":
-        if form != "fused":
+        if name != "fused":
             return conv2d(interpolate_nearest(x), w, bias, padding=1)
         return conv_transpose2d(x, _with_box(w.transpose(0, 1), direction, last), bias, stride=2, padding=1)
-    if form != "fused":
+    if name != "fused":
         return avg_pool2d(conv2d(x, w, bias, padding=1))
     # use_backend("cpp") requests kernels of conv2d that support no stride; this op has no such implementation and runs.
     inner = "lean" if CONV2D.requested(None) == "cpp" else None
@@ -258,7 +267,8 @@ def upsample_conv2d(
         act: as in `bias_act`, which runs after the convolution; "triton" runs linear, relu and lrelu in the same pass.
         negative_slope: of lrelu.
         gain: factor of the result.
-        backend: "lean" (the default), "triton", or "torch" (PyTorch's own two functions).
+        backend: "triton", "fused" (one convolution of PyTorch's), "lean" (two steps), "native" (two steps, without
+            autograd Functions) or "torch" (PyTorch's own two functions).
 
     Returns:
         [N, O, 2H, 2W].
@@ -266,7 +276,8 @@ def upsample_conv2d(
     Raises:
         ValueError: `x` is not 4-dimensional, `w` does not fit it, or `act` is unknown.
     """
-    if act == "linear" and _is_one(gain) and UPSAMPLE_CONV2D.allows_fast_path(backend) and _is_native("up", x, w, bias):
+    fast = act == "linear" and _is_one(gain) and UPSAMPLE_CONV2D.allows_fast_path(backend, x, w)
+    if fast and _is_native("up", x, w, bias):
         return _native("up", x, w, bias)
     _require_shapes(x, w)
     return _run(UPSAMPLE_CONV2D, backend, x, w, bias, act, negative_slope, gain)
@@ -295,7 +306,7 @@ def conv2d_downsample(
     Raises:
         ValueError: `x` is not 4-dimensional or has an odd size, `w` does not fit it, or `act` is unknown.
     """
-    fast = act == "linear" and _is_one(gain) and CONV2D_DOWNSAMPLE.allows_fast_path(backend)
+    fast = act == "linear" and _is_one(gain) and CONV2D_DOWNSAMPLE.allows_fast_path(backend, x, w)
     if fast and _is_native("down", x, w, bias):
         return _native("down", x, w, bias)
     _require_shapes(x, w)

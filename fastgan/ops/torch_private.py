@@ -66,11 +66,15 @@ def saved_tensors_are_hooked() -> bool:
 
 
 # Not -1 in a backward pass, on whichever thread it runs. Missing: a backward pass on a thread of autograd's own does
-# not see `use_backend`.
-current_backward: Callable[[], int] = _private("_C._current_graph_task_id") or (lambda: -1)
+# not see `use_backend`, and nothing is measured but by `fastgan doctor --qualify`.
+current_backward: Callable[[], int] | None = _private("_C._current_graph_task_id")
 
 # The gradient of adaptive average pooling, which the public function does not give. Missing: that op is torch's own.
 adaptive_avg_pool2d_backward: Any = _private("ops.aten._adaptive_avg_pool2d_backward")
+
+# Dispatch modes that are active in this thread: make_fx, FakeTensorMode, counters of operations. Missing: as if there
+# were one, so that nothing is measured but by `fastgan doctor --qualify`.
+dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or (lambda: 1)
 
 _foreach_clamp_min_ = _private("_foreach_clamp_min_")
 _foreach_clamp_max_ = _private("_foreach_clamp_max_")

@@ -7,10 +7,11 @@ import os
 import torch
 
 from fastgan.config import Config
+from fastgan.ops import qualification
 
 
 def apply(config: Config) -> None:
-    """Threads, denormal numbers and deterministic kernels as `config` asks for, in the whole process."""
+    """Threads, denormal numbers, deterministic kernels and the choice of implementations, in the whole process."""
     if config.system.threads is not None:
         torch.set_num_threads(config.system.threads)
     # Squares of vanishing gradients in the optimizers are denormal, and a CPU computes with those 50 times slower. The
@@ -22,6 +23,7 @@ def apply(config: Config) -> None:
         torch.backends.cudnn.benchmark = False
     else:
         torch.backends.cudnn.benchmark = True
+    qualification.configure(enabled=config.system.qualify)
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -15,6 +15,7 @@ from fastgan.config import Config, batch_at, validate
 from fastgan.config.growth import stage_at, stages_of
 from fastgan.data import Source
 from fastgan.generator import sample_images
+from fastgan.ops import qualification
 from fastgan.training import precision, torch_settings
 from fastgan.training.checkpoints import state as checkpoint_state
 from fastgan.training.checkpoints.resume import require_fitting, validate_resume
@@ -90,6 +91,8 @@ class Trainer:
         )
         # Opened before the first step, so that missing features are reported at once.
         self._evaluator = None if config.run.evaluate_kimg is None else Evaluator.of(config, source, world.device)
+        # The ops run what they ran before the stop, so that a run that is resumed computes the same bits.
+        self._note = qualification.adopt(None if resume is None else resume.meta.get("implementations"), world.device)
         self.stage: ActiveStage
         if resume is None:
             weights = None if initial is None else {**initial.training(), "ema": initial.generator()}
@@ -213,6 +216,7 @@ class Trainer:
                 self.stage.close()
             how = f"stopped by {signal.Signals(stopped).name}" if stopped else "done"
             LOGGER.info("%s at %g kimg", how, self.images / 1000)
+            LOGGER.info("%s", qualification.summary(self.world.device))
             return stopped
 
     def _loop(self, log: MetricsLog, signals: SignalHandler) -> int | None:
@@ -225,7 +229,7 @@ class Trainer:
             intervals.append(Interval(kimg, lambda: self._evaluate(log, evaluator)))
         checkpoint = Interval(checkpoint_kimg(self.config), self.save)
         self._logged_at = (time.monotonic(), self.images)
-        for note in self.stage.notes():
+        for note in (*([self._note] if self._note else []), *self.stage.notes()):
             log.line(note)
         if self.images >= self.total:  # a run that was done is resumed
             self._sample(log)

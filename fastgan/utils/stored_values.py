@@ -47,6 +47,12 @@ def mapping() -> Rule:
     return Rule(lambda value: isinstance(value, dict), "a mapping")
 
 
+def _is_class(label: Any, order: Any) -> bool:
+    """Whether a class of calls and its implementations are what `fastgan.ops.qualification.record` returns."""
+    names = order is None or (isinstance(order, list) and all(text().holds(name) for name in order))
+    return text().holds(label) and names
+
+
 _RESOLUTION = choice(*[2**i for i in range(2, 11)])
 _WIDTH = whole(1, 2**20)
 NETWORKS: Mapping[str, Rule] = {
@@ -82,6 +88,7 @@ CHECKPOINT: Mapping[str, Rule] = {
     "data": mapping(),
     "compiled": choice(True, False),
     "runaway": mapping(),
+    "implementations": mapping(),
     "files": mapping(),
 }
 """The plain values of a checkpoint."""
@@ -89,6 +96,20 @@ DATA: Mapping[str, Rule] = {"position": whole(0, 10**15), "seed": whole(0, 2**51
 """Where a run stands in its data."""
 FILE: Mapping[str, Rule] = {"bytes": whole(0, 2**62), "sha256": text(64)}
 """What is known of a file."""
+IMPLEMENTATIONS: Mapping[str, Rule] = {
+    "shipped": Rule(lambda value: value is None or text().holds(value), "null or a short text"),
+    "machine": Rule(
+        lambda value: (
+            isinstance(value, dict) and len(value) <= 50 and all(text().holds(f"{k} {v}") for k, v in value.items())
+        ),
+        "a mapping of short values",
+    ),
+    "classes": Rule(
+        lambda value: isinstance(value, dict) and all(_is_class(*item) for item in value.items()),
+        "a mapping to lists of names, or null",
+    ),
+}
+"""The implementations of the ops that a run uses."""
 EXPORT: Mapping[str, Rule] = {
     **{name: text(1000) for name in ("version", "variant", "license", "data", "weights")},
     "images": whole(0, 10**15),
@@ -137,6 +158,8 @@ def checkpoint_problem(meta: dict[str, Any]) -> str:
         found = networks_problem(meta["networks"])
     if not found and "data" in meta:
         found = problem(meta["data"], DATA, ("fingerprint",), "data")
+    if not found and "implementations" in meta:
+        found = problem(meta["implementations"], IMPLEMENTATIONS, tuple(IMPLEMENTATIONS), "implementations")
     for name, record in meta.get("files", {}).items() if not found else ():
         found = found or problem(record, FILE, ("bytes", "sha256"), f"files.{name[:60]}")
     return found

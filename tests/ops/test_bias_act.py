@@ -223,7 +223,7 @@ def test_large_maps_take_the_kernel_in_bfloat16_too() -> None:
     x = torch.zeros(2, 3, 200, 200)
     need(("cpp", "cpu"), bias_act, x)
     for t in (x, x.bfloat16()):
-        assert backends("bias_act", t)["cpp"] == "C++ kernels"
+        assert next(iter(backends("bias_act", t))) == "cpp"
 
 
 def test_empty_inputs_and_options_without_kernels() -> None:
@@ -260,7 +260,9 @@ def test_argument_errors() -> None:
         bias_act([1.0])
     with pytest.raises(ValueError, match=r"x must be \[N, C, ...\], got 1 dimensions"):
         bias_act(torch.zeros(3))
-    with pytest.raises(ValueError, match="backend must be triton, cuda, cpp, lean, torch for bias_act, got 'chunked'"):
+    with pytest.raises(
+        ValueError, match="backend must be triton, cuda, cpp, native, lean, torch for bias_act, got 'chunked'"
+    ):
         bias_act(x, backend="chunked")
 
 

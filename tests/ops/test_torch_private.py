@@ -64,7 +64,9 @@ def without() -> SimpleNamespace:
 def test_every_name_exists_in_this_torch(without: SimpleNamespace) -> None:
     assert torch_private.will_execute_node is not None and without.will_execute_node is None
     assert without.saved_tensors_are_hooked() and not torch_private.saved_tensors_are_hooked()
-    assert torch_private.current_backward() == without.current_backward() == -1
+    assert torch_private.current_backward is not None and torch_private.current_backward() == -1
+    assert without.current_backward is None
+    assert torch_private.dispatch_modes() == 0 and without.dispatch_modes() == 1
     for name in ("upsample_nearest2d", "upsample_bilinear2d", "peek_interpreter_stack", "is_tracing"):
         assert "lambda" not in getattr(getattr(torch_private, name), "__name__", ""), name
 

@@ -61,6 +61,10 @@ def resume(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
         *(("networks.latent", value) for value in (0, -1, "4", 2**40, None)),
         *(("networks.num_classes", value) for value in (-1, 10**12, True)),
         *(("networks.norm_g", value) for value in ("layer", 1)),
+        *(("implementations", value) for value in (3, {}, {"shipped": None, "machine": {}, "classes": {"x": "cpp"}})),
+        *(("implementations.classes", value) for value in (None, {"x": [3]}, {"x\n": ["cpp"]}, {"x": ["y" * 300]})),
+        *(("implementations.machine", value) for value in (["cpu"], {"device": "x" * 300}, {"device\n": None})),
+        ("implementations.shipped", 1),
         *(("runaway", value) for value in (3, {}, {"recent": [{"loss_d": "x"}], "images": 0, "leap": None})),
     ],
 )

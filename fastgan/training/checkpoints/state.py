@@ -14,6 +14,8 @@ from torch import Tensor
 from fastgan import __version__, checkpoint
 from fastgan.checkpoint import Checkpoint
 from fastgan.errors import ArgumentError
+from fastgan.ops import qualification
+from fastgan.training.observability.rank_log import LOGGER
 from fastgan.training.observability.runaway import RunawayDetector
 from fastgan.utils.text import first_line
 
@@ -103,6 +105,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
         "optimizer": config.optimizer.optimizer,
         "runaway": trainer.runaway.state(),
         "data": trainer.feed.pipeline.state_dict(),
+        "implementations": qualification.record(trainer.world.device),
     }
 
 
@@ -117,6 +120,9 @@ def write(trainer: Trainer) -> Path:
     """
     world, run, last_good = trainer.world, trainer.run_path, trainer.last_good
     stored, meta, ema = tensors(trainer), description(trainer), dict(trainer.stage.ema.module.state_dict())
+    differing = qualification.conflict(world.gather(meta["implementations"]))
+    if differing is not None:
+        LOGGER.warning(differing)
     failure = None
     if world.main:
         try:

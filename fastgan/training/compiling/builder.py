@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from fastgan.ops import qualification
 from fastgan.training import torch_settings
 from fastgan.training.compiling.programs import ProgramSpec, build
 from fastgan.utils.files import try_lock
@@ -25,8 +27,16 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _run(specs: Sequence[ProgramSpec], device: str, threads: int) -> None:
-    """Body of the process: the programs of `specs`, in order."""
+def _run(specs: Sequence[ProgramSpec], device: str, threads: int, implementations: dict[str, Any]) -> None:
+    """Body of the process: the programs of `specs`, in order.
+
+    Args:
+        specs: what to compile.
+        device: where the programs are to run.
+        threads: of torch.
+        implementations: `qualification.record` of the run. Eager steps here run what it runs; to measure anything
+            beside it would tell nothing.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "nice"):
@@ -35,7 +45,9 @@ def _run(specs: Sequence[ProgramSpec], device: str, threads: int) -> None:
     for stream in (1, 2):  # of the compiler, whose faults are stored as reasons
         os.dup2(null, stream)
     torch_settings.apply(specs[0].config)
+    torch_settings.allow_tf32(specs[0].config.system.precision == "tf32")
     torch.set_num_threads(threads)
+    qualification.follow(implementations, torch.device(device))
     folder = cache_folder("programs")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -56,7 +68,7 @@ class ProgramBuilder:
 
     def __init__(self, specs: Sequence[ProgramSpec], device: torch.device) -> None:
         context = multiprocessing.get_context("spawn")
-        arguments = (list(specs), str(device), torch.get_num_threads())
+        arguments = (list(specs), str(device), torch.get_num_threads(), qualification.record(device))
         self._process = context.Process(target=_run, args=arguments, daemon=True, name="fastgan-compile")
         self._process.start()
 

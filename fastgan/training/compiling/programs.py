@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan import ops
 from fastgan.compiled.program import (
     CompileError,
     Program,
@@ -32,6 +31,8 @@ from fastgan.compiled.program import (
 from fastgan.compiled.recording import Holder, NotRecordable, record
 from fastgan.config import Config
 from fastgan.models.pggan import Progressive
+from fastgan.ops import qualification
+from fastgan.ops.backend import recorded_forms
 from fastgan.training.compiling.micro_step import MicroStep, MicroSteps, flat, unflat
 from fastgan.training.from_config import (
     build_augmentation,
@@ -45,8 +46,6 @@ from fastgan.training.step import Step
 from fastgan.utils.files import write_atomic
 from fastgan.utils.text import first_line
 
-# Forms of ops in a recording: PyTorch's kernels with the lean derivatives, which the compiler can fuse with the rest.
-_FORMS = "lean"
 _NAMES = ("discriminator", "generator")
 _CHECKS = 3  # steps that are compared
 _TIMED = 5  # pairs of steps that are timed
@@ -84,6 +83,7 @@ class ProgramSpec:
                 "accumulation": config.schedule.accumulation,
                 "precision": system.precision,
                 "memory_format": str(memory_format(config)),
+                "implementations": qualification.forms_of_recordings(device),
                 "stage": [self.resolution, self.fade, self.channels, self.num_classes, self.micro_batch],
                 **machine_facts(device),
             }
@@ -286,7 +286,7 @@ def _build(spec: ProgramSpec, key: str, device: torch.device) -> dict[str, Any]:
     stored: dict[str, Any] = {"tolerance": 0.0}
     for name, inputs in _example(spec, step).items():
         seen: list[str] = []
-        with ops.use_backend(_FORMS):
+        with recorded_forms():
             recording, _ = record(flat(getattr(eager, name), seen), inputs, lambda tensor: id(tensor) in names)
         arguments = [*inputs, *recording.state_tensors()]
         compile_graph(recording.graph, arguments, file_of(f"{key}-{name}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,6 +21,8 @@ from fastgan import data
 from fastgan.cli.train import parse
 from fastgan.compiled.program import CompileError, file_of
 from fastgan.config.variants import VARIANTS
+from fastgan.ops import qualification
+from fastgan.ops.backend import OPS
 from fastgan.training.compiling import compilation, programs
 from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, build, load
 from fastgan.training.distributed import process_group as processes
@@ -58,7 +61,7 @@ def interpreted(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> dict[Path, 
 
     monkeypatch.setattr(programs, "Program", Interpreted)
     monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs, file: graphs.update({file: graph}))
-    monkeypatch.setattr(programs, "_FORMS", None)
+    monkeypatch.setattr(programs, "recorded_forms", contextlib.nullcontext)
     monkeypatch.setattr(programs, "_TIMED", 1)
     return graphs
 
@@ -201,6 +204,52 @@ def test_the_name_of_a_program_has_what_it_depends_on(tmp_path, own_cache):
     assert dataclasses.replace(spec, config=same).key(CPU) == spec.key(CPU)
 
 
+def test_the_name_of_a_program_has_the_implementations_in_it(tmp_path, own_cache, monkeypatch):
+    spec = spec_of(make("wgan-gp", tmp_path))
+    assert qualification.forms_of_recordings(CPU)["bias_act"] == ["lean"]
+    before = spec.key(CPU)
+    monkeypatch.setattr(OPS["pixel_norm"], "wrong", {("cpu", torch.float32, "cpp"), ("cuda", torch.float32, "triton")})
+    assert qualification.forms_of_recordings(CPU)["pixel_norm"][-1] == "cpp is wrong in torch.float32"
+    assert spec.key(CPU) != before
+
+
+def test_programs_are_recorded_and_checked_without_measuring(tmp_path, interpreted, monkeypatch):
+    """As in the process that compiles, which follows the run; the recorded forms are those of the shipped table."""
+    trainer = make("pggan", tmp_path)
+    operations = {}
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(programs, "_measure", lambda *_: {"difference": 0.0, "eager_ms": 1.0, "compiled_ms": 1.0})
+    monkeypatch.setattr(programs, "_bind", lambda *_: None)
+
+    def keep(graph: Any, inputs: Any, file: Path) -> None:
+        operations[file.name.rpartition("-")[2]] = graph.code
+
+    monkeypatch.setattr(programs, "compile_graph", keep)
+    spec = spec_of(trainer)
+    build(spec, CPU)
+    shipped, key = dict(operations), spec.key(CPU)
+    monkeypatch.delenv("FASTGAN_QUALIFY")
+    qualification.configure(enabled=True)
+    try:
+        qualification.follow(qualification.record(CPU), CPU)
+        trainer.train_step()
+        run = qualification.record(CPU)
+        assert run["classes"] and set(run["classes"].values()) == {None}
+        run["classes"] = {label: ["torch"] for label in run["classes"]}  # what its eager steps run
+        qualification.follow(run, CPU)
+        assert spec.key(CPU) == key
+        build(spec, CPU)
+        assert operations == shipped
+        trainer.train_step()
+        found = qualification.record(CPU)["classes"]
+        assert all(found.get(label) == ["torch"] for label in run["classes"])
+        assert not list((tmp_path / "cache" / "fastgan").glob("qualification/*.json"))
+    finally:
+        monkeypatch.setenv("FASTGAN_QUALIFY", "0")
+        qualification.configure(enabled=True)
+
+
 def train(run: Path, *flags: str, resume: bool = False) -> str:
     command = [sys.executable, "-m", "fastgan", "train"]
     small = "--variant wgan-gp --latent 8 --width 8 --max-width 8 --resolution 8 --batch 8 --n-critic 1 --threads 1"
@@ -276,8 +325,8 @@ def test_auto_starts_to_compile_where_the_run_is_long_enough_to_earn_it(tmp_path
     for mode, speed, expected in (
         ("off", 1.0, []),
         ("auto", 1e9, []),  # over in no time
-        ("auto", 20.0, [[(4, False), (8, True), (8, False)]]),
-        ("auto", 60.0, [[(8, True), (8, False)]]),  # a step of 8 px takes three times as long
+        ("auto", 8.0, [[(4, False), (8, True), (8, False)]]),
+        ("auto", 20.0, [[(8, True), (8, False)]]),  # a step of 8 px takes three times as long
     ):
         started.clear()
         config = dataclasses.replace(trainer.config, system=dataclasses.replace(trainer.config.system, compile=mode))

@@ -1,0 +1,87 @@
+"""`fastgan doctor --qualify`: the table, its file, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgan import ops
+from fastgan.cli import doctor, qualification_table
+from fastgan.ops import qualification, qualification_beforehand, qualification_measure
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Measurements are on, of two small shapes, with a clock that says 100 us."""
+    ops.backends("pixel_norm", torch.zeros(2, 3))  # the C++ library comes from the usual cache
+    with monkeypatch.context() as patch:
+        patch.delenv("FASTGAN_QUALIFY")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        patch.setattr(
+            qualification_measure, "_times", lambda op, key, cases, names: dict.fromkeys(names, (100.0, 30.0))
+        )
+        patch.setattr(qualification_beforehand, "SHAPES", [(4, 16, 4, 4)])
+        patch.setattr(qualification_beforehand, "QUERIES", [(1, 1, 16, 8)])
+        qualification.configure(enabled=True)
+        yield tmp_path / "cache" / "fastgan" / "qualification"
+    qualification.configure(enabled=True)
+
+
+def test_qualify_prints_and_writes_the_table(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.main(["--qualify", "--out", str(tmp_path / "found.json")]) == 0
+    text = capsys.readouterr().out
+    header = next(line for line in text.splitlines() if line.startswith("op  "))
+    for word in ("dtype", "size class", "implementation", "error", "device us", "host us", "chosen"):
+        assert word in header
+    rows = [line for line in text.splitlines() if "contiguous 4^" in line or "strided 4^" in line]
+    assert {line.split()[0] for line in rows} == set(qualification_beforehand.MEASURED_OPS)
+    assert {line.split()[1] for line in rows} == {"float32", "bfloat16"}
+    assert not any("WRONG" in line for line in rows)
+    assert all("         100        30  " in line for line in rows)
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    assert sum(len(it["forms"]) for it in found["classes"].values()) == len(rows)
+    assert found["machine"]["torch"] == torch.__version__
+    # A run finds them.
+    (file,) = cache.glob("*.json")
+    assert json.loads(file.read_text())["classes"] == found["classes"]
+    monkeypatch.setattr(qualification, "measure", None)
+    qualification.configure(enabled=True)
+    x = torch.randn(4, 16, 4, 4)
+    ops.pixel_norm(x)
+    assert next(iter(ops.backends("pixel_norm", x).values())).endswith("chosen here by measurement")
+
+
+def test_rows_of_a_wrong_implementation() -> None:
+    right = {"error": 1e-7, "device_us": 12.3, "host_us": 4.0, "wrong": None}
+    wrong = {"error": None, "device_us": None, "host_us": None, "wrong": "error inf in its result"}
+    entry = {"order": ["torch"], "why": "the fastest", "forms": {"triton": wrong, "torch": right}}
+    first, second = qualification_table.lines("pixel_norm cuda float16 contiguous 4^9", entry)
+    assert first.split() == "pixel_norm float16 contiguous 4^9 torch 1.0e-07 12 4 yes: the fastest".split()
+    assert second.endswith("WRONG: error inf in its result") and " inf " in second and " - " in second
+
+
+def test_what_qualify_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--qualify"]) == 2  # the tests' own FASTGAN_QUALIFY
+    assert "--qualify" in (told := capsys.readouterr().err) and "nothing can be measured: FASTGAN_QUALIFY=0" in told
+    assert doctor.main(["--out", str(tmp_path / "x.json")]) == 2
+    assert "it is for --qualify: add that, or remove it" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_work(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.main(["--qualify", "--out", str(tmp_path / "no" / "found.json")]) == 2
+    assert "must be a file in an existing, writable folder" in capsys.readouterr().err
+    assert not cache.exists()
+
+
+def test_results_go_to_the_checkout() -> None:
+    file = qualification_table.default_file("NVIDIA H200, 2 threads")
+    assert file is not None
+    assert file.parts[-3:] == ("benchmarks", "results", "qualification-nvidia-h200-2-threads.json")
