@@ -127,9 +127,9 @@ def _verify(manifest: Manifest, workers: int) -> int:
 def _show(manifest: Manifest, request: Show) -> int:
     import numpy as np
 
-    from fastgan.data.images import save_sheet
     from fastgan.data.loading.sampler import Sampler
     from fastgan.data.prepared.reader import Level
+    from fastgan.data.sheets import save_sheet
 
     if request.n < 1:
         raise ArgumentError("--n", request.n, "must be at least 1")

@@ -15,6 +15,7 @@ import tyro
 from fastgan.cli.main import check_device, command
 from fastgan.config import Config
 from fastgan.config.files import merge, read_yaml
+from fastgan.config.images import source_arguments
 from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _open_data(args: Evaluate, config: Config, networks: dict[str, Any]) -> Sour
     data = args.data or config.data.data
     channels, resolution = networks["channels"], networks["resolution"]
     try:
-        source = open_source(data, config.schedule.resolution, channels, config.run.seed)
+        source = open_source(**source_arguments(config) | {"spec": data, "channels": channels})
         source.require_resolution(resolution)
     except ArgumentError as error:
         size = {"--channels": f"{channels} channel{'s' * (channels > 1)}", "--resolution": f"{resolution} px"}

@@ -1,4 +1,4 @@
-"""The files below a folder, in order of their names."""
+"""The files below a folder, in order of their names; runs are left out, as their sample sheets are no data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
 
     Args:
         path: the folder.
-        everything: include hidden files and folders.
+        everything: include hidden files and folders, and the runs of fastgan.
 
     Yields:
-        name: relative to `path`, with "/" between parts. problem: "", or why a folder cannot be listed.
+        name: relative to `path`, with "/" between parts. problem: "", or why a folder is not listed.
     """
     visited: set[str] = set()
 
@@ -27,6 +27,9 @@ def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
         if real in visited:
             return
         visited.add(real)
+        if folder and not everything and is_run(path / folder):
+            yield folder, "the folder of a run, whose pictures are no data"
+            return
         try:
             # Folders are sorted as "a/", so that the order is that of the whole relative names.
             with os.scandir(path / folder) as entries:
@@ -42,6 +45,13 @@ def walk(path: Path, everything: bool = False) -> Iterator[tuple[str, str]]:
                 yield folder + name, ""
 
     return below("")
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is that of a run of fastgan."""
+    if not os.path.isfile(path / "config.yaml"):
+        return False
+    return any(os.path.exists(path / name) for name in (".lock", "checkpoints", "samples", "metrics.jsonl"))
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

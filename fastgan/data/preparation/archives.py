@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from fastgan.data.folder_labels import DATASET_JSON, MAX_BYTES, is_storage, label_of, parse_dataset_json
 from fastgan.data.images import first_line
 from fastgan.data.preparation.collection import FileCollection, InputImage, first_folder, is_hidden
 from fastgan.errors import ArgumentError
@@ -42,17 +43,33 @@ class ZipCollection(FileCollection):
     def images(self) -> Iterator[InputImage]:
         members = self._members()
         wrapper = common_folder(member.filename for member in members)
+        stored, storage = self._stored_labels(members, wrapper)
         for member in members:
-            problem = ""
+            name, problem = member.filename[len(wrapper) :], ""
+            if name == DATASET_JSON:
+                continue
             if member.flag_bits & 1:
                 problem = "encrypted"
             elif member.compress_type not in _METHODS:
                 problem = f"compression method {member.compress_type} is not supported"
             elif member.file_size > _MAX_SIZE:
                 problem = f"too large: {readable_size(member.file_size)}, above {readable_size(_MAX_SIZE)}"
-            location = member.header_offset, member.compress_size, member.compress_type
-            label = first_folder(member.filename[len(wrapper) :])
-            yield InputImage(member.filename, member.file_size, member.CRC, location, label, problem)
+            label = label_of(name, stored, storage)
+            yield InputImage(member.filename, member.file_size, member.CRC, _location(member), label, problem)
+
+    def _stored_labels(self, members: list[zipfile.ZipInfo], wrapper: str) -> tuple[dict[str, int] | None, bool]:
+        """The labels of a dataset.json, and whether folders are no classes."""
+        table = next((one for one in members if one.filename == wrapper + DATASET_JSON), None)
+        if table is None:
+            return None, is_storage(member.filename[len(wrapper) :] for member in members)
+        place = f"{self.path}/{table.filename}"
+        image = InputImage(table.filename, min(table.file_size, MAX_BYTES), table.CRC, _location(table))
+        try:
+            with self.open(image) as stream:
+                content = stream.read()
+        except ValueError as error:
+            raise ArgumentError("SRC", place, str(error)) from error
+        return parse_dataset_json(content, "SRC", place), True
 
     def _members(self) -> list[zipfile.ZipInfo]:
         try:
@@ -93,6 +110,10 @@ class ZipCollection(FileCollection):
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise ValueError(f"the archive is damaged here: {first_line(error)}") from error
+
+
+def _location(member: zipfile.ZipInfo) -> tuple[int, int, int]:
+    return member.header_offset, member.compress_size, member.compress_type
 
 
 class TarCollection(FileCollection):

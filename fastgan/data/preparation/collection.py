@@ -13,6 +13,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from fastgan.data.folder_labels import DATASET_JSON, MAX_BYTES, is_storage, label_of, parse_dataset_json
+from fastgan.data.framing import CROP, Framing
 from fastgan.data.images import ImageInfo, decode, inspect_image
 from fastgan.data.walk import walk
 from fastgan.errors import ArgumentError
@@ -121,7 +123,7 @@ class FileCollection(InputCollection):
         from PIL.Image import Resampling
 
         with self.open(image) as stream:
-            return decode(stream, side, channels, shrink=Resampling.BOX, fit=fit)
+            return decode(stream, side, channels, shrink=Resampling.BOX, framing=framing_of(fit))
 
 
 def unreadable(image: InputImage, error: OSError) -> ArgumentError:
@@ -131,7 +133,7 @@ def unreadable(image: InputImage, error: OSError) -> ArgumentError:
 
 
 class FolderCollection(FileCollection):
-    """Every file below a folder that is not hidden; labels are the names of first-level subfolders."""
+    """Every file below a folder that is not hidden; labels are as in `folder_labels`."""
 
     kind, stable_stamps = "folder", False
 
@@ -139,16 +141,26 @@ class FolderCollection(FileCollection):
         self.path: Path = path
 
     def images(self) -> Iterator[InputImage]:
+        table = self.path / DATASET_JSON
+        stored, storage = None, table.is_file()
+        if storage:
+            with table.open("rb") as stream:
+                stored = parse_dataset_json(stream.read(MAX_BYTES), "SRC", str(table))
+        else:
+            storage = is_storage(name for name, problem in walk(self.path) if not problem)
         for name, problem in walk(self.path):
-            yield InputImage(name, problem=problem) if problem else self.image(name)
+            if problem:
+                yield InputImage(name, problem=problem)
+            elif name != DATASET_JSON:
+                yield self.image(name)._replace(label=label_of(name, stored, storage))
 
     def image(self, name: str) -> InputImage:
-        """Return the entry of one file."""
+        """Return the entry of one file, without its label."""
         try:
             status = (self.path / name).stat()
         except OSError as error:
             return InputImage(name, problem=error.strerror or str(error))
-        return InputImage(name, status.st_size, status.st_mtime_ns, label=first_folder(name))
+        return InputImage(name, status.st_size, status.st_mtime_ns)
 
     def inspect(self, image: InputImage) -> ImageInfo:
         file = self.path / image.name
@@ -158,6 +170,11 @@ class FolderCollection(FileCollection):
 
     def open(self, image: InputImage) -> BinaryIO:
         return (self.path / image.name).open("rb")
+
+
+def framing_of(fit: bool) -> Framing:
+    """Return how `fastgan prepare` frames images, with and without --fit."""
+    return Framing("pad", "black") if fit else CROP
 
 
 def first_folder(name: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.data.images import save_sheet
+from fastgan.data.sheets import save_sheet
 from fastgan.utils.files import write_atomic
 from fastgan.utils.text import readable_duration
 
