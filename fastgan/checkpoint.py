@@ -1,6 +1,6 @@
 """Checkpoints of a run: their layout on disk, written whole or not at all, read without unpickling anything.
 
-    RUN/checkpoints/kimg-000123.456/
+    RUN/checkpoints/kimg-000123.456/    and best/, with --keep-best
         generator.safetensors   moving average of the generator's weights: what samples are drawn from
         training.safetensors    both networks, both optimizers' state, random state of every rank
         checkpoint.json         schema, variant, networks, images seen, size and hash of the files above
@@ -30,6 +30,7 @@ from fastgan.utils.old_names import RENAMED, current_names
 SCHEMA = 1
 _GENERATOR, _TRAINING, _META = "generator.safetensors", "training.safetensors", "checkpoint.json"
 _REPLACED = ".replaced-"
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def recover(run: Path) -> None:
 
     Only for the process that has locked the run: another one may be between the two right now.
     """
-    for replaced in folder(run).glob(f"{_REPLACED}kimg-*"):
+    for replaced in folder(run).glob(f"{_REPLACED}*"):
         final = replaced.with_name(replaced.name.removeprefix(_REPLACED))
         if not final.exists():
             replaced.rename(final)
@@ -156,6 +157,41 @@ def save(
         # Renamed first: a kill halfway through then leaves nothing that looks like a checkpoint.
         shutil.rmtree(old.rename(old.with_name(f".dropped-{old.name}")))
     return final
+
+
+def keep_best(run: Path, path: Path) -> Path:
+    """Keep checkpoint `path` of `run` under the name checkpoints/best, whatever `keep` says; replaces the best before.
+
+    The files are the same on disk where it has hard links.
+
+    Raises:
+        OSError: it cannot be written; the best before stays.
+    """
+    final = folder(run) / BEST
+    partial, replaced = (final.with_name(f"{prefix}{BEST}") for prefix in (".writing-", _REPLACED))
+    recover(run)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(path, partial, copy_function=_link)
+        _flush(partial)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        _flush(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        recover(run)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+        _flush(Path(target))
 
 
 def read(path: Path, flag: str) -> Checkpoint:

@@ -172,7 +172,9 @@ class Run(_Section):
     evaluate_n: Annotated[int, at_least(1)] = 5000
     """Generated images of an evaluation."""
     evaluate_features: str | None = None
-    """Features of an evaluation, as for fastgan evaluate; None: digits for digits, else Inception."""
+    """Features of an evaluation, as for fastgan evaluate."""
+    keep_best: bool = False
+    """Keep the checkpoint with the smallest Frechet distance, at the last resolution, in checkpoints/best."""
     keep: Annotated[int, at_least(1)] = 3
     """Checkpoints to keep, the newest ones."""
     samples: Annotated[int, at_least(1)] = 64

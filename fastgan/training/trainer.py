@@ -14,6 +14,7 @@ from fastgan.config import Config, batch_at, validate
 from fastgan.config.growth import stage_at, stages_of
 from fastgan.data import Source
 from fastgan.generator import sample_images
+from fastgan.training.best import BestCheckpoint
 from fastgan.training.checkpoints import state as checkpoint_state
 from fastgan.training.checkpoints.resume import validate_resume
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
@@ -74,6 +75,7 @@ class Trainer:
         self._groups: dict[int, Any] = {}
         # Opened before the first step, so that missing features are reported at once.
         self._evaluator = None if config.run.evaluate_kimg is None else Evaluator.of(config, source, world.device)
+        self.best = BestCheckpoint(config.run.keep_best)
         self.stage: ActiveStage
         if resume is None:
             self.enter(self.stages[0].resolution)
@@ -214,8 +216,8 @@ class Trainer:
                 if interval.due(before, self.images, self.total):
                     interval.action()
             stop = signals.should_stop()
-            if stop or checkpoint.due(before, self.images, self.total):
-                self.save()
+            if stop or self.best.is_due or checkpoint.due(before, self.images, self.total):
+                self.best.keep(self, self.save())
             if stop:
                 return signals.signal or signal.SIGTERM
         return None
@@ -264,5 +266,6 @@ class Trainer:
         if record is not None:
             append(self.run_path, record)
             log.evaluation(self.images, record)
+        self.best.consider(self, record)
         then, images = self._logged_at
         self._logged_at = (then + time.monotonic() - began, images)
