@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {"data", "errors", "utils"},
     "export": {"", "config", "errors", "models", "utils"},
     "explorer": {"data", "errors", "generator", "utils"},
+    "video": {"data", "errors", "generator", "utils"},
     "generator": {"checkpoint", "errors", "export", "models", "utils"},
     "training.observability": {"", "data", "errors", "utils"},
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
@@ -60,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     # Commands put everything together, and nothing imports them but the files that start them.
     "cli": {
         *("", "checkpoint", "config", "data", "data.loading", "data.preparation", "data.prepared", "errors"),
-        *("evaluation", "explorer", "export", "generator", "models", "ops", "planning", "training"),
+        *("evaluation", "explorer", "export", "generator", "models", "ops", "planning", "training", "video"),
         *("training.checkpoints", "training.distributed", "training.observability", "training.resilience", "utils"),
     },
     "__main__": {"cli"},

@@ -71,14 +71,14 @@ def save_sheet(
     whole = sheet(pixels, columns=columns, scale=scale)
     image = Image.fromarray(whole[:, :, 0] if whole.shape[2] == 1 else whole)
     if labels:
-        image = _labeled(image, labels, columns, scale * r)
+        image = labeled(image, labels, columns, scale * r)
     file = io.BytesIO()
     image.save(file, format="PNG")
     write_atomic(path, file.getbuffer())
 
 
-def _labeled(image: Image.Image, labels: Sequence[str], columns: int, side: int) -> Image.Image:
-    """The sheet with a strip of text below each row of cells of `side` pixels."""
+def labeled(image: Image.Image, labels: Sequence[str], columns: int, side: int) -> Image.Image:
+    """A sheet with a strip of text below each row of cells of `side` pixels."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(_FONT_SIZE)
