@@ -3,9 +3,9 @@
     python -m benchmarks.studies.picture_sets [NAME ...] [--out FOLDER] [--size 128]
 
 Without NAMEs, all. FOLDER is outside the repository by default, in the user's cache. Packages are downloaded by their
-own clients (`apt-get download`, `npm pack`), and only read: nothing of them is run or installed, and files are copied by
-an allow-list of names. A set is in FOLDER/NAME whole or not at all; FOLDER/NAME.json records the packages, their hashes,
-the license, and one hash over all files. A set that is there is not made again.
+own clients (`apt-get download`, `npm pack`), and only read: nothing of them is run or installed, and files are copied
+by an allow-list of names. A set is in FOLDER/NAME whole or not at all; FOLDER/NAME.json records the packages, their
+hashes, the license, and one hash over all files. A set that is there is not made again.
 """
 
 from __future__ import annotations
