@@ -50,7 +50,7 @@ def picture(
     images = generate(trained.module, latent, labels, trained.meta["networks"]["resolution"])
     pixels = ((images + 1) * 127.5).round().to(torch.uint8)
     grid = sheet(pixels.numpy(), columns=columns, scale=max(1, MIN_SIDE // (columns * pixels.shape[-1])))
-    return grid if grid.shape[2] > 1 else grid[..., 0]
+    return grid if grid.shape[2] >= 3 else grid[..., 0]
 
 
 @functools.cache
