@@ -148,7 +148,7 @@ def _show(request: Show) -> int:
     source = open_source(request.data, resolution, request.channels, fit=request.fit, background=request.background)
     if not 0 <= request.start < len(source):
         raise ArgumentError("--start", request.start, f"must be 0 to {len(source) - 1}")
-    name = source.name if source.path is None else source.path.resolve().name
+    name = source.path.resolve().name if source.path is not None and source.path.is_dir() else source.name
     out = Path(request.out or f"{name}-{resolution}px.png").expanduser()
     check_picture(out)
     for note in source.notes:

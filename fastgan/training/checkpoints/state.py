@@ -38,6 +38,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
         "version": __version__,
         "variant": trainer.variant,
         "networks": stage.networks,
+        "classes": list(trainer.source.classes) if stage.networks["num_classes"] else [],
         "images": trainer.images,
         "steps": trainer.steps,
         "ema_steps": int(stage.ema.steps.item()),
