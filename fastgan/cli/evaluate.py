@@ -21,6 +21,7 @@ from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fastgan.data import Source
+    from fastgan.evaluation.features import Extractor
     from fastgan.training.distributed.process_group import ProcessGroup
 
 
@@ -143,12 +144,7 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path, config: Config
     if group.main and fault:
         print(f"warning: {run} cannot be written ({fault}): the numbers are only printed", file=sys.stderr)
     if group.main:
-        used = "none" if extractor is None else f"{extractor.name}, images resized {extractor.resize}"
-        print(
-            f"{trained.meta['variant']} at {trained.meta['images'] / 1000:g} kimg: {n:,} images of "
-            f"{networks['resolution']} px against {_share(real, source)} of {source.name}; features: {used}",
-            flush=True,
-        )
+        _announce(trained.meta, n, real, source, extractor)
     warnings: list[str] = []
 
     def warn(text: str) -> None:
@@ -176,11 +172,14 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path, config: Config
     remove_partial(partial)
 
 
-def _share(real: int | None, source: Source) -> str:
-    """How many of the real images are used."""
-    if real is None or real >= len(source):
-        return f"{len(source):,} real ones"
-    return f"{real:,} of {len(source):,} real ones"
+def _announce(meta: dict[str, Any], n: int, real: int | None, source: Source, extractor: Extractor | None) -> None:
+    """Print what is compared."""
+    kimg, resolution = meta["images"] / 1000, meta["networks"]["resolution"]
+    total = f"{len(source):,} real ones"
+    against = total if real is None or real >= len(source) else f"{real:,} of {total}"
+    used = "none" if extractor is None else f"{extractor.name}, images resized {extractor.resize}"
+    what = f"{n:,} images of {resolution} px against {against} of {source.name}; features: {used}"
+    print(f"{meta['variant']} at {kimg:g} kimg: {what}", flush=True)
 
 
 def _report(run: Path, line: dict[str, Any]) -> None:
