@@ -158,3 +158,6 @@ def test_class_names_of_a_prepared_folder(tmp_path: Path) -> None:
         save(tmp_path / "in" / name)
     prepare(str(tmp_path / "in"), str(tmp_path / "set"), Settings(resolution=8), workers=1)
     assert read_manifest(tmp_path / "set").classes() == ["cat", "dog"]
+    size = (tmp_path / "set" / "classes.json").stat().st_size
+    (tmp_path / "set" / "classes.json").write_bytes(b'{"cat": 1}'.ljust(size))
+    assert "classes.json is damaged (it is no list of names)" in refusal(str(tmp_path / "set"))
