@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, values in results.items():
         numbers = " | ".join(f"{values[column]:.2f}" for column in COLUMNS[1:])
-        print(f"| {name} | {values['distance']:.1f} | {numbers} |")
+        print(f"| {name} | {max(values['distance'], 0):.1f} | {numbers} |")  # rounding may leave -1e-6
     wrong = faults(results)
     for line in wrong:
         print(f"does not rise: {line}", file=sys.stderr)
