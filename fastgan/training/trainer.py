@@ -16,6 +16,7 @@ from fastgan.config.growth import stage_at, stages_of
 from fastgan.data import Source
 from fastgan.generator import sample_images
 from fastgan.training import precision, torch_settings
+from fastgan.training.best import BestCheckpoint
 from fastgan.training.checkpoints import state as checkpoint_state
 from fastgan.training.checkpoints.resume import require_fitting, validate_resume
 from fastgan.training.compiling.compilation import Compilation
@@ -90,6 +91,7 @@ class Trainer:
         )
         # Opened before the first step, so that missing features are reported at once.
         self._evaluator = None if config.run.evaluate_kimg is None else Evaluator.of(config, source, world.device)
+        self.best = BestCheckpoint(config.run.keep_best)
         self.stage: ActiveStage
         if resume is None:
             weights = None if initial is None else {**initial.training(), "ema": initial.generator()}
@@ -243,8 +245,8 @@ class Trainer:
                 if interval.due(before, self.images, self.total):
                     interval.action()
             stop = signals.should_stop()
-            if stop or checkpoint.due(before, self.images, self.total):
-                self.save()
+            if stop or self.best.is_due or checkpoint.due(before, self.images, self.total):
+                self.best.keep(self, self.save())
             if stop:
                 return signals.signal or signal.SIGTERM
         return None
@@ -318,6 +320,7 @@ class Trainer:
         if record is not None:
             append(self.run_path, record)
             log.evaluation(self.images, record)
+        self.best.consider(self, record)
         self._exclude(time.monotonic() - began)
 
     def _exclude(self, seconds: float) -> None:
