@@ -1,6 +1,6 @@
 """Checkpoints of a run: their layout on disk, written whole or not at all, read without unpickling anything.
 
-    RUN/checkpoints/kimg-000123.456/
+    RUN/checkpoints/kimg-000123.456/    and best/, with --keep-best
         generator.safetensors   moving average of the generator's weights: what samples are drawn from
         training.safetensors    both networks, both optimizers' state, random state and meters of every rank
         checkpoint.json         schema, variant, networks, images seen, size and hash of the files above
@@ -37,6 +37,8 @@ _GENERATOR, _TRAINING, _META = "generator.safetensors", "training.safetensors", 
 _REPLACED = ".replaced-"
 KEEP = "KEEP"
 """File that keeps the checkpoint in whose folder it is, whatever `--keep` says; its text is the reason."""
+BEST = "best"
+"""Name of the folder of the best checkpoint, beside the others."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def recover(run: Path) -> None:
 
     Only for the process that has locked the run: another one may be between the two right now.
     """
-    for replaced in folder(run).glob(f"{_REPLACED}kimg-*"):
+    for replaced in folder(run).glob(f"{_REPLACED}*"):
         final = replaced.with_name(replaced.name.removeprefix(_REPLACED))
         if not final.exists():
             replaced.rename(final)
@@ -229,6 +231,41 @@ def read_named(path: str, flag: str) -> Checkpoint:
         return read(Path(path).expanduser(), flag)
     except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
         raise ArgumentError(flag, path, f"must be a run that can be read ({first_line(error)})") from None
+
+
+def keep_best(run: Path, path: Path) -> Path:
+    """Keep checkpoint `path` of `run` under the name checkpoints/best, whatever `keep` says; replaces the best before.
+
+    The files are the same on disk where it has hard links.
+
+    Raises:
+        OSError: it cannot be written; the best before stays.
+    """
+    final = folder(run) / BEST
+    partial, replaced = (final.with_name(f"{prefix}{BEST}") for prefix in (".writing-", _REPLACED))
+    recover(run)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(path, partial, ignore=shutil.ignore_patterns(KEEP), copy_function=_link)
+        _flush(partial)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        _flush(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        recover(run)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+        _flush(Path(target))
 
 
 def read(path: Path, flag: str) -> Checkpoint:

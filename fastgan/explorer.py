@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgan.data.sheets import sheet
 from fastgan.errors import ArgumentError
 from fastgan.generator import TrainedGenerator, device_of, generate, great_circle
 from fastgan.utils import counter_rng
@@ -28,7 +29,7 @@ _UPLOAD_ROUTES = ("upload", "process_recording")
 def picture(
     trained: TrainedGenerator, columns: int, seed: int, other: int, share: float, truncation: float, label: int
 ) -> np.ndarray:
-    """A grid of `columns` x `columns` images, uint8 [S, S] or [S, S, 3].
+    """A grid of `columns` x `columns` images, uint8 [S, S], [S, S, 3] or with transparency [S, S, 4].
 
     Args:
         seed, other: image i lies between latent i of `seed` and latent i of `other`.
@@ -48,11 +49,8 @@ def picture(
         labels = index % trained.num_classes if label < 0 else torch.full_like(index, int(label))
     images = generate(trained.module, latent, labels, trained.meta["networks"]["resolution"])
     pixels = ((images + 1) * 127.5).round().to(torch.uint8)
-    c, r = pixels.shape[1:3]
-    grid = pixels.view(columns, columns, c, r, r).permute(0, 3, 1, 4, 2).reshape(columns * r, columns * r, c)
-    scale = max(1, MIN_SIDE // (columns * r))
-    grid = grid.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    return (grid if c == 3 else grid[..., 0]).numpy()
+    grid = sheet(pixels.numpy(), columns=columns, scale=max(1, MIN_SIDE // (columns * pixels.shape[-1])))
+    return grid if grid.shape[2] >= 3 else grid[..., 0]
 
 
 @functools.cache

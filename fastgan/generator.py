@@ -37,6 +37,13 @@ class TrainedGenerator:
         return int(self.meta["networks"]["num_classes"])
 
     @property
+    def class_names(self) -> list[str]:
+        """Names of the classes by label; numbers where the data had no names."""
+        names = self.meta.get("classes")
+        known = isinstance(names, list) and len(names) == self.num_classes
+        return [str(name) for name in (names if known else range(self.num_classes))]  # type: ignore[union-attr]
+
+    @property
     def latent(self) -> int:
         """Size of the latent vector."""
         return int(self.meta["networks"]["latent"])

@@ -1,11 +1,12 @@
-"""Print, verify or show the contents of a prepared set."""
+"""Print or verify the contents of a prepared set, or show those of any data."""
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -39,17 +40,23 @@ class Verify:
 
 @dataclass(frozen=True)
 class Show:
-    """Write some of the images to one PNG."""
+    """Write some of the images, as training sees them, to one PNG, with their classes."""
 
-    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """Folder of the set."""
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """A prepared set, a folder of images, or other images, as --data of fastgan train."""
     n: int = 64
     """Number of images."""
     resolution: int | None = None
-    """Resolution of the images, px; None: the largest up to 128."""
+    """Resolution of the images, px; None: 64, of a prepared set the largest up to 128."""
+    channels: int | None = None
+    """As for fastgan train; so are fit and background."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How an image that is no square becomes one."""
+    background: str = "white"
+    """Color of padding and behind transparent parts."""
     start: int = 0
     """Index of the first image."""
-    seed: int | None = None
+    seed: int | None = 0
     """Shuffle the images with this seed first; None: the order of the set."""
     out: str | None = None
     """File to write; None: NAME-RESOLUTIONpx.png in the current folder."""
@@ -65,13 +72,18 @@ def main(argv: list[str]) -> int:
         prog="fastgan data",
         description=__doc__,
     )
+    if isinstance(request, Show):
+        try:
+            return _show(request)
+        except ArgumentError as error:
+            raise error.renamed("DATA") if error.argument == "--data" else error from None
     from fastgan.data.prepared.manifest import read_manifest
 
     manifest = read_manifest(Path(request.dst).expanduser(), "DST")
     if isinstance(request, Info):
         print(table(manifest))
         return 0
-    return _verify(manifest, request.workers) if isinstance(request, Verify) else _show(manifest, request)
+    return _verify(manifest, request.workers)
 
 
 def table(manifest: Manifest) -> str:
@@ -126,28 +138,43 @@ def _verify(manifest: Manifest, workers: int) -> int:
     return 0
 
 
-def _show(manifest: Manifest, request: Show) -> int:
+def _show(request: Show) -> int:
     import numpy as np
 
-    from fastgan.data.images import save_sheet
+    from fastgan.data import open_source
     from fastgan.data.loading.sampler import Sampler
-    from fastgan.data.prepared.reader import Level
+    from fastgan.data.sheets import save_sheet
 
     if request.n < 1:
         raise ArgumentError("--n", request.n, "must be at least 1")
-    if not 0 <= request.start < manifest.count:
-        raise ArgumentError("--start", request.start, f"must be 0 to {manifest.count - 1}")
-    resolution = request.resolution
-    if resolution is None:
-        resolution = max(r for r in manifest.resolutions if r <= 128)
-    manifest.files_of(resolution)  # refuses a resolution that the set does not have
-    out = Path(request.out or f"{manifest.path.resolve().name}-{resolution}px.png").expanduser()
+    resolution = _shown_resolution(request)
+    source = open_source(request.data, resolution, request.channels, fit=request.fit, background=request.background)
+    if not 0 <= request.start < len(source):
+        raise ArgumentError("--start", request.start, f"must be 0 to {len(source) - 1}")
+    name = source.path.resolve().name if source.path is not None and source.path.is_dir() else source.name
+    out = Path(request.out or f"{name}-{resolution}px.png").expanduser()
     check_picture(out)
-    order = np.arange(manifest.count) if request.seed is None else Sampler(manifest.count, request.seed).order(0)
+    for note in source.notes:
+        print(printable(note), file=sys.stderr)
+    order = np.arange(len(source)) if request.seed is None else Sampler(len(source), request.seed).order(0)
     chosen = order[request.start : request.start + request.n]
-    level = Level(manifest, resolution, "DST")
-    images = np.stack([level.pixels(int(index)) for index in chosen])
+    images = np.stack([source.read(int(index), resolution) for index in chosen])
+    labels = None
+    if source.labels is not None:
+        numbers = source.labels[chosen].tolist()
+        labels = [source.classes[number] if number < len(source.classes) else str(number) for number in numbers]
     with writing(out):
-        save_sheet(images, out, size=64)
-    print(f"{len(chosen)} of {manifest.count:,} images, {resolution} px: {out}")
+        save_sheet(images, out, size=64, labels=labels)
+    print(f"{len(chosen)} of {len(source):,} images, {resolution} px: {out}")
     return 0
+
+
+def _shown_resolution(request: Show) -> int:
+    if request.resolution is not None:
+        return request.resolution
+    from fastgan.data.prepared.manifest import is_prepared, read_manifest
+
+    path = Path(os.path.expanduser(request.data.removeprefix("prepared:")))
+    if not is_prepared(path):
+        return 64
+    return max(r for r in read_manifest(path, "DATA").resolutions if r <= 128)

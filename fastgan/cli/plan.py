@@ -12,6 +12,7 @@ from fastgan.cli.main import command
 from fastgan.cli.run_request import RunFlags, parse
 from fastgan.config import Config, batches_for_all
 from fastgan.config.growth import stages_of
+from fastgan.config.images import source_arguments
 from fastgan.errors import ArgumentError
 from fastgan.planning import step_times
 from fastgan.planning.cost_model import Cluster, Cost, Link, total_cost
@@ -226,7 +227,7 @@ def main(argv: list[str]) -> int:
         torch_settings.allow_tf32(config.system.precision == "tf32")
     cluster = machines.cluster()
     validate_stages(config, cluster.size)
-    source = open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
+    source = open_source(**source_arguments(config))
     run = make_forecaster(config, source, cluster)
     if flags.step_times:
         times = step_times.read(flags.step_times, step_times.recipe_of(config, source.channels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,8 +123,8 @@ def _name(layer: _Layer, key: str) -> str | None:
 
 def _prepared_resolution(data: object) -> int | None:
     """The highest resolution of a prepared set, which limits the preset's; None for other data."""
-    path = Path(str(data).removeprefix("prepared:")).expanduser()
-    if not (path / "manifest.json").is_file():
+    path = Path(os.path.expanduser(str(data).removeprefix("prepared:")))
+    if not os.path.isfile(path / "manifest.json"):
         return None
     from fastgan.data.prepared import read_manifest
 

@@ -35,7 +35,8 @@ def above(limit: float) -> Bound:
 
 
 def one_of(*values: int) -> Bound:
-    return Bound(lambda value: value in values, " or ".join(map(str, values)))
+    first = ", ".join(map(str, values[:-1]))
+    return Bound(lambda value: value in values, f"{first} or {values[-1]}")
 
 
 def violations(section: Any) -> Iterator[tuple[str, Any, str]]:

@@ -68,7 +68,7 @@ def without_effect(config: Config, given: Set[str]) -> list[str]:
             flag = name.replace("_", "-")
             lines.append(f"--{flag} has no effect with --{decider} {values[decider]}, only with {' or '.join(used)}")
     if config.run.evaluate_kimg is None:
-        unused = sorted(given & {"evaluate_n", "evaluate_features"})
+        unused = sorted(given & {"evaluate_n", "evaluate_features", "keep_best"})
         lines += [f"--{name.replace('_', '-')} has no effect without --evaluate-kimg" for name in unused]
     return lines
 

@@ -143,9 +143,14 @@ class Data(_Section):
     """Data."""
 
     data: str = "digits"
-    """digits, stacked-digits, folder:PATH, cifar10:ROOT, mnist:ROOT, celeba:ROOT, synthetic or a prepared set: PATH."""
-    channels: Annotated[int | None, one_of(1, 3)] = None
-    """Channels of the images, 1 or 3; None: those of the data."""
+    """A folder of images or a prepared set, as a path; or digits, stacked-digits, fashion-mnist[:ROOT], mnist:ROOT,
+    cifar10:ROOT (these three also ROOT?split=test), celeba:ROOT, avatars[:STYLE][?n=N], folder:PATH, synthetic."""
+    channels: Annotated[int | None, one_of(1, 3, 4)] = None
+    """Channels of the images: 1, 3, or 4 for color with transparency; None: those of the data, at most 3."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How an image that is no square becomes one: its center square, whole on the background, or stretched."""
+    background: str = "white"
+    """Color of padding and behind transparent parts, as white or '#00ff80'; with 4 channels both stay transparent."""
     mirror: bool = False
     """Flip half of the real images left to right."""
     augment: AugmentName = "none"
@@ -183,7 +188,9 @@ class Run(_Section):
     evaluate_n: Annotated[int, at_least(1)] = 5000
     """Generated images of an evaluation."""
     evaluate_features: str | None = None
-    """Features of an evaluation, as for fastgan evaluate; None: digits for digits, else Inception."""
+    """Features of an evaluation, as for fastgan evaluate."""
+    keep_best: bool = False
+    """Keep the checkpoint with the smallest Frechet distance, at the last resolution, in checkpoints/best."""
     keep: Annotated[int, at_least(1)] = 3
     """Checkpoints to keep, the newest ones."""
     samples: Annotated[int, at_least(1)] = 64

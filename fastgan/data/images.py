@@ -1,4 +1,4 @@
-"""Image files and pixels: is a file complete, which mode and size it has, how it becomes a square; contact sheets.
+"""Image files and pixels: is a file complete, which mode and size it has, how it is decoded to pixels.
 
 Pillow is imported inside functions, so that only what needs it fails without it.
 """
@@ -8,19 +8,17 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
 from fastgan.data.faults import raise_if_machine
+from fastgan.data.framing import CROP, Framing
 from fastgan.errors import printable
-from fastgan.utils.files import write_atomic
 from fastgan.utils.text import readable_size
 
 if TYPE_CHECKING:
@@ -99,13 +97,13 @@ def inspect_image(open_file: Callable[[], BinaryIO], name: str, flag: str = "--d
     return info
 
 
-def load_image(content: bytes, shrink_to: int | None = None, fit: bool = False) -> tuple[Image.Image, ImageInfo]:
+def load_image(content: bytes, shrink_to: int | None = None, framing: Framing = CROP) -> tuple[Image.Image, ImageInfo]:
     """Decode an image file whole.
 
     Args:
         content: of the file.
-        shrink_to: a JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8, not below this shorter side, px.
-        fit: compare the longer side with `shrink_to` instead.
+        shrink_to: a JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8, not below this extent, px.
+        framing: says what the extent of an image is.
 
     Returns:
         The image, and what its header says.
@@ -114,22 +112,22 @@ def load_image(content: bytes, shrink_to: int | None = None, fit: bool = False) 
         Exception: nearly any, if the file is damaged.
     """
     try:
-        return _load(content, shrink_to, fit)
+        return _load(content, shrink_to, framing)
     except ValueError:
         # Texts and color profiles of more than 1 MB are refused by Pillow, and are no part of the pixels.
         pixels = _without_text(content)
         if len(pixels) == len(content):
             raise
-        return _load(pixels, shrink_to, fit)
+        return _load(pixels, shrink_to, framing)
 
 
-def _load(content: bytes, shrink_to: int | None, fit: bool) -> tuple[Image.Image, ImageInfo]:
+def _load(content: bytes, shrink_to: int | None, framing: Framing) -> tuple[Image.Image, ImageInfo]:
     from PIL import Image
 
     _silence_pillow()
     image: Image.Image = Image.open(io.BytesIO(content))
     info = ImageInfo("", image.mode, image.size, image.format or "", "transparency" in image.info)
-    extent = max(image.size) if fit else min(image.size)
+    extent = framing.extent(image.size)
     if shrink_to is not None and extent >= 2 * shrink_to:
         width, height = (max(1, shrink_to * length // extent) for length in image.size)
         image.draft(None, (width, height))
@@ -159,28 +157,31 @@ def _without_text(content: bytes) -> bytes:
 
 
 def decode(
-    content: bytes, side: int, channels: int, *, shrink: Resampling | None = None, fit: bool = False
+    content: bytes, side: int, channels: int, *, shrink: Resampling | None = None, framing: Framing = CROP
 ) -> np.ndarray:
-    """Decode one image file: upright, its center square, resized.
+    """Decode one image file: upright, made a square, resized.
 
     Args:
         content: of the file.
         side: of the result, px.
-        channels: 1 or 3.
+        channels: 1, 3 or 4.
         shrink: Pillow's filter for larger images; None: Lanczos.
-        fit: keep the whole image, centered on black, instead of its center square.
+        framing: how it becomes a square, and what is behind its transparent parts.
 
     Returns:
-        uint8 [channels, side, side].
+        uint8 [channels, side, side]; 4 channels are RGBA, the colors multiplied by alpha.
     """
     from PIL import ImageOps
 
     # A JPEG far larger than needed is decoded smaller; the filter does the last halving.
-    image, _ = load_image(content, 2 * side, fit)
+    image, _ = load_image(content, 2 * side, framing)
     with suppress(Exception):  # a damaged EXIF block does not damage the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    image = convert(image, "L" if channels == 1 else "RGB")
-    return channels_first(np.array(square(image, side, shrink, fit)))
+    image = convert(image, {1: "L", 3: "RGB", 4: "RGBa"}[channels], framing.background)
+    pixels = np.array(framing.square(image, side, shrink))
+    if channels == 4:  # the filter overshoots in each channel by itself
+        np.minimum(pixels[..., :3], pixels[..., 3:], out=pixels[..., :3])
+    return channels_first(pixels)
 
 
 def channels_first(pixels: np.ndarray) -> np.ndarray:
@@ -189,12 +190,14 @@ def channels_first(pixels: np.ndarray) -> np.ndarray:
 
 
 def channels_last(pixels: np.ndarray) -> np.ndarray:
-    """[1, h, w] to [h, w], and [3, h, w] to contiguous [h, w, 3], as Pillow stores images."""
+    """[1, h, w] to [h, w], and [C, h, w] to contiguous [h, w, C], as Pillow stores images."""
     return pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
-def convert(image: Image.Image, mode: str) -> Image.Image:
-    """Convert any Pillow mode to L or RGB; transparent images are put on white.
+def convert(image: Image.Image, mode: str, background: str = "white") -> Image.Image:
+    """Convert any Pillow mode to L, RGB or RGBa.
+
+    Transparent images are put on `background`; in RGBa, colors multiplied by alpha, they stay transparent.
 
     Samples of more than 8 bits are scaled by their type alone, never by the values of one image: 12 and 16 bits by
     their largest value, 32-bit integers as 16 bits, floats from 0 to 255.
@@ -213,36 +216,23 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
         if image.mode != "F" and bits < 16:
             white = 2**bits - 1
         levels = np.rint(np.clip(np.nan_to_num(values) / white, 0, 1) * 255).astype(np.uint8)
-        if isinstance(clear, int):  # one value is transparent
-            levels[values == clear] = 255
         image = Image.fromarray(levels)
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        if isinstance(clear, int):  # one value is transparent
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if mode != "RGBa":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    if mode == "RGBa":  # not every mode has a direct way
+        image = image.convert("RGBA")
     if image.mode == "LAB" and mode == "L":  # Pillow converts it to RGB only
         image = image.convert("RGB")
     return image if image.mode == mode else image.convert(mode)
 
 
-def square(image: Image.Image, side: int, shrink: Resampling | None = None, fit: bool = False) -> Image.Image:
-    """Resize the center square; see `decode`. Pillow's filters widen when shrinking, so nothing aliases."""
-    from PIL import Image
-    from PIL.Image import Resampling
-
-    width, height = image.size
-    extent = max(width, height) if fit else min(width, height)
-    # Enlarged with Lanczos, strokes ring visibly; with bicubic hardly.
-    smooth = (Resampling.LANCZOS if shrink is None else shrink) if extent > side else Resampling.BICUBIC
-    if fit and width != height:
-        inner = max(1, round(width * side / extent)), max(1, round(height * side / extent))
-        whole = image if inner == image.size else image.resize(inner, smooth)
-        image = Image.new(image.mode, (side, side))
-        image.paste(whole, ((side - inner[0]) // 2, (side - inner[1]) // 2))
-        return image
-    left, top = (width - extent) // 2, (height - extent) // 2
-    if extent == side:
-        return image.crop((left, top, left + side, top + side))
-    return image.resize((side, side), smooth, box=(left, top, left + extent, top + extent))
+def has_alpha(info: ImageInfo) -> bool:
+    """Return whether an image may have transparent parts."""
+    return info.transparent or info.mode in ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 def is_gray(mode: str) -> bool:
@@ -281,30 +271,6 @@ def _mean(total: np.ndarray, block: int) -> np.ndarray:
     count = block * block
     # A shift, as count is a power of four; 16 bits hold the largest sum with its rounding.
     return ((total + total.dtype.type(count // 2)) >> total.dtype.type(2 * (block.bit_length() - 1))).astype(np.uint8)
-
-
-def save_sheet(pixels: np.ndarray, path: Path, *, size: int | None = None, columns: int | None = None) -> None:
-    """Write images as one PNG, row by row, atomically.
-
-    Args:
-        pixels: uint8 [N, C, R, R], C 1 or 3.
-        path: of the PNG.
-        size: enlarges each image to that many pixels by repetition.
-        columns: of the sheet; None: nearly square.
-    """
-    from PIL import Image
-
-    n, c, r, _ = pixels.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    scale = max(1, (size or r) // r)
-    sheet = np.zeros((rows * columns, c, r, r), dtype=np.uint8)
-    sheet[:n] = pixels
-    sheet = sheet.reshape(rows, columns, c, r, r).transpose(0, 3, 1, 4, 2).reshape(rows * r, columns * r, c)
-    sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
-    file = io.BytesIO()
-    Image.fromarray(sheet[:, :, 0] if c == 1 else sheet).save(file, format="PNG")
-    write_atomic(path, file.getbuffer())
 
 
 def decode_problem(error: Exception) -> str:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastgan.data.faults import raise_if_machine
-from fastgan.data.images import area_average, decode, decode_problem, first_line, read_whole, square
+from fastgan.data.framing import CROP, Framing
+from fastgan.data.images import area_average, decode, decode_problem, first_line, read_whole
 from fastgan.errors import ArgumentError
 
 MAX_CLASSES = 2**20
@@ -49,8 +50,10 @@ class Source(ABC):
         resolution: the target, px.
         labels: int64 [N], or None.
         num_classes: 0 without labels.
+        classes: names of the classes by label, or empty.
         fingerprint: 16 hex digits that change with the data and not with the folder it is in.
         skipped: (file, reason) of files that are not usable images.
+        notes: what else a user should know of the images, a line each.
     """
 
     name: str
@@ -62,6 +65,8 @@ class Source(ABC):
     fingerprint: str
     path: Path | None = None
     skipped: Sequence[tuple[str, str]] = ()
+    classes: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -115,10 +120,17 @@ class ArraySource(Source):
         labels: int64 [N], from 0 to 9.
         resolution: the target, px.
         path: the folder the images were read from, or None.
+        classes: names of the classes, or empty.
     """
 
     def __init__(
-        self, name: str, images: np.ndarray, labels: np.ndarray, resolution: int, path: Path | None = None
+        self,
+        name: str,
+        images: np.ndarray,
+        labels: np.ndarray,
+        resolution: int,
+        path: Path | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         digest = hashlib.sha256(f"{name} {images.shape} ".encode())
         digest.update(np.ascontiguousarray(images).data)
@@ -131,6 +143,7 @@ class ArraySource(Source):
             num_classes=10,
             fingerprint=digest.hexdigest()[:16],
             path=path,
+            classes=classes,
         )
         self.images = images
 
@@ -141,7 +154,7 @@ class ArraySource(Source):
         from PIL import Image
 
         planes = (Image.fromarray(plane) for plane in self.images[index])
-        return np.stack([np.asarray(square(plane, self.resolution)) for plane in planes])
+        return np.stack([np.asarray(CROP.square(plane, self.resolution)) for plane in planes])
 
 
 class FileSource(Source):
@@ -153,7 +166,8 @@ class FileSource(Source):
         files: in the order of the images.
         kinds: see `Encoded`; None: all files are RGB JPEGs.
         checksums: file -> a checksum of part of its content, if every file was opened.
-        attributes: other attributes of `Source`. Images are converted to `channels`, 1 or 3.
+        framing: how images become squares.
+        attributes: other attributes of `Source`. Images are converted to `channels`: 1, 3 or 4.
     """
 
     path: Path
@@ -165,20 +179,25 @@ class FileSource(Source):
         files: list[str],
         kinds: dict[tuple[str, str, bool], str] | None = None,
         checksums: dict[str, int] | None = None,
+        framing: Framing = CROP,
         **attributes: Any,
     ) -> None:
-        digest = hashlib.sha256(f"{name} {len(files)}".encode())
+        framed = "" if framing == CROP else f" {framing}"
+        digest = hashlib.sha256(f"{name} {len(files)}{framed}".encode())
         for file in files:
             checksum = "" if checksums is None else f" {checksums[file]}"
             digest.update(f"\0{file}\0{(path / file).stat().st_size}{checksum}".encode(errors="surrogateescape"))
         super().__init__(name, path=path, fingerprint=digest.hexdigest()[:16], **attributes)
-        self._files = files
+        self._files, self._framing = files, framing
         self._kinds = {("JPEG", "RGB", False): files[0]} if kinds is None else kinds
 
     def __len__(self) -> int:
         return len(self._files)
 
     def encoded(self, resolution: int) -> Encoded | None:
+        if self._framing.fit != "crop":
+            return None
+
         def name(index: int) -> str:
             return str(self._file(index))
 
@@ -191,7 +210,7 @@ class FileSource(Source):
         file = self._file(index)
         try:
             with file.open("rb") as stream:
-                return decode(read_whole(stream), self.resolution, self.channels)
+                return decode(read_whole(stream), self.resolution, self.channels, framing=self._framing)
         except Exception as error:  # Pillow's decoders raise nearly any exception on a damaged file
             raise_if_machine(error, "--data", str(file))
             problem = f"the image cannot be decoded ({decode_problem(error)}); remove or replace the file"

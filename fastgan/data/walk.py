@@ -1,4 +1,4 @@
-"""The files below a folder, in order of their names."""
+"""The files below a folder, in order of their names; runs are left out, as their sample sheets are no data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def walk(path: Path, everything: bool = False, flag: str = "--data") -> Iterator
 
     Args:
         path: the folder.
-        everything: include hidden files and folders.
+        everything: include hidden files and folders, and the runs of fastgan.
         flag: the argument to name in errors.
 
     Yields:
-        name: relative to `path`, with "/" between parts. problem: "", or why a folder may not be listed.
+        name: relative to `path`, with "/" between parts. problem: "", or why a folder is not listed.
 
     Raises:
         ArgumentError: the machine cannot list a folder.
@@ -33,6 +33,9 @@ def walk(path: Path, everything: bool = False, flag: str = "--data") -> Iterator
         if real in visited:
             return
         visited.add(real)
+        if folder and not everything and is_run(path / folder):
+            yield folder, "the folder of a run, whose pictures are no data"
+            return
         try:
             # Folders are sorted as "a/", so that the order is that of the whole relative names.
             with os.scandir(path / folder) as entries:
@@ -49,6 +52,13 @@ def walk(path: Path, everything: bool = False, flag: str = "--data") -> Iterator
                 yield folder + name, ""
 
     return below("")
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is that of a run of fastgan."""
+    if not os.path.isfile(path / "config.yaml"):
+        return False
+    return any(os.path.exists(path / name) for name in (".lock", "checkpoints", "samples", "metrics.jsonl"))
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -39,6 +39,7 @@ def compare(
             values |= _kernel_distance(generated_rows, real_rows, seed, warn)
         if "prdc" in metrics:
             values |= _neighbor_metrics(generated_rows, real_rows)
+            values["memorized"] = neighbors.memorized_share(generated_rows, real_rows)
     if generated.score is not None:
         values |= _class_score(generated.score, generated.count, warn)
     if generated.patches is not None and real.patches is not None:

@@ -1,7 +1,8 @@
 """Feature extractors: networks that turn an image into a vector.
 
-`digits` is a classifier of scikit-learn's digits, trained here in seconds. The others are torch-fidelity's, with
-published weights from torch's download cache or from a file. Weights are read without unpickling anything.
+`digits` is a classifier of scikit-learn's digits, trained here in seconds. `efficientnet-lite0` is in lite0.py; its
+weights come with a Python package. The others are torch-fidelity's, with published weights from torch's download cache
+or from a file. Weights are read without unpickling anything.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan.errors import ArgumentError
+from fastgan.evaluation import lite0
 from fastgan.utils.text import first_line
 
 INCEPTION = "inception-v3-compat"
@@ -34,9 +36,12 @@ _DINO = {
     "dinov2-vit-b-14": ("vit_base_patch14_dinov2", "dinov2_vitb14"),
     "dinov2-vit-l-14": ("vit_large_patch14_dinov2", "dinov2_vitl14"),
 }
-EXTRACTORS = ("digits", INCEPTION, "vgg16", *_DINO)
+EXTRACTORS = ("digits", lite0.NAME, INCEPTION, "vgg16", *_DINO)
 _VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 _DINO_SIDE, _DINO_PATCH = 224, 14
+_LITE0_BATCH = 32  # images whose feature maps stay in a CPU's cache better than those of 256
+
+Built = TypeVar("Built")
 
 
 class Extracted(NamedTuple):
@@ -71,7 +76,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Extracted:
-        """images: uint8 [N, C, R, R], C 1 or 3."""
+        """images: uint8 [N, C, R, R], C 1, 3 or 4."""
 
 
 class DigitsExtractor(Extractor):
@@ -94,7 +99,7 @@ class DigitsExtractor(Extractor):
 
 
 class FidelityExtractor(Extractor):
-    """A network of torch-fidelity. The channel of gray images is repeated three times."""
+    """A network of torch-fidelity; images as from `to_rgb`."""
 
     def __init__(self, name: str, network: nn.Module, dimension: int, side: int, fingerprint: str) -> None:
         self.name = name
@@ -110,8 +115,47 @@ class FidelityExtractor(Extractor):
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Extracted:
         device = next(self._network.parameters()).device
-        features = self._network(images.to(device).expand(-1, 3, -1, -1))
+        features = self._network(to_rgb(images.to(device)))
         return Extracted(features[0].float(), features[1].float()[:, None] if self.has_class_score else None)
+
+
+class Lite0Extractor(Extractor):
+    """EfficientNet-Lite0; images as from `to_rgb`."""
+
+    name = lite0.NAME
+    dimension = lite0.DIMENSION
+    resize = f"bilinear, antialiased, to {lite0.SIDE} px"
+
+    def __init__(self, state: dict[str, Tensor], device: torch.device | str) -> None:
+        self.fingerprint = _fingerprint(state)
+        self._network = lite0.EfficientNetLite0(state).to(device)
+        self._device = device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Extracted:
+        parts = [self._network(to_rgb(part.to(self._device))) for part in images.split(_LITE0_BATCH)]
+        return Extracted(torch.cat(parts), None)
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """Images with 1, 3 or 4 channels to 3: gray is repeated, and RGBA, colors multiplied by alpha, put on white.
+
+    Args:
+        images: uint8 [N, C, R, R].
+    """
+    if images.shape[1] != 4:
+        return images.expand(-1, 3, -1, -1)
+    color, alpha = images[:, :3], images[:, 3:]
+    return torch.minimum(color, alpha) + (255 - alpha)
+
+
+def published_weights_exist(name: str = INCEPTION) -> bool:
+    """Whether the weights of Inception are in torch's download cache, and torch-fidelity, which uses them, is there."""
+    try:
+        fidelity = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except ImportError:
+        return False
+    return _cached_file(_url(name, fidelity.URL_INCEPTION_V3)).is_file()
 
 
 def canonical_name(name: str) -> str:
@@ -133,7 +177,7 @@ def open_extractor(
 
     Args:
         name: as in `--features`.
-        channels: channels of the images, 1 or 3.
+        channels: channels of the images: 1, 3 or 4.
         weights: file with the weights (.pth as published, or .safetensors); None: torch's download cache, or a
             download.
 
@@ -145,6 +189,10 @@ def open_extractor(
         if weights is not None:
             raise ArgumentError("--feature-weights", weights, "is not needed with --features digits: remove it")
         return DigitsExtractor(channels)
+    if name == lite0.NAME:
+        file = lite0.require_weights_file() if weights is None else Path(weights).expanduser()
+        state = _read_weights(file, name)
+        return _build(lambda: Lite0Extractor(state, device), name, file)
     fidelity = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     path = Path(weights).expanduser() if weights is not None else _published_weights(name, fidelity.URL_INCEPTION_V3)
     try:
@@ -185,7 +233,7 @@ def _url(name: str, inception: str) -> str:
 def _published_weights(name: str, inception: str) -> Path:
     """The published weights in torch's download cache, which torch-fidelity uses too; downloaded if missing."""
     url = _url(name, inception)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    path = _cached_file(url)
     if path.is_file():
         return path
     try:
@@ -196,6 +244,10 @@ def _published_weights(name: str, inception: str) -> Path:
         advice = f"download {url} to {path}, or name the file with --feature-weights"
         raise ArgumentError("--features", name, f"its weights cannot be downloaded ({error}); {advice}") from None
     return path
+
+
+def _cached_file(url: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
 @contextmanager
@@ -238,7 +290,7 @@ def _as_file(state: dict[str, Tensor]) -> io.BytesIO:
     return file
 
 
-def _build(build: Callable[[], nn.Module], name: str, path: Path) -> nn.Module:
+def _build(build: Callable[[], Built], name: str, path: Path) -> Built:
     try:
         return build()
     except RuntimeError as error:  # from load_state_dict: other keys or shapes

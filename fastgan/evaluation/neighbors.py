@@ -1,6 +1,6 @@
-"""Metrics of two sets of features in memory: kernel distance, precision and recall, density and coverage.
+"""Metrics of two sets of features in memory: kernel distance, precision and recall, density and coverage, memorizing.
 
-torch-fidelity computes the first three from given features. No maintained library has density and coverage.
+torch-fidelity computes the first three from given features. No maintained library has the others.
 """
 
 from __future__ import annotations
@@ -67,3 +67,36 @@ def density_coverage(generated: Tensor, real: Tensor, *, k: int = 5) -> tuple[fl
         inside += int(hits.sum())
         covered += int(hits.any(dim=1).sum())
     return inside / (k * len(generated)), covered / len(real)
+
+
+def nearest_real(generated: Tensor, real: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """The k nearest real vectors of each generated one.
+
+    Args:
+        generated: features [N, D].
+        real: features [M, D], M >= k.
+
+    Returns:
+        Distances, float64 [N, k], and indices of real vectors, int64 [N, k], nearest first.
+    """
+    real = real.double()
+    found = [torch.cdist(rows.double(), real).topk(k, dim=1, largest=False) for rows in generated.split(1000)]
+    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+
+
+def own_distances(real: Tensor) -> Tensor:
+    """Distance of each real vector [M, D] to its nearest other one, float64 [M]; M >= 2."""
+    real = real.double()
+    # The smallest distance is a vector's own, zero.
+    return torch.cat([torch.cdist(rows, real).kthvalue(2, dim=1).values for rows in real.split(1000)])
+
+
+def memorized_share(generated: Tensor, real: Tensor) -> float:
+    """Share of generated vectors [N, D] that are nearer to their nearest real one than that is to any other real one.
+
+    One minus the authenticity of Alaa et al. 2022 (section 3.3). It is not 0 for images that are new: those of a second
+    set of the same kind have some share too, and copies have 1. It compares with all of real [M, D], and with a part of
+    the training images it sees copies of that part alone.
+    """
+    distance, index = nearest_real(generated, real)
+    return float((distance[:, 0] < own_distances(real)[index[:, 0]]).double().mean())

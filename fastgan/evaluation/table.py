@@ -30,6 +30,9 @@ def format_table(line: dict[str, Any]) -> str:
             note += f", {images['neighbors']:,} images of each"
             note += "; 1 for real images" if name == "density" else ""
             row(f"{name}{suffix}", f"{metrics[name]:.4f}", note)
+    if "memorized" in metrics:
+        note = "nearer to a real image than that is to any other one"
+        row(f"memorized share{suffix}", f"{metrics['memorized']:.4f}", note)
     if "swd" in metrics:
         levels: list[str] = []
         while f"swd_level{len(levels)}" in metrics:

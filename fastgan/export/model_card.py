@@ -95,7 +95,8 @@ def _front_matter(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def _facts(meta: dict[str, Any]) -> list[tuple[str, str]]:
     networks, images, name = meta["networks"], meta.get("images"), _name(meta)
     side = networks["resolution"]
-    size = f"{side} x {side} pixels, " + ("gray" if networks["channels"] == 1 else "color")
+    kinds = {1: "gray", 4: "color with transparency (RGBA, colors multiplied by alpha)"}
+    size = f"{side} x {side} pixels, {kinds.get(networks['channels'], 'color')}"
     alpha = meta.get("alpha", 1.0)
     if alpha < 1:
         size += f", fading in: the newest level has a weight of {alpha:.0%}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from fastgan.config import Config
 from fastgan.config.growth import short_run_warning, stages_of
+from fastgan.config.images import source_arguments
 from fastgan.data import Source, open_source
+from fastgan.errors import printable
 from fastgan.planning.forecast import StageBatch, stage_batches
 from fastgan.planning.memory import Footprint
 from fastgan.training.footprint import footprint
@@ -21,7 +23,7 @@ def describe(variant: str, preset: str, config: Config, ranks: int) -> str:
         ArgumentError: a stage's batch cannot be divided over the ranks.
     """
     validate_stages(config, ranks)
-    source = open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
+    source = open_source(**source_arguments(config))
     lines = [
         *_settings(variant, preset, config, source, ranks),
         "",
@@ -40,6 +42,7 @@ def _settings(variant: str, preset: str, config: Config, source: Source, ranks: 
     decay = f", decaying to 0 over the last {o.lr_decay * s.kimg:g} kimg" if o.lr_decay else ""
     drift = f", drift {objective.drift:g}" if objective.drift else ""
     return [
+        *map(printable, source.notes),
         f"{variant}, {preset} preset: {s.kimg:g} kimg of {source.name} ({len(source):,} images) to {s.resolution} px",
         f"objective: {objective.loss}, regularizer {objective.regularizer}{drift}",
         f"optimizer: {o.optimizer}, lr {o.lr_g:g} (G) {o.lr_d:g} (D){decay}, {o.n_critic} D steps for each G step, "

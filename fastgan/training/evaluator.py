@@ -17,7 +17,7 @@ from fastgan.config import Config
 from fastgan.data import Source
 from fastgan.errors import ArgumentError
 from fastgan.evaluation.features import open_extractor
-from fastgan.evaluation.measure import Evaluation, choose_metrics, default_extractor
+from fastgan.evaluation.measure import Evaluation, choose_metrics, default_extractor, default_images
 from fastgan.generator import device_of, generate
 from fastgan.utils import counter_rng
 from fastgan.utils.files import write_atomic
@@ -113,6 +113,7 @@ class Evaluator:
             if error.argument == "--features":
                 raise error.renamed("--evaluate-features") from None
             raise
+        self.real = default_images(self.extractor, device)[1]
         try:
             # The last resolution has all metrics of the lower ones.
             self._evaluation(source.resolution).require_enough_images(source)
@@ -128,7 +129,8 @@ class Evaluator:
     def _evaluation(self, resolution: int) -> Evaluation:
         # Patches of real images are not cached, and cutting and sorting them takes longer than all the rest.
         metrics = [name for name in choose_metrics(None, self.extractor, self.source, resolution) if name != "swd"]
-        return Evaluation(metrics, self.extractor, self.n, self.seed, cache=cache_folder("evaluation"))
+        cache = cache_folder("evaluation")
+        return Evaluation(metrics, self.extractor, self.n, self.seed, cache=cache, real=self.real)
 
     def __call__(self, generator: nn.Module, meta: dict[str, Any]) -> dict[str, Any] | None:
         """Evaluate; a collective.

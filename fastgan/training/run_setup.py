@@ -13,6 +13,7 @@ from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, replace
 from fastgan.config.files import write_yaml
 from fastgan.config.growth import stages_of
+from fastgan.config.images import source_arguments
 from fastgan.data.preparation.verification import spot_check
 from fastgan.data.prepared import PreparedSource
 from fastgan.errors import ArgumentError, printable
@@ -94,7 +95,7 @@ def open_images(config: Config, world: ProcessGroup) -> data.Source:
     """
     source, fault = None, None
     try:
-        source = data.open_source(config.data.data, config.schedule.resolution, config.data.channels, config.run.seed)
+        source = data.open_source(**source_arguments(config))
         # One rank of each host compares the host's copy with its manifest.
         if isinstance(source, PreparedSource) and world.size > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
             found = spot_check(source.manifest, config.schedule.resolution)
@@ -111,7 +112,10 @@ def open_images(config: Config, world: ProcessGroup) -> data.Source:
     if world.main and source.skipped:
         for file, reason in source.skipped[:10]:
             print(printable(f"skipped {file}: {reason}"), file=sys.stderr)
-        print(f"skipped {len(source.skipped)} files that are no images; {len(source)} images remain", file=sys.stderr)
+        print(f"skipped {len(source.skipped)} files or folders; {len(source)} images remain", file=sys.stderr)
+    if world.main:
+        for note in source.notes:
+            print(printable(note), file=sys.stderr)
     if config.networks.conditional and source.num_classes == 0:
         raise ArgumentError("--conditional", True, f"{config.data.data} has no labels: remove it")
     return source

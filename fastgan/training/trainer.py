@@ -17,6 +17,7 @@ from fastgan.data import Source
 from fastgan.generator import sample_images
 from fastgan.ops import qualification
 from fastgan.training import precision, torch_settings
+from fastgan.training.best import BestCheckpoint
 from fastgan.training.checkpoints import state as checkpoint_state
 from fastgan.training.checkpoints.resume import require_fitting, validate_resume
 from fastgan.training.compiling.compilation import Compilation
@@ -93,6 +94,7 @@ class Trainer:
         self._evaluator = None if config.run.evaluate_kimg is None else Evaluator.of(config, source, world.device)
         # The ops run what they ran before the stop, so that a run that is resumed computes the same bits.
         self._note = qualification.adopt(None if resume is None else resume.meta.get("implementations"), world.device)
+        self.best = BestCheckpoint(config.run.keep_best)
         self.stage: ActiveStage
         if resume is None:
             weights = None if initial is None else {**initial.training(), "ema": initial.generator()}
@@ -247,8 +249,8 @@ class Trainer:
                 if interval.due(before, self.images, self.total):
                     interval.action()
             stop = signals.should_stop()
-            if stop or checkpoint.due(before, self.images, self.total):
-                self.save()
+            if stop or self.best.is_due or checkpoint.due(before, self.images, self.total):
+                self.best.keep(self, self.save())
             if stop:
                 return signals.signal or signal.SIGTERM
         return None
@@ -322,6 +324,7 @@ class Trainer:
         if record is not None:
             append(self.run_path, record)
             log.evaluation(self.images, record)
+        self.best.consider(self, record)
         self._exclude(time.monotonic() - began)
 
     def _exclude(self, seconds: float) -> None:

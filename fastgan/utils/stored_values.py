@@ -42,6 +42,15 @@ def choice(*values: Any) -> Rule:
     )
 
 
+def texts(most: int) -> Rule:
+    """A list of up to `most` printable texts."""
+    one = text()
+    return Rule(
+        lambda value: isinstance(value, list) and len(value) <= most and all(map(one.holds, value)),
+        f"a list of at most {most} texts",
+    )
+
+
 def mapping() -> Rule:
     """A JSON object."""
     return Rule(lambda value: isinstance(value, dict), "a mapping")
@@ -85,6 +94,7 @@ CHECKPOINT: Mapping[str, Rule] = {
     "accumulation": whole(1, 10**6),
     "seed": whole(0, 2**51 - 1),
     "networks": mapping(),
+    "classes": texts(2**20),
     "data": mapping(),
     "compiled": choice(True, False),
     "runaway": mapping(),

@@ -129,8 +129,9 @@ def test_one_wrong_file_is_counted_in_the_singular(copy: Path, output: Out) -> N
 def test_show_names_a_damaged_image(copy: Path, output: Out) -> None:
     tar = copy / "encoded" / "0016" / "00000.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
-    assert main(["data", "show", str(copy), "--resolution", "16", "--out", str(copy / "x.png")]) == 2
-    named = f"DST '{tar}, member 000000000.png': the image cannot be decoded (no image format Pillow knows); "
+    show = ["data", "show", str(copy), "--seed", "None", "--resolution", "16", "--out", str(copy / "x.png")]
+    assert main(show) == 2
+    named = f"DATA '{tar}, member 000000000.png': the image cannot be decoded (no image format Pillow knows); "
     assert named in output()[1]
     assert not (copy / "x.png").exists()
 
@@ -148,7 +149,7 @@ def test_a_damaged_array_is_named(copy: Path, output: Out, what: str) -> None:
     assert file.stat().st_size == len(content)
     assert main(["data", "show", str(copy), "--resolution", "8", "--out", str(copy / "x.png")]) == 2
     error = output()[1]
-    assert f"DST '{file}': it is not a whole .npy file (" in error and len(error.splitlines()) == 1
+    assert f"DATA '{file}': it is not a whole .npy file (" in error and len(error.splitlines()) == 1
     with pytest.raises(ArgumentError, match=r"--data .*00000\.npy': it is not a whole \.npy file"):
         fastgan.data.open_source(str(copy), 8).arrays(8)
 
@@ -199,10 +200,11 @@ def test_verify_detects_a_changed_manifest(copy: Path, output: Out) -> None:
 
 def test_show(prepared: Path, tmp_path: Path, output: Out, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "show", str(prepared), "--n", "5", "--start", "3"]) == 0
+    assert main(["data", "show", str(prepared), "--n", "5", "--start", "3", "--seed", "None"]) == 0
     assert output()[0] == "5 of 1,797 images, 16 px: digits-16px.png\n"
-    sheet = np.asarray(Image.open("digits-16px.png"))
-    assert sheet.shape == (2 * 64, 3 * 64)
+    labeled = np.asarray(Image.open("digits-16px.png"))
+    assert labeled.shape == (2 * (64 + 14), 3 * 64)
+    sheet = labeled.reshape(2, 64 + 14, 3 * 64)[:, :64].reshape(2 * 64, 3 * 64)
     source = fastgan.data.open_source("digits", 16)
     tiles = sheet[::4, ::4].reshape(2, 16, 3, 16).transpose(0, 2, 1, 3).reshape(6, 16, 16)
     assert not tiles[5].any()
@@ -210,8 +212,23 @@ def test_show(prepared: Path, tmp_path: Path, output: Out, monkeypatch: pytest.M
         np.testing.assert_array_equal(tiles[i], source.read(3 + i, 16)[0])
     assert main(["data", "show", str(prepared), "--n", "1", "--seed", "4", "--resolution", "8", "--out", "x.png"]) == 0
     first = int(Sampler(1797, 4).order(0)[0])
-    shown = np.asarray(Image.open("x.png"))[::8, ::8]
+    shown = np.asarray(Image.open("x.png"))[:64:8, ::8]
     np.testing.assert_array_equal(shown, area_average(source.read(first, 16), 8)[0])
+
+
+def test_show_draws_a_fair_sheet_of_any_data(tmp_path: Path, output: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes in the order of folders would fill a sheet with the first one."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(40):
+        save(tmp_path / "photos" / f"{'ab'[i // 20]}" / f"{i:02}.png", np.full((8, 8, 3), 100 + 3 * i, np.uint8))
+    assert main(["data", "show", "photos", "--n", "16"]) == 0
+    assert output()[0] == "16 of 40 images, 64 px: photos-64px.png\n"
+    cells = np.asarray(Image.open("photos-64px.png"))[32 :: 64 + 14, 32::64, 0].flatten()
+    assert 4 <= (cells < 160).sum() <= 12 and len(set(cells.tolist())) == 16
+    assert main(["data", "show", "digits", "--resolution", "8", "--out", "d.png"]) == 0
+    assert main(["data", "show", "photos", "--channels", "4", "--out", "rgba.png", "--fit", "pad"]) == 0
+    assert "0 of 40 images have alpha" in output()[1]
+    assert Image.open("rgba.png").mode == "RGBA"
 
 
 @pytest.mark.parametrize(
@@ -219,8 +236,8 @@ def test_show(prepared: Path, tmp_path: Path, output: Out, monkeypatch: pytest.M
     [
         ("--n 0", "--n must be at least 1, got 0"),
         ("--start 1797", "--start must be 0 to 1796, got 1797"),
-        ("--resolution 32", "--resolution must be one of 4, 8, 16, got 32"),
-        ("--resolution 0", "--resolution must be one of 4, 8, 16, got 0"),
+        ("--resolution 32", "--resolution must be at most 16, got 32"),
+        ("--resolution 0", "--resolution must be a power of two from 4, got 0"),
         ("--out x.jpg", "--out must be a file that ends in .png, got 'x.jpg'"),
         ("--out nowhere/x.png", "got 'nowhere/x.png'; No such file or directory"),
         ("--out folder.png", "--out must be a file that can be written, got 'folder.png'; Is a directory"),
@@ -237,10 +254,14 @@ def test_show_refuses(
 
 
 def test_no_prepared_set(tmp_path: Path, output: Out) -> None:
-    for what in ("info", "verify", "show"):
+    for what, words in (
+        ("info", "manifest.json is missing"),
+        ("verify", "manifest.json is missing"),
+        ("show", "DATA must be"),
+    ):
         assert main(["data", what, str(tmp_path / "nowhere")]) == 2
         out, err = output()
-        assert not out and "manifest.json is missing" in err and err.count("\n") == 1
+        assert not out and words in err and err.count("\n") == 1
 
 
 def test_an_unfinished_set_is_refused(copy: Path, output: Out) -> None:

@@ -71,8 +71,8 @@ def test_a_run_is_evaluated_and_the_record_grows(run: Path, cache: Path, capsys:
     assert "of 10;" in output.out and "k = 3, 64 images of each" in output.out
     assert "warning: fid: 64 generated images for 1,024 features: their covariance is singular" in output.err
     (line,) = lines(run)
-    names = "frechet_distance precision recall density coverage class_score class_score_std modes confident kl modes_of"
-    assert sorted(line["metrics"]) == sorted(names.split())
+    names = "frechet_distance precision recall density coverage memorized class_score class_score_std".split()
+    assert sorted(line["metrics"]) == sorted([*names, "modes", "confident", "kl", "modes_of"])
     assert line["images"] == {"generated": 64, "real": 1797, "neighbors": 64}
     assert (line["features"], line["data"], line["resolution"], line["kimg"]) == ("digits", "digits", 16, 0.064)
     assert line["resize"] == "bilinear, antialiased, to 16 px" and "singular" in line["warnings"][0]
@@ -110,7 +110,7 @@ def test_numbers_are_printed_if_the_record_cannot_be_written(
 def test_pixel_metrics_need_no_features(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a network the weights of Inception, the default for most data, cannot be downloaded."""
+    """The weights of the default features for most data may not be there."""
 
     def offline(*args: object) -> None:
         raise ArgumentError("--features", args[0], "its weights cannot be downloaded")
@@ -118,14 +118,14 @@ def test_pixel_metrics_need_no_features(
     monkeypatch.setattr("fastgan.evaluation.features.open_extractor", offline)
     argv = ["evaluate", str(run), "--data", "synthetic", "--n", "16", "--metrics"]
     gray = open_source("synthetic", 16, 1)
-    monkeypatch.setattr("fastgan.data.open_source", lambda *_: gray)
+    monkeypatch.setattr("fastgan.data.open_source", lambda **_: gray)
     assert main.main([*argv, "swd,msssim"]) == 0
     assert "features: none" in capsys.readouterr().out
     (line,) = lines(run)
     assert line["features"] is line["feature_weights"] is line["resize"] is None
     assert {"swd", "ms_ssim"} < set(line["metrics"])
     assert main.main([*argv, "swd,kid"]) == 2
-    assert "--features 'inception-v3-compat': its weights" in capsys.readouterr().err
+    assert "--features 'efficientnet-lite0': its weights" in capsys.readouterr().err
 
 
 def test_names_in_the_table_depend_on_the_features() -> None:
@@ -214,7 +214,7 @@ def test_data_smaller_than_the_runs_images(
 ) -> None:
     """For example a prepared set of 8 px: its images cannot be enlarged."""
     small = open_source("digits", 8)
-    monkeypatch.setattr("fastgan.data.open_source", lambda *_: small)
+    monkeypatch.setattr("fastgan.data.open_source", lambda **_: small)
     refused(capsys, [str(run), "--data", "small"], "--data 'small': the run's images have 16 px", "4 to 8")
 
 
@@ -225,7 +225,7 @@ def test_data_is_opened_with_the_runs_seed_and_needs_its_classes(
     config.write_text(re.sub("seed: 0", "seed: 5", config.read_text()))
     argv: list[tuple[object, ...]] = []
 
-    def opened(*given: object) -> Any:
+    def opened(**given: object) -> Any:
         argv.append(given)
         return source
 
@@ -234,7 +234,8 @@ def test_data_is_opened_with_the_runs_seed_and_needs_its_classes(
     networks = {"channels": 1, "resolution": 16, "num_classes": 10}
     settings = evaluate._read_config(run)
     assert evaluate._open_data(evaluate.Evaluate(str(run)), settings, networks) is source
-    assert argv == [("digits", 16, 1, 5)]
+    expected = {"spec": "digits", "resolution": 16, "channels": 1, "seed": 5, "fit": "crop", "background": "white"}
+    assert argv == [expected]
     with pytest.raises(ArgumentError, match="--data 'digits': the run has 4 classes, not 10"):
         evaluate._open_data(evaluate.Evaluate(str(run)), settings, {**networks, "num_classes": 4})
     source.num_classes, source.labels = 0, None  # image i then has label i mod 10

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from published import celeba, cifar10, mnist, noise, save
+from published import celeba, cifar10, noise, save
 
 from fastgan.data import open_source
 from fastgan.data.images import area_average, pyramid
@@ -92,7 +91,7 @@ def test_synthetic_depends_on_seed() -> None:
 
 @pytest.mark.parametrize("spec", ["", "imagenet", "digits:x", "synthetic:", "folder:", "folder", "cifar10:"])
 def test_unknown_spec(spec: str) -> None:
-    assert "--data must be digits, stacked-digits, folder:PATH" in refusal(spec)
+    assert "--data must be digits, stacked-digits, avatars, fashion-mnist, a folder of images" in refusal(spec)
 
 
 def test_resolution_must_be_a_power_of_two() -> None:
@@ -106,7 +105,7 @@ def test_channel_mismatch(tmp_path: Path) -> None:
     assert "mnist has 1 channel" in refusal(f"mnist:{tmp_path}", channels=3)
     assert "celeba has 3 channels" in refusal(f"celeba:{tmp_path}", channels=1)
     assert "--channels" in refusal("synthetic", channels=0)
-    assert "--channels" in refusal(f"folder:{tmp_path}", channels=4)
+    assert "--channels must be 1, 3 or 4, got 2" in refusal(f"folder:{tmp_path}", channels=2)
 
 
 def test_folder_of_all_sorts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -354,30 +353,6 @@ def test_cifar10_unusable(tmp_path: Path) -> None:
     assert "missing: data_batch_3.bin" in refusal(f"cifar10:{tmp_path}")
 
 
-def test_mnist(tmp_path: Path) -> None:
-    images, labels = mnist(tmp_path / "MNIST" / "raw")
-    # An old torchvision left a pickle here, which its MNIST class would load first.
-    (tmp_path / "MNIST" / "processed").mkdir()
-    for name in ("training.pt", "test.pt"):
-        (tmp_path / "MNIST" / "processed" / name).write_bytes(b"not to be read")
-    source = open_source(f"mnist:{tmp_path}", 32)
-    assert (len(source), source.channels, source.num_classes) == (6, 1, 10)
-    np.testing.assert_array_equal(source.labels, labels)
-    enlarged = Image.fromarray(images[2]).resize((32, 32), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(source.read(2, 32)[0], np.asarray(enlarged))
-
-
-def test_mnist_unusable(tmp_path: Path) -> None:
-    assert "train-images-idx3-ubyte" in refusal(f"mnist:{tmp_path}")
-    raw = tmp_path / "MNIST" / "raw"
-    mnist(raw)
-    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 1) + b"\0")
-    assert "6 images and 1 labels" in refusal(f"mnist:{tmp_path}")
-    mnist(raw)
-    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 6, 28, 28) + bytes(9))
-    assert "cannot be read" in refusal(f"mnist:{tmp_path}")
-
-
 def test_celeba_missing(tmp_path: Path) -> None:
     text = refusal(f"celeba:{tmp_path}")
     assert str(tmp_path / "celeba") in text
@@ -402,14 +377,12 @@ def test_celeba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("digits", "sklearn.datasets", "scikit-learn"),
         ("synthetic", "PIL.Image", "pillow"),
-        ("mnist", "torchvision.datasets.mnist", "torchvision"),
         ("celeba", "torchvision.datasets", "torchvision"),
     ],
 )
 def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, module: str, package: str) -> None:
-    mnist(tmp_path / "MNIST" / "raw")
     monkeypatch.setitem(sys.modules, module, None)
-    place = f":{tmp_path}" if spec in ("mnist", "celeba") else ""
+    place = f":{tmp_path}" if spec == "celeba" else ""
     assert f"it needs {package}, which cannot be imported" in refusal(spec + place)
 
 

@@ -225,7 +225,10 @@ def test_weights_in_the_home_folder(inception: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_unknown_extractor_and_weights_that_are_not_needed() -> None:
-    with pytest.raises(ArgumentError, match=r"--features must be digits, inception-v3-compat, .*dinov2, got 'resnet'"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"--features must be digits, efficientnet-lite0, .*dinov2, got 'resnet'",
+    ):
         open_extractor("resnet", 3)
     with pytest.raises(ArgumentError, match="--feature-weights 'x': is not needed with --features digits: remove it"):
         open_extractor("digits", 1, weights="x")

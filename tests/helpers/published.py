@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import struct
 import zlib
 from collections.abc import Callable
@@ -43,12 +44,22 @@ def cifar10(root: Path, per_file: int = 4) -> np.ndarray:
     return records
 
 
-def mnist(raw: Path, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """Write the two training files of MNIST's idx layout; return images and labels."""
-    images, labels = noise(count, 28, 28), np.arange(count, dtype=np.uint8) % 10
+def mnist(
+    raw: Path, count: int = 6, *, packed: bool = False, mark: str = "-", split: str = "train", seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write the two files of a split in MNIST's idx layout; return images and labels.
+
+    Args:
+        packed: as .gz.
+        mark: between the name and "idx".
+    """
+    images, labels = noise(count, 28, 28, seed=seed), np.arange(count, dtype=np.uint8) % 10
     raw.mkdir(parents=True, exist_ok=True)
-    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
-    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+    for name, content in (
+        (f"{split}-images{mark}idx3-ubyte", struct.pack(">4i", 2051, count, 28, 28) + images.tobytes()),
+        (f"{split}-labels{mark}idx1-ubyte", struct.pack(">2i", 2049, count) + labels.tobytes()),
+    ):
+        (raw / f"{name}{'.gz' * packed}").write_bytes(gzip.compress(content) if packed else content)
     return images, labels
 
 

@@ -6,6 +6,7 @@ The returned function writes a mutated or forged file, made from a random genera
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -279,7 +280,7 @@ def images(folder: Path) -> Read:
         info = inspect_image(lambda: io.BytesIO(content), "x")
         if info.problem:
             raise ArgumentError("--data", "x", info.problem)
-        decode(content, 16, rng.choice((1, 3)))
+        decode(content, 16, rng.choice((1, 3, 4)))
 
     return read
 
@@ -308,6 +309,42 @@ def archives(folder: Path) -> Read:
         for image in collection.images():
             if not image.problem and not collection.inspect(image).problem:
                 collection.pixels(image, 8, 3, False)
+
+    return read
+
+
+def labels(folder: Path) -> Read:
+    """Folders with a changed dataset.json, and idx files in the layout of MNIST, packed or not."""
+    from fastgan.data import open_source
+    from fastgan.data.preparation.collection import FolderCollection
+
+    photos, root = folder / "photos", folder / "mnist"
+    for i in range(3):
+        (photos / "00000").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 50 * i).save(photos / "00000" / f"img{i:08}.png")
+    table = {"labels": [[f"00000/img{i:08}.png", i] for i in range(3)]}
+    idx = {
+        "train-images-idx3-ubyte": struct.pack(">4i", 0x803, 3, 8, 8) + bytes(3 * 64),
+        "train-labels-idx1-ubyte": struct.pack(">2i", 0x801, 3) + bytes(range(3)),
+    }
+
+    def read(rng: random.Random) -> None:
+        if rng.random() < 0.5:
+            content = as_json(forged(table, rng)) if rng.random() < 0.6 else mutated(as_json(table), rng)
+            (photos / "dataset.json").write_bytes(content)
+            with contextlib.suppress(ArgumentError):
+                list(FolderCollection(photos).images())
+            open_source(str(photos), 8).read(0, 8)
+            return
+        _restored(photos, root)  # a folder without idx files
+        changed, packed = rng.choice(list(idx)), rng.random() < 0.5
+        for name, good in idx.items():
+            content = mutated(good, rng) if name == changed else good
+            content = gzip.compress(content) if packed else content
+            if packed and name == changed and rng.random() < 0.5:
+                content = mutated(content, rng)
+            (root / (f"{name}.gz" if packed else name)).write_bytes(content)
+        open_source(f"mnist:{root}", 8).read(0, 8)
 
     return read
 
@@ -385,6 +422,7 @@ READERS: dict[str, Callable[[Path], Read]] = {
     "export": exports,
     "images": images,
     "archives": archives,
+    "labels": labels,
     "config": configurations,
     "page": page,
 }

@@ -57,6 +57,7 @@ def resume(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
         *(("variant", value) for value in (3, None, "a\nb", "x" * 10_000)),
         *(("optimizer", value) for value in (3, {})),
         *(("data", value) for value in (3, {}, {"fingerprint": 1}, {"fingerprint": "x", "seed": "y"})),
+        *(("classes", value) for value in (3, "cat", [1], ["a\nb"], ["x" * 10_000])),
         *(("networks", value) for value in (3, {}, {"model": "unknown"}, {"model": "dcgan", "resolution": 9})),
         *(("networks.latent", value) for value in (0, -1, "4", 2**40, None)),
         *(("networks.num_classes", value) for value in (-1, 10**12, True)),

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from fastgan.data.faults import is_machine_fault
+from fastgan.data.faults import is_machine_fault, machine_error
+from fastgan.data.folder_labels import DATASET_JSON, MAX_BYTES, is_storage, label_of, parse_dataset_json
 from fastgan.data.images import first_line, require_size
 from fastgan.data.preparation.collection import FileCollection, InputImage, first_folder, is_hidden, unpacked_name
 from fastgan.data.source import MAX_CLASSES
@@ -42,15 +43,34 @@ class ZipCollection(FileCollection):
     def images(self) -> Iterator[InputImage]:
         members = self._members()
         wrapper = common_folder(members)
+        stored, storage = self._stored_labels(members, wrapper)
         for name, member in members.items():
+            inner = name[len(wrapper) :]
+            if inner == DATASET_JSON:
+                continue
             problem = too_large(member.file_size)
             if member.flag_bits & 1:
                 problem = "encrypted"
             elif member.compress_type not in _METHODS:
                 problem = f"compression method {member.compress_type} is not supported"
-            location = member.header_offset, member.compress_size, member.compress_type
-            label = first_folder(name[len(wrapper) :])
-            yield InputImage(name, member.file_size, member.CRC, location, label, problem)
+            label = label_of(inner, stored, storage)
+            yield InputImage(name, member.file_size, member.CRC, _location(member), label, problem)
+
+    def _stored_labels(self, members: dict[str, zipfile.ZipInfo], wrapper: str) -> tuple[dict[str, int] | None, bool]:
+        """The labels of a dataset.json, and whether folders are no classes."""
+        table = members.get(wrapper + DATASET_JSON)
+        if table is None:
+            return None, is_storage(name[len(wrapper) :] for name in members)
+        place = f"{self.path}/{table.filename}"
+        image = InputImage(table.filename, min(table.file_size, MAX_BYTES), table.CRC, _location(table))
+        try:
+            with self.open(image) as stream:
+                content = stream.read()
+        except ValueError as error:
+            raise ArgumentError("SRC", place, str(error)) from error
+        except (OSError, MemoryError) as error:
+            raise machine_error("SRC", place, error) from error
+        return parse_dataset_json(content, "SRC", place), True
 
     def _members(self) -> dict[str, zipfile.ZipInfo]:
         """The files that unpacking would leave, by name, sorted: of files with one name the last."""
@@ -95,6 +115,10 @@ class ZipCollection(FileCollection):
             if is_machine_fault(error):
                 raise
             raise ValueError(f"the archive is damaged here: {first_line(error)}") from error
+
+
+def _location(member: zipfile.ZipInfo) -> tuple[int, int, int]:
+    return member.header_offset, member.compress_size, member.compress_type
 
 
 class TarCollection(FileCollection):

@@ -14,6 +14,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from fastgan.data.faults import raise_if_machine
+from fastgan.data.folder_labels import DATASET_JSON, is_storage, label_of, read_dataset_json
+from fastgan.data.framing import CROP, Framing
 from fastgan.data.images import ImageInfo, decode, decode_problem, inspect_image, read_whole
 from fastgan.data.walk import walk
 
@@ -109,11 +111,11 @@ class FileCollection(InputCollection):
         from PIL.Image import Resampling
 
         with self.open(image) as stream:
-            return decode(read_whole(stream), side, channels, shrink=Resampling.BOX, fit=fit)
+            return decode(read_whole(stream), side, channels, shrink=Resampling.BOX, framing=framing_of(fit))
 
 
 class FolderCollection(FileCollection):
-    """Every file below a folder that is not hidden; labels are the names of first-level subfolders."""
+    """Every file below a folder that is not hidden; labels are as in `folder_labels`."""
 
     kind, stable_stamps = "folder", False
 
@@ -121,18 +123,24 @@ class FolderCollection(FileCollection):
         self.path: Path = path
 
     def images(self) -> Iterator[InputImage]:
+        storage, stored = read_dataset_json(self.path, "SRC")
+        if not storage:
+            storage = is_storage(name for name, problem in walk(self.path, flag="SRC") if not problem)
         for name, problem in walk(self.path, flag="SRC"):
-            yield InputImage(name, problem=problem) if problem else self.image(name)
+            if problem:
+                yield InputImage(name, problem=problem)
+            elif name != DATASET_JSON:
+                yield self.image(name)._replace(label=label_of(name, stored, storage))
 
     def image(self, name: str) -> InputImage:
-        """Return the entry of one file."""
+        """Return the entry of one file, without its label."""
         try:
             status = (self.path / name).stat()
         except OSError as error:
             if not (self.path / name).is_symlink():  # one that leads nowhere
                 raise_if_machine(error, "SRC", name)
             return InputImage(name, problem=error.strerror or str(error))
-        return InputImage(name, status.st_size, status.st_mtime_ns, label=first_folder(name))
+        return InputImage(name, status.st_size, status.st_mtime_ns)
 
     def inspect(self, image: InputImage) -> ImageInfo:
         try:
@@ -146,6 +154,11 @@ class FolderCollection(FileCollection):
 
     def open(self, image: InputImage) -> BinaryIO:
         return (self.path / image.name).open("rb")
+
+
+def framing_of(fit: bool) -> Framing:
+    """Return how `fastgan prepare` frames images, with and without --fit."""
+    return Framing("pad", "black") if fit else CROP
 
 
 def first_folder(name: str) -> str | None:

@@ -8,25 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgan.data.images import ImageInfo, channels_first, channels_last, square
+from fastgan.data.images import ImageInfo, channels_first, channels_last
 from fastgan.data.preparation.archives import TarCollection, ZipCollection, image_suffixes, suffix, tar_files
-from fastgan.data.preparation.collection import FolderCollection, InputCollection, InputImage
-from fastgan.data.prepared.manifest import is_prepared, read_manifest
+from fastgan.data.preparation.collection import FolderCollection, InputCollection, InputImage, framing_of
+from fastgan.data.prepared.manifest import read_manifest
 from fastgan.data.prepared.reader import Level
-from fastgan.data.registry import open_source
+from fastgan.data.registry import folder_kind, open_source
 from fastgan.data.source import ArraySource
 from fastgan.data.sources.published import celeba_files
 from fastgan.data.walk import is_folder
 from fastgan.errors import ArgumentError
 
 _KINDS = (
-    "must be a folder, zip, tar file or pattern of tar files, a CIFAR-10, MNIST or CelebA root, a prepared set, "
-    "each alone or as folder:, zip:, tar:, cifar10:, mnist:, celeba: or prepared:PATH, or digits"
+    "must be a folder, zip, tar file or pattern of tar files, a CIFAR-10, MNIST, Fashion-MNIST or CelebA root, a "
+    "prepared set, each alone or as folder:, zip:, tar:, cifar10:, mnist:, fashion-mnist:, celeba: or prepared:PATH, "
+    "or digits or fashion-mnist"
 )
 
 
 class ArrayCollection(InputCollection):
-    """A source that is read into memory, each image at its own size: digits, CIFAR-10, MNIST, synthetic."""
+    """A source in memory, each image at its own size: digits, CIFAR-10, MNIST, Fashion-MNIST, synthetic."""
 
     uniform_size, default_resolution = True, 32
 
@@ -36,6 +37,7 @@ class ArrayCollection(InputCollection):
         source = self._open()
         self.kind, self.path = source.name, source.path
         self.channels, self.num_classes = source.channels, source.num_classes
+        self.classes = list(source.classes) or None
 
     def images(self) -> Iterator[InputImage]:
         source = self._open()
@@ -53,7 +55,7 @@ class ArrayCollection(InputCollection):
         from PIL.Image import Resampling
 
         planes = [Image.fromarray(plane) for plane in self._open().images[image.location[0]]]
-        return np.stack([np.asarray(square(plane, side, Resampling.BOX, fit)) for plane in planes])
+        return np.stack([np.asarray(framing_of(fit).square(plane, side, Resampling.BOX)) for plane in planes])
 
     def _open(self) -> ArraySource:
         if self._source is None:
@@ -77,7 +79,7 @@ class CelebACollection(FolderCollection):
 
     def images(self) -> Iterator[InputImage]:
         for name in self._names:
-            yield self.image(name)._replace(label=None)
+            yield self.image(name)
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_names": []}  # needed for listing only
@@ -129,7 +131,7 @@ def open_collection(src: str) -> InputCollection:
         ArgumentError: SRC is none of them.
     """
     kind, colon, place = src.partition(":")
-    if src in ("digits", "synthetic"):
+    if src in ("digits", "synthetic") or src.partition("?")[0] == "fashion-mnist":
         return ArrayCollection(src)
     try:
         if not colon or kind not in _OPENERS:
@@ -145,18 +147,9 @@ def open_collection(src: str) -> InputCollection:
 
 def _detect_kind(src: str) -> str:
     path = Path(src).expanduser()
-    if is_prepared(path):
-        return "prepared"
     if path.is_dir():
-        roots = {
-            "cifar10": ("cifar-10-batches-bin", "cifar-10-batches-py", "data_batch_1.bin"),
-            "mnist": ("MNIST/raw", "train-images-idx3-ubyte"),
-            "celeba": ("celeba/img_align_celeba",),
-        }
-        for kind, contents in roots.items():
-            if any((path / name).exists() for name in contents):
-                return kind
-        return "tar" if _holds_only_tars(path) else "folder"
+        kind = folder_kind(path)
+        return "tar" if kind == "folder" and _holds_only_tars(path) else kind
     if path.is_file():
         with path.open("rb") as stream:
             start = stream.read(512)
@@ -202,6 +195,7 @@ _OPENERS: dict[str, Callable[[str], InputCollection]] = {
     "tar": _open_tars,
     "cifar10": lambda place: ArrayCollection(f"cifar10:{place}"),
     "mnist": lambda place: ArrayCollection(f"mnist:{place}"),
+    "fashion-mnist": lambda place: ArrayCollection(f"fashion-mnist:{place}"),
     "celeba": lambda place: CelebACollection(f"celeba:{place}", Path(place).expanduser()),
     "prepared": lambda place: PreparedCollection(Path(place).expanduser()),
 }

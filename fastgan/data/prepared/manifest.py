@@ -173,7 +173,10 @@ class Manifest:
         if CLASSES not in self.files:
             return None
         self._require_file(CLASSES, flag)
-        return self._parse_json((self.path / CLASSES).read_bytes(), CLASSES, flag)
+        names = self._parse_json((self.path / CLASSES).read_bytes(), CLASSES, flag)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ArgumentError(flag, str(self.path), f"{CLASSES} is damaged (it is no list of names); {_VERIFY}")
+        return names
 
     def _parse_json(self, text: bytes, name: str, flag: str) -> Any:
         try:

@@ -124,6 +124,7 @@ class PreparedSource(Source):
             channels=manifest.channels,
             labels=manifest.labels(),
             num_classes=manifest.num_classes,
+            classes=manifest.classes() or (),
             fingerprint=manifest.fingerprint,
             path=manifest.path,
         )

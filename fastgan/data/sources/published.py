@@ -1,4 +1,4 @@
-"""Published sets in their published layout: CIFAR-10, MNIST, CelebA. Nothing is unpickled."""
+"""Published sets in their published layout: CIFAR-10 and CelebA. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
+from fastgan.data.framing import CROP, Framing
 from fastgan.data.images import first_line
 from fastgan.data.source import ArraySource, FileSource, Source, import_for, require_channels
 from fastgan.errors import ArgumentError
 
 _CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the image
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def open_cifar10(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
-    """The 50,000 training images, from the binary version: the "python version" is a set of pickles."""
+def open_cifar10(spec: str, root: Path, resolution: int, channels: int | None, split: str = "train") -> Source:
+    """50,000 training or 10,000 test images, from the binary version: the "python version" is a set of pickles."""
     require_channels("cifar10", 3, channels)
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    names = ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
     what = "the binary version, cifar-10-binary.tar.gz unpacked"
     pickled = (root / "cifar-10-batches-py").is_dir()
     hint = "; cifar-10-batches-py is the pickled version, and nothing is unpickled" if pickled else ""
@@ -30,36 +32,18 @@ def open_cifar10(spec: str, root: Path, resolution: int, channels: int | None) -
         parts.append(part.reshape(-1, _CIFAR10_RECORD))
     records = np.concatenate(parts)
     images = records[:, 1:].reshape(-1, 3, 32, 32)
-    return ArraySource("cifar10", images, records[:, 0].astype(np.int64), resolution, path)
+    labels = records[:, 0].astype(np.int64)
+    return ArraySource("cifar10", images, labels, resolution, path, _CIFAR10_CLASSES)
 
 
-def open_mnist(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
-    """The 60,000 training images, through torchvision's readers of idx files.
-
-    Not through its `MNIST` class, which prefers an old `processed/training.pt`, a pickle.
-    """
-    require_channels("mnist", 1, channels)
-    names = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
-    path = _folder_with(spec, root, "MNIST/raw", names, f"{names[0]} and {names[1]}, unpacked from .gz")
-    torchvision = import_for(spec, "torchvision.datasets.mnist", "torchvision")
-    try:
-        images = torchvision.read_image_file(str(path / names[0])).numpy()
-        labels = torchvision.read_label_file(str(path / names[1])).numpy()
-    except Exception as error:  # torchvision asserts, and torch raises RuntimeError on a short file
-        problem = f"the idx files in {path} cannot be read ({first_line(error)}); download them again"
-        raise ArgumentError("--data", spec, problem) from error
-    if not len(images) or len(images) != len(labels) or labels.max() > 9:
-        problem = f"{path} must hold as many labels, from 0 to 9, as images; it has {len(images)} images and "
-        raise ArgumentError("--data", spec, f"{problem}{len(labels)} labels")
-    return ArraySource("mnist", images[:, None], labels.astype(np.int64), resolution, path)
-
-
-def open_celeba(spec: str, root: Path, resolution: int, channels: int | None) -> Source:
+def open_celeba(spec: str, root: Path, resolution: int, channels: int | None, framing: Framing = CROP) -> Source:
     """All 202,599 aligned faces, without labels."""
     require_channels("celeba", 3, channels)
     path, names = celeba_files(spec, root)
     try:
-        return FileSource("celeba", path, names, resolution=resolution, channels=3, labels=None, num_classes=0)
+        return FileSource(
+            "celeba", path, names, framing=framing, resolution=resolution, channels=3, labels=None, num_classes=0
+        )
     except OSError as error:
         raise ArgumentError("--data", spec, f"not all of its {len(names)} images are there ({error})") from error
 

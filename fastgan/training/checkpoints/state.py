@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgan import __version__, checkpoint
 from fastgan.checkpoint import Checkpoint
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 from fastgan.ops import qualification
 from fastgan.training.observability.rank_log import LOGGER
 from fastgan.training.observability.runaway import RunawayDetector
@@ -94,6 +94,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
         "version": __version__,
         "variant": trainer.variant,
         "networks": stage.networks,
+        "classes": [printable(name)[:200] for name in trainer.source.classes] if stage.networks["num_classes"] else [],
         "images": trainer.images,
         "steps": trainer.steps,
         "ema_steps": int(stage.ema.steps.item()),

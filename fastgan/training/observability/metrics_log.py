@@ -6,19 +6,26 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgan.data.images import save_sheet
+from fastgan.data.sheets import save_sheet
 from fastgan.utils.files import append_regular, write_atomic
 from fastgan.utils.text import readable_duration
 
 
-def save_grid(images: Tensor, path: Path, *, size: int | None = None, columns: int | None = None) -> None:
+def save_grid(
+    images: Tensor,
+    path: Path,
+    *,
+    size: int | None = None,
+    columns: int | None = None,
+    labels: Sequence[str] | None = None,
+) -> None:
     """Write images as one PNG, row by row; `path` is replaced atomically.
 
     Args:
@@ -26,9 +33,10 @@ def save_grid(images: Tensor, path: Path, *, size: int | None = None, columns: i
         path: of the PNG.
         size: enlarge each image to so many pixels by repetition, so that grids of a growing network are comparable.
         columns: of the grid; None: near-square.
+        labels: a text below each image.
     """
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    save_sheet(pixels.numpy(), path, size=size, columns=columns)
+    save_sheet(pixels.numpy(), path, size=size, columns=columns, labels=labels)
 
 
 def _without_events(error: threading.ExceptHookArgs, default: Callable[..., object] = threading.excepthook) -> None:

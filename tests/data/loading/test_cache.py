@@ -182,8 +182,8 @@ def test_prepared_source(tmp_path: Path, prepared_set: Callable[..., Manifest]) 
             open_source(str(tmp_path), **settings)  # type: ignore[arg-type]
 
 
-def test_a_folder_without_manifest_gets_a_hint(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=f"folder:{tmp_path}"):
+def test_a_folder_without_manifest_is_one_of_images(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"must be a folder of images, .* is empty"):
         open_source(str(tmp_path), 16)
     with pytest.raises(ArgumentError, match=r"manifest\.json is missing"):
         open_source(f"prepared:{tmp_path}", 16)
