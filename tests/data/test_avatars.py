@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import importlib.util
 import io
 import json
 import sys
@@ -29,8 +30,10 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     styles.mkdir(parents=True)
     named = {key: {"name": name} for key, name in (("source", "Open Peeps"), ("creator", "A"), ("license", "CC0 1.0"))}
     (styles / f"{avatars.STYLE}.json").write_text(json.dumps({"meta": named}))
-    monkeypatch.syspath_prepend(str(styles.parent))
-    monkeypatch.delitem(sys.modules, "dicebear_styles", raising=False)
+    (styles / "__init__.py").touch()
+    spec = importlib.util.spec_from_file_location("dicebear_styles", styles / "__init__.py")
+    assert spec is not None
+    monkeypatch.setitem(sys.modules, "dicebear_styles", importlib.util.module_from_spec(spec))
     dicebear, resvg = types.ModuleType("dicebear"), types.ModuleType("resvg_py")
 
     class Avatar:
