@@ -151,7 +151,7 @@ def kimg_within(config: Config, costs: Mapping[int, StageCost], seconds: float) 
     low, high = 0.001, LONGEST_KIMG
     if fits(high):
         return high
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     digits = max(0, 2 - math.floor(math.log10(low)))
