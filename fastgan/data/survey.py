@@ -14,6 +14,7 @@ from fastgan.data.source import ArraySource, Encoded, Source
 
 _LOOKED_AT = 256
 _SIDE = 16
+_SLIGHT = 0.03  # of the contrast: a smaller difference of the mean image and its mirror image is no handedness
 _GRAY = 2  # levels by which the channels of a gray picture may differ, after JPEG
 
 
@@ -66,6 +67,8 @@ def asymmetry(images: np.ndarray) -> float:
     difference = (images - images[..., ::-1])[..., :half].mean(axis=1)
     variance = difference.var(axis=0, ddof=1) / len(images)
     squares = difference.mean(axis=0) ** 2
+    if squares.mean() <= (_SLIGHT * images.std()) ** 2:
+        return 1.0
     # Pixels that hardly change, as a white border, say nothing.
     informative = variance > 1e-3 * max(float(variance.max()), 1e-12)
     return float((squares[informative] / variance[informative]).mean()) if informative.any() else 1.0
