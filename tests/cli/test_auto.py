@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import yaml
 from PIL import Image, ImageDraw
 
 from fastgan import checkpoint
-from fastgan.cli import train
+from fastgan.cli import main, train
 from fastgan.training import auto
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--fmap-base 32 --fmap-max 8 --latent 4 --samples 4".split()
 
 
@@ -77,6 +80,24 @@ def test_dry_run_has_times(photos: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert re.search(r"^auto: 16 px, [\d.e+]+ kimg in [\d.]+ (min|h|s): as requested$", text, re.M)
     assert re.search(r"^ +16 .* GiB +[\d.]+ (s|min|h)$", text, re.M)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plan_is_of_what_auto_decides(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--data", f"folder:{photos}", "--kimg", "1", "--resolution", "8", *SMALL, "--gpus-per-node", "1"]
+    assert main.main([*argv, "--measure-seconds", "0.01"]) == 0
+    text = capsys.readouterr().out
+    assert "auto: augment ada" in text and "pggan, auto preset: 1 kimg to 8 px" in text
+
+
+def test_ranks_agree_on_what_one_of_them_measured(photos: Path, tmp_path: Path) -> None:
+    flags = ["--data", f"folder:{photos}", "--hours", "0.0003", "--resolution", "8", *SMALL, "--engine", "torch"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "fastgan/train.py")]
+    result = subprocess.run(
+        [*command, *flags, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=150
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("auto: augment ada") == 1 and "done: " in result.stdout
+    assert config_of(tmp_path / "run")["schedule"]["batch"] == 16
 
 
 def test_hours_with_another_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
