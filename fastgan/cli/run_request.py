@@ -28,12 +28,12 @@ class RunFlags(Config):
     """Flags that name a run."""
 
     variant: str = DEFAULT_VARIANT
-    """gan, dcgan, lsgan, wgan, wgan-gp, wgan-div, sagan or pggan."""
+    """gan, dcgan, lsgan, wgan, wgan-gp, wgan-div, sagan, pggan or r3gan; where none is named, auto chooses."""
     preset: str | None = None
     """auto (chosen by pictures, machine and time), paper (the published recipe) or digits (small); None: digits for
     digits and stacked-digits, paper for synthetic images, auto for all others."""
     hours: float | None = None
-    """Time of a new run: its kimg are what steps measured here can do in it; None: kimg of the preset, 8 with auto."""
+    """Time of a new run: its kimg are what steps measured here can do in it; None: the kimg of the preset; with auto 8."""
     config: str | None = None
     """YAML file that replaces values of the preset; flags replace its own. A run's config.yaml is one."""
     resume: str | None = None

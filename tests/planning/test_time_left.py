@@ -80,3 +80,9 @@ def test_without_costs_later_stages_count_more() -> None:
     assert left.seconds(0) == 0.0
     left.observe(0, 1000, 1.0)
     assert left.seconds(1000) > 10 * (PLANNED[-1].end - 1000) / 1000
+
+
+def test_no_time_is_left_after_a_last_batch_beyond_the_end() -> None:
+    left = TimeLeft(PLANNED, TRUE)
+    left.observe(0, 1000, 1.0, 2.0)
+    assert left.seconds(PLANNED[-1].end + 24) == 0.0
