@@ -33,7 +33,7 @@ class RunFlags(Config):
     """auto (chosen by pictures, machine and time), paper (the published recipe) or digits (small); None: digits for
     digits and stacked-digits, paper for synthetic images, auto for all others."""
     hours: float | None = None
-    """Time of a new run: its kimg are what steps measured here can do in it; None: the kimg of the preset; with auto 8."""
+    """Time of a new run, from which --kimg is chosen by steps measured here; None: --kimg, and with auto 8 hours."""
     config: str | None = None
     """YAML file that replaces values of the preset; flags replace its own. A run's config.yaml is one."""
     resume: str | None = None

@@ -41,7 +41,8 @@ def settle(request: RunRequest, world: ProcessGroup, ranks: int) -> Settled:
     if request.resume is not None or not (auto or hours is not None):
         return Settled(request)
     variant = request.variant if request.names_variant else None
-    wish = Wish(variant, hours, fixed_values(request.config, request.given))
+    length = {"kimg"} if hours is not None else set()  # that of a file, which --hours replaces as a flag does
+    wish = Wish(variant, hours, fixed_values(request.config, request.given - length))
     outcome = decide(request.config, request.variant, wish, auto, world, ranks)
     decided = dataclasses.replace(request, config=outcome.config, variant=outcome.variant, names_variant=True)
     return Settled(with_notes(decided), outcome.lines, outcome.costs)

@@ -82,6 +82,15 @@ def test_dry_run_has_times(photos: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_hours_replace_the_length_of_a_file(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "length.yaml"
+    file.write_text("schedule: {kimg: 77777.0, resolution: 8}")
+    argv = ["--data", f"folder:{photos}", "--config", str(file), *SMALL, "--dry-run"]
+    assert train.main([*argv, "--hours", "0.001"]) == 0
+    text = capsys.readouterr().out
+    assert "77777" not in text and "auto: 8 px, " in text
+
+
 def test_plan_is_of_what_auto_decides(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", "--data", f"folder:{photos}", "--kimg", "1", "--resolution", "8", *SMALL, "--gpus-per-node", "1"]
     assert main.main([*argv, "--measure-seconds", "0.01"]) == 0
