@@ -217,15 +217,18 @@ def main(argv: list[str]) -> int:
     machines, flags, config = request.flags.machines, request.flags.times, request.config
     machines.validate()
     flags.validate()
+    from fastgan.cli.run_settings import settle
     from fastgan.data import open_source
     from fastgan.training import precision, torch_settings
     from fastgan.training.from_config import validate_stages
 
     torch_settings.apply(config)
+    cluster = machines.cluster()
+    settled = settle(request, _this_process(config), cluster.size)
+    request, config = settled.request, settled.request.config
     if not flags.step_times:  # a file says in which precision its steps were measured
         config, _ = precision.resolve(config, request.variant, _this_process(config))
         torch_settings.allow_tf32(config.system.precision == "tf32")
-    cluster = machines.cluster()
     validate_stages(config, cluster.size)
     source = open_source(**source_arguments(config))
     run = make_forecaster(config, source, cluster)
@@ -240,6 +243,7 @@ def main(argv: list[str]) -> int:
             raise ArgumentError("--step-times", flags.step_times, "has no timing of any stage of this run") from None
         raise ArgumentError("--measure-seconds", flags.measure_seconds, "no step could be measured") from None
     s = config.schedule
+    print("".join(f"{line}\n" for line in settled.lines), end="")
     print(
         f"{request.variant}, {request.preset} preset: {s.kimg:g} kimg to {s.resolution} px on {machines.nodes} x "
         f"{machines.gpus_per_node} = {cluster.size} ranks, ZeRO {config.system.zero}, {times.recipe['precision']}"

@@ -11,15 +11,17 @@ from typing import Any, TypeVar
 
 import tyro
 
-from fastgan.config import Config, replace, validate, without_effect
+from fastgan.config import Config, replace, to_dict, validate, without_effect
+from fastgan.config.auto import placeholder
 from fastgan.config.files import merge, read_yaml
-from fastgan.config.variants import VARIANTS, Preset
+from fastgan.config.variants import VARIANTS
 from fastgan.errors import ArgumentError
 from fastgan.training import run_directory
 from fastgan.training.resilience import supervisor
 
 DEFAULT_VARIANT = "pggan"
-_NAMES = {"variant": f"must be one of {', '.join(VARIANTS)}", "preset": "must be paper or digits"}
+_NAMES = {"variant": f"must be one of {', '.join(VARIANTS)}", "preset": "must be auto, paper or digits"}
+_PRESET_OF_DATA = {"digits": "digits", "stacked-digits": "digits", "synthetic": "paper"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +29,12 @@ class RunFlags(Config):
     """Flags that name a run."""
 
     variant: str = DEFAULT_VARIANT
-    """gan, dcgan, lsgan, wgan, wgan-gp, wgan-div, sagan or pggan."""
+    """gan, dcgan, lsgan, wgan, wgan-gp, wgan-div, sagan, pggan or r3gan; where none is named, auto chooses."""
     preset: str | None = None
-    """paper (the published recipe) or digits (small); None: digits for --data digits or stacked-digits, else paper."""
+    """auto (chosen by pictures, machine and time), paper (the published recipe) or digits (small); None: digits for
+    digits and stacked-digits, paper for synthetic images, auto for all others."""
+    hours: float | None = None
+    """Time of a new run, from which --kimg is chosen by steps measured here; None: --kimg, and with auto 8 hours."""
     config: str | None = None
     """YAML file that replaces values of the preset; flags replace its own. A run's config.yaml is one."""
     resume: str | None = None
@@ -50,6 +55,9 @@ class RunRequest:
         flags: all flags, those of the command among them.
         sets_accumulation: whether --accumulation was given; else a resumed run keeps the cut of its batches.
         notes: lines about flags that have no effect.
+        typed: names of the fields whose values flags give.
+        given: those whose values flags, files or --init-from give.
+        names_variant: whether they name the variant too.
     """
 
     config: Config
@@ -59,6 +67,9 @@ class RunRequest:
     flags: RunFlags
     sets_accumulation: bool = False
     notes: tuple[str, ...] = ()
+    typed: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()
+    names_variant: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +167,8 @@ def _layers(first: argparse.Namespace) -> tuple[list[_Layer], Path | None]:
         names = {key: name or _name(layer, key) for key, name in names.items()}
     resume: Path | None = None
     if first.resume == "auto":
-        resume = run_directory.newest(first.out, names["variant"] or DEFAULT_VARIANT)
+        auto = (names["preset"] or _PRESET_OF_DATA.get(first.data or "digits", "auto")) == "auto"
+        resume = run_directory.newest(first.out, names["variant"] or (None if auto else DEFAULT_VARIANT))
     elif first.resume:
         resume = Path(first.resume)
     if resume is not None:
@@ -202,26 +214,50 @@ def _with_networks(base: Config, initial: dict[str, Any], variant: str) -> Confi
     return replace(base, networks=networks, schedule=schedule, data={"channels": channels})
 
 
-def _start(first: argparse.Namespace, layers: list[_Layer], initial: dict[str, Any] | None) -> tuple[str, Preset, str]:
-    """Variant, preset and data of a command line with its files; removes the first two from the files.
+def _start(
+    first: argparse.Namespace, layers: list[_Layer], initial: dict[str, Any] | None
+) -> tuple[str | None, str, str]:
+    """Variant (None: not named), preset and data of a command line with its files; removes the first two from them.
 
     Raises:
         ArgumentError: there is no such variant or preset.
     """
-    variant, preset, data = DEFAULT_VARIANT if initial is None else initial["variant"], None, "digits"
+    variant, preset, data = None if initial is None else initial["variant"], None, "digits"
     for layer in layers:
         variant = layer.values.pop("variant", variant)
         preset = layer.values.pop("preset", preset)
         section = layer.values.get("data")
         data = section.get("data", data) if isinstance(section, dict) else data
     variant, preset, data = first.variant or variant, first.preset or preset, first.data or data
-    if variant not in VARIANTS:
+    if variant not in (None, *VARIANTS):
         raise ArgumentError("--variant", variant, _NAMES["variant"])
     if preset is None:
-        preset = "digits" if data in ("digits", "stacked-digits") else "paper"
-    if preset not in ("paper", "digits"):
+        preset = _PRESET_OF_DATA.get(data, "auto")
+    if preset not in ("auto", "paper", "digits"):
         raise ArgumentError("--preset", preset, _NAMES["preset"])
-    return variant, "paper" if preset == "paper" else "digits", data
+    return variant, preset, data
+
+
+def _preset(variant: str, preset: str) -> Config:
+    if preset == "auto":
+        return placeholder(variant)
+    return VARIANTS[variant].config("paper" if preset == "paper" else "digits")
+
+
+def _validate_hours(hours: float | None, given: Collection[str], resume: Path | None) -> None:
+    """Refuse a time that is no time, or that something else decides.
+
+    Raises:
+        ArgumentError: naming --hours.
+    """
+    if hours is None:
+        return
+    if not 0 < hours < 10**5:
+        raise ArgumentError("--hours", hours, "must be above 0 and below 100,000")
+    if "kimg" in given:
+        raise ArgumentError("--hours", hours, "cannot be combined with --kimg: remove one")
+    if resume is not None:
+        raise ArgumentError("--hours", hours, "the length of a run is fixed when it starts; --kimg changes it")
 
 
 def parse(argv: list[str], kind: type[Flags], prog: str) -> RunRequest:
@@ -241,14 +277,19 @@ def parse(argv: list[str], kind: type[Flags], prog: str) -> RunRequest:
     first = _first_pass(argv, prog)
     layers, resume = _layers(first)
     initial = None if resume is not None else _initial_values(first, layers)
-    variant, preset, data = _start(first, layers, initial)
+    named, preset, data = _start(first, layers, initial)
+    variant = named or DEFAULT_VARIANT
     # A value that the stored file of a run lacks is newer than the run. It gets the default, which changes nothing.
-    base = VARIANTS[variant].config(preset) if resume is None else Config()
+    base = _preset(variant, preset) if resume is None else Config()
     largest = _prepared_resolution(data)
     if largest is not None and resume is None:
         base = replace(base, schedule={"resolution": min(base.schedule.resolution, largest)})
-    base = base if initial is None else _with_networks(base, initial, variant)
+    of_files: set[str] = set()
+    if initial is not None:
+        base = _with_networks(base, initial, variant)
+        of_files = {*to_dict(base)["networks"], "resolution", "first_resolution", "channels"}
     for layer in layers:
+        of_files.update(*(content for content in layer.values.values() if isinstance(content, dict)))
         schedule = layer.values.get("schedule")
         base = _one_growth_rule(merge(base, layer.values, layer.name), schedule if isinstance(schedule, dict) else ())
     sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
@@ -256,12 +297,29 @@ def parse(argv: list[str], kind: type[Flags], prog: str) -> RunRequest:
     flags = tyro.cli(
         kind, args=argv, default=defaults, prog=prog, config=(tyro.conf.OmitArgPrefixes,), registry=_REGISTRY
     )
-    given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv if flag.startswith("--")}
+    given = {flag.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for flag in argv if flag[:2] == "--"}
+    _validate_hours(flags.hours, given, resume)
     config = Config(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)})
     config = _one_growth_rule(config, given)
     validate(config)
-    notes = tuple(f"note: {line}" for line in without_effect(config, given))
-    return RunRequest(config, variant, preset, resume, flags, "accumulation" in given, notes)
+    request = RunRequest(
+        config=config,
+        variant=variant,
+        preset=preset,
+        resume=resume,
+        flags=flags,
+        sets_accumulation="accumulation" in given,
+        typed=frozenset(given),
+        given=frozenset(given | of_files),
+        names_variant=named is not None or "model" in given,
+    )
+    return with_notes(request)
+
+
+def with_notes(request: RunRequest) -> RunRequest:
+    """`request` with notes about those of its flags that have no effect."""
+    notes = tuple(f"note: {line}" for line in without_effect(request.config, request.typed))
+    return dataclasses.replace(request, notes=notes)
 
 
 def _one_growth_rule(config: Config, given: Collection[str]) -> Config:

@@ -54,17 +54,13 @@ def main(argv: list[str]) -> int:
     config = request.config
     assert isinstance(request.flags, Train)
     if request.flags.dry_run:
-        from fastgan.training.dry_run import describe
-
-        text = describe(request.variant, request.preset, config, int(os.environ.get("WORLD_SIZE", "1")))
-        if os.environ.get("RANK", "0") == "0":
-            print("\n".join([text, *request.notes]))
-        return 0
+        return _dry_run(request)
     supervision = supervisor.parse_supervision(argv)
     if supervision is not None:
         return _supervise(supervision, request)
     if "RANK" not in os.environ:
-        print(f"fastgan {__version__}: {request.variant}, {request.preset} preset; loading torch", flush=True)
+        named = f"{request.variant}, " if request.names_variant or request.preset != "auto" else ""
+        print(f"fastgan {__version__}: {named}{request.preset} preset; loading torch", flush=True)
     from fastgan.training import torch_settings
     from fastgan.training.distributed import rendezvous
     from fastgan.training.resilience.signals import stop_on_closed_output
@@ -96,6 +92,26 @@ def main(argv: list[str]) -> int:
             rendezvous.stop()
 
 
+def _dry_run(request: RunRequest) -> int:
+    """Print what a run would be; with --preset auto or --hours, its first rank measures steps."""
+    from fastgan.cli.run_settings import settle
+    from fastgan.training import torch_settings
+    from fastgan.training.distributed.process_group import ProcessGroup
+    from fastgan.training.distributed.rendezvous import pick_device
+    from fastgan.training.dry_run import describe
+
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    torch_settings.apply(request.config)
+    world = ProcessGroup(0, 1, pick_device(request.config.system.device), "torch", "dry run")
+    settled = settle(request, world, ranks)
+    request = settled.request
+    text = describe(request.variant, request.preset, request.config, ranks, settled.costs)
+    print("\n".join([*settled.lines, text, *request.notes]))
+    return 0
+
+
 def _supervise(supervision: supervisor.Supervision, request: RunRequest) -> int:
     """Start the ranks of the run and watch over them."""
     config, resumed = request.config, request.resume is not None
@@ -112,13 +128,19 @@ def _supervise(supervision: supervisor.Supervision, request: RunRequest) -> int:
 
 def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitStack, patience: float) -> int:
     """The work of each rank once it has met the others; `locks` and `patience` as in `run_setup.choose_run`."""
+    from fastgan.cli.run_settings import settle
     from fastgan.training import run_setup
+    from fastgan.training.auto import stage_seconds
     from fastgan.training.distributed.rank_consistency import require_same_on_all_ranks, shared_settings
     from fastgan.training.from_config import validate_stages
     from fastgan.training.initial_weights import initial_weights
     from fastgan.training.observability.runaway import RunawayError
     from fastgan.training.trainer import NonFiniteError, Trainer
 
+    if request.resume is None and request.config.run.out is not None:
+        run_directory.check_free(Path(request.config.run.out))  # before anything is measured
+    settled = settle(request, world, world.size)
+    request = settled.request
     config, variant = request.config, request.variant
     if config.system.sync_bn and world.device.type != "cuda":
         raise ArgumentError("--sync-bn", True, "it needs GPUs: remove it on a CPU")
@@ -134,12 +156,15 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
     if world.heartbeat is not None and stored is not None:
         world.heartbeat.run, world.heartbeat.last_good = run, stored.path
     initial = initial_weights(config, source) if stored is None else None
-    trainer = Trainer(config, variant, world, source, run, stored, initial)
+    seen = 0 if stored is None else stored.meta["images"]
+    costs = settled.costs or stage_seconds(config, request.variant, source, world, seen)
+    trainer = Trainer(config, variant, world, source, run, stored, initial, costs)
     run = run_setup.create_run(world, run, trainer.config, variant, request.preset, request.resume, locks)
     trainer.run_path = run
     if world.heartbeat is not None:
         world.heartbeat.run = run
     if world.main:
+        print("".join(f"{line}\n" for line in settled.lines), end="")
         _announce(trainer, request, resumed=stored is not None)
     try:
         stopped = trainer.run()

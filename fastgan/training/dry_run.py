@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastgan.config import Config
 from fastgan.config.growth import short_run_warning, stages_of
 from fastgan.config.images import source_arguments
@@ -11,13 +13,15 @@ from fastgan.planning.forecast import StageBatch, stage_batches
 from fastgan.planning.memory import Footprint
 from fastgan.training.footprint import footprint
 from fastgan.training.from_config import validate_stages
+from fastgan.utils.text import readable_duration
 
 
-def describe(variant: str, preset: str, config: Config, ranks: int) -> str:
-    """Networks, objective, optimizer, and the batch and memory of each stage.
+def describe(variant: str, preset: str, config: Config, ranks: int, costs: Mapping[int, float] | None = None) -> str:
+    """Networks, objective, optimizer, and the batch, memory and time of each stage.
 
     Memory is that of one rank in float32: parameters, gradients, optimizer state, moving average, and the peak of a
-    step's activations. Workspaces of convolution libraries are not included.
+    step's activations. Workspaces of convolution libraries are not included. Times are those of `costs`, seconds for
+    each image at each resolution.
 
     Raises:
         ArgumentError: a stage's batch cannot be divided over the ranks.
@@ -28,11 +32,14 @@ def describe(variant: str, preset: str, config: Config, ranks: int) -> str:
         *_settings(variant, preset, config, source, ranks),
         "",
         f"{'px':>5} {'from kimg':>10} {'fade until':>10} {'to kimg':>8} {'batch':>6} {'ranks':>6} {'per rank':>9} "
-        f"{'G params':>11} {'D params':>11} {'memory/rank':>12}",
+        f"{'G params':>11} {'D params':>11} {'memory/rank':>12}" + (f" {'time':>9}" if costs else ""),
     ]
     for batch in stage_batches(config, stages_of(config), ranks):
         fading = batch.stage.fade_end > batch.stage.start
-        lines.append(_row(batch, footprint(config, source, batch.stage, batch.micro, ranks, fading=fading)))
+        row = _row(batch, footprint(config, source, batch.stage, batch.micro, ranks, fading=fading))
+        if costs:
+            row += f" {readable_duration(batch.images * costs[batch.stage.resolution]):>9}"
+        lines.append(row)
     warning = short_run_warning(config)
     return "\n".join(lines if warning is None else [*lines, warning])
 

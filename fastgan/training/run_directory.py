@@ -30,12 +30,12 @@ def default(variant: str) -> Path:
     return Path(f"runs/{variant}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def newest(out: str | None, variant: str) -> Path | None:
-    """The run of `--resume auto`, if there is one."""
+def newest(out: str | None, variant: str | None) -> Path | None:
+    """The run of `--resume auto`, if there is one; a `variant` of None: of any."""
     if out is not None:
         return Path(out) if (Path(out) / "config.yaml").is_file() else None
     longer = tuple(f"{name}-" for name in VARIANTS if name.startswith(f"{variant}-"))  # wgan-gp's are not wgan's
-    runs = [path.parent for path in Path("runs").glob(f"{variant}-*/config.yaml")]
+    runs = [path.parent for path in Path("runs").glob(f"{variant or '*'}-*/config.yaml")]
     runs = [run for run in runs if not run.name.startswith(longer)]
     return max(runs, key=_trained, default=None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastgan.config.growth import stage_at, stages_of
 from fastgan.data import Source
 from fastgan.generator import sample_images
 from fastgan.ops import qualification
+from fastgan.planning.time_left import TimeLeft
 from fastgan.training import precision, torch_settings
 from fastgan.training.best import BestCheckpoint
 from fastgan.training.checkpoints import state as checkpoint_state
@@ -51,6 +53,7 @@ class Trainer:
         run: the run directory; it exists and holds config.yaml.
         resume: checkpoint to resume from.
         initial: checkpoint whose weights a new run starts from; its networks are those of the first stage.
+        costs: see `TimeLeft`.
 
     Attributes:
         config: that of the run, with a precision in place of "auto".
@@ -69,6 +72,7 @@ class Trainer:
         run: Path,
         resume: Checkpoint | None = None,
         initial: Checkpoint | None = None,
+        costs: Mapping[int, float] | None = None,
     ) -> None:
         validate(config)
         config, self.precision_note = precision.resolve(config, variant, world)
@@ -77,6 +81,7 @@ class Trainer:
         # A step draws nothing from torch's own generator, but a network of the user's may.
         torch.manual_seed(config.run.seed)
         self.stages = stages_of(config)
+        self.time_left = TimeLeft(self.stages, costs)
         self.total = round(config.schedule.kimg * 1000)
         self.images = self.steps = 0
         self.meters = Meters()
@@ -86,6 +91,7 @@ class Trainer:
         self.runaway = RunawayDetector()
         self.last_good: Path | None = None
         self._logged_at = (time.monotonic(), 0)
+        self._excluded = 0.0  # seconds since then that are not training's
         self._groups: dict[int, Any] = {}
         self.compilation = Compilation(
             config, world, self.stages, channels=source.channels, num_classes=source.num_classes
@@ -169,9 +175,11 @@ class Trainer:
             NonFiniteError: something was not finite, so nothing after the bad step is ever saved.
             ArgumentError: it could not be written.
         """
+        began = time.monotonic()
         self.raise_if_nonfinite()
         self.stage.synchronize()
         self.last_good = checkpoint_state.write(self)
+        self._exclude(time.monotonic() - began)
         return self.last_good
 
     def _restore(self, resume: Checkpoint) -> None:
@@ -264,6 +272,8 @@ class Trainer:
         self._logged_at = (now, self.images)
         seconds = max(now - then, 1e-9)
         images_per_second = (self.images - images) / seconds
+        self.time_left.observe(images, self.images, seconds, self._excluded)
+        self._excluded = 0.0
         planned, share = stage_at(self.stages, self.images), self.stage.share
         values = {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
         speeds = self.stragglers.row(share.active if share.has_subgroup else self.world.size, log.line)
@@ -279,7 +289,8 @@ class Trainer:
                 **values,
                 **speeds,
                 **({} if self.scales is None else self.scales.row()),
-            }
+            },
+            self.time_left.seconds(self.images),
         )
         self.feed.waited = 0.0
         self.compilation.at_log(self.stage, self.images, images_per_second)
@@ -305,12 +316,14 @@ class Trainer:
             log.line(str(leap) if leap.over else f"warning: {leap}; {way_back}")
 
     def _sample(self, log: MetricsLog) -> None:
+        began = time.monotonic()
         self.stage.wait()
         if self.world.main:
             run = self.config.run
             images = sample_images(self.stage.ema.module, run.samples, run.seed, self.stage.networks)
             path = self.run_path / "samples" / f"kimg-{self.images / 1000:010.3f}.png"
             log.images(images, path, self.images, self.config.schedule.resolution)
+        self._exclude(time.monotonic() - began)
 
     def _evaluate(self, log: MetricsLog, evaluator: Evaluator) -> None:
         """A collective. The time it takes is not counted as training's."""
@@ -329,5 +342,6 @@ class Trainer:
 
     def _exclude(self, seconds: float) -> None:
         """Count `seconds` as not spent on training."""
+        self._excluded += seconds
         then, images = self._logged_at
         self._logged_at = (then + seconds, images)

@@ -23,7 +23,7 @@ images = Path(sys.argv[1]) / "images"
 images.mkdir()
 for i in range(8):
     Image.effect_noise((1024, 1024), 64).convert("RGB").save(images / f"{i}.png", compress_level=1)
-request = parse(["--variant", "pggan", "--data", f"folder:{images}"])
+request = parse(["--variant", "pggan", "--preset", "paper", "--data", f"folder:{images}"])
 source = data.open_source(f"folder:{images}", 1024, 3)
 world = processes.ProcessGroup(0, 1, torch.device("cpu"), "torch", "test")
 trainer = Trainer(request.config, "pggan", world, source, Path(sys.argv[1]))

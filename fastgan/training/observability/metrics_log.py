@@ -75,7 +75,7 @@ class MetricsLog:
                 unit="kimg",
                 dynamic_ncols=True,
                 smoothing=0.1,
-                bar_format="{l_bar}{bar}| {n:.4g}/{total:g} kimg [{elapsed}<{remaining}{postfix}]",
+                bar_format="{l_bar}{bar}| {n:.4g}/{total:g} kimg [{elapsed}{postfix}]",
             )
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -118,11 +118,12 @@ class MetricsLog:
         if self._bar is not None:
             self._bar.update(images / 1000 - self._bar.n)
 
-    def metrics(self, row: dict[str, Any]) -> None:
+    def metrics(self, row: dict[str, Any], seconds_left: float) -> None:
         """Log one interval.
 
         Args:
             row: a line of metrics.jsonl, with images, resolution, alpha, images_per_second and the losses.
+            seconds_left: to the end of the run.
         """
         if not self._active:
             return
@@ -136,11 +137,10 @@ class MetricsLog:
         if "slowest_rank" in row:
             times = row["slowest_step_seconds"] / max(row["step_seconds"], 1e-9)
             stage += f", slowest rank {row['slowest_rank']} ({times:.1f}x)"
-        speed = row["images_per_second"]
+        speed, left = row["images_per_second"], readable_duration(seconds_left)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{speed:.0f} img/s, {shown}, {stage}")
+            self._bar.set_postfix_str(f"{left} left, {speed:.0f} img/s, {shown}, {stage}")
         else:
-            left = readable_duration(max(self._total - row["images"], 0) / max(speed, 1e-9))
             self.line(f"{self._progress(row['images'])}  {speed:7.1f} img/s  {shown}  {stage}  {left} left")
 
     def evaluation(self, seen: int, record: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ import pytest
 from fastgan.training.observability.metrics_log import MetricsLog, _without_events
 
 
-def test_no_time_is_left_after_a_last_batch_beyond_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_last_batch_beyond_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = MetricsLog(tmp_path, active=True, total=1000, seen=0)
     row = {"images": 1024, "step": 8, "resolution": 16, "alpha": 1.0, "images_per_second": 100.0}
-    log.metrics({**row, "loss_g": 0.5, "loss_d": 1.5})
+    log.metrics({**row, "loss_g": 0.5, "loss_d": 1.5}, 0.0)
     log.close()
     output = capsys.readouterr().out
     assert "1.0/1 kimg" in output and output.rstrip().endswith("  0.0 s left"), output
@@ -35,7 +35,7 @@ def test_event_file_that_cannot_be_written_is_reported_once(tmp_path: Path, monk
     monkeypatch.setattr(RecordWriter, "write", full)
     row = {"images": 64, "resolution": 16, "alpha": 1.0, "images_per_second": 100.0, "loss_g": 0.5, "loss_d": 1.5}
     with pytest.raises(OSError, match="No space left"):
-        log.metrics(row)
+        log.metrics(row, 1.0)
         log.close()
     deadline = time.monotonic() + 20  # the thread's hook runs after its error is raised here
     while any(type(thread).__module__.startswith("tensorboard.") for thread in threading.enumerate()):
