@@ -46,6 +46,7 @@ def independent_of_other_tests() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_flush_denormal(False)
+    torch.use_deterministic_algorithms(False)
 
 
 class _Products(TorchDispatchMode):

@@ -225,8 +225,8 @@ class Trainer:
                 self.feed.pipeline.close()
                 self.stage.close()
             how = f"stopped by {signal.Signals(stopped).name}" if stopped else "done"
-            LOGGER.info("%s at %g kimg", how, self.images / 1000)
             LOGGER.info("%s", qualification.summary(self.world.device))
+            LOGGER.info("%s at %g kimg", how, self.images / 1000)
             return stopped
 
     def _loop(self, log: MetricsLog, signals: SignalHandler) -> int | None:

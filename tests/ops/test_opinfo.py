@@ -17,7 +17,7 @@ from fastgan import ops
 pytest.importorskip("expecttest", reason="PyTorch's sample inputs need it: pip install 'fastgan[dev]'")
 op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
 # That import freezes torch.backends for the process, and with it what `fastgan train` and other tests set there.
-setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 NAMES = [
     *("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "conv2d", "conv_transpose2d", "hardtanh"),
