@@ -128,6 +128,7 @@ def stop(case: dict[str, Any], trainer: Trainer, out: Path) -> None:
 def make_trainer(case: dict[str, Any], world: ProcessGroup, out: Path) -> Trainer:
     request = parse(["--variant", case["variant"], *case["flags"]])
     source = data.open_source("digits", request.config.schedule.resolution)
+    (out / case["name"]).mkdir(exist_ok=True)  # as `fastgan train` does
     return Trainer(request.config, request.variant, world, source, out / case["name"])
 
 
