@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "functional": {"ops"},
     "nn": {"functional", "ops"},
     "objectives": {"ops"},
-    "compiled": {"utils"},
+    "compiled": {"ops", "utils"},
     "models": {"ops", "nn", "utils"},
     "config": {"errors", "utils"},
     "checkpoint": {"errors", "utils"},

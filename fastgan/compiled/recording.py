@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgan.ops.backend import recorded_forms
+
 Outputs = list["Tensor | None"]
 
 
@@ -94,8 +96,6 @@ class _Guard(TorchDispatchMode):
 
 # Hooks of these classes compute a parameter, and are recorded like anything that a module computes.
 _COMPUTED_PARAMETERS = ("torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm")
-
-
 _COMMUNICATES = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 
 
@@ -195,7 +195,8 @@ def record(
             outputs.extend(function(*tensors))
         return [x for x in outputs if x is not None]
 
-    with _called_modules() as modules:
+    # A Triton kernel is started behind the dispatcher's back, and would leave nothing in the graph.
+    with _called_modules() as modules, recorded_forms():
         traced = make_fx(run)(*inputs)
     graph, tensors = _lift(traced, lifted)
     present = tuple(x is not None for x in outputs)

@@ -273,7 +273,7 @@ class Op:
             and not (self.wrong and self._was_wrong(name, inputs))
         ]
         preferred = (n for n in right if self.implementations[n].not_preferred_reason(*inputs, **options) is None)
-        # `lean` may be left out by the shipped table for `native`, which a compiler has no use for.
+        # The shipped table may prefer `native` to `lean`; a compiler has no use for it.
         return next(preferred, "lean" if "lean" in right else "torch")
 
     def recordable(self) -> tuple[str, ...]:

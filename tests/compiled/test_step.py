@@ -268,6 +268,28 @@ def test_what_a_program_cannot_repeat_is_refused(what, message):
         step(torch.randn(4, 3))
 
 
+def test_what_is_computed_behind_the_dispatcher_is_refused():
+    """As a kernel that is launched by pointers: the graph would have the memory, and not what is written into it."""
+
+    def behind(x: Tensor) -> None:
+        x.numpy()[:] = 3.0
+
+    critic = Reads(lambda x: behind(x.mul_(1.0)))
+    step = fastgan.compile_step(lambda x: critic(x * 1.0).square().mean(), critic.parameters(), compile=False)
+    with pytest.raises(NotRecordable, match="outside of PyTorch's operations"):
+        step(torch.randn(4, 3))
+
+
+def test_arguments_that_are_equal_and_of_another_type_are_told_apart():
+    critic = nn.Linear(3, 1)
+    step = fastgan.compile_step(
+        lambda x, n: (critic(x) * (n / 2 if type(n) is int else n)).sum(), critic.parameters(), compile=False
+    )
+    x = torch.randn(4, 3)
+    assert torch.equal(step(x, 1)[0], critic(x).mul(0.5).sum())
+    assert torch.equal(step(x, 1.0)[0], critic(x).mul(1.0).sum())
+
+
 def test_hooks_and_wrappers_are_refused_by_name():
     x = torch.randn(4, 3)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from fastgan.utils.files import try_lock
 from fastgan.utils.system import cache_folder
 
 _NICE = 10  # training comes first
+_ABANDONED_SECONDS = 86400.0
 
 
 def _end_with_parent() -> None:
@@ -54,6 +57,9 @@ def _run(specs: Sequence[ProgramSpec], device: str, threads: int, implementation
     waited = threading.Event()
     while not try_lock(lock):  # another run compiles, perhaps the same
         waited.wait(1.0)
+    for part in folder.glob(".part-*"):  # of a process that was killed
+        if time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(part, ignore_errors=True)
     for spec in specs:
         build(spec, torch.device(device))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fastgan.config import Config, active_ranks, batch_at
 from fastgan.config.growth import Stage, stage_at
 from fastgan.training.compiling.builder import ProgramBuilder
-from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, load
+from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, forget_failure, load
 from fastgan.training.distributed.deepspeed_engine import uses_own_reducer
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.from_config import engine_settings
@@ -98,6 +98,9 @@ class Compilation:
         if not self.enabled or self._phase == (stage, stage.fades):
             return 0.0
         began = time.monotonic()
+        if self._phase is None and os.environ.get("LOCAL_RANK", "0") == "0":
+            for planned, fade, _ in self._phases(images):
+                forget_failure(self._spec(planned.resolution, fade), self._world.device)
         self._phase, self._settled = (stage, stage.fades), False
         stage.use(None)
         waits = self._config.system.deterministic or self.resumes_compiled

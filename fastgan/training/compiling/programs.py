@@ -6,6 +6,7 @@ them ahead. Files in the user's cache are named by everything that they depend o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -26,13 +27,13 @@ from fastgan.compiled.program import (
     key_of,
     layout,
     machine_facts,
+    may_be_right,
     tolerance_of,
 )
 from fastgan.compiled.recording import Holder, NotRecordable, record
 from fastgan.config import Config
 from fastgan.models.pggan import Progressive
 from fastgan.ops import qualification
-from fastgan.ops.backend import recorded_forms
 from fastgan.training.compiling.micro_step import MicroStep, MicroSteps, flat, unflat
 from fastgan.training.from_config import (
     build_augmentation,
@@ -47,10 +48,8 @@ from fastgan.utils.files import write_atomic
 from fastgan.utils.text import first_line
 
 _NAMES = ("discriminator", "generator")
+_RETRY = "retry"  # key of a failure that the next run forgets
 _CHECKS = 5  # steps that are compared
-# A rectifier whose input rounds to the other side of zero changes a gradient by a finite amount: in small networks by
-# some thousandths of its norm, in one step and not in the next. In a single step so much may be a kink.
-_KINKS = 0.02
 _TIMED = 5  # pairs of steps that are timed
 
 
@@ -236,7 +235,7 @@ def compare(
         difference_of([buffers[i] for i in written], [theirs[i] for i in written]),
     )
     difference = max(gradients, others)
-    if others <= programs.tolerance and gradients <= max(5 * programs.tolerance, _KINKS):
+    if may_be_right(gradients, others, programs.tolerance):
         return found, difference, True
     _restore(buffers, theirs)
     return expected, difference, False
@@ -261,6 +260,18 @@ def _step(spec: ProgramSpec, device: torch.device) -> Step:
     return build_step(spec.config, *networks, spec.num_classes, augmentation)
 
 
+class _Differs(RuntimeError):
+    """A program is not right, or not on this machine."""
+
+
+def forget_failure(spec: ProgramSpec, device: torch.device) -> None:
+    """Forget why `spec` could not be compiled if the reason is the machine's: no compiler, a full disk."""
+    file = file_of(spec.key(device)).with_suffix(".json")
+    with contextlib.suppress(OSError, ValueError):
+        if _RETRY in json.loads(file.read_bytes()):
+            file.unlink()
+
+
 def build(spec: ProgramSpec, device: torch.device) -> dict[str, Any]:
     """Compile the programs of `spec` into the cache, and check them there; what cannot be used is stored as a reason.
 
@@ -273,10 +284,10 @@ def build(spec: ProgramSpec, device: torch.device) -> dict[str, Any]:
     key = spec.key(device)
     try:
         stored = _build(spec, key, device)
-    except (CompileError, NotRecordable) as error:
+    except (NotRecordable, _Differs) as error:
         stored = {"reason": str(error)}
-    except Exception as error:  # a fault of one program must not end the others
-        stored = {"reason": f"{type(error).__name__}: {first_line(error)}"}
+    except Exception as error:  # a fault of one program must not end the others, and may be gone in the next run
+        stored = {"reason": f"{type(error).__name__}: {first_line(error)}", _RETRY: True}
     file = file_of(key).with_suffix(".json")
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_atomic(file, json.dumps(stored, indent=1).encode())
@@ -291,8 +302,7 @@ def _build(spec: ProgramSpec, key: str, device: torch.device) -> dict[str, Any]:
     stored: dict[str, Any] = {"tolerance": 0.0}
     for name, inputs in _example(spec, step).items():
         seen: list[str] = []
-        with recorded_forms():
-            recording, _ = record(flat(getattr(eager, name), seen), inputs, lambda tensor: id(tensor) in names)
+        recording, _ = record(flat(getattr(eager, name), seen), inputs, lambda tensor: id(tensor) in names)
         arguments = [*inputs, *recording.state_tensors()]
         compile_graph(recording.graph, arguments, file_of(f"{key}-{name}"))
         stored["tolerance"] = max(stored["tolerance"], tolerance_of(recording.graph, arguments))
@@ -331,7 +341,7 @@ def _measure(programs: StagePrograms, eager: MicroSteps, device: torch.device) -
             optimizers[name].step()
     least, most = (max(of(values) for values in differences.values()) for of in (min, max))
     if wrong or least > programs.tolerance:
-        raise CompileError(f"it differs from eager by {most:.1e} of the norm")
+        raise _Differs(f"it differs from eager by {most:.1e} of the norm")
     times: dict[str, list[float]] = {"eager_ms": [], "compiled_ms": []}
     for _ in range(_TIMED):
         for form, runner in (("eager_ms", eager), ("compiled_ms", programs)):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastgan import data
 from fastgan.cli.train import parse
+from fastgan.compiled import recording
 from fastgan.compiled.program import CompileError, file_of
 from fastgan.config.variants import VARIANTS
 from fastgan.ops import qualification
@@ -61,7 +62,7 @@ def interpreted(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> dict[Path, 
 
     monkeypatch.setattr(programs, "Program", Interpreted)
     monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs, file: graphs.update({file: graph}))
-    monkeypatch.setattr(programs, "recorded_forms", contextlib.nullcontext)
+    monkeypatch.setattr(recording, "recorded_forms", contextlib.nullcontext)
     monkeypatch.setattr(programs, "_TIMED", 1)
     return graphs
 
@@ -166,7 +167,21 @@ def test_why_a_stage_cannot_be_compiled_is_kept(tmp_path, interpreted, monkeypat
 
     monkeypatch.setattr(programs, "compile_graph", fail)
     build(spec_of(trainer), CPU)
-    assert load(spec_of(trainer), trainer.stage.step) == "no C++ compiler"
+    assert load(spec_of(trainer), trainer.stage.step) == "CompileError: no C++ compiler"
+
+
+def test_the_next_run_forgets_a_failure_of_the_machine_and_no_other(tmp_path, interpreted, monkeypatch):
+    trainer = make("gan", tmp_path)
+    spec = spec_of(trainer)
+    for error, forgotten in ((CompileError("no C++ compiler"), True), (recording.NotRecordable("a hook"), False)):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(programs, "compile_graph", fail)
+        build(spec, CPU)
+        programs.forget_failure(spec, CPU)
+        assert spec.compiled(CPU) != forgotten
 
 
 def test_programs_that_differ_from_eager_are_never_stored(tmp_path, interpreted, monkeypatch):
