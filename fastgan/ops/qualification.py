@@ -237,7 +237,7 @@ def _entry(
     entry: dict[str, Any] = {"order": order, "why": why, "shape": list(first.shape), "forms": forms}
     if any(it.device_us == math.inf or it.host_us == math.inf for it in found.values()):
         entry["until"] = time.time() + _BUSY_SECONDS
-        _say("other programs are running: what they did not let be timed runs by the shipped table, for an hour")
+        _say("some timings were disturbed by other work: those ops run by the shipped table, for an hour")
     return entry
 
 
