@@ -5,32 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
-import torch.nn.functional
 from torch import Tensor, nn
 
 from fastgan import functional as F
-
-
-def over_lean_functions(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A Python function of torch, with `fastgan.functional` where it has `torch.nn.functional` or a name of it.
-
-    For long functions of torch, which this package would otherwise have to copy for every version of torch.
-    """
-    assert isinstance(function, FunctionType)
-    names = dict(function.__globals__)
-    for name, value in function.__globals__.items():
-        if value is torch.nn.functional:
-            names[name] = F
-        elif name in F.LEAN and value is getattr(torch.nn.functional, name, None):
-            names[name] = getattr(F, name)
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__doc__ = function.__doc__
-    return copy
+from fastgan.nn.lean_attention import over_lean_functions
 
 
 class Conv2d(nn.Conv2d):
