@@ -220,6 +220,13 @@ class ActiveStage:
             taken.append(self._seen_by_generator(micro, real))
         return taken
 
+    def penalty_step(self, micro_batches: Iterable[data.Batch]) -> None:
+        """One step of the discriminator by the penalty alone, on the images of its last step; see `penalty_every`."""
+        for micro in micro_batches:
+            real = real_images(micro.images, self.step.discriminator, memory_format(self.config))
+            loss, seen = self.step.penalty_loss(real, micro.positions, micro.labels)
+            self._backward(self.discriminator_engine, "discriminator", loss, seen)
+
     def _seen_by_generator(self, micro: data.Batch, real: Tensor | None = None) -> Seen:
         if not self.step.loss.paired:
             return (micro.positions,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastgan import checkpoint
 from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, batch_at, validate
 from fastgan.config.growth import stage_at, stages_of
-from fastgan.data import Source
+from fastgan.data import Batch, Source
 from fastgan.generator import sample_images
 from fastgan.ops import qualification
 from fastgan.planning.time_left import TimeLeft
@@ -26,7 +26,7 @@ from fastgan.training.compiling.compilation import Compilation
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.evaluator import Evaluator, append
 from fastgan.training.feed import Feed
-from fastgan.training.from_config import network_values, rates
+from fastgan.training.from_config import network_values, penalty_is_due, rates
 from fastgan.training.intervals import Interval, checkpoint_kimg, log_kimg, sample_kimg
 from fastgan.training.loss_scale import LossScales
 from fastgan.training.observability.meters import Meters
@@ -152,8 +152,13 @@ class Trainer:
             self.stage.discriminator_engine.set_rate(rate_d)
             self.stage.nonfinite.begin_step(self.steps)
             for i in range(n_critic):
-                micro_batches = self.feed.micro_batches(self.images, batch, self.stage.share)
+                micro_batches: Iterable[Batch] = self.feed.micro_batches(self.images, batch, self.stage.share)
+                penalty_due = penalty_is_due(self.config, self.images, batch)
+                if penalty_due:
+                    micro_batches = list(micro_batches)
                 positions = self.stage.discriminator_step(micro_batches, generator_first=i > 0)
+                if penalty_due:
+                    self.stage.penalty_step(micro_batches)
                 self.images += batch
             self.stage.generator_engine.set_rate(rate_g)
             self.stage.generator_step(positions)
@@ -275,7 +280,8 @@ class Trainer:
         self.time_left.observe(images, self.images, seconds, self._excluded)
         self._excluded = 0.0
         planned, share = stage_at(self.stages, self.images), self.stage.share
-        values = {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
+        # Of a penalty that is not in every step there may be none in this row.
+        values = {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
         speeds = self.stragglers.row(share.active if share.has_subgroup else self.world.size, log.line)
         log.metrics(
             {
