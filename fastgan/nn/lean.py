@@ -130,6 +130,26 @@ class Upsample(nn.Upsample):
         return F.interpolate(input, self.size, self.scale_factor, self.mode, self.align_corners, recompute)
 
 
+class LayerNorm(nn.LayerNorm):
+    forward = over_lean_functions(nn.LayerNorm.forward)
+
+
+class GroupNorm(nn.GroupNorm):
+    forward = over_lean_functions(nn.GroupNorm.forward)
+
+
+class InstanceNorm1d(nn.InstanceNorm1d):
+    _apply_instance_norm = over_lean_functions(nn.InstanceNorm1d._apply_instance_norm)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    _apply_instance_norm = over_lean_functions(nn.InstanceNorm2d._apply_instance_norm)
+
+
+class InstanceNorm3d(nn.InstanceNorm3d):
+    _apply_instance_norm = over_lean_functions(nn.InstanceNorm3d._apply_instance_norm)
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` over `ops.scaled_dot_product_attention`: `need_weights=False` has a fused form."""
 
@@ -160,6 +180,11 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
         ReplicationPad2d,
         ReplicationPad3d,
         Upsample,
+        LayerNorm,
+        GroupNorm,
+        InstanceNorm1d,
+        InstanceNorm2d,
+        InstanceNorm3d,
         MultiheadAttention,
     )
 }
