@@ -284,17 +284,15 @@ def _second_backward(
     if u is not None:
         g = dy if scale is None else dy * scale
         rows = (settings.rows, settings.size)
-        p, gx = (
-            part.view(x.shape)
-            for part in _KERNELS[settings.form](*(part.reshape(rows) for part in (u, g, x)), settings.eps)
-        )
+        p, gx = _KERNELS[settings.form](u.reshape(rows), g.reshape(rows), x.reshape(rows), settings.eps)
+        p, gx = p.view(x.shape), gx.view(x.shape)
         gdy = p if scale is None else p * scale
         gw = settings.summed(dy * p) if weight is not None and needed[2] else None
     if v is not None:
         by_channel, wide = settings.of_channel(v, x), accumulation_dtype(x)
-        rows = x.reshape(settings.rows, settings.size).to(wide)
-        r, y = _standardized(rows, settings.eps)
-        q = (by_channel * dy).reshape(rows.shape).to(wide)
+        normalized = x.reshape(settings.rows, settings.size).to(wide)
+        r, y = _standardized(normalized, settings.eps)
+        q = (by_channel * dy).reshape(normalized.shape).to(wide)
         of_q = r * (q - q.mean(1, keepdim=True) - y * (q * y).mean(1, keepdim=True))
         gx = add_gradients(gx, of_q.to(x.dtype).view(x.shape))
         gdy = add_gradients(gdy, by_channel * y.to(x.dtype).view(x.shape))
