@@ -337,7 +337,13 @@ def _no_cpp() -> str | None:
     reason = extension.cpu()
     if reason is None and not dispatcher_has_kernel("fastgan::normalize_second_backward", "CPU"):
         reason = "the compiled library has no normalize_second_backward"
+    if reason is None:
+        torch.library.register_fake("fastgan::normalize_second_backward", _shapes)
     return reason
+
+
+def _shapes(u: Tensor, g: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(g), torch.empty_like(x)
 
 
 def _unsupported(*inputs: Tensor, unusual: bool = False) -> str | None:

@@ -133,6 +133,13 @@ def test_the_kernel_of_rows(rows: int, size: int, offset: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
+@pytest.mark.skipif(NO_CPP is not None, reason=str(NO_CPP))
+def test_the_compiled_op_passes_opcheck() -> None:
+    arguments = (*(torch.randn(3, 7) for _ in range(3)), 1e-5)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fastgan.normalize_second_backward.default, arguments, test_utils=tests)
+
+
 def test_third_order_raises_and_torch_has_it() -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     for form in ("fused", "torch"):
