@@ -117,8 +117,9 @@ def _with_counters_computed(graph: fx.GraphModule) -> fx.GraphModule:
     Random numbers multiply a counter by a 64-bit constant and wrap around. Inductor takes the product for the index of
     an element, as it does any counter, and computes with it exactly: it fails, or the program is wrong.
     """
-    copy = fx.GraphModule(graph, fx.Graph())
-    copy.graph.output(copy.graph.graph_copy(graph.graph, {}))
+    nodes = fx.Graph()
+    nodes.output(nodes.graph_copy(graph.graph, {}))
+    copy = fx.GraphModule(graph, nodes)
     computed: dict[fx.Node, Tensor] = {}
     for node in list(copy.graph.nodes):
         if getattr(node.target, "overloadpacket", None) in _COUNTING and all(

@@ -367,7 +367,7 @@ def test_random_numbers_of_positions_are_compiled_right(tmp_path, size):
     """Inductor takes a counter times a 64-bit constant for an index: at size 21 it gave other numbers."""
 
     def draw(index):
-        return [counter_rng.uniform(3, "a", index, size)]
+        return [counter_rng.uniform(3, "a", index, size) + torch.tensor([0.5])]
 
     index = torch.arange(1000, 1016)
     program.compile_graph(make_fx(draw)(index), [index], tmp_path / "draw.pt2")
