@@ -195,16 +195,21 @@ class ActiveStage:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def discriminator_step(self, micro_batches: Iterable[data.Batch], *, generator_first: bool = False) -> list[Seen]:
+    def discriminator_step(
+        self, micro_batches: Iterable[data.Batch], *, generator_first: bool = False, penalize: bool = False
+    ) -> list[Seen]:
         """One step of the discriminator.
 
         Args:
             micro_batches: this rank's part of the batch.
             generator_first: see `Step.discriminator_loss`; False right after a step of the generator.
+            penalize: whether a `penalty_step` on the same images follows.
 
         Returns:
             What the generator's step takes of each micro-batch.
         """
+        if penalize:
+            micro_batches = list(micro_batches)
         taken: list[Seen] = []
         for micro in micro_batches:
             if self.programs is not None:
@@ -218,6 +223,8 @@ class ActiveStage:
             )
             self._backward(self.discriminator_engine, "discriminator", loss, seen)
             taken.append(self._seen_by_generator(micro, real))
+        if penalize:
+            self.penalty_step(micro_batches)
         return taken
 
     def penalty_step(self, micro_batches: Iterable[data.Batch]) -> None:
