@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastgan import ops
 from fastgan.nn import Conversion
-from fastgan.nn.lean_attention import calls_attention, lean_subclass, original_class, over_lean_functions
+from fastgan.nn.other_packages import ATTENTION, has_a_name, lean_subclass, original_class, over_lean_functions
 
 try:
     from diffusers.models.attention_dispatch import dispatch_attention_fn as _dispatch
@@ -67,7 +67,7 @@ def _lean_processor(kind: type) -> type | None:
     if original_class(kind) is not None:
         return None
     call = kind.__call__
-    if not isinstance(call, FunctionType) or not calls_attention(call, *_NAMES):
+    if not isinstance(call, FunctionType) or not has_a_name(call, (*ATTENTION, *_NAMES)):
         return None
     return lean_subclass(kind, _lean_processor, {"__call__": over_lean_functions(call, _NAMES)})
 

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from fastgan import functional as lean_functional
 from fastgan.nn.lean import LEAN
-from fastgan.nn.lean_attention import ORIGINAL, lean_attention_class, original_class
+from fastgan.nn.other_packages import ORIGINAL, lean_class_of_timm, original_class
 from fastgan.ops.autograd import with_zeros
 from fastgan.ops.dispatch.backend import in_transform
 
@@ -112,7 +112,7 @@ def _is_made_at_run_time(kind: type) -> bool:
 
 
 def _known_lean_class(kind: Any) -> type[nn.Module] | None:
-    return LEAN.get(kind) or lean_attention_class(kind)
+    return LEAN.get(kind) or lean_class_of_timm(kind)
 
 
 def _lean_class(kind: type[nn.Module]) -> type[nn.Module] | None:

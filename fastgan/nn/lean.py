@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgan import functional as F
-from fastgan.nn.lean_attention import over_lean_functions
+from fastgan.nn.other_packages import over_lean_functions
 
 
 class Conv2d(nn.Conv2d):

@@ -1,13 +1,13 @@
-"""Classes of other packages, with `fastgan.functional` in place of `torch.nn.functional` in what calls attention.
+"""Classes of other packages, with `fastgan.functional` in place of `torch.nn.functional` in attention and norms.
 
-timm's attention modules are long, many and change with its versions: a copy of their code would be a copy to maintain.
+timm's modules are long, many and change with its versions: a copy of their code would be a copy to maintain.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import nn
 from fastgan import functional as F
 
 ORIGINAL = "_fastgan_original"
-_ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward")
+ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward")
+_NORMS = ("layer_norm", "group_norm")
 
 
 class _Instead:
@@ -63,9 +64,9 @@ def over_lean_functions(
     return copy
 
 
-def calls_attention(function: FunctionType, *names: str) -> bool:
-    """Whether a function names torch's attention, or one of `names`."""
-    return any(name in function.__code__.co_names for name in (*_ATTENTION, *names))
+def has_a_name(function: FunctionType, names: Iterable[str]) -> bool:
+    """Whether the code of a function has one of these names, of a global or an attribute."""
+    return any(name in function.__code__.co_names for name in names)
 
 
 def lean_subclass(kind: type, maker: Callable[[Any], type | None], methods: dict[str, Callable[..., Any]]) -> type:
@@ -93,13 +94,13 @@ def original_class(kind: type) -> type | None:
 
 
 @functools.cache
-def lean_attention_class(kind: Any) -> Any:
-    """The lean class of a module of timm that calls torch's attention; None for every other class."""
+def lean_class_of_timm(kind: Any) -> Any:
+    """The lean class of a module of timm that calls torch's attention or a norm; None for every other class."""
     if not kind.__module__.startswith("timm.") or original_class(kind) is not None:
         return None
     methods = {
         name: over_lean_functions(method)
         for name, method in inspect.getmembers(kind, inspect.isfunction)
-        if calls_attention(method)
+        if has_a_name(method, (*ATTENTION, *_NORMS))
     }
-    return lean_subclass(kind, lean_attention_class, methods) if methods else None
+    return lean_subclass(kind, lean_class_of_timm, methods) if methods else None
