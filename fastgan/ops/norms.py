@@ -9,7 +9,8 @@ through an affine layer behind it,
     gx = -r^2 (a (u - <u>) + b (g - <g>) + y (<(u - <u>) (g - <g>)> - 3 a b))    of x,
     gdy = w p    gw = sum dy p                                     and so of dy and w
 
-The forward and the first backward are torch's own fused functions. Torch's second backward is composed of some thirty
+The forward and the first backward are torch's own fused functions; instance norm is a group norm with a group for each
+channel. Torch's second backward is composed of some thirty
 elementwise operations.
 """
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastgan import ops
 from fastgan.ops import norms
@@ -209,3 +210,38 @@ def test_autocast_chooses_torchs_dtype() -> None:
     x = torch.randn(2, 8, 128, 128, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.group_norm(x.bfloat16(), 2).dtype == F.group_norm(x.bfloat16(), 2).dtype
+
+
+@pytest.mark.parametrize("name", ["layer", "group"])  # torch computes instance norm as a batch norm
+def test_first_order_has_the_bits_of_torch(name: str) -> None:
+    shape, ours, plain, of = CASES[name]
+    arguments = tensors(shape, of, 2, torch.float32)
+    found, expected = (
+        (f(*arguments), torch.autograd.grad(f(*arguments).pow(3).sum(), arguments))
+        for f in (lambda *x: ours(*x, "fused"), plain)
+    )
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["layer", "group", "instance"])
+def test_transforms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, as in a model of a user: torch.func, vmap, forward mode, checkpoints."""
+    monkeypatch.setattr(norms, "SMALL_NUMEL", 0)
+    shape, ours, plain, of = CASES[name]
+    x, *parameters = tensors(shape, of, 2)
+
+    def lean(x: Tensor) -> Tensor:
+        return ours(x, *parameters, None)
+
+    def other(x: Tensor) -> Tensor:
+        return plain(x, *parameters)
+
+    x = x.detach()
+    found, expected = (torch.func.hessian(lambda x, f=f: f(x).pow(3).sum())(x) for f in (lean, other))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.vmap(lean)(x[None]), torch.vmap(other)(x[None]))
+    torch.testing.assert_close(torch.func.jvp(lean, (x,), (x,)), torch.func.jvp(other, (x,), (x,)))
+    leaf = x.requires_grad_()
+    found, expected = (derivatives(f, [leaf]) for f in (lambda x: checkpoint(lean, x, use_reentrant=False), other))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
