@@ -1,5 +1,6 @@
 # make train    train a progressive GAN on handwritten digits (VARIANT=wgan-gp and ARGS="--kimg 50" change that)
 # make test     lint, types and tests, under ten minutes on two cores; make test-all adds the slow tests
+# make docs     the documentation as a site in build/site, with what is generated from the code
 # make gpu      GPU tests and all benchmarks; writes benchmarks/results/GPU.json
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # Two workers of one thread each: threads of several processes on the same cores slow each other down tenfold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-all gpu lint clean
+.PHONY: train test test-all docs gpu lint clean
 
 # DeepSpeed's launcher uses every GPU of this host; it is installed on Linux alone.
 train: .venv/installed
@@ -21,6 +22,11 @@ test: lint
 
 test-all: lint
 	$(PYTEST) -m "not gpu" --timeout 3600 --hypothesis-profile random
+
+docs: .venv/installed
+	$(BIN)/python -m scripts.commands_page
+	$(BIN)/python -m scripts.architecture_picture
+	$(BIN)/python -m zensical build --strict --clean
 
 gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py $(ARGS)

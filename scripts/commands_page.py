@@ -21,8 +21,8 @@ SUBCOMMANDS = {"data": ("info", "verify", "show")}
 HEAD = """\
 # Commands
 
-What `fastgan COMMAND --help` prints. `make docs` writes this page, and a test compares it with the commands. The defaults of
-`train` and `plan` are those of `--variant pggan`, which is the default; `--variant NAME --help` shows those of another.
+What `fastgan COMMAND --help` prints. `make docs` writes this page, and a test compares it with the commands. The defaults
+of `train` and `plan` are those of `--variant pggan`, which is the default; `--variant NAME --help` shows those of another.
 """
 
 
@@ -41,10 +41,14 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for command, purpose in COMMANDS.items():
-        parts.append(f"## fastgan {command}\n\n{purpose[0].upper()}{purpose[1:]}.\n\n```text\n{help_of(command)}\n```\n")
+        parts.append(f"## fastgan {command}\n\n{purpose[0].upper()}{purpose[1:]}.\n\n{_fenced(help_of(command))}")
         for word in SUBCOMMANDS.get(command, ()):
-            parts.append(f"### fastgan {command} {word}\n\n```text\n{help_of(command, word)}\n```\n")
+            parts.append(f"### fastgan {command} {word}\n\n{_fenced(help_of(command, word))}")
     return "\n".join(parts)
+
+
+def _fenced(text: str) -> str:
+    return f"```text\n{text}\n```\n"
 
 
 if __name__ == "__main__":
