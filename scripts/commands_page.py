@@ -21,8 +21,9 @@ SUBCOMMANDS = {"data": ("info", "verify", "show")}
 HEAD = """\
 # Commands
 
-What `fastgan COMMAND --help` prints. `make docs` writes this page, and a test compares it with the commands. The defaults
-of `train` and `plan` are those of `--variant pggan`, which is the default; `--variant NAME --help` shows those of another.
+What `fastgan COMMAND --help` prints. `make docs` writes this page, and a test compares it with the commands. The
+defaults of `train` and `plan` are those of `--variant pggan`, which is the default; `--variant NAME --help` shows
+those of another.
 """
 
 
