@@ -42,7 +42,8 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    listed = [page for group in navigation for pages in group.values() for page in pages]
+    entries = [entry for group in navigation for entries in group.values() for entry in entries]
+    listed = [page for entry in entries for page in (entry.values() if isinstance(entry, dict) else [entry])]
     assert len(set(listed)) == len(listed)
     assert set(listed) == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
 
