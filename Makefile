@@ -45,4 +45,4 @@ lint: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build .cache *.egg-info

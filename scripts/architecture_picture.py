@@ -2,8 +2,8 @@
 
 python -m scripts.architecture_picture
 
-Rooms stand above those that they import. An arrow that others imply is left out, and so are arrows to the rooms in the
-bottom row, which any room may import.
+Rooms stand above those that they import. An arrow that follows from others is not drawn, and neither are
+arrows to the rooms in the bottom row, which any room may import.
 """
 
 from __future__ import annotations

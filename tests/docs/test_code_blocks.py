@@ -12,7 +12,6 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
 import pytest
 import runs
 import torch
@@ -24,7 +23,6 @@ import fastgan
 from fastgan.cli import main as cli
 from fastgan.cli.main import COMMANDS
 
-matplotlib.use("Agg")
 WITH_BLOCKS = [page for page in pages() if blocks(page)]
 HELP = dict(re.findall(r"^## fastgan (\w+)$(.*?)(?=^## |\Z)", text("docs/commands.md"), re.MULTILINE | re.DOTALL))
 CRITIC = """
