@@ -1,6 +1,6 @@
 # make train    train a progressive GAN on handwritten digits (VARIANT=wgan-gp and ARGS="--kimg 50" change that)
-# make test     lint, types and tests, under ten minutes on two cores; make test-all adds the slow tests
 # make docs     the documentation as a site in build/site, with what is generated from the code
+# make test     lint, types and tests, under ten minutes on two cores; make test-all adds the slow tests
 # make gpu      GPU tests and all benchmarks; writes benchmarks/results/GPU.json
 
 PYTHON ?= python3
@@ -23,11 +23,6 @@ test: lint
 test-all: lint
 	$(PYTEST) -m "not gpu" --timeout 3600 --hypothesis-profile random
 
-docs: .venv/installed
-	$(BIN)/python -m scripts.commands_page
-	$(BIN)/python -m scripts.architecture_picture
-	$(BIN)/python -m zensical build --strict --clean
-
 gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
@@ -35,6 +30,11 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/installed
+	$(BIN)/python -m scripts.commands_page
+	$(BIN)/python -m scripts.architecture_picture
+	$(BIN)/python -m zensical build --strict --clean
 
 .venv/installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastgan needs Python 3.11 or newer; set PYTHON=...")'
