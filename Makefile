@@ -35,6 +35,7 @@ docs: .venv/installed
 	$(BIN)/python -m scripts.commands_page
 	$(BIN)/python -m scripts.architecture_picture
 	$(BIN)/python -m zensical build --strict --clean
+	@echo "open build/site/index.html"
 
 .venv/installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastgan needs Python 3.11 or newer; set PYTHON=...")'

@@ -224,6 +224,23 @@ def test_what_does_not_exist_is_found(line: str) -> None:
         check(line)
 
 
+def test_blocks_are_found_with_the_reason_why_they_do_not_run(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "text\n\n    fastgan doctor\n\n```python\nx = 1\n\ny = 2\n```\n\n<!-- not run: why -->\n\n    make gpu\n"
+        "\n    x = 3\n\n    a: b c\n"
+    )
+    found = [(block.line, block.language, block.code, block.not_run) for block in blocks(str(page))]
+    assert found == [
+        (3, "sh", "fastgan doctor", None),
+        (5, "python", "x = 1\n\ny = 2", None),
+        (13, "sh", "make gpu\n\nx = 3\n\na: b c", "why"),
+    ]
+    page.write_text("<!-- not run: why -->\ntext\n\n    make gpu\n")
+    with pytest.raises(AssertionError, match="belongs to no block"):
+        blocks(str(page))
+
+
 @pytest.mark.parametrize("page", WITH_BLOCKS)
 def test_blocks_name_their_language(page: str) -> None:
     for block in blocks(page):
