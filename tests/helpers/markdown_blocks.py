@@ -43,7 +43,7 @@ class Block:
     not_run: str | None
 
 
-COMMANDS = ("FASTGAN_QUALIFY=0", "deepspeed", "export", "fastgan", "make", "pip", "pytest", "python", "torchrun")
+COMMANDS = "FASTGAN_QUALIFY=0 deepspeed export fastgan make pip pytest python python3 torchrun".split()
 
 
 def _language(code: str) -> str:
