@@ -17,6 +17,7 @@ from fastgan.cli.train import parse
 from fastgan.config import Config, replace
 from fastgan.config.variants import VARIANTS
 from fastgan.errors import ArgumentError
+from fastgan.ops import use_backend
 from fastgan.training.compiling.compilation import unsupported_reason
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.from_config import penalty_is_due, rates
@@ -142,6 +143,18 @@ def test_steps_read_nothing_from_the_device(variant: str, tmp_path: Path, monkey
             trainer.train_step()
     assert not reads.seen
     assert len(calls) == {"wgan-gp": 4, "dcgan": 3, "r3gan": 0}[variant]
+
+
+@pytest.mark.parametrize("method", ["exact", "finite-difference"])
+def test_a_penalty_alone_gives_some_parameters_no_gradient(method: str, tmp_path: Path) -> None:
+    """Hooks on them see None, and their optimizer state decays as with zeros."""
+    trainer = make("r3gan", tmp_path, "--penalty-every", "2", "--penalty-method", method)
+    with use_backend("lean"):  # of bias_act; its form for small tensors sends zeros to biases
+        for _ in range(4):
+            trainer.train_step()
+    trainer.raise_if_nonfinite()
+    counts = [value for name, value in trainer.stage.discriminator_engine.state().items() if name.endswith("/step")]
+    assert len(counts) > 5 and {count.item() for count in counts} == {6.0}
 
 
 @pytest.mark.parametrize("variant", FLAGS)
