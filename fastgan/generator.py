@@ -1,4 +1,4 @@
-"""A trained generator from a run or an exported file: `fastgan.load("RUN").sample(16, seed=0)`."""
+"""A trained generator from a run, an exported file or by name: `fastgan.load("RUN").sample(16, seed=0)`."""
 
 from __future__ import annotations
 
@@ -147,28 +147,31 @@ def _require_device(name: str) -> None:
 
 
 def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
-    """The averaged generator of a run's newest checkpoint, of one checkpoint, or of an exported file.
+    """The averaged generator of a run's newest checkpoint, of one checkpoint, of an exported file, or by name.
 
     Nothing in the file is executed.
 
     Args:
-        path: a run, a checkpoint, a .safetensors or .onnx file that `fastgan export` or `save_pretrained` wrote, or a
-            folder with one.
+        path: a run, a checkpoint, a .safetensors or .onnx file that `fastgan export` or `save_pretrained` wrote, a
+            folder with one, or the name of a generator that comes with fastgan (`fastgan.trained.names()`).
         device: "cpu", "cuda" or "cuda:1"; an ONNX file runs on the CPU.
 
     Raises:
         ArgumentError: `path` has no generator, is damaged or holds a program, or there is no such device. (It is a
             ValueError.)
     """
-    from fastgan import checkpoint, models
+    from fastgan import checkpoint, models, trained
     from fastgan.export import formats
 
     _require_device(device)
-    path = Path(path)
-    file = formats.find_export(path)
-    if file is not None:
-        return TrainedGenerator(*formats.read(file, device))
-    stored = checkpoint.read(path, "RUN")
+    path = trained.resolve(path)
+    try:
+        file = formats.find_export(path)
+        if file is not None:
+            return TrainedGenerator(*formats.read(file, device))
+        stored = checkpoint.read(path, "RUN")
+    except ArgumentError as error:
+        raise trained.hint(error) from None
     stored.require("networks")
     try:
         generator = models.load_generator(stored.meta["networks"], stored.generator())

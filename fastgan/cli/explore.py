@@ -20,7 +20,8 @@ class Explore:
     """Serve a local page with sliders for seed, interpolation, truncation and class."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run directory, one checkpoint in it, or an exported file."""
+    """Run directory, one checkpoint in it, an exported file, or a name: avatars, fashion-mnist (they come with
+    fastgan)."""
     port: int | None = None
     """Port of the page; None: the first free one from 7860."""
     device: str = "cpu"

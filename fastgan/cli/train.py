@@ -158,13 +158,15 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
     initial = initial_weights(config, source) if stored is None else None
     seen = 0 if stored is None else stored.meta["images"]
     costs = settled.costs or stage_seconds(config, request.variant, source, world, seen)
-    trainer = Trainer(config, variant, world, source, run, stored, initial, costs)
+    weights = None if initial is None else initial.state
+    trainer = Trainer(config, variant, world, source, run, stored, weights, costs)
     run = run_setup.create_run(world, run, trainer.config, variant, request.preset, request.resume, locks)
     trainer.run_path = run
     if world.heartbeat is not None:
         world.heartbeat.run = run
     if world.main:
-        print("".join(f"{line}\n" for line in settled.lines), end="")
+        notes = [*settled.lines, *([initial.note] if initial is not None and initial.note else [])]
+        print("".join(f"{line}\n" for line in notes), end="")
         _announce(trainer, request, resumed=stored is not None)
     try:
         stopped = trainer.run()

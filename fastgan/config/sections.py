@@ -174,7 +174,8 @@ class Run(_Section):
     out: str | None = None
     """Run directory; None: runs/VARIANT-TIME."""
     init_from: str | None = None
-    """Run or checkpoint whose weights a new run starts from, on any data; None: new weights."""
+    """Run, checkpoint, .safetensors export or name (avatars, fashion-mnist) whose weights a new run starts from, on any
+    data; None: new weights. An export has no discriminator: that starts from new ones."""
     seed: Annotated[int, SEED] = 0
     """Seed of the initial weights, the order of the data and every random number of a sample."""
     checkpoint_kimg: Annotated[float | None, above(0)] = None

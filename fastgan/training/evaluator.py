@@ -55,8 +55,8 @@ def record(
     """One line of a run's evaluation.jsonl: the metrics, and everything they depend on."""
     extractor = evaluation.extractor
     return {
-        "kimg": meta["images"] / 1000,
-        "variant": meta["variant"],
+        "kimg": meta.get("images", 0) / 1000,  # an exported file may not say
+        "variant": meta.get("variant"),
         **found,
         # All three are None where only pixels were compared.
         "features": getattr(extractor, "name", None),
