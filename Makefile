@@ -35,7 +35,7 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]'
 	@echo "compiling the kernels for this machine, where there is a compiler"
-	@$(BIN)/python -c 'from fastgan.ops import extension; print(extension.cpu() or "compiled")'
+	@$(BIN)/python -c 'from fastgan.ops.dispatch import extension; print(extension.cpu() or "compiled")'
 	@touch $@
 
 clean:

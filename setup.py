@@ -17,8 +17,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _extension():
-    """Load fastgan/ops/extension.py by path, without importing fastgan or torch."""
-    spec = importlib.util.spec_from_file_location("fastgan_extension", ROOT / "fastgan" / "ops" / "extension.py")
+    """Load fastgan/ops/dispatch/extension.py by path, without importing fastgan or torch."""
+    spec = importlib.util.spec_from_file_location(
+        "fastgan_extension", ROOT / "fastgan" / "ops" / "dispatch" / "extension.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -20,11 +20,13 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "utils": {"errors"},
     "kernels": set(),
-    "ops": {"kernels", "utils"},
+    "ops": {"ops.dispatch", "ops.qualification", "kernels", "utils"},
+    "ops.dispatch": {"kernels", "utils"},
+    "ops.qualification": {"ops", "ops.dispatch", "kernels", "utils"},
     "functional": {"ops"},
-    "nn": {"functional", "ops"},
-    "objectives": {"ops"},
-    "compiled": {"ops", "utils"},
+    "nn": {"functional", "ops", "ops.dispatch"},
+    "objectives": {"ops", "ops.dispatch"},
+    "compiled": {"ops", "ops.dispatch", "utils"},
     "models": {"ops", "nn", "utils"},
     "config": {"errors", "utils"},
     "checkpoint": {"errors", "utils"},
@@ -32,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "data": {"data.loading", "data.preparation", "data.prepared", "data.sources", "errors", "utils"},
     "data.sources": {"data", "errors", "utils"},
     "data.prepared": {"data", "errors", "utils"},
-    "data.loading": {"data", "errors", "ops", "utils"},
+    "data.loading": {"data", "errors", "ops", "ops.dispatch", "utils"},
     "data.preparation": {"data", "data.prepared", "data.sources", "errors", "utils"},
     "evaluation": {"data", "errors", "utils"},
     "export": {"", "config", "errors", "models", "utils"},
@@ -44,11 +46,31 @@ ARROWS: dict[str, set[str]] = {
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
     "training.distributed": {"training.observability", "training.resilience", "", "config", "errors", "utils"},
     "training.compiling": {
-        *("training", "training.distributed", "training.observability", "compiled", "config", "data", "models", "ops"),
+        *(
+            "training",
+            "training.distributed",
+            "training.observability",
+            "compiled",
+            "config",
+            "data",
+            "models",
+            "ops",
+            "ops.qualification",
+        ),
         "utils",
     },
     "training.checkpoints": {
-        *("training.distributed", "training.observability", "", "checkpoint", "config", "errors", "models", "ops"),
+        *(
+            "training.distributed",
+            "training.observability",
+            "",
+            "checkpoint",
+            "config",
+            "errors",
+            "models",
+            "ops",
+            "ops.qualification",
+        ),
         "utils",
     },
     "training": {
@@ -73,13 +95,27 @@ ARROWS: dict[str, set[str]] = {
             "nn",
             "objectives",
             "ops",
+            "ops.qualification",
         ),
         *("export", "planning", "trained", "utils"),
     },
     # Commands put everything together, and nothing imports them but the files that start them.
     "cli": {
         *("", "checkpoint", "config", "data", "data.loading", "data.preparation", "data.prepared", "errors"),
-        *("evaluation", "explorer", "export", "generator", "models", "ops", "planning", "trained", "training", "video"),
+        *(
+            "evaluation",
+            "explorer",
+            "export",
+            "generator",
+            "models",
+            "ops",
+            "ops.dispatch",
+            "ops.qualification",
+            "planning",
+            "trained",
+            "training",
+            "video",
+        ),
         *("training.checkpoints", "training.distributed", "training.observability", "training.resilience", "utils"),
     },
     "__main__": {"cli"},
@@ -87,7 +123,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluate": {"", "cli"},
     "": {"compiled", "generator", "utils"},  # fastgan/__init__.py: functions that import what they call
 }
-SPLIT = ("data", "training")
+SPLIT = ("data", "ops", "training")
 
 
 def modules() -> dict[str, Path]:

@@ -22,7 +22,7 @@ if importlib.util.find_spec("triton") is None:
     sys.modules["triton"] = types.ModuleType("triton")
     sys.modules["triton"].__spec__ = importlib.util.spec_from_loader("triton", None)
 import fastgan
-from fastgan.ops import backend, kernel_registry
+from fastgan.ops.dispatch import backend, kernel_registry
 for op in ("pixel_norm", "bias_act", "bias_act_pixel_norm", "minibatch_stddev", "attention", "scaled_conv"):
     reason = kernel_registry.kernel_implementations(op)["triton"].unsupported_reason()
     assert reason is None, (op, reason)

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import side_by_side
 from fastgan.ops import attention, scaled_dot_product_attention
 from fastgan.ops.attention import OP
-from fastgan.ops.kernel_registry import kernel_functions
+from fastgan.ops.dispatch.kernel_registry import kernel_functions
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

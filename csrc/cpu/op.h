@@ -14,7 +14,7 @@
 #include <tuple>
 #include <type_traits>
 
-// The library is compiled once per instruction set, and Python loads the one that ATen uses (fastgan/ops/extension.py).
+// The library is compiled once per instruction set, and Python loads the one that ATen uses (fastgan/ops/dispatch/extension.py).
 // An op is ordinary C++: loops under `#pragma omp simd`, and intrinsics behind these macros.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define FASTGAN_AVX512 1

@@ -90,8 +90,8 @@ def _print_devices() -> None:
 
 def _print_kernels() -> None:
     from fastgan import ops
-    from fastgan.ops import extension
-    from fastgan.ops.backend import OPS
+    from fastgan.ops.dispatch import extension
+    from fastgan.ops.dispatch.backend import OPS
 
     print("compiled kernels")
     for library, problem in (("cpu", extension.cpu()), ("cuda", extension.cuda())):

@@ -32,8 +32,8 @@ def run(out: str | None) -> None:
         ArgumentError: measurements are switched off, or a file cannot be written.
     """
     from fastgan.ops import qualification
-    from fastgan.ops.qualification_beforehand import calls, devices, dtypes
-    from fastgan.ops.qualification_cache import Unwritable, machine
+    from fastgan.ops.qualification.beforehand import calls, devices, dtypes
+    from fastgan.ops.qualification.cache import Unwritable, machine
 
     off = qualification.mode()
     if off is not None:

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgan.ops.backend import recorded_forms
+from fastgan.ops.dispatch.backend import recorded_forms
 
 Outputs = list["Tensor | None"]
 

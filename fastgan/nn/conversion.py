@@ -15,7 +15,7 @@ from torch.autograd import Function
 from fastgan import functional as lean_functional
 from fastgan.nn.lean import LEAN
 from fastgan.ops.autograd import with_zeros
-from fastgan.ops.backend import in_transform
+from fastgan.ops.dispatch.backend import in_transform
 
 Model = TypeVar("Model", bound=nn.Module)
 _PLAIN = {lean: plain for plain, lean in LEAN.items()}

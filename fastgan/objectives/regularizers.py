@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastgan.ops import gradient_penalty, wasserstein_divergence, zero_centered_penalty
+from fastgan.ops.dispatch.torch_private import clamp_all_
 from fastgan.ops.penalty import Critic
-from fastgan.ops.torch_private import clamp_all_
 
 __all__ = [
     "both_penalty",

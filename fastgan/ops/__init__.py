@@ -5,10 +5,10 @@ from fastgan.ops.activation import abs, hardtanh, leaky_relu, prelu, relu, relu6
 from fastgan.ops.affine_grid_sample import affine_grid_sample
 from fastgan.ops.attention import scaled_dot_product_attention
 from fastgan.ops.avg_pool2d import avg_pool2d, interpolate, interpolate_nearest
-from fastgan.ops.backend import backends, use_backend
 from fastgan.ops.bias_act import bias_act
 from fastgan.ops.bias_act_pixel_norm import bias_act_pixel_norm
 from fastgan.ops.conv import conv2d, conv_transpose2d, linear
+from fastgan.ops.dispatch.backend import backends, use_backend
 from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.padding import pad
 from fastgan.ops.penalty import gradient_penalty, wasserstein_divergence, zero_centered_penalty

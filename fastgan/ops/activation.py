@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fastgan.ops import piecewise
-from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import SMALL_NUMEL
 from fastgan.ops.autograd import autocast, autocast_enabled, tracked
-from fastgan.ops.backend import LEAN, Op
 from fastgan.ops.bias_act import OP as BIAS_ACT
 from fastgan.ops.bias_act import bias_act
+from fastgan.ops.dispatch import torch_functions as F
+from fastgan.ops.dispatch.backend import LEAN, Op
 from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.piecewise import Rule
 

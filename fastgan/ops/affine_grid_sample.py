@@ -15,8 +15,8 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, require_floating
 from fastgan.ops.autograd import needs_gradient, non_leaf, tracked
-from fastgan.ops.backend import Op, by_size
-from fastgan.ops.kernel_registry import kernel_implementations
+from fastgan.ops.dispatch.backend import Op, by_size
+from fastgan.ops.dispatch.kernel_registry import kernel_implementations
 
 _CPP = kernel_implementations("affine_grid_sample")["cpp"]
 AFFINE_GRID_SAMPLE = Op("affine_grid_sample", {"cpp": _CPP}, classify=by_size)

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastgan.ops import attention_chunked
-from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import require_number
 from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, form_tag, tracked, without_autocast
-from fastgan.ops.backend import Implementation, Op, size_class
+from fastgan.ops.dispatch import torch_functions as F
+from fastgan.ops.dispatch.backend import Implementation, Op, size_class
+from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations
+from fastgan.ops.dispatch.torch_private import constant_when_compiled, in_forward_mode
 from fastgan.ops.fallthrough import fall_through, foreign
-from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
-from fastgan.ops.torch_private import constant_when_compiled, in_forward_mode
 
 
 def scaled_dot_product_attention(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgan.ops.torch_private import (
+from fastgan.ops.dispatch.torch_private import (
     constant_when_compiled,
     in_forward_mode,
     saved_tensors_are_hooked,

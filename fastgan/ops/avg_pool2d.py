@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops import piecewise
-from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import SMALL_NUMEL, dense
 from fastgan.ops.autograd import form_tag, tracked
-from fastgan.ops.backend import LEAN, NATIVE, Op, size_class
+from fastgan.ops.dispatch import torch_functions as F
+from fastgan.ops.dispatch.backend import LEAN, NATIVE, Op, size_class
+from fastgan.ops.dispatch.kernel_registry import kernel_implementations
+from fastgan.ops.dispatch.torch_private import in_forward_mode, upsample_bilinear2d
 from fastgan.ops.fallthrough import fall_through, foreign
-from fastgan.ops.kernel_registry import kernel_implementations
 from fastgan.ops.piecewise import Rule
 from fastgan.ops.pooling import adaptive_avg_pool2d, empty_like_input, layout_of
-from fastgan.ops.torch_private import in_forward_mode, upsample_bilinear2d
 
 
 def _unsupported_windows(kernel_size: int | None = 2, **options: object) -> str | None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import (
     SMALL_NUMEL,
     accumulation_dtype,
@@ -31,10 +30,11 @@ from fastgan.ops.autograd import (
     tagged,
     tracked,
 )
-from fastgan.ops.backend import LEAN, NATIVE, Op, in_transform, size_class
+from fastgan.ops.dispatch import torch_functions as F
+from fastgan.ops.dispatch.backend import LEAN, NATIVE, Op, in_transform, size_class
+from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations
+from fastgan.ops.dispatch.torch_private import in_forward_mode
 from fastgan.ops.fallthrough import fall_through, foreign
-from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
-from fastgan.ops.torch_private import in_forward_mode
 
 # Kernels get an act as its index in this list.
 ACTS = ("linear", "relu", "lrelu", "tanh", "sigmoid", "silu")

@@ -19,7 +19,6 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_number
 from fastgan.ops.autograd import SecondBackward, add_gradients, form_tag, needs_gradient, non_leaf, placeholder, tracked
-from fastgan.ops.backend import Op, in_transform
 from fastgan.ops.bias_act import (
     ACTS,
     LINEAR,
@@ -31,8 +30,9 @@ from fastgan.ops.bias_act import (
     unsupported_options,
 )
 from fastgan.ops.bias_act import reference as bias_act_reference
+from fastgan.ops.dispatch.backend import Op, in_transform
+from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.fallthrough import fall_through, foreign
-from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.pixel_norm import backward as pixel_norm_backward
 from fastgan.ops.pixel_norm import forward as pixel_norm_forward
 from fastgan.ops.pixel_norm import reference as pixel_norm_reference

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import is_channels_last
 from fastgan.ops.autograd import autocast, autocast_enabled, needs_gradient, non_leaf, tracked
-from fastgan.ops.backend import LEAN, Op, in_transform
 from fastgan.ops.conv_products import (
     CONV_VARIANT,
     CPP,
@@ -31,8 +29,10 @@ from fastgan.ops.conv_products import (
     dispatch_of,
     forward,
 )
+from fastgan.ops.dispatch import torch_functions as F
+from fastgan.ops.dispatch.backend import LEAN, Op, in_transform
+from fastgan.ops.dispatch.torch_private import in_forward_mode
 from fastgan.ops.fallthrough import fall_through, foreign
-from fastgan.ops.torch_private import in_forward_mode
 
 Ints = int | tuple[int, ...]
 

@@ -16,9 +16,9 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import dense, dense_like, is_channels_last
 from fastgan.ops.autograd import computes_in, needs_gradient, non_leaf
-from fastgan.ops.backend import Implementation, size_class
-from fastgan.ops.kernel_registry import kernel_implementations
-from fastgan.ops.torch_private import in_forward_mode
+from fastgan.ops.dispatch.backend import Implementation, size_class
+from fastgan.ops.dispatch.kernel_registry import kernel_implementations
+from fastgan.ops.dispatch.torch_private import in_forward_mode
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function
 
-from fastgan.ops.backend import Op, in_transform
+from fastgan.ops.dispatch.backend import Op, in_transform
 
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 

@@ -20,9 +20,9 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_feature_map
 from fastgan.ops.autograd import SecondBackward, form_tag, needs_gradient, non_leaf, tracked
-from fastgan.ops.backend import Op, by_size, in_transform
+from fastgan.ops.dispatch.backend import Op, by_size, in_transform
+from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.fallthrough import fall_through, foreign
-from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 
 
 def _unsupported_options(eps: float = 1.0, **options: object) -> str | None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastgan.ops import piecewise
-from fastgan.ops import torch_functions as F
 from fastgan.ops.autograd import tracked
-from fastgan.ops.backend import LEAN, Op
+from fastgan.ops.dispatch import torch_functions as F
+from fastgan.ops.dispatch.backend import LEAN, Op
 from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.piecewise import Rule
 

@@ -28,7 +28,7 @@ from torch.autograd import Function, forward_ad
 
 from fastgan.ops.arguments import require_floating
 from fastgan.ops.autograd import with_zeros
-from fastgan.ops.backend import Op
+from fastgan.ops.dispatch.backend import Op
 
 for _name in ("gradient_penalty", "wasserstein_divergence", "zero_centered_penalty"):
     Op(_name)

@@ -20,9 +20,9 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_feature_map
 from fastgan.ops.autograd import SecondBackward, add_gradients, form_tag, needs_gradient, non_leaf, placeholder, tracked
-from fastgan.ops.backend import Op, by_size, in_transform
+from fastgan.ops.dispatch.backend import Op, by_size, in_transform
+from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.fallthrough import fall_through, foreign
-from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
 
 OP = Op("pixel_norm", kernel_implementations("pixel_norm"), classify=by_size)
 

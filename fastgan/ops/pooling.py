@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastgan.ops import piecewise
-from fastgan.ops import torch_functions as F
 from fastgan.ops.autograd import tracked
-from fastgan.ops.backend import LEAN, Op
+from fastgan.ops.dispatch import torch_functions as F
+from fastgan.ops.dispatch.backend import LEAN, Op
+from fastgan.ops.dispatch.torch_private import adaptive_avg_pool2d_backward
 from fastgan.ops.fallthrough import fall_through, foreign
 from fastgan.ops.piecewise import Rule
-from fastgan.ops.torch_private import adaptive_avg_pool2d_backward
 
 _aten = torch.ops.aten
 MAX_POOL2D = Op("max_pool2d", {"lean": LEAN})

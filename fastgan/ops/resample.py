@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import require_floating, require_number
-from fastgan.ops.backend import Op
 from fastgan.ops.conv import conv2d
+from fastgan.ops.dispatch import torch_functions as F
+from fastgan.ops.dispatch.backend import Op
 from fastgan.ops.padding import pad
 
 Op("upfirdn2d")

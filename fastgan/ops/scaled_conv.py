@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops import torch_functions as F
 from fastgan.ops.arguments import SMALL_NUMEL, is_channels_last, is_plain_tensor, require_number
 from fastgan.ops.autograd import autocast_enabled, computes_in, without_autocast
 from fastgan.ops.avg_pool2d import avg_pool2d, halve, interpolate_nearest
-from fastgan.ops.backend import Implementation, Op, in_transform, size_class
 from fastgan.ops.bias_act import bias_act, require_bias_and_act
 from fastgan.ops.conv import CONV2D, conv2d, conv_transpose2d, require_conv_arguments
 from fastgan.ops.conv_products import Dispatch, Geometry, forward
+from fastgan.ops.dispatch import torch_functions as F
+from fastgan.ops.dispatch.backend import Implementation, Op, in_transform, size_class
+from fastgan.ops.dispatch.torch_private import in_forward_mode, upsample_nearest2d
 from fastgan.ops.scaled_conv_triton import scaled_conv, triton_implementation
-from fastgan.ops.torch_private import in_forward_mode, upsample_nearest2d
 
 _SAME_SIZE = Dispatch(Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1), cpp_forward=True)
 

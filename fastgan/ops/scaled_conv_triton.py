@@ -18,9 +18,9 @@ from torch.autograd import Function
 
 from fastgan.ops.arguments import dense_like
 from fastgan.ops.autograd import autocast, form_tag, needs_gradient, non_leaf, tracked, without_autocast
-from fastgan.ops.backend import Implementation
 from fastgan.ops.bias_act import LINEAR, PIECEWISE_LINEAR, BiasActBackward, BiasActSettings, unsupported_options
-from fastgan.ops.kernel_registry import kernel_functions, kernel_implementations
+from fastgan.ops.dispatch.backend import Implementation
+from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations
 
 
 def triton_implementation() -> Implementation:

@@ -11,7 +11,9 @@ import torch
 
 from fastgan import ops
 from fastgan.cli import doctor, qualification_table
-from fastgan.ops import qualification, qualification_beforehand, qualification_measure
+from fastgan.ops import qualification
+from fastgan.ops.qualification import beforehand as qualification_beforehand
+from fastgan.ops.qualification import measurement
 
 
 @pytest.fixture
@@ -21,9 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with monkeypatch.context() as patch:
         patch.delenv("FASTGAN_QUALIFY")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        patch.setattr(
-            qualification_measure, "_times", lambda op, key, cases, names: dict.fromkeys(names, (100.0, 30.0))
-        )
+        patch.setattr(measurement, "_times", lambda op, key, cases, names: dict.fromkeys(names, (100.0, 30.0)))
         patch.setattr(qualification_beforehand, "SHAPES", [(4, 16, 4, 4)])
         patch.setattr(qualification_beforehand, "QUERIES", [(1, 1, 16, 8)])
         qualification.configure(enabled=True)

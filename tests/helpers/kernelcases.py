@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgan import ops
+from fastgan.ops.dispatch.backend import OPS
 
 Op = Callable[..., Tensor]
 
@@ -46,7 +46,7 @@ def dtypes(device: str) -> list[torch.dtype]:
 def need(kernel: tuple[str, str], op: Op, *inputs: Tensor) -> None:
     """Skip a test whose implementation cannot run here: no compiler, no such kernel."""
     name, device = kernel
-    reason = ops.backend.OPS[op.__name__].implementations[name].unsupported_reason(*inputs)
+    reason = OPS[op.__name__].implementations[name].unsupported_reason(*inputs)
     if reason is not None:
         pytest.skip(f"{name} on {device}: {reason}")
 

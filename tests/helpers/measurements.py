@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastgan import ops
-from fastgan.ops import qualification, qualification_measure
+from fastgan.ops import qualification
+from fastgan.ops.qualification import measurement
 
 ROOT = Path(ops.__file__).parents[2]
 CPU = torch.device("cpu")
@@ -22,13 +23,13 @@ def anew() -> None:
 
 
 def without_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qualification_measure, "_times", lambda op, key, cases, names: dict.fromkeys(names, (1.0, 1.0)))
+    monkeypatch.setattr(measurement, "_times", lambda op, key, cases, names: dict.fromkeys(names, (1.0, 1.0)))
 
 
 def with_times(monkeypatch: pytest.MonkeyPatch, **times: float) -> None:
     """Microseconds of each implementation, in place of a clock."""
     monkeypatch.setattr(
-        qualification_measure, "_times", lambda op, key, cases, names: {n: (times[n], 1.0) for n in names if n in times}
+        measurement, "_times", lambda op, key, cases, names: {n: (times[n], 1.0) for n in names if n in times}
     )
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from triton_offline import running
 
 from fastgan.kernels import bias_act_pixel_norm as kernels
-from fastgan.ops import qualification_measure
-from fastgan.ops.backend import OPS, CallClass, Implementation
-from fastgan.ops.qualification_measure import Measurement, measure
+from fastgan.ops.dispatch.backend import OPS, CallClass, Implementation
+from fastgan.ops.qualification import measurement
+from fastgan.ops.qualification.measurement import Measurement, measure
 
 LRELU = {"act": 2, "negative_slope": 0.2, "gain": 1.5}
 X, BIAS = torch.randn(2, 3, 2, 3), torch.randn(3)
@@ -33,7 +33,7 @@ def qualify(name: str, monkeypatch: pytest.MonkeyPatch) -> Measurement:
     """What the Triton kernels of an op are found to be, on a CPU."""
     op = OPS[name]
     monkeypatch.setitem(op.implementations, "triton", Implementation(note="interpreted"))
-    monkeypatch.setattr(qualification_measure, "_times", lambda op, key, cases, names: {})
+    monkeypatch.setattr(measurement, "_times", lambda op, key, cases, names: {})
     monkeypatch.setattr(kernels, "TILE", 16)
     inputs, options = CALLS[name]
     with running("cpu"):

@@ -15,8 +15,8 @@ from triton_offline import DEVICES, DTYPES, assert_accurate, assert_compiles_wit
 from fastgan import ops
 from fastgan.kernels import scaled_conv, tiles
 from fastgan.ops import scaled_conv as op_module
-from fastgan.ops.backend import Implementation
 from fastgan.ops.bias_act import ACTS
+from fastgan.ops.dispatch.backend import Implementation
 
 OPS = ("scaled_conv_down", "scaled_conv_up", "scaled_conv_weight")
 # (N, C, K, H, W) of the small images. Interpreted with tiles of 16 x 16; on a GPU with those of tiles.json.

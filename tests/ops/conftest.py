@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fastgan import ops
-from fastgan.ops import qualification, qualification_measure
-from fastgan.ops.qualification_measure import Measurement, measure
+from fastgan.ops import qualification
+from fastgan.ops.qualification import measurement
+from fastgan.ops.qualification.measurement import Measurement, measure
 
 
 @pytest.fixture
@@ -33,8 +34,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     environment = dict(os.environ)
     os.environ.pop("FASTGAN_QUALIFY", None)
     os.environ["XDG_CACHE_HOME"] = str(tmp_path)
-    monkeypatch.setattr(qualification_measure, "_SECONDS", 0.01)
-    monkeypatch.setattr(qualification_measure, "interruptions", lambda: 0)
+    monkeypatch.setattr(measurement, "_SECONDS", 0.01)
+    monkeypatch.setattr(measurement, "interruptions", lambda: 0)
     qualification.configure(enabled=True)
     yield tmp_path / "fastgan" / "qualification"
     os.environ.clear()

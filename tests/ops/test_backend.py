@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastgan import ops
-from fastgan.ops import backend
-from fastgan.ops.backend import Implementation, Op
+from fastgan.ops.dispatch import backend
+from fastgan.ops.dispatch.backend import Implementation, Op
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_requested_backend_runs_or_raises(op: Op) -> None:
 
 
 def test_use_backend_applies_to_every_op_that_has_it(op: Op) -> None:
-    other = ops.backend.OPS["gradient_penalty"]
+    other = backend.OPS["gradient_penalty"]
     with ops.use_backend("cpp"):
         assert op.choose(None, SMALL) == "cpp"
         assert other.choose(None, SMALL) == "torch"

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from fastgan import ops
-from fastgan.ops.backend import PREFERENCE
+from fastgan.ops.dispatch import backend
+from fastgan.ops.dispatch.backend import PREFERENCE
 
 generator = torch.Generator().manual_seed(0)
 W, BIAS = torch.randn(8, 3, 3, 3, generator=generator) * 0.3, torch.randn(3, generator=generator)
@@ -110,7 +111,7 @@ def test_a_backward_on_another_thread_sees_the_block_of_the_forward() -> None:
         thread.start()
         thread.join()
         elsewhere: list[str | None] = []
-        other = threading.Thread(target=lambda: elsewhere.append(ops.backend.OPS["bias_act"].requested(None)))
+        other = threading.Thread(target=lambda: elsewhere.append(backend.OPS["bias_act"].requested(None)))
         other.start()
         other.join()
     (expected,) = torch.autograd.grad(f(x).square().sum(), x)
@@ -124,4 +125,4 @@ def test_open_blocks_end_in_any_order() -> None:
     second.__enter__()
     second.__exit__(None, None, None)
     first.__exit__(None, None, None)
-    assert ops.backend._open == []
+    assert backend._open == []

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import fastgan
-from fastgan.ops import extension
 from fastgan.ops.bias_act import ACTS, LINEAR, LRELU, RELU, SILU
 from fastgan.ops.bias_act import PYTORCH_KERNELS as BIAS_ACT
 from fastgan.ops.bias_act_pixel_norm import PYTORCH_KERNELS as BIAS_ACT_PIXEL_NORM
+from fastgan.ops.dispatch import extension
 from fastgan.ops.minibatch_stddev import PYTORCH_KERNELS as MINIBATCH_STDDEV
 from fastgan.ops.pixel_norm import PYTORCH_KERNELS as PIXEL_NORM
 
@@ -267,7 +267,7 @@ def test_library_compiles_and_reports_a_missing_gpu(tmp_path: Path) -> None:
     library = extension.cached_library("cuda", "90", folder=extension.cache_folder() / "tests")
     code = f"""
 import torch
-from fastgan.ops import extension
+from fastgan.ops.dispatch import extension
 assert extension.cpu() is None
 torch.ops.load_library({str(library)!r})
 print(torch.ops.fastgan.cuda_refusal())

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 import fastgan
-from fastgan.ops import extension
-from fastgan.ops.kernel_registry import kernel_implementations
+from fastgan.ops.dispatch import extension
+from fastgan.ops.dispatch.kernel_registry import kernel_implementations
 
 REPOSITORY = Path(fastgan.__file__).parents[1]
 CSRC = REPOSITORY / "csrc"
@@ -399,7 +399,7 @@ def test_wheel_has_the_library_and_loads_it(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     zipfile.ZipFile(file).extractall(installed)
     code = """
-import fastgan.ops.extension as e, torch
+import fastgan.ops.dispatch.extension as e, torch
 assert e.cpu() is None, e.cpu()
 print(e.file("cpu"), torch.ops.fastgan.cpu_instructions())
 """

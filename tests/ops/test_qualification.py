@@ -20,10 +20,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from fastgan import ops
-from fastgan.ops import attention_chunked, backend, qualification
-from fastgan.ops.backend import OPS, CallClass
-from fastgan.ops.qualification_cases import MEASURED_OPS
-from fastgan.ops.qualification_measure import Measurement, measure
+from fastgan.ops import attention_chunked, qualification
+from fastgan.ops.dispatch import backend
+from fastgan.ops.dispatch.backend import OPS, CallClass
+from fastgan.ops.qualification.cases import MEASURED_OPS
+from fastgan.ops.qualification.measurement import Measurement, measure
 
 ROOT = Path(ops.__file__).parents[2]
 CPU = torch.device("cpu")

@@ -19,9 +19,11 @@ from measurements import anew, entry, with_times
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgan import ops
-from fastgan.ops import qualification, qualification_cache, qualification_measure
-from fastgan.ops.backend import OPS, CallClass
-from fastgan.ops.qualification_measure import measure
+from fastgan.ops import qualification
+from fastgan.ops.dispatch.backend import OPS, CallClass
+from fastgan.ops.qualification import cache as qualification_cache
+from fastgan.ops.qualification import measurement
+from fastgan.ops.qualification.measurement import measure
 
 ROOT = Path(ops.__file__).parents[2]
 CPU = torch.device("cpu")
@@ -266,7 +268,7 @@ def test_times_of_a_busy_machine_decide_nothing(
     calls: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     counts = iter(range(0, 10**9, 50))
-    monkeypatch.setattr(qualification_measure, "interruptions", lambda: next(counts))
+    monkeypatch.setattr(measurement, "interruptions", lambda: next(counts))
     x, w = torch.randn(2, 3, 4, 4), torch.randn(3, 5, 4, 4)
     ops.conv_transpose2d(x, w)
     ops.conv_transpose2d(x, w)
@@ -278,7 +280,7 @@ def test_times_of_a_busy_machine_decide_nothing(
     assert calls == ["conv_transpose2d"]
     later = time.time() + 4000.0
     monkeypatch.setattr(time, "time", lambda: later)
-    monkeypatch.setattr(qualification_measure, "interruptions", lambda: 0)
+    monkeypatch.setattr(measurement, "interruptions", lambda: 0)
     anew()
     ops.conv_transpose2d(x, w)  # another process, later
     assert len(calls) > 1 and "until" not in entry(folder)

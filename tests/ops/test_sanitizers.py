@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastgan
-from fastgan.ops import extension
+from fastgan.ops.dispatch import extension
 
 REPOSITORY = Path(fastgan.__file__).parents[1]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
@@ -100,7 +100,7 @@ def test_sanitizers_report_a_fault(tmp_path: Path, fault: str, words: str) -> No
     code = f"""
 import torch
 from pathlib import Path
-from fastgan.ops import extension
+from fastgan.ops.dispatch import extension
 extension.compile_library("cpu", Path({str(tmp_path)!r}) / "library.so", "baseline", Path({str(sources.parent)!r}))
 torch.ops.load_library({str(tmp_path / "library.so")!r})
 fastgan_example = torch.ops.fastgan_example

@@ -52,7 +52,7 @@ def test_private_names_of_torch_are_in_one_file(file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def without() -> SimpleNamespace:
-    """`fastgan.ops.torch_private` for a torch that has none of the names."""
+    """`fastgan.ops.dispatch.torch_private` for a torch that has none of the names."""
     source = Path(torch_private.__file__).read_text()
     changed = source.replace("    for part in name.split(", "    return None\n    for part in name.split(")
     assert changed != source

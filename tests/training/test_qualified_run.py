@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from fastgan import checkpoint, ops
 from fastgan.cli import train as program
-from fastgan.ops import qualification, qualification_measure
-from fastgan.ops.backend import PREFERENCE
+from fastgan.ops import qualification
+from fastgan.ops.dispatch.backend import PREFERENCE
+from fastgan.ops.qualification import measurement
 
 FLAGS = (
     "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --resolution 8 --kimg 0.2 --grown-at 0.1 "
@@ -30,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with monkeypatch.context() as patch:
         patch.delenv("FASTGAN_QUALIFY")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        patch.setattr(qualification_measure, "_times", lambda op, key, cases, names: dict.fromkeys(names, (1.0, 1.0)))
+        patch.setattr(measurement, "_times", lambda op, key, cases, names: dict.fromkeys(names, (1.0, 1.0)))
         yield tmp_path / "cache"
     qualification.configure(enabled=True)
     torch.set_num_threads(threads)

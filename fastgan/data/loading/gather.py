@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastgan.ops import extension
+from fastgan.ops.dispatch import extension
 
 
 class RowGatherer:

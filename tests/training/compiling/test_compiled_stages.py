@@ -23,7 +23,7 @@ from fastgan.compiled import recording
 from fastgan.compiled.program import CompileError, file_of
 from fastgan.config.variants import VARIANTS
 from fastgan.ops import qualification
-from fastgan.ops.backend import OPS
+from fastgan.ops.dispatch.backend import OPS
 from fastgan.training.compiling import compilation, programs
 from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, build, load
 from fastgan.training.distributed import process_group as processes

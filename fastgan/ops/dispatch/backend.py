@@ -2,7 +2,7 @@
 
 Every op has a plain PyTorch implementation, `torch`, which is its reference and its fallback, and some of:
 
-- `triton` and `cuda`: kernels for GPUs; `cpp`: kernels for CPUs (entries made in `fastgan.ops.kernel_registry`);
+- `triton` and `cuda`: kernels for GPUs; `cpp`: kernels for CPUs (entries made in `kernel_registry.py`);
 - `chunked`: plain PyTorch in blocks, with little memory;
 - `fused`: one convolution of PyTorch's in place of a convolution and a change of scale;
 - `native`: PyTorch's ops in an order that sends no zeros back, without an autograd Function, for small tensors;
@@ -11,8 +11,8 @@ Every op has a plain PyTorch implementation, `torch`, which is its reference and
 The shipped table is the order `PREFERENCE` below and the crossovers in `Implementation.not_preferred_reason`: the first
 implementation that supports a call (`unsupported_reason`) and is preferred for it runs. Calls of a class that was
 measured on this machine (`Op.classify`: device, dtype, layout, size) run the fastest that was right there instead, see
-`fastgan.ops.qualification`. `Op.choose` is the one place that decides. An op's file lists the implementations that it
-has. `backend=` of a call or `use_backend` around it requests one by name, and then one that cannot run raises instead
+`fastgan.ops.qualification`. `Op.choose` is the one place that decides. An op's file lists its implementations.
+`backend=` of a call or `use_backend` around it requests one by name, and then one that cannot run raises instead
 of giving way to another.
 """
 
@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgan.ops.torch_private import (
+from fastgan.ops.dispatch.torch_private import (
     current_backward,
     in_forward_mode,
     is_tracing,

@@ -1,6 +1,6 @@
 """The implementations that are compiled kernels: `triton`, `cuda` and `cpp`, and whether they can run here.
 
-Which implementation of an op runs is decided in `fastgan.ops.backend`; this file gives it the entries of the kernels.
+Which implementation of an op runs is decided in `backend.py`; this file gives it the entries of the kernels.
 
 The kernels of an op have the same functions in every implementation, `OP_forward`, `OP_backward` and
 `OP_second_backward`, with the arguments and results that the op's file documents: `torch.ops.fastgan.*` for `cpp` and
@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops.backend import Implementation, ReasonFn
-from fastgan.ops.torch_private import constant_when_compiled, dispatcher_has_kernel
+from fastgan.ops.dispatch.backend import Implementation, ReasonFn
+from fastgan.ops.dispatch.torch_private import constant_when_compiled, dispatcher_has_kernel
 
 
 def kernel_functions(op: str, implementation: str) -> Any:
@@ -96,7 +96,7 @@ def _no_cuda(op: str) -> str | None:
     """Why the CUDA kernels of `op` cannot run on this machine."""
     if not torch.cuda.is_available():
         return "there is no GPU"
-    from fastgan.ops import extension
+    from fastgan.ops.dispatch import extension
 
     return extension.cuda() or _not_registered(op, "CUDA") or _register_fakes(op)
 
@@ -104,7 +104,7 @@ def _no_cuda(op: str) -> str | None:
 @_once_per_op
 def _no_cpp(op: str) -> str | None:
     """Why the C++ kernels of `op` cannot run on this machine."""
-    from fastgan.ops import extension
+    from fastgan.ops.dispatch import extension
 
     return extension.cpu() or _not_registered(op, "CPU") or _register_fakes(op)
 

@@ -4,7 +4,7 @@ The first call of a class (`CallClass`: op, device, dtype, layout, size in power
 measured compares each implementation with plain PyTorch (value, first and second derivatives, a small and an odd
 shape), times them at the size of the call, and adds the class to the cache (`qualification_cache`). One that is wrong
 is never used and is reported. The fastest of the others is the default; the choice of the shipped table
-(`fastgan.ops.backend`) stays unless another one takes less than 0.9 of its time.
+(`fastgan.ops.dispatch.backend`) stays unless another one takes less than 0.9 of its time.
 
 Nothing is measured inside of tracing, a dispatch mode, a backward pass, forward mode or the capture of a graph. A class
 that is first met there gets what the cache has, else the shipped table's choice, and keeps it: within a process a class
@@ -31,12 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.ops import backend
-from fastgan.ops.backend import OPS, CallClass, Decision, Op, is_measurable
-from fastgan.ops.qualification_cache import Store, Unwritable, machine
-from fastgan.ops.qualification_cases import MEASURED_OPS
-from fastgan.ops.qualification_measure import DeviceBroken, Measurement, is_measuring, measure
-from fastgan.ops.torch_private import current_backward, dispatch_modes, in_forward_mode
+from fastgan.ops.dispatch import backend
+from fastgan.ops.dispatch.backend import OPS, CallClass, Decision, Op, is_measurable
+from fastgan.ops.dispatch.torch_private import current_backward, dispatch_modes, in_forward_mode
+from fastgan.ops.qualification.cache import Store, Unwritable, machine
+from fastgan.ops.qualification.cases import MEASURED_OPS
+from fastgan.ops.qualification.measurement import DeviceBroken, Measurement, is_measuring, measure
 from fastgan.utils.text import first_line
 
 _BUSY_SECONDS = 3600.0  # until a class is measured again that other programs did not let be timed

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastgan.ops.backend import CallClass, Op
-from fastgan.ops.qualification_cases import Case, Cases, cases_of
+from fastgan.ops.dispatch.backend import CallClass, Op
+from fastgan.ops.qualification.cases import Case, Cases, cases_of
 from fastgan.utils.text import first_line
 
 _SECONDS = 0.15  # for the timed rounds of all implementations of a class; one round takes place in any case

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastgan.ops import extension
+from fastgan.ops.dispatch import extension
 from fastgan.utils.files import try_lock, write_atomic
 from fastgan.utils.system import cache_folder, device_name
 
@@ -31,7 +31,7 @@ _PATIENCE = 120.0  # seconds that a process waits for another one's measurements
 def source_digest() -> str:
     """Digest of all sources that the results and times of an op depend on: ops, Triton kernels, C++ and CUDA."""
     here = Path(__file__).resolve().parent
-    folders = [here]
+    folders = [here, here.parent, here.parent / "dispatch"]
     with contextlib.suppress(Exception):
         import fastgan.kernels
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgan.ops import qualification
-from fastgan.ops.backend import OPS
 from fastgan.ops.bias_act import ACTS
 from fastgan.ops.conv_products import Geometry
-from fastgan.ops.qualification_cases import MEASURED_OPS
+from fastgan.ops.dispatch.backend import OPS
+from fastgan.ops.qualification.cases import MEASURED_OPS
 
 # [N, C, H, W] of layers with 16 to 512 channels at 4 to 256 px: every class of sizes, and of pairs of channels.
 SHAPES = [

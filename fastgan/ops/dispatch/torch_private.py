@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastgan.ops import torch_functions as F
+from fastgan.ops.dispatch import torch_functions as F
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -63,10 +63,10 @@ class BuildError(RuntimeError):
 def source_folder() -> Path:
     """csrc/ of an installed package, or of the repository that this file is in."""
     here = Path(__file__).resolve()
-    for folder in (here.parents[1] / "csrc", here.parents[2] / "csrc"):
+    for folder in (here.parents[2] / "csrc", here.parents[3] / "csrc"):
         if (folder / "cpu" / "bindings.cpp").is_file():
             return folder
-    raise BuildError(f"the sources are missing: no csrc/ in {here.parents[1]} or {here.parents[2]}")
+    raise BuildError(f"the sources are missing: no csrc/ in {here.parents[2]} or {here.parents[3]}")
 
 
 def source_digest(library: str, sources: Path) -> str:
@@ -330,7 +330,7 @@ def _load(library: str) -> Path:
         raise Unavailable("the compiled libraries are not built on Windows")
     sources = source_folder()
     kind = level() if library == "cpu" else architectures()
-    prebuilt = Path(__file__).resolve().parent / "lib" / prebuilt_name(library, kind, sources)
+    prebuilt = Path(__file__).resolve().parents[1] / "lib" / prebuilt_name(library, kind, sources)
     if prebuilt.is_file():
         with contextlib.suppress(OSError):  # built for another C library, for example: compile it here
             _open(prebuilt)

@@ -16,11 +16,11 @@ from fastgan.ops.affine_grid_sample import affine_grid_sample
 from fastgan.ops.arguments import accumulation_dtype, is_channels_last
 from fastgan.ops.attention import scaled_dot_product_attention
 from fastgan.ops.avg_pool2d import avg_pool2d
-from fastgan.ops.backend import CallClass
 from fastgan.ops.bias_act import ACTS, LRELU, bias_act
 from fastgan.ops.bias_act_pixel_norm import bias_act_pixel_norm
 from fastgan.ops.conv import conv2d, conv_transpose2d
 from fastgan.ops.conv_products import Geometry
+from fastgan.ops.dispatch.backend import CallClass
 from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.pixel_norm import pixel_norm
 from fastgan.ops.scaled_conv import conv2d_downsample, upsample_conv2d
