@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "data.prepared": {"data", "errors", "utils"},
     "data.loading": {"data", "errors", "ops", "ops.dispatch", "utils"},
     "data.preparation": {"data", "data.prepared", "data.sources", "errors", "utils"},
-    "evaluation": {"data", "errors", "utils"},
+    "evaluation": {"data", "errors", "generator", "utils"},
     "export": {"", "config", "errors", "models", "utils"},
     "explorer": {"data", "errors", "generator", "utils"},
     "video": {"data", "errors", "generator", "utils"},

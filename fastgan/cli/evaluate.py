@@ -97,9 +97,9 @@ def _read_config(run: Path | None) -> Config:
     if run is None:
         return Config()
     values = read_yaml(run / "config.yaml", "RUN")
-    for key in ("variant", "preset"):
-        values.pop(key, None)
-    return merge(Config(), values, str(run / "config.yaml"))
+    # The sections that say which images there are; a loss or a model of the user's own does not matter here.
+    named: dict[str, Any] = {key: values[key] for key in ("schedule", "data", "run") if key in values}
+    return merge(Config(), named, str(run / "config.yaml"))
 
 
 def _open_data(args: Evaluate, config: Config, networks: dict[str, Any]) -> Source:
@@ -139,6 +139,7 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path | None, config:
         default_images,
         needs_features,
     )
+    from fastgan.evaluation.of_generator import drawer
     from fastgan.generator import load
     from fastgan.trained import name_of
     from fastgan.training import evaluator
@@ -186,7 +187,7 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path | None, config:
         real=real,
         neighbors=sheet,
     )
-    draw = evaluator.drawer(trained.module, networks, source, args.seed)
+    draw = drawer(trained.module, networks, source, args.seed)
     result = evaluation(draw, source, networks["resolution"], warn)
     if result is not None and sheet is not None and sheet.is_file():
         print(f"generated images beside their nearest real ones: {sheet}", flush=True)

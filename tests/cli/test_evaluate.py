@@ -22,9 +22,10 @@ from fastgan.cli import evaluate, main, train
 from fastgan.data import open_source
 from fastgan.errors import ArgumentError
 from fastgan.evaluation import measure
+from fastgan.evaluation.of_generator import drawer
 from fastgan.evaluation.table import format_table
 from fastgan.generator import load
-from fastgan.training.evaluator import drawer, unwritable
+from fastgan.training.evaluator import unwritable
 
 TINY = "--width 8 --max-width 8 --latent 4 --batch 8 --resolution 16 --samples 4".split()
 
@@ -268,7 +269,7 @@ def test_an_interrupt_before_anything_is_stored(
         raise KeyboardInterrupt
 
     stopped: list[bool] = []
-    monkeypatch.setattr("fastgan.training.evaluator.drawer", lambda *_: interrupted)
+    monkeypatch.setattr("fastgan.evaluation.of_generator.drawer", lambda *_: interrupted)
     monkeypatch.setattr("fastgan.training.distributed.rendezvous.stop", lambda: stopped.append(True))
     assert evaluate.main([str(run), "--n", "64", "--metrics", "msssim"]) == 130
     output = capsys.readouterr().err
@@ -298,7 +299,7 @@ def test_an_interrupted_command_resumes(
 
             return draw
 
-        patch.setattr("fastgan.training.evaluator.drawer", breaking)
+        patch.setattr("fastgan.evaluation.of_generator.drawer", breaking)
         assert evaluate.main(argv) == 130
     kept = "the statistics so far are stored; the same command resumes"
     assert capsys.readouterr().err.splitlines()[-2:] == [kept, "fastgan: interrupted"]
