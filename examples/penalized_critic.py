@@ -29,7 +29,7 @@ class Critic(nn.Module):
 
 
 def penalty(critic: Critic, images: Tensor, attention) -> Tensor:  # type: ignore[no-untyped-def]
-    """The gradient penalty of Gulrajani et al. 2017, mean (|grad D| - 1)^2; its gradient is a second derivative of D."""
+    """The gradient penalty of Gulrajani et al. 2017, mean (|grad D| - 1)^2; its gradient has second derivatives."""
     images = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(images, attention).sum(), images, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fastgan.errors import ArgumentError, printable
 from fastgan.utils import counter_rng
 
+__all__ = ["TrainedGenerator", "generate", "great_circle", "load"]
+
 
 class TrainedGenerator:
     """The averaged generator of a run or of an exported file, in evaluation mode.

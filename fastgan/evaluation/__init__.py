@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
     from fastgan.generator import TrainedGenerator
 
+__all__ = ["evaluate"]
+
 
 def evaluate(
     trained: TrainedGenerator,

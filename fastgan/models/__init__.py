@@ -14,6 +14,8 @@ from fastgan.models import dcgan, mlp, pggan, r3gan, sagan
 from fastgan.utils.stored_values import networks_problem
 from fastgan.utils.text import first_line
 
+__all__ = ["MODELS", "build", "register"]
+
 MODELS: dict[str, ModuleType | SimpleNamespace] = {
     "mlp": mlp,
     "dcgan": dcgan,

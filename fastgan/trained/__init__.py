@@ -14,6 +14,8 @@ from pathlib import Path
 
 from fastgan.errors import ArgumentError
 
+__all__ = ["names"]
+
 FOLDER = Path(__file__).parent
 SUFFIX = ".safetensors"
 

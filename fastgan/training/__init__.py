@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+__all__ = ["train"]
+
 
 def train(
     variant: str = "pggan", preset: str = "digits", *, resume: str | Path | None = None, **sections: dict[str, Any]
