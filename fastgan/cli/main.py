@@ -25,6 +25,7 @@ COMMANDS = {
     "data": "describe, verify or show a prepared set",
     "export": "write a trained generator for other tools: safetensors, torch.export, ONNX, TorchScript",
     "explore": "explore a trained generator on a local web page",
+    "project": "find the latent whose image is nearest to a picture",
     "import": "read a progressive GAN that pytorch_GAN_zoo published",
     "doctor": "print versions, devices, backends, and what is missing",
 }
