@@ -25,6 +25,8 @@ from fastgan.generator import TrainedGenerator, device_of, generate, great_circl
 from fastgan.utils import counter_rng
 from fastgan.utils.files import read_regular
 
+__all__ = ["Projection", "feature_network", "neighbors", "project", "read_picture"]
+
 CANDIDATES = 512
 RATE = 0.1
 """Learning rate of Adam for latents of standard normal numbers."""

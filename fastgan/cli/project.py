@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from fastgan.cli.main import check_device, command, writing
+from fastgan.cli.main import check_device, command
 from fastgan.cli.sample import folder_for, prefix_for
 from fastgan.errors import ArgumentError
 
@@ -99,13 +99,16 @@ def _write(args: Project, trained: TrainedGenerator, found: Projection, folder: 
     side = max(64, found.image.shape[-1])
     tensors = {"latent": found.latent} | ({} if found.label is None else {"label": found.label})
     facts = {"generator": str(trained), "picture": Path(args.image).name, "error": found.error, "seed": args.seed}
-    with writing(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         content = save({name: x.contiguous() for name, x in tensors.items()}, {"fastgan": json.dumps(facts)})
         write_atomic(folder / f"{stem}-projection.safetensors", content)
         pair = torch.cat([found.target, found.image])
         save_grid(pair, folder / f"{stem}-projection.png", columns=2, size=side)
         save_grid(neighbors(trained, found, seed=args.seed), folder / f"{stem}-neighbors.png", columns=8, size=side)
+    except OSError as error:
+        problem = f"must be a folder that can be written; {error.strerror}"
+        raise ArgumentError("--out", str(folder), problem) from None
     by = "pixels and features" if with_features else "pixels"
     of = f", class {trained.class_names[int(found.label)]}" if found.label is not None else ""
     print(f"{trained}{of}: nearest by {by}, pixels differ by {found.error:.1f} of 255 levels (root mean square)")
