@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgan.errors import ArgumentError, printable
 from fastgan.utils import counter_rng
+from fastgan.utils.system import missing_device
 
 __all__ = ["TrainedGenerator", "generate", "great_circle", "load"]
 
@@ -141,7 +142,11 @@ def _require_device(name: str) -> None:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise ArgumentError("device", name, "must be cpu, cuda or cuda:N") from None
+        raise ArgumentError("device", name, "must be cpu, cuda, cuda:N or mps") from None
+    if device.type == "mps":
+        problem = missing_device("mps")
+        if problem:
+            raise ArgumentError("device", name, problem)
     gpus = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= gpus:
         available = f"cuda:0 to cuda:{gpus - 1}, or cpu" if gpus else "cpu; torch sees no GPU here"
@@ -156,7 +161,7 @@ def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
     Args:
         path: a run, a checkpoint, a .safetensors or .onnx file that `fastgan export` or `save_pretrained` wrote, a
             folder with one, or the name of a generator that comes with fastgan (`fastgan.trained.names()`).
-        device: "cpu", "cuda" or "cuda:1"; an ONNX file runs on the CPU.
+        device: "cpu", "cuda", "cuda:1" or "mps"; an ONNX file runs on the CPU.
 
     Raises:
         ArgumentError: `path` has no generator, is damaged or holds a program, or there is no such device. (It is a

@@ -25,7 +25,7 @@ class Explore:
     port: int | None = None
     """Port of the page; None: the first free one from 7860."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu, cuda or mps."""
     open: bool = False
     """Open the page in the default browser."""
 

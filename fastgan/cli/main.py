@@ -91,15 +91,16 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 
 
 def check_device(device: str, *allowed: str) -> None:
-    """Raise ArgumentError unless `device` is one of `allowed` (default: cpu, cuda) and this machine has it."""
-    allowed = allowed or ("cpu", "cuda")
+    """Raise ArgumentError unless `device` is one of `allowed` (default: cpu, cuda, mps) and this machine has it."""
+    allowed = allowed or ("cpu", "cuda", "mps")
     if device not in allowed:
         raise ArgumentError("--device", device, f"must be {', '.join(allowed[:-1])} or {allowed[-1]}")
-    if device == "cuda":
-        import torch
+    if device in ("cuda", "mps"):
+        from fastgan.utils.system import missing_device
 
-        if not torch.cuda.is_available():
-            raise ArgumentError("--device", device, "must be cpu; torch sees no GPU here")
+        problem = missing_device(device)
+        if problem:
+            raise ArgumentError("--device", device, problem)
 
 
 def check_picture(out: Path) -> None:

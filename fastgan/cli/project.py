@@ -49,7 +49,7 @@ class Project:
     seed: int = 0
     """Seed of the latents."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu, cuda or mps."""
 
 
 def _validate(args: Project) -> None:

@@ -44,7 +44,7 @@ class Sample:
     """PNG file to write; None: sample-seed0.png or interpolation-seed0.png in RUN, beside an exported file, or for a
     generator that comes with fastgan NAME-sample-seed0.png here."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu, cuda or mps."""
 
 
 @contextlib.contextmanager

@@ -208,8 +208,8 @@ class System(_Section):
     """DeepSpeed's ZeRO stage."""
     deepspeed_config: str | None = None
     """DeepSpeed configuration file; None: one is built from these flags."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda where there is one, else cpu; mps: the GPU of a Mac, in float32 (not tried on one)."""
     precision: Literal["auto", Precision] = "auto"
     """Of products and convolutions; weights stay float32. auto: bf16 where it is as good, TF32 on a GPU, else fp32."""
     deterministic: bool = False
@@ -217,7 +217,7 @@ class System(_Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile losses and gradients of each stage, beside training; auto: where the run is long enough to gain by it."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """Of images and convolution weights; auto: channels_last."""
+    """Of images and convolution weights; auto: channels_last, contiguous on mps."""
     qualify: bool = True
     """Let the ops run what is right and fastest on this machine, measured once; else, and with --deterministic, the
     shipped choices."""
