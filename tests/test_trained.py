@@ -111,7 +111,7 @@ def test_a_run_starts_from_a_name(box: Path, run: Path, capsys: pytest.CaptureFi
 
 def test_without_its_discriminator_a_run_says_so(box: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """So too for any export: it has a generator alone."""
-    shutil.rmtree(box / "discriminators")
+    (box / "small.discriminator.safetensors").unlink()
     assert main.main(["train", "--init-from", "small", *FREEZE, "--out", "new"]) == 0
     line = f"--init-from: {box / 'small.safetensors'} has a generator alone; the discriminator starts from new weights"
     assert line in capsys.readouterr().out.splitlines()
@@ -127,7 +127,7 @@ def test_without_its_discriminator_a_run_says_so(box: Path, run: Path, capsys: p
 def test_damaged_files_to_start_from_are_one_line(
     box: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = box / "discriminators" / "small.safetensors"
+    file = box / "small.discriminator.safetensors"
     shutil.copy(box / "small.safetensors", file)
     assert "it does not fit: weight" in refused(capsys, "train", "--init-from", "small", *FREEZE)
     file.write_bytes(b"no")

@@ -3,7 +3,7 @@
     python -m benchmarks.studies.box_generator RUN NAME --data-license "CC0 1.0" --command "fastgan train ..."
 
 Weights are stored in float16 if no pixel of 256 samples changes by more than 1 of 255 levels, else in float32. The
-discriminator goes to fastgan/trained/discriminators/, for `--init-from NAME`. The card has the distances in the run's
+discriminator goes to fastgan/trained/NAME.discriminator.safetensors, for `--init-from NAME`. The card has the distances in the run's
 evaluation.jsonl: run `fastgan evaluate RUN` first. Nothing is written unless the file loads and gives the same images.
 """
 
@@ -92,8 +92,8 @@ def box(run: Path, name: str, folder: Path, license: str, facts: dict[str, str])
     weights, dtype, change = stored_weights(generator)
     content = save(weights, {"format": "pt", formats.KEY: json.dumps(meta)})
     discriminator = save(half(stored.training()["discriminator"]), {"format": "pt", formats.KEY: json.dumps(meta)})
-    (folder / "discriminators").mkdir(parents=True, exist_ok=True)
-    file, critic = folder / f"{name}{trained.SUFFIX}", folder / "discriminators" / f"{name}{trained.SUFFIX}"
+    folder.mkdir(parents=True, exist_ok=True)
+    file, critic = (folder / f"{name}{suffix}" for suffix in (trained.SUFFIX, trained.DISCRIMINATOR_SUFFIX))
     size = f"{readable_size(len(content))} of weights in {dtype}"
     size += f"; the largest change of a pixel is {change:.2f} of 255 levels" if dtype == "float16" else ""
     facts = {"Data": meta["data"], **facts, "Time": readable_duration(training_seconds(top)), "File": size}

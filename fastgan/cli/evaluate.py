@@ -92,6 +92,17 @@ def _find_run(args: Evaluate) -> Path | None:
     return None
 
 
+def _with_data(args: Evaluate) -> Evaluate:
+    """`args` with the data of a generator that comes with fastgan, if it is one: they need no path."""
+    from fastgan.export.formats import read_meta
+    from fastgan.trained import name_of, resolve
+
+    if args.data is not None or name_of(args.run) is None:
+        return args
+    data = str(read_meta(resolve(args.run)).get("data"))
+    return dataclasses.replace(args, data=data.partition(":")[0])
+
+
 def _read_config(run: Path | None) -> Config:
     """The configuration of a run; the default one of an exported file."""
     if run is None:
@@ -130,18 +141,11 @@ def _partial_file(run: Path, args: Evaluate, files: Any, source: Source, extract
 
 
 def _evaluate(args: Evaluate, names: list[str] | None, run: Path | None, config: Config, group: ProcessGroup) -> None:
+    from fastgan.evaluation import measure
     from fastgan.evaluation.collect import remove_partial
     from fastgan.evaluation.features import open_extractor
-    from fastgan.evaluation.measure import (
-        Evaluation,
-        choose_metrics,
-        default_extractor,
-        default_images,
-        needs_features,
-    )
     from fastgan.evaluation.of_generator import drawer
     from fastgan.generator import load
-    from fastgan.trained import name_of
     from fastgan.training import evaluator
     from fastgan.utils.system import cache_folder
 
@@ -149,15 +153,13 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path | None, config:
     if run is not None and "files" not in trained.meta:  # an exported file in the folder of a run
         run = None
     networks = trained.meta["networks"]
-    if args.data is None and name_of(args.run) is not None:  # generators that come with fastgan: data without a path
-        args = dataclasses.replace(args, data=str(trained.meta.get("data")).partition(":")[0])
     source = _open_data(args, config, networks)
     extractor = None
-    if needs_features(names):
-        features = args.features or default_extractor(source)
+    if measure.needs_features(names):
+        features = args.features or measure.default_extractor(source)
         extractor = open_extractor(features, source.channels, group.device, args.feature_weights)
-    metrics = choose_metrics(names, extractor, source, networks["resolution"])
-    default_n, default_real = default_images(extractor, group.device)
+    metrics = measure.choose_metrics(names, extractor, source, networks["resolution"])
+    default_n, default_real = measure.default_images(extractor, group.device)
     n, real = args.n or default_n, args.real or default_real
     args = dataclasses.replace(args, n=n, real=real)
     fault = "" if run is None else evaluator.unwritable(run)
@@ -176,7 +178,7 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path | None, config:
     sheet = None
     if kept is not None and "prdc" in metrics:
         sheet = kept / f"neighbors-kimg-{trained.meta['images'] / 1000:010.3f}.png"
-    evaluation = Evaluation(
+    evaluation = measure.Evaluation(
         metrics,
         extractor,
         n,
@@ -228,7 +230,7 @@ def _report(run: Path | None, line: dict[str, Any]) -> None:
 def main(argv: list[str]) -> int:
     args = tyro.cli(Evaluate, args=argv, prog="fastgan evaluate")
     names = _parse_metrics(args)
-    run = _find_run(args)
+    args, run = _with_data(args), _find_run(args)
     config = _read_config(run)
     from fastgan.evaluation.features import canonical_name
     from fastgan.training.distributed import rendezvous

@@ -1,8 +1,8 @@
 """Small trained generators that come with fastgan, by name: `fastgan sample avatars`, `fastgan.load("avatars")`.
 
-    fastgan/trained/NAME.safetensors                  the averaged generator, an export like any other
-    fastgan/trained/NAME.md                           how it was made
-    fastgan/trained/discriminators/NAME.safetensors   its discriminator, for `--init-from NAME`
+    fastgan/trained/NAME.safetensors                 the averaged generator, an export like any other
+    fastgan/trained/NAME.md                          how it was made
+    fastgan/trained/NAME.discriminator.safetensors   its discriminator, for `--init-from NAME`
 
 A path wins over a name: with a folder `avatars` in the working directory, `avatars` means that folder.
 """
@@ -18,16 +18,18 @@ __all__ = ["names"]
 
 FOLDER = Path(__file__).parent
 SUFFIX = ".safetensors"
+DISCRIMINATOR_SUFFIX = ".discriminator.safetensors"
 
 
 def names() -> list[str]:
     """The names of the generators that are here, sorted."""
-    return sorted(file.stem for file in FOLDER.glob(f"*{SUFFIX}"))
+    files = (file.name for file in FOLDER.glob(f"*{SUFFIX}"))
+    return sorted(name.removesuffix(SUFFIX) for name in files if not name.endswith(DISCRIMINATOR_SUFFIX))
 
 
 def discriminator_of(file: Path) -> Path | None:
     """The file with the discriminator of one of our own generators, given the generator's file."""
-    found = FOLDER / "discriminators" / file.name
+    found = FOLDER / f"{file.name.removesuffix(SUFFIX)}{DISCRIMINATOR_SUFFIX}"
     return found if file.parent == FOLDER and found.is_file() else None
 
 

@@ -48,7 +48,7 @@ def test_the_notebook_is_one_and_has_no_outputs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_every_cell_runs_with_the_wheel(
     build: Callable[..., Path], install: Callable[[Path], Path], tmp_path: Path
 ) -> None:

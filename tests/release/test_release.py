@@ -98,7 +98,7 @@ def has_compiler() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 def test_a_wheel_with_kernels_works_where_it_is_installed(
     build: Build, install: Callable[[Path], Path], tmp_path: Path
@@ -120,7 +120,7 @@ def test_a_wheel_with_kernels_works_where_it_is_installed(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_an_sdist_works_where_it_is_installed(build: Build, install: Callable[[Path], Path], tmp_path: Path) -> None:
     """Built without a compiler, as on most machines: it falls back to plain PyTorch and says so."""
     sdist = build("sdist", FASTGAN_BUILD="0")
