@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "video": {"data", "errors", "generator", "utils"},
     "generator": {"checkpoint", "errors", "export", "models", "trained", "utils"},
     "trained": {"errors"},
-    "training.observability": {"", "data", "errors", "utils"},
+    "training.observability": {"", "checkpoint", "data", "errors", "utils"},
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
     "training.distributed": {"training.observability", "training.resilience", "", "config", "errors", "utils"},
     "training.compiling": {

@@ -3,8 +3,8 @@
     python -m benchmarks.studies.box_generator RUN NAME --data-license "CC0 1.0" --command "fastgan train ..."
 
 Weights are stored in float16 if no pixel of 256 samples changes by more than 1 of 255 levels, else in float32. Its
-discriminator is written beside it, for `--init-from NAME`. The card has the distances in the run's evaluation.jsonl: run
-`fastgan evaluate RUN` first. Nothing is written unless the file loads and gives the same images.
+discriminator is written beside it, for `--init-from NAME`. The card has the distances in the run's evaluation.jsonl:
+run `fastgan evaluate RUN` first. Nothing is written unless the file loads and gives the same images.
 """
 
 from __future__ import annotations
