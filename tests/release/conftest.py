@@ -57,6 +57,8 @@ def install(tmp_path: Path) -> Callable[[Path], Path]:
         folder = tmp_path / f"environment-{len(list(tmp_path.glob('environment-*')))}"
         run(sys.executable, "-m", "venv", folder, folder=tmp_path)
         python = next(path for path in (folder / "bin" / "python", folder / "Scripts" / "python.exe") if path.exists())
+        # Older Pythons put a setuptools there that is too old for our build; that of this environment is found instead.
+        run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", folder=tmp_path)
         site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=tmp_path).strip()
         Path(site, "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", file,
