@@ -62,7 +62,7 @@ def install(tmp_path: Path) -> Callable[[Path], Path]:
         site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=tmp_path).strip()
         Path(site, "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", file,
-            folder=tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache"))  # fmt: skip
+            folder=tmp_path, FASTGAN_BUILD="0", XDG_CACHE_HOME=str(tmp_path / "cache"))  # fmt: skip
         return python
 
     return make
