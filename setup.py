@@ -1,4 +1,4 @@
-"""Adds the compiled CPU library to a wheel; everything else is declared in pyproject.toml.
+"""Finds the packages, and adds the compiled CPU library to a wheel; everything else is declared in pyproject.toml.
 
 If torch can be imported (`pip install --no-build-isolation .`) and there is a compiler, the wheel contains csrc/cpu
 compiled for each instruction set. Otherwise it contains only the sources, which are compiled on first use.
@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -70,4 +70,13 @@ class BuildWheel(bdist_wheel):
         super().run()
 
 
-setup(cmdclass={"build_py": BuildPackages, "bdist_wheel": BuildWheel})
+# Found, not listed: a list in pyproject.toml would miss the next folder. kernels/ and csrc/ lie beside fastgan/ and are
+# packages inside it, so that `fastgan.kernels` is found in an installation too.
+setup(
+    package_dir={"fastgan": "fastgan", "fastgan.kernels": "kernels", "fastgan.csrc": "csrc"},
+    packages=[
+        *find_packages(include=["fastgan", "fastgan.*"]),
+        *("fastgan.csrc", "fastgan.csrc.cpu", "fastgan.csrc.cuda"),
+    ],
+    cmdclass={"build_py": BuildPackages, "bdist_wheel": BuildWheel},
+)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from fastgan.compiled.step import CompiledStep
     from fastgan.generator import TrainedGenerator
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "compile_step", "configure_process", "load"]
+__version__ = "0.2.0"
 
 
 def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:

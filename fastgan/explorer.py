@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastgan.data.sheets import sheet
 from fastgan.errors import ArgumentError
@@ -42,6 +43,13 @@ def picture(
     if share > 0 and int(other) != int(seed):
         end = counter_rng.normal(int(other), "sample", index, trained.latent)
         latent = great_circle(latent, end, torch.tensor(share))
+    return _grid(trained, latent, index, columns, truncation, label)
+
+
+def _grid(
+    trained: TrainedGenerator, latent: Tensor, index: Tensor, columns: int, truncation: float, label: int
+) -> np.ndarray:
+    """Images of latents side by side, as `picture` returns them; image k has the class of sample `index[k]`."""
     if trained.truncates:
         latent = latent * truncation
     labels = None
@@ -51,6 +59,36 @@ def picture(
     pixels = ((images + 1) * 127.5).round().to(torch.uint8)
     grid = sheet(pixels.numpy(), columns=columns, scale=max(1, MIN_SIDE // (columns * pixels.shape[-1])))
     return grid if grid.shape[2] >= 3 else grid[..., 0]
+
+
+def neighbors(
+    trained: TrainedGenerator, columns: int, seed: int, image: int, distance: float, truncation: float, label: int
+) -> np.ndarray:
+    """Image `image` of `seed`, first in a grid as `picture` returns it, and others around it.
+
+    Args:
+        distance: share of the way from its latent to random ones, 0 to 1.
+    """
+    device = device_of(trained.module)
+    index = torch.full((columns**2,), int(image), device=device)
+    start = counter_rng.normal(int(seed), "sample", index, trained.latent)
+    ends = counter_rng.normal(int(seed), "neighbors", torch.arange(columns**2, device=device), trained.latent)
+    shares = torch.full((columns**2, 1), float(distance), device=device)
+    shares[0] = 0
+    return _grid(trained, great_circle(start, ends, shares), index, columns, truncation, label)
+
+
+def walk(trained: TrainedGenerator, columns: int, seed: int, image: int, truncation: float, label: int) -> np.ndarray:
+    """A closed walk, row by row: row r leaves image `image + r` of `seed` for the next one, the last row for the first.
+
+    With `label` below 0, all images have the class of the first.
+    """
+    device = device_of(trained.module)
+    corners = int(image) + torch.arange(columns, device=device)
+    start = counter_rng.normal(int(seed), "sample", corners, trained.latent)
+    shares = torch.arange(columns, device=device)[None, :, None] / columns
+    latent = great_circle(start[:, None], start.roll(-1, 0)[:, None], shares).flatten(0, 1)
+    return _grid(trained, latent, torch.full((columns**2,), int(image), device=device), columns, truncation, label)
 
 
 @functools.cache
@@ -70,9 +108,9 @@ def page(trained: TrainedGenerator) -> Any:
     """The page, a `gradio.Blocks`. Its function has the API name `/picture`."""
     gradio = _gradio()
 
-    def draw(*values: Any) -> np.ndarray:
+    def draw(*values: Any, of: Callable[..., np.ndarray] = picture) -> np.ndarray:
         columns, *rest = values
-        return picture(trained, int(columns), *rest)
+        return of(trained, int(columns), *rest)
 
     networks = trained.meta["networks"]
     size = networks["resolution"]
@@ -96,6 +134,24 @@ def page(trained: TrainedGenerator) -> Any:
                 image = gradio.Image(value=first, label="images", format="png", buttons=["download", "fullscreen"])
         inputs = [columns, seed, other, share, truncation, label]
         gradio.on([it.change for it in inputs], draw, inputs, image, api_name="picture", show_progress="hidden")
+        number = gradio.Slider(0, most**2 - 1, 0, step=1, label="image: its neighbors and a walk from it")
+        distance = gradio.Slider(0.0, 1.0, 0.2, step=0.01, label="distance of the neighbors")
+        start = (min(4, most), 0, 0)
+        with gradio.Row():
+            around = gradio.Image(value=draw(*start, 0.2, 1.0, -1, of=neighbors), label="neighbors", format="png")
+            path = gradio.Image(value=draw(*start, 1.0, -1, of=walk), label="a closed walk, row by row", format="png")
+        for of, chosen, shown in (
+            (neighbors, [columns, seed, number, distance, truncation, label], around),
+            (walk, [columns, seed, number, truncation, label], path),
+        ):
+            gradio.on(
+                [it.change for it in chosen],
+                functools.partial(draw, of=of),
+                chosen,
+                shown,
+                api_name=of.__name__,
+                show_progress="hidden",
+            )
     return blocks
 
 

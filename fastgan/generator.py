@@ -1,4 +1,4 @@
-"""A trained generator from a run or an exported file: `fastgan.load("RUN").sample(16, seed=0)`."""
+"""A trained generator from a run, an exported file or by name: `fastgan.load("RUN").sample(16, seed=0)`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from fastgan.errors import ArgumentError, printable
 from fastgan.utils import counter_rng
+from fastgan.utils.system import missing_device
+
+__all__ = ["TrainedGenerator", "generate", "great_circle", "load"]
 
 
 class TrainedGenerator:
@@ -139,7 +142,11 @@ def _require_device(name: str) -> None:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise ArgumentError("device", name, "must be cpu, cuda or cuda:N") from None
+        raise ArgumentError("device", name, "must be cpu, cuda, cuda:N or mps") from None
+    if device.type == "mps":
+        problem = missing_device("mps")
+        if problem:
+            raise ArgumentError("device", name, problem)
     gpus = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= gpus:
         available = f"cuda:0 to cuda:{gpus - 1}, or cpu" if gpus else "cpu; torch sees no GPU here"
@@ -147,28 +154,31 @@ def _require_device(name: str) -> None:
 
 
 def load(path: str | Path, device: str = "cpu") -> TrainedGenerator:
-    """The averaged generator of a run's newest checkpoint, of one checkpoint, or of an exported file.
+    """The averaged generator of a run's newest checkpoint, of one checkpoint, of an exported file, or by name.
 
     Nothing in the file is executed.
 
     Args:
-        path: a run, a checkpoint, a .safetensors or .onnx file that `fastgan export` or `save_pretrained` wrote, or a
-            folder with one.
-        device: "cpu", "cuda" or "cuda:1"; an ONNX file runs on the CPU.
+        path: a run, a checkpoint, a .safetensors or .onnx file that `fastgan export` or `save_pretrained` wrote, a
+            folder with one, or the name of a generator that comes with fastgan (`fastgan.trained.names()`).
+        device: "cpu", "cuda", "cuda:1" or "mps"; an ONNX file runs on the CPU.
 
     Raises:
         ArgumentError: `path` has no generator, is damaged or holds a program, or there is no such device. (It is a
             ValueError.)
     """
-    from fastgan import checkpoint, models
+    from fastgan import checkpoint, models, trained
     from fastgan.export import formats
 
     _require_device(device)
-    path = Path(path)
-    file = formats.find_export(path)
-    if file is not None:
-        return TrainedGenerator(*formats.read(file, device))
-    stored = checkpoint.read(path, "RUN")
+    path = trained.resolve(path)
+    try:
+        file = formats.find_export(path)
+        if file is not None:
+            return TrainedGenerator(*formats.read(file, device))
+        stored = checkpoint.read(path, "RUN")
+    except ArgumentError as error:
+        raise trained.hint(error) from None
     stored.require("networks")
     try:
         generator = models.load_generator(stored.meta["networks"], stored.generator())

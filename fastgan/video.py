@@ -42,11 +42,11 @@ def loop(seed: int, paths: Tensor, dimension: int, t: Tensor, turns: int) -> Ten
     Returns:
         float32 [m, n, dimension].
     """
-    k = torch.arange(1, turns + 1, device=paths.device, dtype=torch.float64)
-    angle = 2 * math.pi * t.to(paths.device, torch.float64)[:, None] * k
-    weights = torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(turns)
+    k = torch.arange(1, turns + 1, dtype=torch.float64)  # on the host: mps has no float64
+    angle = 2 * math.pi * t.to("cpu", torch.float64)[:, None] * k
+    weights = (torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(turns)).float().to(paths.device)
     ends = torch.stack([counter_rng.normal(seed, f"loop {i}", paths, dimension) for i in range(2 * turns)])
-    return torch.einsum("mk,knd->mnd", weights.float(), ends)
+    return torch.einsum("mk,knd->mnd", weights, ends)
 
 
 def walk_frames(

@@ -50,10 +50,10 @@ from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation
+from fastgan.evaluation.of_generator import drawer
 from fastgan.models.pggan import Progressive
 from fastgan.training import precision
 from fastgan.training.distributed.process_group import ProcessGroup
-from fastgan.training.evaluator import drawer
 from fastgan.training.from_config import build_step
 from fastgan.training.observability.metrics_log import save_grid
 from fastgan.training.step_measurement import Bench

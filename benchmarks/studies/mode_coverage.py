@@ -46,9 +46,9 @@ from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation
+from fastgan.evaluation.of_generator import drawer
 from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.ema import Ema
-from fastgan.training.evaluator import drawer
 from fastgan.training.from_config import build_step, optimizer_factory
 from fastgan.training.step import frozen
 from fastgan.utils import counter_rng

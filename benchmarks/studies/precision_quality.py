@@ -47,7 +47,7 @@ from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation
-from fastgan.training.evaluator import drawer
+from fastgan.evaluation.of_generator import drawer
 from fastgan.training.step_measurement import Bench
 from fastgan.utils.system import cache_folder
 

@@ -86,6 +86,8 @@ def _print_devices() -> None:
     if not torch.cuda.is_available():
         built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch has no CUDA"
         print(f"  no GPU: {built}, and finds no device")
+    if torch.backends.mps.is_available():
+        print("  mps: the GPU of this Mac, by --device mps (fastgan has not been tried on one)")
 
 
 def _print_kernels() -> None:

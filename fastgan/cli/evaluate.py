@@ -30,9 +30,10 @@ class Evaluate:
     """Compare a trained generator's images with real ones."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """A run directory (its newest checkpoint), or one checkpoint folder."""
+    """A run directory (its newest checkpoint), one checkpoint folder, an exported file, or a name: avatars,
+    fashion-mnist (they come with fastgan)."""
     data: str | None = None
-    """Real images, as for fastgan train; None: those of the run."""
+    """Real images, as for fastgan train; None: those of the run. An exported file needs it."""
     metrics: str | None = None
     """Some of fid,kid,is,prdc,swd,msssim,modes, separated by commas; None: all that apply to the data and features."""
     n: Annotated[int | None, tyro.conf.arg(aliases=["--images"])] = None
@@ -71,18 +72,45 @@ def _parse_metrics(args: Evaluate) -> list[str] | None:
     return names
 
 
-def _find_run(path: str) -> Path:
-    for run in (Path(path), Path(path).resolve().parent.parent):
+def _find_run(args: Evaluate) -> Path | None:
+    """The run whose record gets the numbers; None for an exported file, whose numbers are only printed.
+
+    Raises:
+        ArgumentError: there is no such run, or an exported file without --data.
+    """
+    from fastgan.export.formats import find_export
+    from fastgan.trained import name_of, resolve
+
+    resolved = resolve(args.run)
+    for run in (resolved, resolved.resolve().parent.parent):
         if os.path.isfile(run / "config.yaml"):  # unlike Path.is_file, False for a folder that may not be read
             return run
-    raise ArgumentError("RUN", path, "must be a run directory, or a checkpoint in one")
+    if find_export(resolved) is None:
+        raise ArgumentError("RUN", args.run, "must be a run directory, a checkpoint in one, or an exported file")
+    if args.data is None and name_of(args.run) is None:
+        raise ArgumentError("--data", args.data, f"must name the real images; {args.run} does not say where they are")
+    return None
 
 
-def _read_config(run: Path) -> Config:
+def _with_data(args: Evaluate) -> Evaluate:
+    """`args` with the data of a generator that comes with fastgan, if it is one: they need no path."""
+    from fastgan.export.formats import read_meta
+    from fastgan.trained import name_of, resolve
+
+    if args.data is not None or name_of(args.run) is None:
+        return args
+    data = str(read_meta(resolve(args.run)).get("data"))
+    return dataclasses.replace(args, data=data.partition(":")[0])
+
+
+def _read_config(run: Path | None) -> Config:
+    """The configuration of a run; the default one of an exported file."""
+    if run is None:
+        return Config()
     values = read_yaml(run / "config.yaml", "RUN")
-    for key in ("variant", "preset"):
-        values.pop(key, None)
-    return merge(Config(), values, str(run / "config.yaml"))
+    # The sections that say which images there are; a loss or a model of the user's own does not matter here.
+    named: dict[str, Any] = {key: values[key] for key in ("schedule", "data", "run") if key in values}
+    return merge(Config(), named, str(run / "config.yaml"))
 
 
 def _open_data(args: Evaluate, config: Config, networks: dict[str, Any]) -> Source:
@@ -112,47 +140,45 @@ def _partial_file(run: Path, args: Evaluate, files: Any, source: Source, extract
     return run / f".evaluation-{digest}"
 
 
-def _evaluate(args: Evaluate, names: list[str] | None, run: Path, config: Config, group: ProcessGroup) -> None:
+def _evaluate(args: Evaluate, names: list[str] | None, run: Path | None, config: Config, group: ProcessGroup) -> None:
+    from fastgan.evaluation import measure
     from fastgan.evaluation.collect import remove_partial
     from fastgan.evaluation.features import open_extractor
-    from fastgan.evaluation.measure import (
-        Evaluation,
-        choose_metrics,
-        default_extractor,
-        default_images,
-        needs_features,
-    )
+    from fastgan.evaluation.of_generator import drawer
     from fastgan.generator import load
     from fastgan.training import evaluator
     from fastgan.utils.system import cache_folder
 
     trained = load(args.run, str(group.device))
-    if "files" not in trained.meta:  # an exported file
-        raise ArgumentError("RUN", args.run, "must be a run directory, or a checkpoint in one")
+    if run is not None and "files" not in trained.meta:  # an exported file in the folder of a run
+        run = None
     networks = trained.meta["networks"]
     source = _open_data(args, config, networks)
     extractor = None
-    if needs_features(names):
-        features = args.features or default_extractor(source)
+    if measure.needs_features(names):
+        features = args.features or measure.default_extractor(source)
         extractor = open_extractor(features, source.channels, group.device, args.feature_weights)
-    metrics = choose_metrics(names, extractor, source, networks["resolution"])
-    default_n, default_real = default_images(extractor, group.device)
+    metrics = measure.choose_metrics(names, extractor, source, networks["resolution"])
+    default_n, default_real = measure.default_images(extractor, group.device)
     n, real = args.n or default_n, args.real or default_real
     args = dataclasses.replace(args, n=n, real=real)
-    fault = evaluator.unwritable(run)
-    partial = None if fault else _partial_file(run, args, trained.meta["files"], source, extractor, metrics)
+    fault = "" if run is None else evaluator.unwritable(run)
+    kept = None if fault else run
+    partial = None if kept is None else _partial_file(kept, args, trained.meta["files"], source, extractor, metrics)
     if group.main and fault:
         print(f"warning: {run} cannot be written ({fault}): the numbers are only printed", file=sys.stderr)
     if group.main:
-        _announce(trained.meta, n, real, source, extractor)
+        _announce(str(trained), networks["resolution"], n, real, source, extractor)
     warnings: list[str] = []
 
     def warn(text: str) -> None:
         warnings.append(text)
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    sheet = run / f"neighbors-kimg-{trained.meta['images'] / 1000:010.3f}.png"
-    evaluation = Evaluation(
+    sheet = None
+    if kept is not None and "prdc" in metrics:
+        sheet = kept / f"neighbors-kimg-{trained.meta['images'] / 1000:010.3f}.png"
+    evaluation = measure.Evaluation(
         metrics,
         extractor,
         n,
@@ -161,33 +187,36 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path, config: Config
         partial,
         progress=True,
         real=real,
-        neighbors=None if fault or "prdc" not in metrics else sheet,
+        neighbors=sheet,
     )
-    draw = evaluator.drawer(trained.module, networks, source, args.seed)
+    draw = drawer(trained.module, networks, source, args.seed)
     result = evaluation(draw, source, networks["resolution"], warn)
-    if result is not None and evaluation.neighbors is not None and sheet.is_file():
+    if result is not None and sheet is not None and sheet.is_file():
         print(f"generated images beside their nearest real ones: {sheet}", flush=True)
     if result is not None:
         _report(run, evaluator.record(evaluation, result, trained.meta, source, warnings))
     remove_partial(partial)
 
 
-def _announce(meta: dict[str, Any], n: int, real: int | None, source: Source, extractor: Extractor | None) -> None:
+def _announce(
+    name: str, resolution: int, n: int, real: int | None, source: Source, extractor: Extractor | None
+) -> None:
     """Print what is compared."""
-    kimg, resolution = meta["images"] / 1000, meta["networks"]["resolution"]
     total = f"{len(source):,} real ones"
     against = total if real is None or real >= len(source) else f"{real:,} of {total}"
     used = "none" if extractor is None else f"{extractor.name}, images resized {extractor.resize}"
     what = f"{n:,} images of {resolution} px against {against} of {source.name}; features: {used}"
-    print(f"{meta['variant']} at {kimg:g} kimg: {what}", flush=True)
+    print(f"{name}: {what}", flush=True)
 
 
-def _report(run: Path, line: dict[str, Any]) -> None:
+def _report(run: Path | None, line: dict[str, Any]) -> None:
     """Print the table, then add the line to the run's record: a full disk must not lose numbers that took an hour."""
     from fastgan.evaluation.table import format_table
     from fastgan.training import evaluator
 
     print(format_table(line), flush=True)
+    if run is None:
+        return
     try:
         path = evaluator.append(run, line)
     except OSError as error:
@@ -201,7 +230,7 @@ def _report(run: Path, line: dict[str, Any]) -> None:
 def main(argv: list[str]) -> int:
     args = tyro.cli(Evaluate, args=argv, prog="fastgan evaluate")
     names = _parse_metrics(args)
-    run = _find_run(args.run)
+    args, run = _with_data(args), _find_run(args)
     config = _read_config(run)
     from fastgan.evaluation.features import canonical_name
     from fastgan.training.distributed import rendezvous
@@ -213,7 +242,7 @@ def main(argv: list[str]) -> int:
         _evaluate(args, names, run, config, group)
         return 0
     except KeyboardInterrupt:
-        if any(run.glob(".evaluation-*")):
+        if run is not None and any(run.glob(".evaluation-*")):
             print("the statistics so far are stored; the same command resumes", file=sys.stderr, flush=True)
         raise
     finally:

@@ -20,11 +20,12 @@ class Explore:
     """Serve a local page with sliders for seed, interpolation, truncation and class."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run directory, one checkpoint in it, or an exported file."""
+    """Run directory, one checkpoint in it, an exported file, or a name: avatars, fashion-mnist (they come with
+    fastgan)."""
     port: int | None = None
     """Port of the page; None: the first free one from 7860."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu, cuda or mps."""
     open: bool = False
     """Open the page in the default browser."""
 

@@ -24,29 +24,35 @@ class Export:
     """
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run directory, one checkpoint in it, or a .safetensors export."""
+    """Run directory, one checkpoint in it, a .safetensors export, or a name: avatars, fashion-mnist (they come with
+    fastgan)."""
     format: Literal["safetensors", "torch-export", "onnx", "torchscript"] = "safetensors"
     """safetensors: weights for fastgan and Generator.from_pretrained; torch-export: torch.export.load, C++ and others;
     onnx: onnxruntime and others; torchscript: torch.jit.load."""
     out: str | None = None
-    """File or folder to write; None: RUN/export/model.safetensors, .pt2, .onnx or .torchscript."""
+    """File or folder to write; None: RUN/export/model.safetensors, .pt2, .onnx or .torchscript, or for a generator
+    that comes with fastgan NAME-export/model.safetensors and so on here."""
     batch: int | None = None
     """Fixed batch size of the file; None: any."""
     license: str | None = None
     """License of the weights for the model card, as named on the Hugging Face hub: apache-2.0, cc-by-nc-4.0 ..."""
 
 
-def _load(path: Path) -> tuple[TrainedGenerator, Path]:
+def _load(run: str) -> tuple[TrainedGenerator, Path]:
     """The generator, and the folder of its run (or its own)."""
     from fastgan.export import formats
     from fastgan.generator import load
+    from fastgan.trained import name_of, resolve
 
+    if name_of(run) is not None:
+        return load(run), resolve(run).parent
+    path = Path(run)
     file = formats.find_export(path)
     if file is not None and file.suffix != ".safetensors":
         raise ArgumentError("RUN", str(path), "must be a run, a checkpoint or a .safetensors export")
-    folder = path if path.is_dir() else path.parent
-    run = next((p for p in (folder, folder.parent, folder.parent.parent) if (p / "config.yaml").is_file()), folder)
-    return load(path), run
+    own = path if path.is_dir() else path.parent
+    folder = next((p for p in (own, own.parent, own.parent.parent) if (p / "config.yaml").is_file()), own)
+    return load(path), folder
 
 
 @command
@@ -58,12 +64,14 @@ def main(argv: list[str]) -> int:
         raise ArgumentError("--license", args.license, "must be a name in one line")
     from fastgan.export import formats
     from fastgan.export.write import describe, output_path
+    from fastgan.trained import name_of, resolve
 
-    source = Path(args.run)
-    trained, run = _load(source)
+    trained, run = _load(args.run)
+    source, name = resolve(args.run), name_of(args.run)
     if args.format == "safetensors" and args.batch is not None:
         raise ArgumentError("--batch", args.batch, "is not needed with --format safetensors: remove it")
-    out = output_path(args.out, run, formats.FORMATS[args.format].suffix)
+    target = f"{name}-export/" if name is not None and args.out is None else args.out
+    out = output_path(target, run, formats.FORMATS[args.format].suffix)
     if out.exists() and out.samefile(source):
         raise ArgumentError("--out", str(out), "must be another file than the one that is read")
     meta = describe(trained, run, args.batch, args.license)

@@ -25,6 +25,7 @@ COMMANDS = {
     "data": "describe, verify or show a prepared set",
     "export": "write a trained generator for other tools: safetensors, torch.export, ONNX, TorchScript",
     "explore": "explore a trained generator on a local web page",
+    "project": "find the latent whose image is nearest to a picture",
     "import": "read a progressive GAN that pytorch_GAN_zoo published",
     "doctor": "print versions, devices, backends, and what is missing",
 }
@@ -90,15 +91,16 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 
 
 def check_device(device: str, *allowed: str) -> None:
-    """Raise ArgumentError unless `device` is one of `allowed` (default: cpu, cuda) and this machine has it."""
-    allowed = allowed or ("cpu", "cuda")
+    """Raise ArgumentError unless `device` is one of `allowed` (default: cpu, cuda, mps) and this machine has it."""
+    allowed = allowed or ("cpu", "cuda", "mps")
     if device not in allowed:
         raise ArgumentError("--device", device, f"must be {', '.join(allowed[:-1])} or {allowed[-1]}")
-    if device == "cuda":
-        import torch
+    if device in ("cuda", "mps"):
+        from fastgan.utils.system import missing_device
 
-        if not torch.cuda.is_available():
-            raise ArgumentError("--device", device, "must be cpu; torch sees no GPU here")
+        problem = missing_device(device)
+        if problem:
+            raise ArgumentError("--device", device, problem)
 
 
 def check_picture(out: Path) -> None:

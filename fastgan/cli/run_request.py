@@ -177,10 +177,10 @@ def _layers(first: argparse.Namespace) -> tuple[list[_Layer], Path | None]:
 
 
 def _initial_values(first: argparse.Namespace, layers: list[_Layer]) -> dict[str, Any] | None:
-    """The plain values of the checkpoint of --init-from, if there is one.
+    """The plain values of the run or the export of --init-from, if there is one.
 
     Raises:
-        ArgumentError: there is no checkpoint, or it is damaged.
+        ArgumentError: there is neither, or it is damaged.
     """
     path = first.init_from
     for layer in layers if path is None else []:
@@ -188,11 +188,9 @@ def _initial_values(first: argparse.Namespace, layers: list[_Layer]) -> dict[str
         path = section.get("init_from", path) if isinstance(section, dict) else path
     if path is None:
         return None
-    from fastgan import checkpoint
+    from fastgan.training.initial_weights import read_meta
 
-    stored = checkpoint.read_named(str(path), "--init-from")
-    stored.require("networks", "variant")
-    return stored.meta
+    return read_meta(str(path))
 
 
 def _with_networks(base: Config, initial: dict[str, Any], variant: str) -> Config:

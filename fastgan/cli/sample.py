@@ -24,7 +24,8 @@ class Sample:
     """Draw images from a trained generator into one PNG, or a video."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run directory, one checkpoint in it, or an exported file."""
+    """Run directory, one checkpoint in it, an exported file, or a name: avatars, fashion-mnist (they come with
+    fastgan)."""
     n: int | None = None
     """Number of images; None: 64, in a video 16."""
     seed: int = 0
@@ -40,9 +41,10 @@ class Sample:
     seconds: float = 8.0
     """Length of a video."""
     out: str | None = None
-    """PNG file to write; None: sample-seed0.png or interpolation-seed0.png in RUN, or beside an exported file."""
+    """PNG file to write; None: sample-seed0.png or interpolation-seed0.png in RUN, beside an exported file, or for a
+    generator that comes with fastgan NAME-sample-seed0.png here."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu, cuda or mps."""
 
 
 @contextlib.contextmanager
@@ -61,6 +63,21 @@ def _enough_memory(n: int, image_bytes: int) -> Iterator[None]:
         if isinstance(error, MemoryError) or "memory" in str(error):  # torch's CPU allocator raises RuntimeError
             raise ArgumentError("--n", n, "must be smaller; there is too little memory for all images") from None
         raise
+
+
+def folder_for(run: str) -> Path:
+    """Folder for pictures of the generator that RUN names: the run's, an exported file's, or this one for a name."""
+    path = Path(run)
+    folder = path if path.is_dir() else path.parent
+    return next((p for p in (folder, folder.parent.parent) if (p / "config.yaml").is_file()), folder)
+
+
+def prefix_for(run: str) -> str:
+    """Start of the names of pictures: `NAME-` for a generator that comes with fastgan, whose folder is any folder."""
+    from fastgan import trained
+
+    name = trained.name_of(run)
+    return "" if name is None else f"{name}-"
 
 
 @command
@@ -118,10 +135,8 @@ def _picture(args: Sample, trained: TrainedGenerator) -> int:
     from fastgan.training.observability.metrics_log import save_grid
 
     n = args.n or 64
-    run = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    folder = next((p for p in (run, run.parent.parent) if (p / "config.yaml").is_file()), run)
     kind = "interpolation" if args.interpolate else "sample"
-    out = Path(args.out) if args.out else folder / f"{kind}-seed{args.seed}.png"
+    out = Path(args.out) if args.out else folder_for(args.run) / f"{prefix_for(args.run)}{kind}-seed{args.seed}.png"
     check_picture(out)
     networks = trained.meta["networks"]
     image_bytes = 4 * (networks["channels"] * networks["resolution"] ** 2 + networks["latent"])

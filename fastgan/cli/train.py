@@ -127,45 +127,25 @@ def _supervise(supervision: supervisor.Supervision, request: RunRequest) -> int:
 
 
 def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitStack, patience: float) -> int:
-    """The work of each rank once it has met the others; `locks` and `patience` as in `run_setup.choose_run`."""
+    """The work of each rank once it has met the others; `locks` and `patience` as in `session.open_session`."""
     from fastgan.cli.run_settings import settle
-    from fastgan.training import run_setup
-    from fastgan.training.auto import stage_seconds
-    from fastgan.training.distributed.rank_consistency import require_same_on_all_ranks, shared_settings
-    from fastgan.training.from_config import validate_stages
-    from fastgan.training.initial_weights import initial_weights
+    from fastgan.training import session
     from fastgan.training.observability.runaway import RunawayError
-    from fastgan.training.trainer import NonFiniteError, Trainer
+    from fastgan.training.trainer import NonFiniteError
 
     if request.resume is None and request.config.run.out is not None:
         run_directory.check_free(Path(request.config.run.out))  # before anything is measured
     settled = settle(request, world, world.size)
     request = settled.request
-    config, variant = request.config, request.variant
-    if config.system.sync_bn and world.device.type != "cuda":
-        raise ArgumentError("--sync-bn", True, "it needs GPUs: remove it on a CPU")
-    require_same_on_all_ranks(world, shared_settings(config))
-    run = run_setup.choose_run(world, variant, config.run.out, request.resume, locks, patience)
-    stored = run_setup.checkpoint_to_resume(request.resume, run, variant, config)
-    files = None if stored is None else (str(stored.path), stored.meta["files"])
-    require_same_on_all_ranks(world, {"the checkpoint to resume": files})
-    if stored is not None and not request.sets_accumulation:
-        config = run_setup.keep_batch_cut(config, stored, world)
-    validate_stages(config, world.size)
-    source = run_setup.open_images(config, world)
-    if world.heartbeat is not None and stored is not None:
-        world.heartbeat.run, world.heartbeat.last_good = run, stored.path
-    initial = initial_weights(config, source) if stored is None else None
-    seen = 0 if stored is None else stored.meta["images"]
-    costs = settled.costs or stage_seconds(config, request.variant, source, world, seen)
-    trainer = Trainer(config, variant, world, source, run, stored, initial, costs)
-    run = run_setup.create_run(world, run, trainer.config, variant, request.preset, request.resume, locks)
-    trainer.run_path = run
-    if world.heartbeat is not None:
-        world.heartbeat.run = run
+    wanted = session.Request(
+        request.config, request.variant, request.preset, request.resume, request.sets_accumulation, settled.costs
+    )
+    opened = session.open_session(wanted, world, locks, patience)
+    trainer, run = opened.trainer, opened.trainer.run_path
     if world.main:
-        print("".join(f"{line}\n" for line in settled.lines), end="")
-        _announce(trainer, request, resumed=stored is not None)
+        notes = [*settled.lines, *([opened.note] if opened.note is not None else [])]
+        print("".join(f"{line}\n" for line in notes), end="")
+        _announce(trainer, request, resumed=opened.resumed)
     try:
         stopped = trainer.run()
     except (NonFiniteError, RunawayError) as error:  # raised by all ranks together

@@ -182,7 +182,8 @@ class Run(_Section):
     out: str | None = None
     """Run directory; None: runs/VARIANT-TIME."""
     init_from: str | None = None
-    """Run or checkpoint whose weights a new run starts from, on any data; None: new weights."""
+    """Run, checkpoint, .safetensors export or name (avatars, fashion-mnist) whose weights a new run starts from, on any
+    data; None: new weights. An export has no discriminator: that starts from new ones."""
     seed: Annotated[int, SEED] = 0
     """Seed of the initial weights, the order of the data and every random number of a sample."""
     checkpoint_kimg: Annotated[float | None, above(0)] = None
@@ -215,8 +216,8 @@ class System(_Section):
     """DeepSpeed's ZeRO stage."""
     deepspeed_config: str | None = None
     """DeepSpeed configuration file; None: one is built from these flags."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda where there is one, else cpu; mps: the GPU of a Mac, in float32 (not tried on one)."""
     precision: Literal["auto", Precision] = "auto"
     """Of products and convolutions; weights stay float32. auto: bf16 where it is as good, TF32 on a GPU, else fp32."""
     deterministic: bool = False
@@ -224,7 +225,7 @@ class System(_Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile losses and gradients of each stage, beside training; auto: where the run is long enough to gain by it."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """Of images and convolution weights; auto: channels_last."""
+    """Of images and convolution weights; auto: channels_last, contiguous on mps."""
     qualify: bool = True
     """Let the ops run what is right and fastest on this machine, measured once; else, and with --deterministic, the
     shipped choices."""

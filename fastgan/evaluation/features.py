@@ -207,6 +207,17 @@ def open_extractor(
     return extractor
 
 
+def load_lite0(device: torch.device | str) -> lite0.EfficientNetLite0:
+    """EfficientNet-Lite0 with the weights of its package; images and their gradients pass through it.
+
+    Raises:
+        ArgumentError: the package is not installed, or its file is damaged.
+    """
+    file = lite0.require_weights_file()
+    state = _read_weights(file, lite0.NAME)
+    return _build(lambda: lite0.EfficientNetLite0(state).to(device), lite0.NAME, file)
+
+
 def _from_file(path: Path, name: str, fidelity: Any) -> FidelityExtractor:
     state = _read_weights(path, name)
     if name == INCEPTION:

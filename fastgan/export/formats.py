@@ -375,6 +375,22 @@ def read(file: Path, device: str = "cpu") -> tuple[nn.Module, Meta]:
         return format.open(content, device), meta
 
 
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The weights of a .safetensors export, on the CPU and as they are stored; their shapes are not checked.
+
+    Raises:
+        ArgumentError: the file is damaged, or a weight is not finite.
+    """
+    from safetensors.torch import load
+
+    with _described_errors(file):
+        weights = load(file.read_bytes())
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise UntrustedFile(f"{name[:80]} is not finite")
+    return weights
+
+
 def read_meta(file: Path) -> Meta:
     """The metadata of an exported file of any format; parses nothing else.
 

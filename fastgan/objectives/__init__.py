@@ -1,6 +1,15 @@
 """Losses and regularizers: pure functions, orthogonal to the networks."""
 
-from fastgan.objectives.losses import Loss, hinge, least_squares, minimax, relativistic, wasserstein
+from fastgan.objectives.losses import (
+    LOSSES,
+    Loss,
+    hinge,
+    least_squares,
+    minimax,
+    register,
+    relativistic,
+    wasserstein,
+)
 from fastgan.objectives.regularizers import (
     both_penalty,
     clip_weights,
@@ -11,6 +20,7 @@ from fastgan.objectives.regularizers import (
 )
 
 __all__ = [
+    "LOSSES",
     "Loss",
     "both_penalty",
     "clip_weights",
@@ -19,6 +29,7 @@ __all__ = [
     "least_squares",
     "minimax",
     "real_penalty",
+    "register",
     "relativistic",
     "wasserstein",
     "wasserstein_divergence",

@@ -5,6 +5,7 @@ Scores are logits, [N]; each loss is the mean over samples.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -105,3 +106,30 @@ def relativistic() -> Loss:
         return F.softplus(real - fake).mean()
 
     return Loss(discriminator, generator, _difference, paired=True)
+
+
+LOSSES: dict[str, Loss] = {
+    "minimax": minimax(),
+    "minimax-saturating": minimax(saturating=True),
+    "least-squares": least_squares(),
+    "wasserstein": wasserstein(),
+    "hinge": hinge(),
+    "relativistic": relativistic(),
+}
+"""Losses by name, those of `register` among them."""
+_OWN = frozenset(LOSSES)
+
+
+def register(name: str, loss: Loss) -> None:
+    """Make a loss of your own known in this process: `fastgan.training.train(..., objective={"loss": name})`.
+
+    Args:
+        name: up to 60 letters, digits, - and _; not that of a loss of fastgan. Another one replaces the one before.
+        loss: its functions.
+
+    Raises:
+        ValueError: the name cannot be used.
+    """
+    if not re.fullmatch(r"[\w-]{1,60}", name) or name in _OWN:
+        raise ValueError(f"name must be 1 to 60 letters and digits that name no loss of fastgan, got {name!r}")
+    LOSSES[name] = loss

@@ -1,16 +1,14 @@
-"""Evaluation while a run trains: images by index, and the record of what was measured."""
+"""Evaluation while a run trains, and the record of what was measured."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastgan import __version__
 from fastgan.config import Config
@@ -18,35 +16,11 @@ from fastgan.data import Source
 from fastgan.errors import ArgumentError
 from fastgan.evaluation.features import open_extractor
 from fastgan.evaluation.measure import Evaluation, choose_metrics, default_extractor, default_images
-from fastgan.generator import device_of, generate
-from fastgan.utils import counter_rng
+from fastgan.evaluation.of_generator import drawer
 from fastgan.utils.files import write_atomic
 from fastgan.utils.system import cache_folder
 
 RECORD = "evaluation.jsonl"
-
-
-def drawer(generator: nn.Module, networks: dict[str, Any], source: Source, seed: int) -> Callable[[Tensor], Tensor]:
-    """A function from indices, int64 [n], to images, uint8 [n, C, R, R] on the CPU; image i depends on (seed, i) alone.
-
-    Latents are those of `fastgan sample`. A conditional generator gets labels with the frequencies of the real images,
-    or all labels in turn where the real images have none.
-    """
-    device = device_of(generator)
-
-    def draw(indices: Tensor) -> Tensor:
-        indices = indices.to(device)
-        latent = counter_rng.normal(seed, "sample", indices, networks["latent"])
-        labels = None
-        if networks["num_classes"] and source.labels is not None:
-            of = counter_rng.integers(seed, "real image whose label is evaluated", indices, len(source))
-            labels = torch.from_numpy(np.asarray(source.labels)).to(device)[of]
-        elif networks["num_classes"]:
-            labels = indices % networks["num_classes"]
-        images = generate(generator, latent, labels, networks["resolution"])
-        return ((images + 1) * 127.5).round().to(torch.uint8)
-
-    return draw
 
 
 def record(
@@ -55,8 +29,8 @@ def record(
     """One line of a run's evaluation.jsonl: the metrics, and everything they depend on."""
     extractor = evaluation.extractor
     return {
-        "kimg": meta["images"] / 1000,
-        "variant": meta["variant"],
+        "kimg": meta.get("images", 0) / 1000,  # an exported file may not say
+        "variant": meta.get("variant"),
         **found,
         # All three are None where only pixels were compared.
         "features": getattr(extractor, "name", None),

@@ -23,7 +23,7 @@ class DeviceFacts:
     """What decides about precision on a device.
 
     Attributes:
-        kind: "cpu" or "cuda".
+        kind: "cpu", "cuda" or "mps".
         bf16: whether it has instructions that multiply bfloat16.
         tf32: whether it has TF32.
     """
@@ -39,7 +39,7 @@ class DeviceFacts:
             # Ampere brought both. Before it torch emulates bfloat16, slower than float32.
             recent = torch.cuda.get_device_capability(device) >= (8, 0)
             return DeviceFacts("cuda", bf16=recent, tf32=recent)
-        return DeviceFacts(device.type, bf16=bool(_BF16_FLAGS & cpu_flags()), tf32=False)
+        return DeviceFacts(device.type, bf16=device.type == "cpu" and bool(_BF16_FLAGS & cpu_flags()), tf32=False)
 
     @staticmethod
     def common(ranks: Sequence[DeviceFacts]) -> DeviceFacts:
@@ -49,6 +49,8 @@ class DeviceFacts:
 
 def choose(facts: DeviceFacts, variant: str, qualified: frozenset[str] = QUALIFIED_FOR_BF16) -> tuple[Precision, str]:
     """What "auto" is for a variant on such devices, and why."""
+    if facts.kind == "mps":
+        return "fp32", "on mps nothing else is offered"
     device = "GPU" if facts.kind == "cuda" else "CPU"
     if facts.bf16 and variant in qualified:
         return "bf16", f"this {device} multiplies bfloat16, and {variant} ends as good with it"

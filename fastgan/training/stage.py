@@ -86,7 +86,8 @@ class ActiveStage:
         meters: collect what steps log.
         scales: of the losses in float16; None: another precision.
         groups: see `RankShare.of`.
-        state: weights to start from, of this stage or, with `grown`, of the one below; None: new ones.
+        state: weights to start from, of this stage or, with `grown`, of the one below; None: new ones. Without a
+            "discriminator", its weights are new.
         ema_steps: updates of the moving average so far.
 
     Attributes:
@@ -124,7 +125,8 @@ class ActiveStage:
         load = inherit if grown else nn.Module.load_state_dict
         if state is not None:
             load(generator, state["generator"])
-            load(discriminator, state["discriminator"])
+            if "discriminator" in state:
+                load(discriminator, state["discriminator"])
         generator, discriminator = generator.to(world.device), discriminator.to(world.device)
         self.ema = Ema(generator, config.optimizer.ema_decay, config.optimizer.ema_warmup)
         if state is not None:

@@ -50,7 +50,7 @@ class Trainer:
         source: the images.
         run: the run directory; it exists and holds config.yaml.
         resume: checkpoint to resume from.
-        initial: checkpoint whose weights a new run starts from; its networks are those of the first stage.
+        initial: weights that a new run starts from, of the networks of the first stage.
         costs: see `TimeLeft`.
 
     Attributes:
@@ -69,7 +69,7 @@ class Trainer:
         source: Source,
         run: Path,
         resume: Checkpoint | None = None,
-        initial: Checkpoint | None = None,
+        initial: State | None = None,
         costs: Mapping[int, float] | None = None,
     ) -> None:
         validate(config)
@@ -100,8 +100,7 @@ class Trainer:
         self.best = BestCheckpoint(config.run.keep_best)
         self.stage: ActiveStage
         if resume is None:
-            weights = None if initial is None else {**initial.training(), "ema": initial.generator()}
-            self.enter(self.stages[0].resolution, weights)
+            self.enter(self.stages[0].resolution, initial)
         else:
             shape = {"resolution": resume.meta["resolution"], "channels": source.channels}
             values = network_values(config.networks, **shape, num_classes=source.num_classes)

@@ -22,6 +22,7 @@ _THEIR_MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP
 # A thread that waits for the next parallel region spins first. Beside other programs it spins on a core that they need,
 # and on which a thread of its own process may be waiting. 1,000 turns are some microseconds.
 SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "1000"
+FALLBACK_VARIABLE = "PYTORCH_ENABLE_MPS_FALLBACK"
 _THEIR_WAITING = (SPIN_VARIABLE, "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 
@@ -61,6 +62,18 @@ def wait_without_spinning() -> str:
     return f"{SPIN_VARIABLE}={SPIN_COUNT}"
 
 
+def fall_back_from_mps() -> str:
+    """On a Mac, let torch compute what its GPU backend lacks on the CPU, with a warning that names the op."""
+    if sys.platform != "darwin":
+        return "no Mac"
+    if FALLBACK_VARIABLE in os.environ:
+        return f"{FALLBACK_VARIABLE}={os.environ[FALLBACK_VARIABLE]}"
+    if "torch" in sys.modules:
+        return f"as torch has it: torch was loaded before {FALLBACK_VARIABLE} could be set"
+    os.environ[FALLBACK_VARIABLE] = "1"
+    return f"{FALLBACK_VARIABLE}=1: what the GPU backend lacks runs on the CPU, and torch names it"
+
+
 def configure_process() -> dict[str, str]:
     """Let malloc keep freed memory for the next step, and let idle OpenMP threads sleep soon.
 
@@ -69,6 +82,7 @@ def configure_process() -> dict[str, str]:
     `KMP_BLOCKTIME`. `FASTGAN_KEEP_MEMORY=0` leaves malloc as it is. It may be called again.
 
     Returns:
-        What was done about "freed memory" and "idle threads", in words.
+        What was done about "freed memory", "idle threads" and, on a Mac, "ops that mps lacks", in words.
     """
-    return {"freed memory": keep_memory(), "idle threads": wait_without_spinning()}
+    found = {"freed memory": keep_memory(), "idle threads": wait_without_spinning()}
+    return found | ({"ops that mps lacks": fall_back_from_mps()} if sys.platform == "darwin" else {})

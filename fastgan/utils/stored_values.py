@@ -65,7 +65,7 @@ def _is_class(label: Any, order: Any) -> bool:
 _RESOLUTION = choice(*[2**i for i in range(2, 11)])
 _WIDTH = whole(1, 2**20)
 NETWORKS: Mapping[str, Rule] = {
-    "model": choice("mlp", "dcgan", "sagan", "pggan", "r3gan"),
+    "model": text(60),
     "resolution": _RESOLUTION,
     "channels": whole(1, 1024),
     "latent": _WIDTH,

@@ -31,6 +31,8 @@ def device_name(device: torch.device) -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU of {platform.machine()}"
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -38,6 +40,18 @@ def device_name(device: torch.device) -> str:
         name = models[0] if models else name
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def missing_device(kind: str) -> str:
+    """What `--device` must be instead of "cuda" or "mps" where this machine or this torch has none; "" if it has."""
+    import torch
+
+    if kind == "cuda":
+        return "" if torch.cuda.is_available() else "must be cpu; torch sees no GPU here"
+    if torch.backends.mps.is_available():
+        return ""
+    why = "torch sees no Apple GPU here" if torch.backends.mps.is_built() else "this torch is built without MPS"
+    return f"must be cpu{' or cuda' * torch.cuda.is_available()}; {why}"
 
 
 @functools.cache

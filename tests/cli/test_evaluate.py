@@ -22,9 +22,10 @@ from fastgan.cli import evaluate, main, train
 from fastgan.data import open_source
 from fastgan.errors import ArgumentError
 from fastgan.evaluation import measure
+from fastgan.evaluation.of_generator import drawer
 from fastgan.evaluation.table import format_table
 from fastgan.generator import load
-from fastgan.training.evaluator import drawer, unwritable
+from fastgan.training.evaluator import unwritable
 
 TINY = "--width 8 --max-width 8 --latent 4 --batch 8 --resolution 16 --samples 4".split()
 
@@ -183,9 +184,17 @@ def test_the_card_of_an_export_has_the_numbers(run: Path, capsys: pytest.Capture
     assert main.main(["export", str(run)]) == 0
     card = (run / "export" / "README.md").read_text()
     assert f"| ms_ssim | {line['metrics']['ms_ssim']:.4g} | digits | 64 |" in card
-    refused(
-        capsys, [str(run / "export" / "model.safetensors")], "RUN must be a run directory, or a checkpoint in one, got"
-    )
+    # The export in the run's folder has the run's data; its numbers are printed, and not added to the record.
+    assert main.main(["evaluate", str(run / "export" / "model.safetensors"), "--n", "64", "--metrics", "msssim"]) == 0
+    output = capsys.readouterr()
+    assert f"{line['metrics']['ms_ssim']:.4f}" in output.out and "against 1,797 real ones of digits" in output.out
+    assert lines(run) == [line]
+    # A file elsewhere does not say where its data are.
+    alone = shutil.copytree(run / "export", run.parent / "alone") / "model.safetensors"
+    refused(capsys, [str(alone)], "--data must name the real images, got None; ")
+    assert main.main(["evaluate", str(alone), "--data", "digits", "--n", "64", "--metrics", "msssim"]) == 0
+    assert f"{line['metrics']['ms_ssim']:.4f}" in capsys.readouterr().out
+    assert sorted(alone.parent.iterdir()) == [alone.parent / name for name in ("README.md", "config.json", alone.name)]
 
 
 def test_invalid_arguments(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +213,10 @@ def test_invalid_arguments(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     refused(capsys, [name, "--data", "stacked-digits"], "--data 'stacked-digits': the run's images have 1 channel (")
     refused(capsys, [name, "--data", "imagenet"], "--data ", "'imagenet'")
     refused(capsys, [name, "--data", "synthetic", "--features", "digits", "--metrics", "modes"], "modes are known")
-    refused(capsys, [str(tmp_path / "nothing")], "RUN must be a run directory, or a checkpoint in one, got")
+    refused(
+        capsys, [str(tmp_path / "nothing")], "RUN must be a run with a checkpoint or an exported file, or a name of"
+    )
+    refused(capsys, [str(tmp_path)], "RUN must be a run directory, a checkpoint in one, or an exported file, got")
     if not torch.cuda.is_available():
         refused(capsys, [name, "--device", "cuda"], "--device must be cpu, got 'cuda'; torch sees no GPU here")
 
@@ -257,7 +269,7 @@ def test_an_interrupt_before_anything_is_stored(
         raise KeyboardInterrupt
 
     stopped: list[bool] = []
-    monkeypatch.setattr("fastgan.training.evaluator.drawer", lambda *_: interrupted)
+    monkeypatch.setattr("fastgan.evaluation.of_generator.drawer", lambda *_: interrupted)
     monkeypatch.setattr("fastgan.training.distributed.rendezvous.stop", lambda: stopped.append(True))
     assert evaluate.main([str(run), "--n", "64", "--metrics", "msssim"]) == 130
     output = capsys.readouterr().err
@@ -287,7 +299,7 @@ def test_an_interrupted_command_resumes(
 
             return draw
 
-        patch.setattr("fastgan.training.evaluator.drawer", breaking)
+        patch.setattr("fastgan.evaluation.of_generator.drawer", breaking)
         assert evaluate.main(argv) == 130
     kept = "the statistics so far are stored; the same command resumes"
     assert capsys.readouterr().err.splitlines()[-2:] == [kept, "fastgan: interrupted"]

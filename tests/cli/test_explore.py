@@ -57,6 +57,29 @@ def test_the_page_over_http(page: explorer.Server, run: Path) -> None:
     assert first.shape == (512, 512) and np.array_equal(ask(2, 5, 6, 0, 1, -1), first)
 
 
+def test_neighbors_and_a_walk(page: explorer.Server, run: Path) -> None:
+    from gradio_client import Client
+
+    trained = fastgan.load(run)
+
+    def cells(grid: np.ndarray) -> np.ndarray:
+        """[9, 8, 8] of a grid of 3 x 3 images of 8 px, enlarged 21 times."""
+        return grid[::21, ::21][:24, :24].reshape(3, 8, 3, 8).swapaxes(1, 2).reshape(9, 8, 8).astype(float)
+
+    sample = ((trained.sample(6, seed=7)[:, 0] + 1) * 127.5).round().numpy()
+    near, far = (cells(explorer.neighbors(trained, 3, 7, 4, share, 1.0, -1)) for share in (0.1, 0.6))
+    assert np.array_equal(near[0], sample[4]) and np.array_equal(far[0], sample[4])
+    differences = [np.abs(grid[1:] - grid[0]).mean() for grid in (near, far)]
+    assert 0 < differences[0] < differences[1]
+    path = cells(explorer.walk(trained, 3, 7, 3, 1.0, 1))
+    of_class = cells(explorer.picture(trained, 3, 7, 7, 0.0, 1.0, 1))
+    assert np.array_equal(path[::3], of_class[3:6])  # a row starts at each of three samples
+    client = Client(page.url, verbose=False, analytics_enabled=False)
+    for name, values in {"/neighbors": (3, 7, 4, 0.1, 1, -1), "/walk": (3, 7, 3, 1, 1)}.items():
+        with Image.open(client.predict(*values, api_name=name)) as image:
+            assert image.size == (504, 504), name
+
+
 def test_the_page_is_local_and_arguments_are_checked(
     page: explorer.Server, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -315,7 +315,7 @@ def test_errors_in_python_name_the_argument(run: Path) -> None:
     for rows, columns, name, got in ((0, 3, "rows", 0), (2, 0, "columns", 0), (-1, 3, "rows", -1)):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got {got}"):
             trained.interpolate(rows, columns)
-    with pytest.raises(ArgumentError, match="device must be cpu, cuda or cuda:N, got 'foo'"):
+    with pytest.raises(ArgumentError, match="device must be cpu, cuda, cuda:N or mps, got 'foo'"):
         fastgan.load(run, device="foo")
     with pytest.raises(ArgumentError, match=r"device must be .*cpu.*, got 'cuda:99'"):
         fastgan.load(run, device="cuda:99")

@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "pggan-fading": {"model": "pggan", "resolution": 16, "alpha": 0.4},
     "pggan": {"model": "pggan", "resolution": 32},
     "r3gan": {"model": "r3gan", "resolution": 16},
+    "dcgan-gray": {"model": "dcgan", "resolution": 8, "channels": 1},
+    "sagan-classes-gray": {"model": "sagan", "resolution": 8, "num_classes": 3, "channels": 1},
 }
 
 

@@ -27,6 +27,8 @@ def unsupported_reason(config: Config, world: ProcessGroup) -> str | None:
     """Why no stage of this run can be compiled, or None."""
     if sys.platform == "win32":
         return "it is not supported on Windows"
+    if config.system.device == "mps":
+        return "programs for mps are not made"
     if config.system.sync_bn:
         return "--sync-bn communicates inside the step"
     if config.objective.penalty_every > 1:

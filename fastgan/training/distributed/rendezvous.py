@@ -21,6 +21,7 @@ from fastgan.errors import ArgumentError
 from fastgan.training.distributed.private_api import disable_shared_memory_op, set_group_timeout
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.resilience.heartbeat import EXIT_RANK_FAULT, Heartbeat, join_timeout
+from fastgan.utils.system import missing_device
 
 _STORES: list[Any] = []
 """Keeps the stores of `_start_heartbeat` alive: rank 0's also serves torch's process group, at the same port."""
@@ -80,7 +81,7 @@ def start(
 
     Args:
         engine: "auto", "deepspeed" or "torch".
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps".
         zero: ZeRO stage; 1 and 2 need DeepSpeed.
         deepspeed_config: DeepSpeed's configuration file, if any.
         timeout: seconds that ranks wait for one another.
@@ -180,13 +181,18 @@ def pick_device(device: str) -> torch.device:
     """The device of this process; each rank of a host has its own GPU.
 
     Args:
-        device: "auto", "cpu" or "cuda".
+        device: "auto" (cuda where there is one, else cpu: mps is taken only by name), "cpu", "cuda" or "mps".
 
     Raises:
-        ArgumentError: there is no GPU, or this host has fewer GPUs than ranks.
+        ArgumentError: there is no such device, or this host has fewer GPUs than ranks.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("--device", device, "must be cpu; torch sees no GPU here")
+    problem = missing_device(device) if device in ("cuda", "mps") else ""
+    if problem:
+        raise ArgumentError("--device", device, problem)
+    if device == "mps":
+        if launched() and int(os.environ["WORLD_SIZE"]) > 1:
+            raise ArgumentError("--device", device, "must be cpu or cuda with several ranks; a Mac has one GPU")
+        return torch.device("mps")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
