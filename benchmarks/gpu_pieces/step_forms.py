@@ -67,8 +67,7 @@ def measure_convolution(up: bool, shape: tuple[int, int, int, int], dtype: torch
     w.requires_grad_()
     able = [n for n, it in OPS[op.__name__].implementations.items() if it.unsupported_reason(x, w) is None]
     us = {
-        form: replayed_us(_second_order(lambda x, w, form=form: op(x, w, backend=form), x, w), device)
-        for form in able
+        form: replayed_us(_second_order(lambda x, w, form=form: op(x, w, backend=form), x, w), device) for form in able
     }
     return {"op": op.__name__, "shape": [batch, channels, out, px], "dtype": str(dtype), "us": us}
 
