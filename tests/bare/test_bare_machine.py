@@ -21,6 +21,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ROOT = Path(fastgan.__file__).resolve().parents[1]
 BARE = ("torch==2.11.*", "numpy", "pytest", "pytest-timeout", "hypothesis", "expecttest")
 TRAINING = ("pydantic", "pyyaml", "tyro", "tqdm", "safetensors", "scikit-learn", "pillow", "tensorboard")
+NEEDED_BY_THEM = (
+    *("annotated-types", "pydantic-core", "typing-inspection", "docstring-parser", "shtab", "typeguard", "rich"),
+    *("markdown-it-py", "mdurl", "pygments", "scipy", "joblib", "threadpoolctl", "narwhals", "absl-py", "grpcio"),
+    *("markdown", "protobuf", "werkzeug", "tensorboard-data-server"),
+)
 
 OPS = """
 import importlib.util, torch
@@ -91,29 +96,8 @@ def packages(bare: Path) -> Path:
     """A folder with what training needs besides."""
     folder = bare.parents[1] / "training"
     if not (folder / "complete").exists():
-        _pip(bare, "--target", str(folder), "--upgrade", "--no-deps", *TRAINING)
-        # Their own needs, but not torch's or numpy's, which the environment has.
-        needs = (
-            "annotated-types",
-            "pydantic-core",
-            "typing-inspection",
-            "docstring-parser",
-            "shtab",
-            "typeguard",
-            "rich",
-        )
-        more = (
-            "markdown-it-py",
-            "mdurl",
-            "pygments",
-            "scipy",
-            "joblib",
-            "threadpoolctl",
-            "narwhals",
-            "absl-py",
-            "grpcio",
-        )
-        _pip(bare, "--target", str(folder), "--upgrade", "--no-deps", *needs, *more, "markdown", "protobuf", "werkzeug")
+        # Without what the environment has; their own needs by name.
+        _pip(bare, "--target", str(folder), "--upgrade", "--no-deps", *TRAINING, *NEEDED_BY_THEM)
         (folder / "complete").touch()
     return folder
 
