@@ -41,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "explorer": {"data", "errors", "generator", "utils"},
     "video": {"data", "errors", "generator", "utils"},
     "generator": {"checkpoint", "errors", "export", "models", "utils"},
-    "training.observability": {"", "data", "errors", "utils"},
+    "training.observability": {"", "checkpoint", "data", "errors", "utils"},
     "training.resilience": {"training.observability", "checkpoint", "errors", "utils"},
     "training.distributed": {"training.observability", "training.resilience", "", "config", "errors", "utils"},
     "training.compiling": {

@@ -3,8 +3,9 @@
     python -m benchmarks.training.whole_steps [CASE ...] [--threads 2] [--precision fp32 bf16] [--kept on off]
 
 A step is one of the discriminator and one of the generator, with everything that training has around them. Arms:
-`plain` (benchmarks/training/plain.py, written from the papers, at torch's defaults) in float32, and `ours` through the
-trainer's own stage, in each --precision. Both sides start from the same weights, and their losses are compared before
+`plain` (benchmarks/training/plain.py, written from the papers, at torch's defaults) in float32, and through the
+trainer's own stage, in each --precision, `ours` in eager mode and `compiled` (--compile on; compiling is not counted,
+and takes up to a minute a case once). Both sides start from the same weights, and their losses are compared before
 anything is timed. The arms of a case run in turns in one process; peak memory is that of a process per arm. --kept
 repeats everything with memory that malloc keeps, on both sides (docs/precision.md). Results go to --out as JSON.
 
@@ -41,6 +42,7 @@ from benchmarks.training import plain
 from fastgan.config import Config, Precision, replace
 from fastgan.config.variants import VARIANTS
 from fastgan.data import Batch
+from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, build, load
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.loss_scale import LossScales
 from fastgan.training.observability.meters import Meters
@@ -121,6 +123,17 @@ def our_stage(case: Case, precision: Precision) -> ActiveStage:
     )  # fmt: skip
 
 
+def compiled_programs(case: Case, stage: ActiveStage) -> StagePrograms:
+    """The programs of a stage, compiled now if they are not in the user's cache."""
+    spec = ProgramSpec(stage.config, case.resolution, False, case.channels, 0, case.batch)
+    if not spec.compiled(CPU):
+        build(spec, CPU)
+    found = load(spec, stage.step)
+    if not isinstance(found, StagePrograms):
+        raise SystemExit(f"{case.variant} at {case.resolution} px cannot be compiled: {found}")
+    return found
+
+
 def plain_trainer(case: Case, precision: Precision = "fp32") -> plain.PlainTrainer:
     """The plain side of a case, with the weights of `our_stage`."""
     config = case.config("fp32")
@@ -140,13 +153,15 @@ def images_of(case: Case) -> Tensor:
 
 
 def arm(case: Case, name: str) -> Step:
-    """One whole step of an arm, "plain", "plain-PRECISION" or "ours-PRECISION"; a compiled arm has its place here."""
+    """One whole step of an arm, "plain", or "plain", "ours" or "compiled" with "-PRECISION"."""
     images = images_of(case)
     side, _, precision = name.partition("-")
     if side == "plain":
         trainer = plain_trainer(case, precision or "fp32")  # type: ignore[arg-type]
         return lambda: trainer.step(images)
     stage = our_stage(case, precision)  # type: ignore[arg-type]
+    if side == "compiled":
+        stage.use(compiled_programs(case, stage))
     positions = torch.arange(case.batch)
 
     def step() -> None:
@@ -253,7 +268,9 @@ def child_times(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
     if wrong:
         raise SystemExit(f"the sides compute different losses or gradients: {wrong}")
     steps = {name: arm(case, name) for name in names}
-    return {"difference": off, "seconds": interleaved(steps, rounds), "flops": {n: flops(s) for n, s in steps.items()}}
+    # A program's operations are not seen by torch: those of the eager step stand for it.
+    counted = {name: flops(steps[name.replace("compiled", "ours")]) for name in names}
+    return {"difference": off, "seconds": interleaved(steps, rounds), "flops": counted}
 
 
 def child_memory(case: Case, name: str) -> dict[str, Any]:
@@ -273,7 +290,7 @@ def start_child(what: str, case: str, names: list[str], args: Any, kept: bool) -
 
 
 def measure(case: str, args: Any, kept: bool) -> dict[str, Any]:
-    names = ["plain", *(f"ours-{precision}" for precision in args.precision)]
+    names = ["plain", *(f"{side}-{precision}" for precision in args.precision for side in ("ours", "compiled"))]
     found = start_child("times", case, names, args, kept)
     return {**found, "memory": {name: start_child("memory", case, [name], args, kept) for name in names}}
 

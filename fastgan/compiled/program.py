@@ -108,6 +108,35 @@ class Program:
         return None
 
 
+_COUNTING = (torch.ops.aten.arange, torch.ops.aten.mul)
+
+
+def _with_counters_computed(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `graph` in which multiples of counters are constants.
+
+    Random numbers multiply a counter by a 64-bit constant and wrap around. Inductor takes the product for the index of
+    an element, as it does any counter, and computes with it exactly: it fails, or the program is wrong.
+    """
+    nodes = fx.Graph()
+    nodes.output(nodes.graph_copy(graph.graph, {}))
+    copy = fx.GraphModule(graph, nodes)
+    computed: dict[fx.Node, Tensor] = {}
+    for node in list(copy.graph.nodes):
+        if getattr(node.target, "overloadpacket", None) in _COUNTING and all(
+            n in computed for n in node.all_input_nodes
+        ):
+            arguments, options = fx.node.map_arg((node.args, node.kwargs), computed.__getitem__)
+            computed[node] = node.target(*arguments, **options)
+    for i, (node, value) in enumerate(computed.items()):
+        if any(user not in computed for user in node.users) and value.dtype == torch.int64:
+            copy.register_buffer(f"counter_{i}", value)
+            with copy.graph.inserting_before(node):
+                node.replace_all_uses_with(copy.graph.get_attr(f"counter_{i}"), lambda user: user not in computed)
+    copy.graph.eliminate_dead_code()
+    copy.recompile()
+    return copy
+
+
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], file: Path) -> None:
     """Compile `graph` for inputs of these layouts into `file`, whole or not at all.
 
@@ -122,7 +151,9 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], file: Path) -
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=".part-") as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.no_grad():
-                exported = torch.export.export(graph, tuple(x.detach() for x in inputs), strict=False)
+                exported = torch.export.export(
+                    _with_counters_computed(graph), tuple(x.detach() for x in inputs), strict=False
+                )
                 _inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "program.pt2"))
             os.replace(Path(folder) / "program.pt2", file)
     except Exception as error:  # whatever the compiler raises

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgan import checkpoint
 from fastgan.checkpoint import Checkpoint
 from fastgan.config import Config, batch_at, validate
 from fastgan.config.growth import stage_at, stages_of
@@ -21,7 +19,6 @@ from fastgan.planning.time_left import TimeLeft
 from fastgan.training import precision, torch_settings
 from fastgan.training.best import BestCheckpoint
 from fastgan.training.checkpoints import state as checkpoint_state
-from fastgan.training.checkpoints.resume import require_fitting, validate_resume
 from fastgan.training.compiling.compilation import Compilation
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.evaluator import Evaluator, append
@@ -29,10 +26,11 @@ from fastgan.training.feed import Feed
 from fastgan.training.from_config import network_values, rates
 from fastgan.training.intervals import Interval, checkpoint_kimg, log_kimg, sample_kimg
 from fastgan.training.loss_scale import LossScales
+from fastgan.training.observability.clock import TrainingClock
 from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.metrics_log import MetricsLog
 from fastgan.training.observability.rank_log import LOGGER, rank_log
-from fastgan.training.observability.runaway import RunawayDetector, RunawayError
+from fastgan.training.observability.runaway import RunawayDetector, respond
 from fastgan.training.observability.stragglers import StragglerDetector
 from fastgan.training.resilience.signals import SignalHandler
 from fastgan.training.stage import ActiveStage, State
@@ -90,8 +88,7 @@ class Trainer:
         self.stragglers = StragglerDetector(world)
         self.runaway = RunawayDetector()
         self.last_good: Path | None = None
-        self._logged_at = (time.monotonic(), 0)
-        self._excluded = 0.0  # seconds since then that are not training's
+        self.clock = TrainingClock()
         self._groups: dict[int, Any] = {}
         self.compilation = Compilation(
             config, world, self.stages, channels=source.channels, num_classes=source.num_classes
@@ -106,7 +103,9 @@ class Trainer:
             weights = None if initial is None else {**initial.training(), "ema": initial.generator()}
             self.enter(self.stages[0].resolution, weights)
         else:
-            self._restore(resume)
+            shape = {"resolution": resume.meta["resolution"], "channels": source.channels}
+            values = network_values(config.networks, **shape, num_classes=source.num_classes)
+            checkpoint_state.restore(self, resume, values)
 
     def enter(self, resolution: int, state: State | None = None, ema_steps: int = 0, grown: bool = False) -> None:
         """Build the networks of a resolution and train them from now on; arguments as for `ActiveStage`."""
@@ -141,7 +140,7 @@ class Trainer:
         while self.stage.resolution < planned.resolution:
             self.grow()
         self.stage.set_alpha(planned.alpha(self.images))  # of spectators too: they draw images for an evaluation
-        self._exclude(self.compilation.follow(self.stage, self.images))
+        self.clock.exclude(self.compilation.follow(self.stage, self.images))
         batch, n_critic = batch_at(self.config.schedule, self.stage.resolution), self.config.optimizer.n_critic
         if self.stage.share.is_spectator:
             self.images += n_critic * batch
@@ -175,37 +174,11 @@ class Trainer:
             NonFiniteError: something was not finite, so nothing after the bad step is ever saved.
             ArgumentError: it could not be written.
         """
-        began = time.monotonic()
-        self.raise_if_nonfinite()
-        self.stage.synchronize()
-        self.last_good = checkpoint_state.write(self)
-        self._exclude(time.monotonic() - began)
+        with self.clock.paused():
+            self.raise_if_nonfinite()
+            self.stage.synchronize()
+            self.last_good = checkpoint_state.write(self)
         return self.last_good
-
-    def _restore(self, resume: Checkpoint) -> None:
-        meta, resolution = resume.meta, resume.meta["resolution"]
-        values = network_values(
-            self.config.networks,
-            resolution=resolution,
-            channels=self.source.channels,
-            num_classes=self.source.num_classes,
-        )
-        validate_resume(resume, self.config, values, self.stages)
-        self.feed.pipeline.load_state_dict(meta["data"])
-        self.images, self.steps = meta["images"], meta["steps"]
-        self.compilation.resumes_compiled = meta.get("compiled", False)
-        training = require_fitting(resume)
-        self.enter(resolution, training, meta["ema_steps"])
-        self.stage.generator_engine.load_state(training.get("optimizer_g", {}))
-        self.stage.discriminator_engine.load_state(training.get("optimizer_d", {}))
-        if self.scales is not None:
-            self.scales.load_state(training.get("loss_scale", {}))
-        if "runaway" in meta:
-            checkpoint_state.load_runaway(self.runaway, resume)
-        checkpoint_state.load_meters(self, training.get("meters", {}))
-        if meta["world_size"] == self.world.size:
-            checkpoint_state.load_random(resume, training, self.world.rank)
-        self.last_good = resume.path
 
     def run(self) -> int | None:
         """Train to the end, or to a signal, which is then returned; a checkpoint is written either way.
@@ -238,7 +211,7 @@ class Trainer:
             evaluator, kimg = self._evaluator, self.config.run.evaluate_kimg or self.config.schedule.kimg
             intervals.append(Interval(kimg, lambda: self._evaluate(log, evaluator)))
         checkpoint = Interval(checkpoint_kimg(self.config), self.save)
-        self._logged_at = (time.monotonic(), self.images)
+        self.clock.start(self.images)
         for note in (*([self._note] if self._note else []), *self.stage.notes()):
             log.line(note)
         if self.images >= self.total:  # a run that was done is resumed
@@ -268,12 +241,9 @@ class Trainer:
         names = self.stage.step.metrics
         sums, counts = self.world.sum(self.meters.totals(names, self.world.device)).tolist()
         self.meters.clear()
-        now, (then, images) = time.monotonic(), self._logged_at
-        self._logged_at = (now, self.images)
-        seconds = max(now - then, 1e-9)
-        images_per_second = (self.images - images) / seconds
-        self.time_left.observe(images, self.images, seconds, self._excluded)
-        self._excluded = 0.0
+        lap = self.clock.lap(self.images)
+        images_per_second = (self.images - lap.start) / lap.seconds
+        self.time_left.observe(lap.start, self.images, lap.seconds, lap.excluded)
         planned, share = stage_at(self.stages, self.images), self.stage.share
         values = {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
         speeds = self.stragglers.row(share.active if share.has_subgroup else self.world.size, log.line)
@@ -285,7 +255,7 @@ class Trainer:
                 "alpha": planned.alpha(self.images) if planned.resolution == self.stage.resolution else 1.0,
                 "form": "eager" if self.stage.programs is None else "compiled",
                 "images_per_second": images_per_second,
-                "data_share": self.feed.waited / seconds,  # the share of all time spent waiting for batches
+                "data_share": self.feed.waited / lap.seconds,  # the share of all time spent waiting for batches
                 **values,
                 **speeds,
                 **({} if self.scales is None else self.scales.row()),
@@ -294,54 +264,29 @@ class Trainer:
         )
         self.feed.waited = 0.0
         self.compilation.at_log(self.stage, self.images, images_per_second)
-        self._tell_of_leaps(log, values)
-
-    def _tell_of_leaps(self, log: MetricsLog, values: dict[str, float]) -> None:
-        """Warn of a leap, keep the last checkpoint before it, and end a run in which it stays.
-
-        Raises:
-            RunawayError: on every rank.
-        """
         leap = self.runaway.update(self.images, values)
-        if leap is None:
-            return
-        way_back = "there is no checkpoint yet"
-        if self.world.main and not leap.over:
-            kept = checkpoint.mark(self.run_path, leap.images, str(leap))
-            way_back = way_back if kept is None else f"{kept} is kept; --init-from it with a lower --lr-d"
-        if leap.stays:
-            raise RunawayError(f"step {self.steps}: {leap}, and stays for {leap.rows} rows; {way_back}")
-        if leap.over or leap.rows == 1:
-            LOGGER.warning(str(leap))
-            log.line(str(leap) if leap.over else f"warning: {leap}; {way_back}")
+        if leap is not None:
+            respond(leap, self.steps, self.run_path if self.world.main else None, log.line)
 
     def _sample(self, log: MetricsLog) -> None:
-        began = time.monotonic()
-        self.stage.wait()
-        if self.world.main:
-            run = self.config.run
-            images = sample_images(self.stage.ema.module, run.samples, run.seed, self.stage.networks)
-            path = self.run_path / "samples" / f"kimg-{self.images / 1000:010.3f}.png"
-            log.images(images, path, self.images, self.config.schedule.resolution)
-        self._exclude(time.monotonic() - began)
+        with self.clock.paused():
+            self.stage.wait()
+            if self.world.main:
+                run = self.config.run
+                images = sample_images(self.stage.ema.module, run.samples, run.seed, self.stage.networks)
+                path = self.run_path / "samples" / f"kimg-{self.images / 1000:010.3f}.png"
+                log.images(images, path, self.images, self.config.schedule.resolution)
 
     def _evaluate(self, log: MetricsLog, evaluator: Evaluator) -> None:
         """A collective. The time it takes is not counted as training's."""
-        began = time.monotonic()
-        self.stage.synchronize()
-        if self.world.size > 1:
-            # All ranks draw, with the batch-norm statistics that are saved.
-            broadcast_tensors(self.stage.ema.module.buffers())
-        meta = {"variant": self.variant, "networks": self.stage.networks, "images": self.images}
-        record = evaluator(self.stage.ema.module, meta)
-        if record is not None:
-            append(self.run_path, record)
-            log.evaluation(self.images, record)
-        self.best.consider(self, record)
-        self._exclude(time.monotonic() - began)
-
-    def _exclude(self, seconds: float) -> None:
-        """Count `seconds` as not spent on training."""
-        self._excluded += seconds
-        then, images = self._logged_at
-        self._logged_at = (then + seconds, images)
+        with self.clock.paused():
+            self.stage.synchronize()
+            if self.world.size > 1:
+                # All ranks draw, with the batch-norm statistics that are saved.
+                broadcast_tensors(self.stage.ema.module.buffers())
+            meta = {"variant": self.variant, "networks": self.stage.networks, "images": self.images}
+            record = evaluator(self.stage.ema.module, meta)
+            if record is not None:
+                append(self.run_path, record)
+                log.evaluation(self.images, record)
+            self.best.consider(self, record)

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, spectral_norm
 
 import fastgan
 from fastgan.compiled import program
 from fastgan.compiled.recording import NotRecordable
+from fastgan.utils import counter_rng
 
 
 @pytest.fixture(autouse=True)
@@ -358,3 +360,16 @@ def test_a_program_is_compiled_once_and_then_found_in_the_cache(monkeypatch):
     expected = critic(x).square().mean()
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradients[0], torch.autograd.grad(expected, critic.weight)[0])
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 21])
+def test_random_numbers_of_positions_are_compiled_right(tmp_path, size):
+    """Inductor takes a counter times a 64-bit constant for an index: at size 21 it gave other numbers."""
+
+    def draw(index):
+        return [counter_rng.uniform(3, "a", index, size) + torch.tensor([0.5])]
+
+    index = torch.arange(1000, 1016)
+    program.compile_graph(make_fx(draw)(index), [index], tmp_path / "draw.pt2")
+    (found,) = program.Program.load(tmp_path / "draw.pt2", [program.layout(index)])([index])
+    assert torch.equal(found, draw(index)[0])

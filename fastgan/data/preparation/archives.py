@@ -12,9 +12,12 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 from fastgan.data.faults import is_machine_fault, machine_error
 from fastgan.data.folder_labels import DATASET_JSON, MAX_BYTES, is_storage, label_of, parse_dataset_json
@@ -125,7 +128,8 @@ class TarCollection(FileCollection):
     """The images of tar files, in the order of the files' names and then of the archive.
 
     A sample of webdataset is what shares a name up to the first dot of its last part. Its .cls, or a key of its .json,
-    is the label of its images; without either, the label is the first-level folder.
+    is the label of its images; without either, the label is the first-level folder. Of members with one name in a tar
+    the last one counts, as unpacking would leave it.
     """
 
     kind = "tar"
@@ -170,13 +174,31 @@ class TarCollection(FileCollection):
     def _samples(self, file: Path) -> Iterator[list[tarfile.TarInfo]]:
         """Runs of members with one key."""
         sample: list[tarfile.TarInfo] = []
+        replaced = self._replaced(file)
         for member in self._members(file):
+            if member.offset in replaced:
+                continue
             if sample and _sample_key(sample[0].name) != _sample_key(member.name):
                 yield sample
                 sample = []
             sample.append(member)
         if sample:
             yield sample
+
+    def _replaced(self, file: Path) -> set[int]:
+        """Offsets of members that a later one of the same name replaces. 8 bytes a member: a tar may hold millions."""
+        hashes = array("q", (hash(member.name) for member in self._members(file)))
+        values, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
+        repeated = set(values[counts > 1].tolist())
+        if not repeated:
+            return set()
+        offsets: dict[str, int] = {}
+        replaced = set()
+        for member in self._members(file):
+            if hash(member.name) in repeated:
+                replaced.add(offsets.get(member.name, member.offset))
+                offsets[member.name] = member.offset
+        return replaced - set(offsets.values())
 
     def _members(self, file: Path) -> Iterator[tarfile.TarInfo]:
         last = "its start"

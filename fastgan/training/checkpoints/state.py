@@ -1,6 +1,6 @@
 """What of a running trainer goes into a checkpoint, and how several ranks write one.
 
-`Trainer.save` and its counterpart `Trainer._restore` use these; the layout on disk is in fastgan/checkpoint.py.
+`Trainer.save` writes one, a trainer that resumes restores it; the layout on disk is in fastgan/checkpoint.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fastgan import __version__, checkpoint
 from fastgan.checkpoint import Checkpoint
 from fastgan.errors import ArgumentError, printable
 from fastgan.ops import qualification
+from fastgan.training.checkpoints.resume import require_fitting, validate_resume
 from fastgan.training.observability.rank_log import LOGGER
 from fastgan.training.observability.runaway import RunawayDetector
 from fastgan.utils.text import first_line
@@ -138,3 +139,33 @@ def write(trainer: Trainer) -> Path:
     if world.heartbeat is not None:
         world.heartbeat.last_good = last_good
     return last_good
+
+
+def restore(trainer: Trainer, resume: Checkpoint, networks: dict[str, Any]) -> None:
+    """Put a new trainer where `resume` was written.
+
+    Args:
+        trainer: has no stage yet.
+        resume: the checkpoint.
+        networks: as for `validate_resume`.
+
+    Raises:
+        ArgumentError: the checkpoint is of another run, or it was edited.
+    """
+    meta = resume.meta
+    validate_resume(resume, trainer.config, networks, trainer.stages)
+    trainer.feed.pipeline.load_state_dict(meta["data"])
+    trainer.images, trainer.steps = meta["images"], meta["steps"]
+    trainer.compilation.resumes_compiled = meta.get("compiled", False)
+    training = require_fitting(resume)
+    trainer.enter(meta["resolution"], training, meta["ema_steps"])
+    trainer.stage.generator_engine.load_state(training.get("optimizer_g", {}))
+    trainer.stage.discriminator_engine.load_state(training.get("optimizer_d", {}))
+    if trainer.scales is not None:
+        trainer.scales.load_state(training.get("loss_scale", {}))
+    if "runaway" in meta:
+        load_runaway(trainer.runaway, resume)
+    load_meters(trainer, training.get("meters", {}))
+    if meta["world_size"] == trainer.world.size:
+        load_random(resume, training, trainer.world.rank)
+    trainer.last_good = resume.path

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from fastgan import checkpoint
+from fastgan.training.observability.rank_log import LOGGER
 
 WATCHED = ("loss_d", "score_real", "score_fake")
 _FACTOR = 100.0  # times the largest magnitude of the rows before
@@ -112,3 +117,26 @@ class RunawayDetector:
         if leap is not None and leap["name"] not in WATCHED:
             raise ValueError(f"{leap['name'][:60]!r} is not watched")
         self._recent, self._images, self._leap = recent, images, leap
+
+
+def respond(leap: Leap, step: int, run: Path | None, say: Callable[[str], object]) -> None:
+    """Warn of a leap, keep the last checkpoint before it, and end a run in which it stays.
+
+    Args:
+        leap: of the present row.
+        step: generator steps so far.
+        run: the run directory, on the rank that writes; None on others.
+        say: prints a line.
+
+    Raises:
+        RunawayError: the leap stays; on every rank.
+    """
+    way_back = "there is no checkpoint yet"
+    if run is not None and not leap.over:
+        kept = checkpoint.mark(run, leap.images, str(leap))
+        way_back = way_back if kept is None else f"{kept} is kept; --init-from it with a lower --lr-d"
+    if leap.stays:
+        raise RunawayError(f"step {step}: {leap}, and stays for {leap.rows} rows; {way_back}")
+    if leap.over or leap.rows == 1:
+        LOGGER.warning(str(leap))
+        say(str(leap) if leap.over else f"warning: {leap}; {way_back}")

@@ -195,6 +195,25 @@ def test_names_in_a_tar_are_those_that_unpacking_gives(tmp_path: Path) -> None:
     ]
 
 
+def test_of_members_with_one_name_in_a_tar_the_last_is_used(tmp_path: Path) -> None:
+    """Labels too; a name of another tar is another image."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        contents = [("a.png", 0), ("a.cls", 0), ("b.png", 1), ("./a.png", 2), ("a.cls", 1), ("b.png", 3)]
+        for name, number in contents:
+            content = str(number).encode() if name.endswith("cls") else png(tmp_path, number)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    shutil.copy(tmp_path / "a.tar", tmp_path / "b.tar")
+    collection = TarCollection(tmp_path, [tmp_path / "a.tar", tmp_path / "b.tar"])
+    images = list(collection.images())
+    assert [(image.name, image.label, image.problem) for image in images] == [
+        *(("a.tar/a.png", 1, ""), ("a.tar/b.png", None, "")),
+        *(("b.tar/a.png", 1, ""), ("b.tar/b.png", None, "")),
+    ]
+    assert [collection.open(image).read() for image in images] == [png(tmp_path, 2), png(tmp_path, 3)] * 2
+
+
 def test_a_bomb_is_bounded_by_what_an_image_may_be(tmp_path: Path) -> None:
     """3.3 GB in 3 MB: the listed size is right, and too large for an image."""
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
