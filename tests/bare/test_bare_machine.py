@@ -21,12 +21,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ROOT = Path(fastgan.__file__).resolve().parents[1]
 BARE = ("torch==2.11.*", "numpy", "pytest", "pytest-timeout", "hypothesis", "expecttest")
 TRAINING = ("pydantic", "pyyaml", "tyro", "tqdm", "safetensors", "scikit-learn", "pillow", "tensorboard")
-NEEDED_BY_THEM = (
-    *("annotated-types", "pydantic-core", "typing-inspection", "docstring-parser", "shtab", "typeguard", "rich"),
-    *("markdown-it-py", "mdurl", "pygments", "scipy", "joblib", "threadpoolctl", "narwhals", "absl-py", "grpcio"),
-    *("markdown", "protobuf", "werkzeug", "tensorboard-data-server"),
-)
-
 OPS = """
 import importlib.util, torch
 import fastgan.ops
@@ -96,8 +90,7 @@ def packages(bare: Path) -> Path:
     """A folder with what training needs besides."""
     folder = bare.parents[1] / "training"
     if not (folder / "complete").exists():
-        # Without what the environment has; their own needs by name.
-        _pip(bare, "--target", str(folder), "--upgrade", "--no-deps", *TRAINING, *NEEDED_BY_THEM)
+        _pip(bare, "--target", str(folder), "--upgrade", *TRAINING)
         (folder / "complete").touch()
     return folder
 

@@ -40,7 +40,7 @@ EXTRA = {
     "bf16": ("pggan", "--precision bf16"),
     "rates that fall": ("lsgan", "--lr-decay 1"),
 }
-QUICK = (("pggan", 1), ("wgan-gp", 2), ("rates that fall", 1))
+QUICK = (("pggan", 1), ("wgan-gp", 2))
 CASES = [
     pytest.param(name, accumulation, marks=[] if (name, accumulation) in QUICK else pytest.mark.slow)
     for name in (*VARIANTS, *EXTRA)
