@@ -1,4 +1,5 @@
 # make train    train a progressive GAN on handwritten digits (VARIANT=wgan-gp and ARGS="--kimg 50" change that)
+# make docs     the documentation as a site in build/site, with what is generated from the code
 # make test     lint, types and tests, under ten minutes on two cores; make test-all adds the slow tests
 # make gpu      the first run on a GPU, in pieces (docs/gpu.md); needs no installation; ARGS="--minutes 9"
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # Two workers of one thread each: threads of several processes on the same cores slow each other down tenfold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-all gpu lint clean
+.PHONY: train test test-all docs gpu lint clean
 
 # DeepSpeed's launcher uses every GPU of this host; it is installed on Linux alone.
 train: .venv/installed
@@ -30,6 +31,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/installed
+	$(BIN)/python -m scripts.commands_page
+	$(BIN)/python -m scripts.architecture_picture
+	$(BIN)/python -m zensical build --strict --clean
+	@echo "open build/site/index.html"
+
 .venv/installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastgan needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv .venv
@@ -39,4 +46,4 @@ lint: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build .cache *.egg-info

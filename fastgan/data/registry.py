@@ -94,9 +94,9 @@ def open_source(
     """Open the images that `--data` names, and check them as far as that is cheap.
 
     Args:
-        spec: digits | stacked-digits | synthetic | avatars[:STYLE][?n=N] | fashion-mnist[:ROOT] | mnist:ROOT |
-            cifar10:ROOT (these three also with ?split=test) | celeba:ROOT | folder:PATH | prepared:PATH | a path,
-            whose kind is detected.
+        spec: `digits`, `stacked-digits`, `synthetic`, `avatars[:STYLE][?n=N]`, `fashion-mnist[:ROOT]`, `mnist:ROOT`,
+            `cifar10:ROOT` (these three also with `?split=test`), `celeba:ROOT`, `folder:PATH`, `prepared:PATH`, or a
+            path, whose kind is detected.
         resolution: the target, a power of two from 4, px.
         channels: None for the source's own. A folder is converted to 1, 3 or 4 (RGBA, colors multiplied by alpha);
             synthetic images have any number.

@@ -1,0 +1,1 @@
+"""Programs that keep the documentation: `make docs` runs them all."""
