@@ -20,6 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "ops.qualification": {"ops", "ops.dispatch", "kernels", "utils"},
     "functional": {"ops"},
     "nn": {"functional", "ops", "ops.dispatch"},
+    "integrations": {"nn", "ops"},
     "objectives": {"ops", "ops.dispatch"},
     "compiled": {"ops", "ops.dispatch", "utils"},
     "models": {"ops", "nn", "utils"},

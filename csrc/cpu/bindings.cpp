@@ -59,6 +59,7 @@ STABLE_TORCH_LIBRARY(fastgan, m) {
   m.def(
       "minibatch_stddev_second_backward(Tensor u, Tensor x, Tensor t, int group, int num_features, float eps)"
       " -> (Tensor, Tensor)");
+  m.def("normalize_second_backward(Tensor u, Tensor g, Tensor x, float eps) -> (Tensor, Tensor)");
   m.def("affine_grid_sample_forward(Tensor x, Tensor theta, bool reflect) -> Tensor");
   m.def("affine_grid_sample_backward(Tensor dy, Tensor theta, bool reflect) -> Tensor");
   m.def("gather_rows(Tensor addresses, Tensor starts, Tensor indices, int bytes) -> Tensor");
@@ -90,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("minibatch_stddev_forward", TORCH_BOX(&fastgan::minibatch_stddev_forward));
   m.impl("minibatch_stddev_backward", TORCH_BOX(&fastgan::minibatch_stddev_backward));
   m.impl("minibatch_stddev_second_backward", TORCH_BOX(&fastgan::minibatch_stddev_second_backward));
+  m.impl("normalize_second_backward", TORCH_BOX(&fastgan::normalize_second_backward));
   m.impl("affine_grid_sample_forward", TORCH_BOX(&fastgan::affine_grid_sample_forward));
   m.impl("affine_grid_sample_backward", TORCH_BOX(&fastgan::affine_grid_sample_backward));
   m.impl("gather_rows", TORCH_BOX(&fastgan::gather_rows));

@@ -49,6 +49,8 @@ std::tuple<Tensor, Tensor> minibatch_stddev_backward(const Tensor& dy, const Ten
 std::tuple<Tensor, Tensor> minibatch_stddev_second_backward(const Tensor& u, const Tensor& x, const Tensor& t,
                                                             int64_t group, int64_t num_features, double eps);
 
+std::tuple<Tensor, Tensor> normalize_second_backward(const Tensor& u, const Tensor& g, const Tensor& x, double eps);
+
 Tensor affine_grid_sample_forward(const Tensor& x, const Tensor& theta, bool reflect);
 Tensor affine_grid_sample_backward(const Tensor& dy, const Tensor& theta, bool reflect);
 

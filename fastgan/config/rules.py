@@ -11,6 +11,8 @@ from fastgan.errors import ArgumentError
 
 SECOND_ORDER = ("gradient-penalty", "wasserstein-divergence", "zero-centered", "zero-centered-both")
 """Regularizers whose step takes a second derivative of the discriminator."""
+ZERO_CENTERED = ("zero-centered", "zero-centered-both")
+"""Regularizers that can be estimated by finite differences."""
 
 
 def zero3_reason(regularizer: str) -> str:
@@ -36,6 +38,13 @@ def validate(config: Config) -> None:
             raise ArgumentError(f"--{name.replace('_', '-')}", value, f"must be {text}")
     _validate_networks(config)
     _validate_system(config)
+    o = config.objective
+    estimable = o.penalty_method == "exact" or o.regularizer in ZERO_CENTERED
+    allowed = f"must be exact with --regularizer {o.regularizer}; only {' and '.join(ZERO_CENTERED)} have another"
+    _require(estimable, "--penalty-method", o.penalty_method, allowed)
+    changes = o.penalty_method == "finite-difference" and config.networks.model == "sagan"
+    allowed = "must be exact with --model sagan, whose spectral norm changes from one call of a network to the next"
+    _require(not changes, "--penalty-method", o.penalty_method, allowed)
 
 
 # Field -> the field that decides whether it has an effect, and the values of that with which it has one.
@@ -51,6 +60,9 @@ _USED_WITH = {
     **dict.fromkeys(("label_fake", "label_real", "label_generator"), ("loss", ("least-squares",))),
     "clip": ("regularizer", ("weight-clipping",)),
     "penalty_weight": ("regularizer", ("gradient-penalty", "zero-centered", "zero-centered-both")),
+    "penalty_every": ("regularizer", SECOND_ORDER),
+    "penalty_method": ("regularizer", ZERO_CENTERED),
+    "penalty_sigma": ("penalty_method", ("finite-difference",)),
     **dict.fromkeys(("divergence_k", "divergence_p"), ("regularizer", ("wasserstein-divergence",))),
     **dict.fromkeys(("augment_target", "augment_kimg"), ("augment", ("ada",))),
     "beta1": ("optimizer", ("adam", "sgd")),

@@ -20,6 +20,7 @@ RegularizerName = Literal[
 ]
 Norm = Literal["batch", "none"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PenaltyMethod = Literal["exact", "finite-difference"]
 AugmentName = Literal["none", "ada", "diffaugment"]
 
 FINITE = Bound(lambda value: True, "a finite number")
@@ -82,6 +83,13 @@ class Objective(_Section):
     penalty_weight: Annotated[float, at_least(0)] = 10.0
     """Coefficient of the gradient penalty; zero-centered: of mean |grad D|^2 on real images, half of R1's gamma (both:
     on real and on generated images)."""
+    penalty_every: Annotated[int, at_least(1)] = 1
+    """Lazy regularization: penalize in a step of its own after so many discriminator steps, with so many times the
+    weight, and with rates and momenta corrected (Karras et al. 2020); 1: in every step, as part of the loss."""
+    penalty_method: PenaltyMethod = "exact"
+    """exact, or finite-difference: a noisy estimate without second derivatives (zero-centered penalties)."""
+    penalty_sigma: Annotated[float, above(0)] = 0.01
+    """Finite differences: length of the random step, where images are in [-1, 1]."""
     divergence_k: Annotated[float, at_least(0)] = 2.0
     """Wasserstein divergence: k, its coefficient."""
     divergence_p: Annotated[float, above(0)] = 6.0

@@ -14,12 +14,12 @@ from torch.autograd import Function
 
 from fastgan import functional as lean_functional
 from fastgan.nn.lean import LEAN
+from fastgan.nn.other_packages import ORIGINAL, lean_class_of_timm, original_class
 from fastgan.ops.autograd import with_zeros
 from fastgan.ops.dispatch.backend import in_transform
 
 Model = TypeVar("Model", bound=nn.Module)
 _PLAIN = {lean: plain for plain, lean in LEAN.items()}
-_ORIGINAL = "_fastgan_original"
 
 
 @dataclass
@@ -111,25 +111,30 @@ def _is_made_at_run_time(kind: type) -> bool:
     return getattr(sys.modules.get(kind.__module__), kind.__name__, None) is not kind
 
 
+def _known_lean_class(kind: Any) -> type[nn.Module] | None:
+    return LEAN.get(kind) or lean_class_of_timm(kind)
+
+
 def _lean_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The lean class for modules of this class; None where there is none, or where it is lean already."""
-    if kind in LEAN:
-        return LEAN[kind]
-    bases = tuple(LEAN.get(base, base) for base in kind.__bases__)
+    known = _known_lean_class(kind)
+    if known is not None or original_class(kind) is not None:
+        return known
+    bases = tuple(_known_lean_class(base) or base for base in kind.__bases__)
     if bases == kind.__bases__ or not _is_made_at_run_time(kind) or "forward" in vars(kind):
         return None
     names = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     metaclass: Any = type(kind)
-    return metaclass(kind.__name__, bases, {**names, _ORIGINAL: kind})
+    return metaclass(kind.__name__, bases, {**names, ORIGINAL: kind})
 
 
 def _plain_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     if kind in _PLAIN:
         return _PLAIN[kind]
-    original = vars(kind).get(_ORIGINAL)
+    original = original_class(kind)
     if original is not None:
         return original
-    bases = tuple(_PLAIN.get(base, base) for base in kind.__bases__)
+    bases = tuple(_PLAIN.get(base) or original_class(base) or base for base in kind.__bases__)
     if bases == kind.__bases__ or not _is_made_at_run_time(kind):
         return None
     # Parametrized or sharded after it was converted.

@@ -5,32 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
-import torch.nn.functional
 from torch import Tensor, nn
 
 from fastgan import functional as F
-
-
-def over_lean_functions(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A Python function of torch, with `fastgan.functional` where it has `torch.nn.functional` or a name of it.
-
-    For long functions of torch, which this package would otherwise have to copy for every version of torch.
-    """
-    assert isinstance(function, FunctionType)
-    names = dict(function.__globals__)
-    for name, value in function.__globals__.items():
-        if value is torch.nn.functional:
-            names[name] = F
-        elif name in F.LEAN and value is getattr(torch.nn.functional, name, None):
-            names[name] = getattr(F, name)
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__doc__ = function.__doc__
-    return copy
+from fastgan.nn.other_packages import over_lean_functions
 
 
 class Conv2d(nn.Conv2d):
@@ -150,6 +130,26 @@ class Upsample(nn.Upsample):
         return F.interpolate(input, self.size, self.scale_factor, self.mode, self.align_corners, recompute)
 
 
+class LayerNorm(nn.LayerNorm):
+    forward = over_lean_functions(nn.LayerNorm.forward)
+
+
+class GroupNorm(nn.GroupNorm):
+    forward = over_lean_functions(nn.GroupNorm.forward)
+
+
+class InstanceNorm1d(nn.InstanceNorm1d):
+    _apply_instance_norm = over_lean_functions(nn.InstanceNorm1d._apply_instance_norm)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    _apply_instance_norm = over_lean_functions(nn.InstanceNorm2d._apply_instance_norm)
+
+
+class InstanceNorm3d(nn.InstanceNorm3d):
+    _apply_instance_norm = over_lean_functions(nn.InstanceNorm3d._apply_instance_norm)
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` over `ops.scaled_dot_product_attention`: `need_weights=False` has a fused form."""
 
@@ -180,6 +180,11 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
         ReplicationPad2d,
         ReplicationPad3d,
         Upsample,
+        LayerNorm,
+        GroupNorm,
+        InstanceNorm1d,
+        InstanceNorm2d,
+        InstanceNorm3d,
         MultiheadAttention,
     )
 }

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,20 +23,34 @@ __all__ = [
 ]
 
 
-def real_penalty(critic: Critic, real: Tensor, fake: Tensor, *, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+def real_penalty(
+    critic: Critic, real: Tensor, fake: Tensor, *, weight: Tensor, scale: Tensor | None = None, **of_real: Any
+) -> Tensor:
     """R1: mean over real samples of |grad critic(x)|^2, without a factor (Mescheder et al. 2018, eq. 9).
 
     The paper multiplies it by gamma / 2. It has the signature of the other penalties and ignores `fake` and `weight`.
+    `of_real`: other arguments of `zero_centered_penalty`.
     """
-    return zero_centered_penalty(critic, real, scale=scale)
+    return zero_centered_penalty(critic, real, scale=scale, **of_real)
 
 
-def both_penalty(critic: Critic, real: Tensor, fake: Tensor, *, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+def both_penalty(
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    of_fake: Mapping[str, Any] = MappingProxyType({}),
+    **of_real: Any,
+) -> Tensor:
     """R1 + R2: the means of |grad critic(x)|^2 over real and over generated samples (Mescheder et al. 2018, eq. 9).
 
-    Huang et al. 2024 multiply it by gamma / 2. It ignores `weight`.
+    Huang et al. 2024 multiply it by gamma / 2. It ignores `weight`. `of_real`, `of_fake`: other arguments of
+    `zero_centered_penalty`.
     """
-    return zero_centered_penalty(critic, real, scale=scale) + zero_centered_penalty(critic, fake, scale=scale)
+    of_both = zero_centered_penalty(critic, real, scale=scale, **of_real)
+    return of_both + zero_centered_penalty(critic, fake, scale=scale, **of_fake)
 
 
 def clip_weights(optimizer: torch.optim.Optimizer, limit: float) -> None:

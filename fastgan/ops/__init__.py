@@ -10,6 +10,7 @@ from fastgan.ops.bias_act_pixel_norm import bias_act_pixel_norm
 from fastgan.ops.conv import conv2d, conv_transpose2d, linear
 from fastgan.ops.dispatch.backend import backends, use_backend
 from fastgan.ops.minibatch_stddev import minibatch_stddev
+from fastgan.ops.norms import group_norm, instance_norm, layer_norm
 from fastgan.ops.padding import pad
 from fastgan.ops.penalty import gradient_penalty, wasserstein_divergence, zero_centered_penalty
 from fastgan.ops.pixel_norm import pixel_norm
@@ -33,9 +34,12 @@ __all__ = [
     "conv2d_downsample",
     "conv_transpose2d",
     "gradient_penalty",
+    "group_norm",
     "hardtanh",
+    "instance_norm",
     "interpolate",
     "interpolate_nearest",
+    "layer_norm",
     "leaky_relu",
     "linear",
     "max_pool2d",

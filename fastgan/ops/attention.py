@@ -41,9 +41,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`: softmax(scale * query key^T + mask) value.
 
-    First and second derivatives in query, key and value use no N x M arrays; a third derivative raises
-    (`backend="torch"` has every order). A call with `attn_mask` or dropout runs in plain PyTorch,
-    differentiable to any order, in the mask too.
+    First and second derivatives in query, key and value use no N x M arrays but the mask; a third derivative raises
+    (`backend="torch"` has every order). A call with dropout, or with a mask that requires a gradient, runs in plain
+    PyTorch, differentiable to any order, in the mask too.
 
     Args:
         query: [..., H, N, d], at least two dimensions. The three tensors have one floating-point dtype (or get it from
@@ -83,10 +83,12 @@ def scaled_dot_product_attention(
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     empty = 0 in (*leading, query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1])
-    plain_only = attn_mask is not None or dropout_p > 0
-    name = "torch" if empty else OP.choose(backend, query, key, value, plain_only=plain_only)
+    masked = attn_mask is not None
+    plain_only = dropout_p > 0 or (masked and (tracked(attn_mask) or torch.compiler.is_compiling()))
+    name = "torch" if empty else OP.choose(backend, query, key, value, plain_only=plain_only, masked=masked)
     if name != "torch":
-        return _run_kernels(name, query, key, value, leading, scale, is_causal)
+        kernels = _kernels(name) if attn_mask is None else attention_chunked.Masked(attn_mask.detach(), leading)
+        return _run_kernels(kernels, query, key, value, leading, scale, is_causal)
     if backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # Compiled code is differentiated once at most: torch's fused kernels are the fastest for it.
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
@@ -117,10 +119,9 @@ def _fall_through(*tensors_and_options: Any, backend: str | None, **keywords: An
 
 
 def _run_kernels(
-    name: str, query: Tensor, key: Tensor, value: Tensor, leading: tuple[int, ...], scale: float, is_causal: bool
+    kernels: Any, query: Tensor, key: Tensor, value: Tensor, leading: tuple[int, ...], scale: float, is_causal: bool
 ) -> Tensor:
     query, key, value = (_four_dimensional(x, leading) for x in (query, key, value))
-    kernels = _kernels(name)
     if tracked(query, key, value):
         output: Tensor = _Forward.apply(query, key, value, scale, is_causal, kernels)
     else:
@@ -272,8 +273,9 @@ class _Forward(torch.autograd.Function):
         o, lse = kernels.attention_forward(q, k, v, scale, causal)
         ctx.set_materialize_grads(False)
         # Only `chunked` needs neither the output nor lse: what it keeps is not what the kernels keep.
-        kept = (None, None) if kernels is attention_chunked else (o, lse)
-        ctx.save_for_backward(form_tag("chunked" if kernels is attention_chunked else "kernels"), q, k, v, *kept)
+        chunked = kernels is attention_chunked or isinstance(kernels, attention_chunked.Masked)
+        kept = (None, None) if chunked else (o, lse)
+        ctx.save_for_backward(form_tag("chunked" if chunked else "kernels"), q, k, v, *kept)
         ctx.rest = scale, causal, kernels
         return o
 
@@ -326,8 +328,12 @@ def _needed(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...
     return tuple(x if need else None for x, need in zip(gradients, ctx.needs_input_grad, strict=False))
 
 
-def _unsupported_options(plain_only: bool = False) -> str | None:
-    return "attn_mask and dropout run in plain PyTorch" if plain_only else None
+def _unsupported_options(plain_only: bool = False, masked: bool = False) -> str | None:
+    return "attn_mask and dropout run in other forms" if plain_only or masked else None
+
+
+def _unsupported_by_chunked(*inputs: Tensor, plain_only: bool = False, masked: bool = False) -> str | None:
+    return "attn_mask with a gradient, and dropout, run in plain PyTorch" if plain_only else None
 
 
 def _chunked_not_preferred(*inputs: Tensor, **options: object) -> str | None:
@@ -351,8 +357,12 @@ def _kernel_implementations() -> dict[str, Implementation]:
     return {**entries, "triton": replace(triton, unsupported_reason=unsupported_reason)}
 
 
-def _classify(query: Tensor, key: Tensor, value: Tensor, **_: object) -> tuple[object, ...]:
-    """The class of a call, by the number of logits and the power of 2 of the features."""
+def _classify(
+    query: Tensor, key: Tensor, value: Tensor, plain_only: bool = False, masked: bool = False
+) -> tuple[object, ...] | None:
+    """The class of a call, by the number of logits and the power of 2 of the features; none where not all forms run."""
+    if plain_only or masked:
+        return None
     features = query.shape[-1]
     logits = query.numel() // max(features, 1) * key.shape[-2]
     return query.device, query.dtype, True, size_class(logits), ((features - 1).bit_length(),)
@@ -363,7 +373,7 @@ OP = Op(
     {
         **_kernel_implementations(),
         "chunked": Implementation(
-            unsupported_reason=lambda *inputs, **options: _unsupported_options(**options),
+            unsupported_reason=_unsupported_by_chunked,
             not_preferred_reason=_chunked_not_preferred,
             note="plain PyTorch in blocks of rows, with O(N) memory",
         ),

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from fastgan.ops.arguments import require_floating
-from fastgan.ops.autograd import with_zeros
+from fastgan.ops.arguments import require_floating, require_number
+from fastgan.ops.autograd import with_zeros, without_autocast
 from fastgan.ops.dispatch.backend import Op
 
 for _name in ("gradient_penalty", "wasserstein_divergence", "zero_centered_penalty"):
@@ -245,11 +245,68 @@ def zero_centered_penalty(
     method: str = "reverse",
     zeros: Iterable[Tensor] = (),
     scale: Tensor | float | None = None,
+    sigma: float = 0.01,
+    direction: Tensor | None = None,
+    scores: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Mean over samples of |grad critic(x)|^2: R1 on real samples, R2 on fake ones (Mescheder et al. 2018, eq. 9).
 
     The paper multiplies it by gamma / 2. Differentiable where the gradient is 0. `method`, `zeros` and `scale`: as in
     `gradient_penalty`; biases get None from it, not zeros, unless they are in `zeros`.
+
+    There is one more method, "finite-difference", which is of first order: the mean of ((critic(x + sigma u) -
+    critic(x)) / sigma)^2 over one random direction u for each sample (Lin et al. 2025, "Diffusion adversarial
+    post-training for one-step video generation", section 3, divided by sigma^2). Over directions of covariance 1 its
+    mean is the penalty, up to terms of order sigma; over normal ones the standard deviation of one sample's term is
+    1.4 times its mean. The critic must compute the same in two calls: spectral norm, batch norm and dropout in training
+    do not. docs/penalties.md compares costs and results.
+
+    Args:
+        critic, method, zeros, scale: see above; "finite-difference" takes no `scale`.
+        x: [N, ...]; no gradient flows into it.
+        sigma: length of the step, in units of x. A critic is evaluated in float32 for it, without autocast: rounding of
+            the scores is divided by sigma.
+        direction: u, as x; None: drawn from a standard normal distribution.
+        scores: critic(x), if it has been computed already; with its graph. None: the critic is called for it.
+        generator: draws the directions.
+
+    Raises:
+        ValueError: `direction` or `scores` do not fit x; an unknown method; a `sigma` that is not above 0.
+        TypeError: scores in half precision, with "finite-difference".
     """
     require_floating("x", x)
+    if method == "finite-difference":
+        penalty = _finite_difference(critic, x.detach(), sigma, direction, scores, generator)
+        return with_zeros(penalty, zeros)
+    if method not in METHODS:
+        raise ValueError(f"method must be {', '.join(METHODS)} or finite-difference, got {method!r}")
     return _penalty(critic, x, lambda gradient: gradient.square().sum(dim=1).mean(), method, zeros, scale)
+
+
+def _finite_difference(
+    critic: Critic,
+    x: Tensor,
+    sigma: float,
+    direction: Tensor | None,
+    scores: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    if not require_number("sigma", sigma) > 0:
+        raise ValueError(f"sigma must be above 0, got {sigma}")
+    if direction is None:
+        direction = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+    elif direction.shape != x.shape:
+        raise ValueError(f"direction must be {tuple(x.shape)}, as x, got shape {tuple(direction.shape)}")
+    with without_autocast(x):
+        before = _score_of_each(critic(x) if scores is None else scores, x)
+        after = _score_of_each(critic(x + sigma * direction.to(x.dtype)), x)
+    return ((after - before) / sigma).square().mean()
+
+
+def _score_of_each(scores: Any, x: Tensor) -> Tensor:
+    """[N], the sum of a sample's scores."""
+    _sum_of_scores(scores, x)  # raises
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(f"critic must return float32 or float64 scores for finite differences, got {scores.dtype}")
+    return scores.flatten(1).sum(dim=1) if scores.ndim > 1 else scores

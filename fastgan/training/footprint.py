@@ -60,16 +60,23 @@ def _count_updates(step: Step, batch: int, channels: int, resolution: int) -> li
         positions = torch.arange(batch)
         labels = torch.zeros(batch, dtype=torch.int64)
     counts = []
-    losses = (
+    losses = [
         lambda: step.discriminator_loss(real, positions, labels),
         lambda: step.generator_loss(positions, real, labels),
-    )
+    ]
+    lazy = step.penalty is not None and step.penalty_every > 1
+    if lazy:
+        losses.append(lambda: step.penalty_loss(real, positions, labels))
     for run in losses:
         with _Counter() as count:
             run()[0].backward()
         counts.append(count)
         for module in (step.generator, step.discriminator):
             module.zero_grad()
+    if lazy:
+        penalty = counts.pop()
+        counts[0].flops += penalty.flops // step.penalty_every
+        counts[0].peak_bytes = max(counts[0].peak_bytes, penalty.peak_bytes)
     return counts
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from fastgan import objectives
 from fastgan.config import Config, Networks, active_ranks, batch_at
 from fastgan.config.growth import stages_of
+from fastgan.config.rules import SECOND_ORDER
 from fastgan.errors import ArgumentError
 from fastgan.training.augmentation import Adaptive, Augmentation, Differentiable
 from fastgan.training.distributed.deepspeed_engine import deepspeed_config
@@ -115,6 +116,8 @@ def build_step(
         discriminator,
         loss=loss,
         penalty=penalty,
+        penalty_every=o.penalty_every,
+        penalty_sigma=o.penalty_sigma if o.penalty_method == "finite-difference" else None,
         drift=o.drift,
         num_classes=num_classes if config.networks.conditional else 0,
         seed=config.run.seed,
@@ -128,7 +131,29 @@ def rates(config: Config, images: int) -> tuple[float, float]:
     o, total = config.optimizer, 1000 * config.schedule.kimg
     left = max(0.0, total - images) / total
     factor = min(1.0, left / o.lr_decay) if o.lr_decay else 1.0
-    return o.lr_g * factor, o.lr_d * factor
+    return o.lr_g * factor, o.lr_d * factor * _lazy_correction(config)
+
+
+def _lazy_correction(config: Config) -> float:
+    """k / (k + 1) for k discriminator steps and one for the penalty alone (Karras et al. 2020, appendix B); else 1.
+
+    Rates times this, and coefficients to the power of this, move weights and averages in k + 1 steps as far as in k.
+    """
+    o = config.objective
+    lazy = o.regularizer in SECOND_ORDER and o.penalty_every > 1
+    return o.penalty_every / (o.penalty_every + 1) if lazy else 1.0
+
+
+def penalty_is_due(config: Config, images: int, batch: int) -> bool:
+    """Whether a penalty step follows the discriminator's step on the `batch` images after `images`.
+
+    It depends on the images seen alone, so that a run that is resumed penalizes at the same steps.
+    """
+    o = config.objective
+    if o.regularizer not in SECOND_ORDER or o.penalty_every == 1:
+        return False
+    every = o.penalty_every * batch
+    return (images + batch) // every > images // every
 
 
 def optimizer_factory(config: Config, *, discriminator: bool, scale: LossScale | None = None) -> OptimizerFactory:
@@ -138,15 +163,17 @@ def optimizer_factory(config: Config, *, discriminator: bool, scale: LossScale |
     """
     o = config.optimizer
     lr = o.lr_d if discriminator else o.lr_g
+    correction = _lazy_correction(config) if discriminator else 1.0
+    lr, beta1, beta2 = lr * correction, o.beta1**correction, o.beta2**correction
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer
         if o.optimizer == "adam":
-            optimizer = torch.optim.Adam(parameters, lr=lr, betas=(o.beta1, o.beta2), eps=1e-8, fused=True)
+            optimizer = torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), eps=1e-8, fused=True)
         elif o.optimizer == "rmsprop":
-            optimizer = torch.optim.RMSprop(parameters, lr=lr, alpha=o.beta2)
+            optimizer = torch.optim.RMSprop(parameters, lr=lr, alpha=beta2)
         else:
-            optimizer = torch.optim.SGD(parameters, lr=lr, momentum=o.beta1, fused=True)
+            optimizer = torch.optim.SGD(parameters, lr=lr, momentum=beta1, fused=True)
         if discriminator and config.objective.regularizer == "weight-clipping":
             objectives.clip_weights(optimizer, config.objective.clip)
         if scale is not None:

@@ -196,16 +196,21 @@ class ActiveStage:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def discriminator_step(self, micro_batches: Iterable[data.Batch], *, generator_first: bool = False) -> list[Seen]:
+    def discriminator_step(
+        self, micro_batches: Iterable[data.Batch], *, generator_first: bool = False, penalize: bool = False
+    ) -> list[Seen]:
         """One step of the discriminator.
 
         Args:
             micro_batches: this rank's part of the batch.
             generator_first: see `Step.discriminator_loss`; False right after a step of the generator.
+            penalize: whether a `penalty_step` on the same images follows.
 
         Returns:
             What the generator's step takes of each micro-batch.
         """
+        if penalize:
+            micro_batches = list(micro_batches)
         taken: list[Seen] = []
         for micro in micro_batches:
             if self.programs is not None:
@@ -219,7 +224,16 @@ class ActiveStage:
             )
             self._backward(self.discriminator_engine, "discriminator", loss, seen)
             taken.append(self._seen_by_generator(micro, real))
+        if penalize:
+            self.penalty_step(micro_batches)
         return taken
+
+    def penalty_step(self, micro_batches: Iterable[data.Batch]) -> None:
+        """One step of the discriminator by the penalty alone, on the images of its last step; see `penalty_every`."""
+        for micro in micro_batches:
+            real = real_images(micro.images, self.step.discriminator, memory_format(self.config))
+            loss, seen = self.step.penalty_loss(real, micro.positions, micro.labels)
+            self._backward(self.discriminator_engine, "discriminator", loss, seen)
 
     def _seen_by_generator(self, micro: data.Batch, real: Tensor | None = None) -> Seen:
         if not self.step.loss.paired:

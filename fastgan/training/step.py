@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgan.config import Precision
 from fastgan.nn.shared_weights import shared_weights
-from fastgan.objectives import Loss
+from fastgan.objectives import Loss, both_penalty
 from fastgan.training.augmentation import Augmentation
 from fastgan.utils import counter_rng
 
@@ -24,18 +24,9 @@ _AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": 
 Critic = Callable[[Tensor, Tensor | None], Tensor]
 
 
-class Regularizer(Protocol):
-    """Penalty on a critic, for real and fake images [N, C, R, R], interpolation weights [N] and a loss scale."""
-
-    def __call__(
-        self,
-        critic: Callable[[Tensor], Tensor],
-        real: Tensor,
-        fake: Tensor,
-        *,
-        weight: Tensor,
-        scale: Tensor | None = None,
-    ) -> Tensor: ...
+Regularizer = Callable[..., Tensor]
+"""Penalty on a critic, `(critic, real, fake, *, weight, scale=None)`, for real and fake images [N, C, R, R],
+interpolation weights [N] and a loss scale; what else it takes is its own (`fastgan.objectives`)."""
 
 
 class Step:
@@ -45,11 +36,12 @@ class Step:
         generator, discriminator: the networks of the engines.
         loss: the adversarial loss.
         penalty: the regularizer that is part of the discriminator's loss, with its coefficient, or None.
+        penalty_every: with more than 1, the penalty is no part of the loss, but in `penalty_loss`.
+        penalty_sigma: step of finite differences, in place of second derivatives; None: exact.
         drift: coefficient of the mean squared score of real images.
         num_classes: number of classes; 0: the networks take no labels.
         seed: of latents, interpolation weights and labels.
         precision: fp32, tf32 (the same here, see `torch_settings.allow_tf32`), bf16 or fp16 (autocast).
-        augmentation: of every image that the discriminator sees, or None.
         augmentation: of every image that the discriminator sees, or None.
 
     Attributes:
@@ -63,6 +55,8 @@ class Step:
         *,
         loss: Loss,
         penalty: tuple[float, Regularizer] | None = None,
+        penalty_every: int = 1,
+        penalty_sigma: float | None = None,
         drift: float = 0.0,
         num_classes: int = 0,
         seed: int = 0,
@@ -73,6 +67,8 @@ class Step:
         self.discriminator = discriminator
         self.loss = loss
         self.penalty = penalty
+        self.penalty_every = penalty_every
+        self.penalty_sigma = penalty_sigma
         self.drift = drift
         self.num_classes = num_classes
         self.seed = seed
@@ -119,10 +115,7 @@ class Step:
         with self._autocast(real.device):
             if not generator_first:
                 score_real = of_real(real, labels)
-            with torch.no_grad():
-                latent = counter_rng.normal(self.seed, "latent of D's step", positions, self.latent)
-                fake = self.generator(latent, labels)
-            fake = fake.to(real.dtype)
+            fake = self._fake(real, positions, labels)
             if generator_first:
                 score_real = of_real(real, labels)
             score_fake = of_fake(fake, labels).float()
@@ -133,16 +126,63 @@ class Step:
             seen |= self.augmentation.observe(self.loss.margin(score_real, score_fake))
         if self.drift:
             loss = loss + self.drift * score_real.square().mean()
-        if self.penalty is not None:
-            coefficient, regularizer = self.penalty
-            weight = counter_rng.uniform(self.seed, "interpolation", positions, 1)[:, 0]
-            with self._autocast(real.device):
-                scale = {} if self.penalty_scale is None else {"scale": self.penalty_scale}
-                penalty = regularizer(lambda x: of_penalty(x, labels), real, fake, weight=weight, **scale)
+        if self.penalty is not None and self.penalty_every == 1:
+            # Scores behind the penalty's augmentation, and in its precision, can be used once more.
+            known = self.augmentation is None and self.autocast_dtype is None
+            scores = (score_real, score_fake) if known else (None, None)
+            penalty = self._penalty(of_penalty, real, fake, positions, labels, scores)
             seen["penalty"] = penalty
-            loss = loss + coefficient * penalty
+            loss = loss + self.penalty[0] * penalty
         seen["loss_d"] = loss
         return loss, {name: value.detach() for name, value in seen.items()}
+
+    def _fake(self, real: Tensor, positions: Tensor, labels: Tensor | None) -> Tensor:
+        """Generated images of a discriminator step, in the dtype of the real ones."""
+        with torch.no_grad():
+            latent = counter_rng.normal(self.seed, "latent of D's step", positions, self.latent)
+            return self.generator(latent, labels).to(real.dtype)
+
+    def _penalty(
+        self,
+        critic: Critic,
+        real: Tensor,
+        fake: Tensor,
+        positions: Tensor,
+        labels: Tensor | None,
+        scores: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Tensor:
+        """The penalty without its coefficient; `scores`: of real and fake images, where they are known."""
+        assert self.penalty is not None
+        rest: dict[str, Any] = {} if self.penalty_scale is None else {"scale": self.penalty_scale}
+        if self.penalty_sigma is not None:
+
+            def differences(of: str, scores: Tensor | None) -> dict[str, Any]:
+                u = counter_rng.normal(self.seed, f"direction at {of} images", positions, real[0].numel())
+                common = {"method": "finite-difference", "sigma": self.penalty_sigma}
+                return {**common, "direction": u.view(real.shape), "scores": scores}
+
+            rest = differences("real", scores[0])
+            if self.penalty[1] is both_penalty:
+                rest["of_fake"] = differences("generated", scores[1])
+        weight = counter_rng.uniform(self.seed, "interpolation", positions, 1)[:, 0]
+        with self._autocast(real.device):
+            return self.penalty[1](lambda x: critic(x, labels), real, fake, weight=weight, **rest)
+
+    @shared_weights()
+    def penalty_loss(
+        self, real: Tensor, positions: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The penalty's part of the loss, `penalty_every` times, for a step of its own; arguments as there.
+
+        Lazy regularization (Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN", appendix B).
+        """
+        assert self.penalty is not None
+        labels = labels if self.num_classes else None
+        *_, of_penalty = self._critics("D's step", positions, 3, real.shape)
+        with self._autocast(real.device):
+            fake = self._fake(real, positions, labels)
+        penalty = self._penalty(of_penalty, real, fake, positions, labels)
+        return self.penalty_every * self.penalty[0] * penalty, {"penalty": penalty.detach()}
 
     @property
     def metrics(self) -> list[str]:

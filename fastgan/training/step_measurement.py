@@ -155,11 +155,15 @@ class Bench:
         with _calls_of(stage.step.generator, marks) as generator:
             positions = stage.discriminator_step([batch])
         middle = marks()
+        if stage.step.penalty is not None and stage.step.penalty_every > 1:
+            stage.penalty_step([batch])
+        penalized = marks()
         with _calls_of(stage.step.discriminator, marks) as discriminator:
             stage.generator_step(positions)
         end = marks()
-        spans = ((start, middle), (middle, end), (start, generator[0]), (middle, discriminator[0]))
-        return tuple(marks.seconds(a, b) for a, b in spans)
+        spans = ((start, middle), (penalized, end), (start, generator[0]), (penalized, discriminator[0]))
+        d, *rest = (marks.seconds(a, b) for a, b in spans)
+        return d + marks.seconds(middle, penalized) / stage.step.penalty_every, *rest
 
     def _gradients(self, stage: ActiveStage, batch: Batch) -> list[tuple[tuple[int, float], ...]]:
         """When the gradients of the discriminator and of the generator become ready, in one more step; the last one."""

@@ -23,7 +23,7 @@ from fastgan.training.compiling.compilation import Compilation
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.evaluator import Evaluator, append
 from fastgan.training.feed import Feed
-from fastgan.training.from_config import network_values, rates
+from fastgan.training.from_config import network_values, penalty_is_due, rates
 from fastgan.training.intervals import Interval, checkpoint_kimg, log_kimg, sample_kimg
 from fastgan.training.loss_scale import LossScales
 from fastgan.training.observability.clock import TrainingClock
@@ -152,7 +152,8 @@ class Trainer:
             self.stage.nonfinite.begin_step(self.steps)
             for i in range(n_critic):
                 micro_batches = self.feed.micro_batches(self.images, batch, self.stage.share)
-                positions = self.stage.discriminator_step(micro_batches, generator_first=i > 0)
+                penalize = penalty_is_due(self.config, self.images, batch)
+                positions = self.stage.discriminator_step(micro_batches, generator_first=i > 0, penalize=penalize)
                 self.images += batch
             self.stage.generator_engine.set_rate(rate_g)
             self.stage.generator_step(positions)
@@ -245,7 +246,8 @@ class Trainer:
         images_per_second = (self.images - lap.start) / lap.seconds
         self.time_left.observe(lap.start, self.images, lap.seconds, lap.excluded)
         planned, share = stage_at(self.stages, self.images), self.stage.share
-        values = {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
+        # A penalty that is not in every step may be in none of this row.
+        values = {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
         speeds = self.stragglers.row(share.active if share.has_subgroup else self.world.size, log.line)
         log.metrics(
             {

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fastgan.nn
 from fastgan import ops
 from fastgan.nn.lean import LEAN
+from fastgan.ops import norms
 
 
 class Block(nn.Module):
@@ -176,6 +177,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ReplicationPad2d": (lambda: nn.ReplicationPad2d(2), (2, 3, 6, 6)),
     "ReplicationPad3d": (lambda: nn.ReplicationPad3d(1), (2, 3, 4, 4, 4)),
     "Upsample": (lambda: nn.Upsample(scale_factor=0.5, mode="area"), (2, 3, 6, 6)),
+    "LayerNorm": (lambda: nn.LayerNorm((3, 6)), (2, 5, 3, 6)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), (2, 4, 3, 3)),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(3, affine=True), (2, 3, 6)),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(3), (2, 3, 4, 4)),
+    "InstanceNorm3d": (lambda: nn.InstanceNorm3d(3, track_running_stats=True), (2, 3, 4, 4, 4)),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(6, 2, batch_first=True), (2, 5, 6)),
 }
 
@@ -185,7 +191,8 @@ def call(module: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_layer_of_the_table(name: str) -> None:
+def test_every_layer_of_the_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "SMALL_NUMEL", 0)
     assert set(LAYERS) == {kind.__name__ for kind in LEAN}
     make, shape = LAYERS[name]
     torch.manual_seed(0)
@@ -245,7 +252,7 @@ def test_a_transformer_layer_can_be_penalized() -> None:
     plain = nn.Sequential(layer, nn.Flatten(), nn.Linear(40, 1, dtype=torch.float64))
     lean = copy.deepcopy(plain)
     done = fastgan.nn.convert(lean)
-    assert done.replaced == {"TransformerEncoderLayer": 1, "MultiheadAttention": 1, "Linear": 3}
+    assert done.replaced == {"TransformerEncoderLayer": 1, "MultiheadAttention": 1, "Linear": 3, "LayerNorm": 2}
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = gradients(plain, x)

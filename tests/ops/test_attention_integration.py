@@ -44,7 +44,7 @@ def test_is_a_drop_in_for_torch(data: st.DataObject) -> None:
     theirs = F.scaled_dot_product_attention(q, k, v, **kwargs)
     seed = random(*theirs.shape, seed=6, dtype=torch.float32)
     expected = (theirs, *torch.autograd.grad(theirs, (q, k, v), seed))
-    kernels = ["chunked", *([] if NO_CPP else ["cpp"])] if mask is None else []
+    kernels = ["chunked", *([] if NO_CPP or mask is not None else ["cpp"])]
     for backend in (None, "torch", *kernels):
         ours = scaled_dot_product_attention(q, k, v, **kwargs, backend=backend)
         for a, b in zip((ours, *torch.autograd.grad(ours, (q, k, v), seed)), expected, strict=True):
@@ -78,10 +78,13 @@ def test_default_follows_the_crossover() -> None:
     q, k, v = (x.float() for x in large)
     if NO_CPP is None:
         assert next(iter(backends("scaled_dot_product_attention", q, k, v))) == "cpp"
-    with use_backend("chunked"), pytest.raises(ValueError, match=r"backend 'chunked': attn_mask and dropout"):
+    with use_backend("chunked"), pytest.raises(ValueError, match=r"backend 'chunked': attn_mask with a gradient, and"):
         scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-    with pytest.raises(ValueError, match=r"backend 'chunked': attn_mask and dropout"):
-        scaled_dot_product_attention(q, k, v, torch.ones(1024, 256).bool(), backend="chunked")
+    with pytest.raises(ValueError, match=r"backend 'chunked': attn_mask with a gradient, and dropout"):
+        scaled_dot_product_attention(q, k, v, torch.ones(1024, 256).requires_grad_(), backend="chunked")
+    if NO_CPP is None:
+        with pytest.raises(ValueError, match=r"backend 'cpp': attn_mask and dropout"):
+            scaled_dot_product_attention(q, k, v, torch.ones(1024, 256).bool(), backend="cpp")
 
 
 def test_torch_func() -> None:

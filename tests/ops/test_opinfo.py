@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgan import functional as L
 from fastgan import ops
+from fastgan.ops import norms
 
 pytest.importorskip("expecttest", reason="PyTorch's sample inputs need it: pip install 'fastgan[dev]'")
 op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
@@ -21,6 +22,7 @@ torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_f
 
 NAMES = [
     *("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "conv2d", "conv_transpose2d", "hardtanh"),
+    *("group_norm", "instance_norm", "layer_norm"),
     *("leaky_relu", "linear", "max_pool2d", "prelu", "relu", "relu6", "scaled_dot_product_attention", "threshold"),
 ]
 VARIANTS = [("pad", "reflect"), ("pad", "replicate"), ("pad", "circular"), ("pad", "constant"), ("interpolate", "area")]
@@ -29,6 +31,12 @@ CASES = [*((name, "") for name in NAMES), *VARIANTS, ("abs", "")]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128)
 # Samples in the default suite of each op: the first ones, and others at a distance.
 FEW = 6
+
+
+@pytest.fixture(autouse=True)
+def norms_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples are smaller than what the norms' own forms run by default."""
+    monkeypatch.setattr(norms, "SMALL_NUMEL", 0)
 
 
 def info(name: str, variant: str) -> Any:

@@ -10,9 +10,12 @@ from torch.nn.functional import avg_pool2d as avg_pool2d
 from torch.nn.functional import conv2d as conv2d
 from torch.nn.functional import conv_transpose2d as conv_transpose2d
 from torch.nn.functional import dropout as dropout
+from torch.nn.functional import group_norm as group_norm
 from torch.nn.functional import hardtanh as hardtanh
 from torch.nn.functional import hardtanh_ as hardtanh_
+from torch.nn.functional import instance_norm as instance_norm
 from torch.nn.functional import interpolate as interpolate
+from torch.nn.functional import layer_norm as layer_norm
 from torch.nn.functional import leaky_relu as leaky_relu
 from torch.nn.functional import leaky_relu_ as leaky_relu_
 from torch.nn.functional import linear as linear

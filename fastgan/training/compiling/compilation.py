@@ -29,6 +29,8 @@ def unsupported_reason(config: Config, world: ProcessGroup) -> str | None:
         return "it is not supported on Windows"
     if config.system.sync_bn:
         return "--sync-bn communicates inside the step"
+    if config.objective.penalty_every > 1:
+        return "--penalty-every has steps of the penalty alone"
     if config.system.precision == "fp16":
         return "--precision fp16 scales its losses by a factor that changes"
     if world.engine == "deepspeed" and not uses_own_reducer(

@@ -45,7 +45,10 @@ class NonFiniteDetector:
         """
 
         def hook(index: int):  # type: ignore[no-untyped-def]
-            def record(gradient: Tensor) -> None:
+            def record(gradient: Tensor | None) -> None:
+                if gradient is None:  # of a loss that does not depend on it, as a penalty alone on a bias
+                    self._largest[index] = self._zero
+                    return
                 self._largest[index] = torch.linalg.vector_norm(gradient.detach(), ord=torch.inf, dtype=torch.float32)
 
             return record

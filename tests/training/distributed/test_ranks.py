@@ -40,6 +40,18 @@ def _augmented(name: str, variant: str, accumulation: int) -> dict:
     return {**case, "flags": [*case["flags"], *flags], "strength": 0.4}
 
 
+# A penalty in steps of its own, by finite differences whose step is large beside the rounding of scores.
+LAZY = {
+    "wgan-gp": "--penalty-every 3",
+    "r3gan": "--penalty-every 2 --penalty-method finite-difference --penalty-sigma 0.3",
+}
+
+
+def _lazy(name: str, variant: str, zero: int, accumulation: int) -> dict:
+    case = ranks.case(name, variant, zero, accumulation)
+    return {**case, "flags": [*case["flags"], *LAZY[variant].split()]}
+
+
 # All of four ranks share the batches at 4 and 16 px; two of them share those of two images at 8 px.
 FOUR = "--batch 16 --batch-at 8 2 --resolution 16 --fade-kimg 0.008 --stable-kimg 0.032 --kimg 0.112".split()
 FOUR += "--lr-g 1e-4 --lr-d 1e-4".split()
@@ -59,16 +71,19 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     one += [_idle(f"one-idle-{a}", 0, a) for a in (1, 2)]
     one += [_channels_last(f"one-last-{v}", v, ranks.one_process(v, 2, 1)) for v in ("wgan-gp", "pggan")]
     one += [_augmented(f"one-augmented-{v}", v, ranks.one_process(v, 2, 1)) for v in ("wgan-gp", "pggan")]
+    one += [_lazy(f"one-lazy-{v}", v, 0, ranks.one_process(v, 2, 2)) for v in LAZY]
     ranks.launch(SCRIPT, one, out, 1)
     two = [ranks.case(f"two-{v}-{z}-{a}", v, z, a) for v, z, a in CASES]
     two += [_idle(f"two-idle-{z}-{a}", z, a) for z, a in IDLE]
     two += [_channels_last(f"two-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
     two += [_augmented(f"two-augmented-{v}", v, 1) for v in ("wgan-gp", "pggan")]
+    two += [_lazy(f"two-lazy-{v}-{z}", v, z, 2) for v in LAZY for z in (0, 2)]
     ranks.launch(SCRIPT, two, out, 2)
     torch_cases = [ranks.case(f"torch-{v}-{a}", v, 0, a) for v, a in TORCH]
     torch_cases += [_idle(f"torch-idle-{a}", 0, a) for a in (1, 2)]
     torch_cases += [_augmented(f"torch-augmented-{v}", v, 1) for v in ("wgan-gp", "pggan")]
     torch_cases += [_channels_last(f"torch-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
+    torch_cases += [_lazy(f"torch-lazy-{v}", v, 0, 2) for v in LAZY]
     ranks.launch(SCRIPT, torch_cases, out, 2, engine="torch")
     return {file.stem: load_file(file) for file in out.glob("*.safetensors")}
 
@@ -85,6 +100,12 @@ def test_two_ranks_equal_one_process(weights: dict, variant: str, zero: int, acc
 @pytest.mark.parametrize(("variant", "accumulation"), TORCH)
 def test_two_ranks_of_plain_torch_equal_one_process(weights: dict, variant: str, accumulation: int) -> None:
     ranks.assert_same_weights(weights[f"one-{variant}-{accumulation}"], weights[f"torch-{variant}-{accumulation}"])
+
+
+@pytest.mark.parametrize("engine", ["torch-lazy-{}", "two-lazy-{}-0", "two-lazy-{}-2"])
+@pytest.mark.parametrize("variant", LAZY)
+def test_penalty_steps_of_two_ranks_equal_those_of_one_process(weights: dict, variant: str, engine: str) -> None:
+    ranks.assert_same_weights(weights[f"one-lazy-{variant}"], weights[engine.format(variant)])
 
 
 @pytest.fixture(scope="module")
