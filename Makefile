@@ -1,7 +1,7 @@
 # make train    train a progressive GAN on handwritten digits (VARIANT=wgan-gp and ARGS="--kimg 50" change that)
 # make docs     the documentation as a site in build/site, with what is generated from the code
 # make test     lint, types and tests, under ten minutes on two cores; make test-all adds the slow tests
-# make gpu      GPU tests and all benchmarks; writes benchmarks/results/GPU.json
+# make gpu      the first run on a GPU, in pieces (docs/gpu.md); needs no installation; ARGS="--minutes 9"
 
 PYTHON ?= python3
 VARIANT ?= pggan
@@ -23,8 +23,8 @@ test: lint
 test-all: lint
 	$(PYTEST) -m "not gpu" --timeout 3600 --hypothesis-profile random
 
-gpu: .venv/installed
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -37,7 +37,8 @@ class Row:
         group: heading in the summary.
         case: shape, dtype, layout, mode.
         baseline: the side that others are compared with.
-        times: median seconds of each side.
+        times: median seconds of each side; on a GPU those of the device, by events.
+        host: on a GPU, median seconds until a call of each side returns to Python.
         memory: peak extra bytes of each side.
         errors: relative RMS error of each output of each side.
     """
@@ -47,6 +48,7 @@ class Row:
     baseline: str
     times: dict[str, float]
     memory: dict[str, int]
+    host: dict[str, float]
     errors: dict[str, list[float]]
 
 
@@ -136,12 +138,24 @@ def peak_memory(side: Side, device: str | None = None) -> int:
     return max(_resident_peak(side), _allocated_peak(side))
 
 
-def _timed(side: Side) -> float:
+def _timed(side: Side) -> tuple[float, float]:
+    """Seconds of one call: on a GPU between two events, else by the clock; and until it returned to Python.
+
+    A clock around a call and a synchronization would measure Python at small sizes.
+    """
     _synchronize()
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        side()
+        return (seconds := time.perf_counter() - start), seconds
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start = time.perf_counter()
+    begin.record()
     side()
-    _synchronize()
-    return time.perf_counter() - start
+    end.record()
+    host = time.perf_counter() - start
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3, host
 
 
 def compare(
@@ -181,13 +195,15 @@ def compare(
     peaks = {name: peak_memory(side) for name, side in sides.items()} if memory else {}
 
     ours, *others = sides
-    samples: dict[str, list[float]] = {name: [] for name in sides}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for side in sides.values():
         side()
 
     def time_others() -> None:
         for name in others:
             samples[name].append(_timed(sides[name]))
+        if torch.cuda.is_available():  # pytest-benchmark's clock cannot tell device from host
+            samples[ours].append(_timed(sides[ours]))
         _synchronize()
 
     def target() -> None:
@@ -195,13 +211,21 @@ def compare(
         _synchronize()
 
     benchmark.pedantic(target, setup=time_others, rounds=rounds, iterations=1, warmup_rounds=2)
-    times = {name: statistics.median(values) for name, values in samples.items() if values}
-    with contextlib.suppress(AttributeError):  # --benchmark-disable gives no times
-        times = {ours: benchmark.stats.stats.median, **times}
-    row = Row(benchmark.group or "", case, baseline, times, peaks, errors)
+    times = {name: statistics.median(seconds for seconds, _ in values) for name, values in samples.items() if values}
+    host = {name: statistics.median(seconds for _, seconds in values) for name, values in samples.items() if values}
+    if not torch.cuda.is_available():
+        host = {}
+        with contextlib.suppress(AttributeError):  # --benchmark-disable gives no times
+            times = {ours: benchmark.stats.stats.median, **times}
+    row = Row(benchmark.group or "", case, baseline, times, peaks, host, errors)
     ROWS.append(row)
     benchmark.extra_info.update(
-        case=case, baseline=baseline, median_seconds=times, peak_extra_bytes=peaks, relative_errors=errors
+        case=case,
+        baseline=baseline,
+        median_seconds=times,
+        host_seconds=host,
+        peak_extra_bytes=peaks,
+        relative_errors=errors,
     )
     return row
 
@@ -210,7 +234,8 @@ def summary() -> list[str]:
     """All comparisons so far as lines of text, and the geometric mean of the speed-ups of each group."""
     lines = []
     for group in dict.fromkeys(row.group for row in ROWS):
-        lines.append(f"{group:43} {'side':12}{'ms':>10}{'speed-up':>14}{'peak MB':>10}{'largest error':>15}")
+        header = f"{group:43} {'side':12}{'ms':>10}{'speed-up':>14}{'peak MB':>10}{'largest error':>15}"
+        lines.append(header + f"{'host ms':>10}" * torch.cuda.is_available())
         rows = [row for row in ROWS if row.group == group]
         for row in rows:
             for at, (name, seconds) in enumerate(row.times.items()):
@@ -218,7 +243,8 @@ def summary() -> list[str]:
                 peak = f"{row.memory[name] / MB:.1f}" if name in row.memory else ""
                 error = f"{max(row.errors[name], default=0.0):.1e}"
                 title = row.case if at == 0 else ""
-                lines.append(f"  {title:42}{name:12}{seconds * 1e3:10.2f}{faster:>14}{peak:>10}{error:>15}")
+                host = f"{row.host[name] * 1e3:10.3f}" if name in row.host else ""
+                lines.append(f"  {title:42}{name:12}{seconds * 1e3:10.2f}{faster:>14}{peak:>10}{error:>15}{host}")
         ratios: dict[str, list[float]] = {}
         for row in rows:
             for name, seconds in row.times.items():

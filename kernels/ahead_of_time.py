@@ -31,7 +31,12 @@ from . import tiles
 
 # Maximum shared memory of a program in bytes (CUDA C++ programming guide, table of compute capabilities). "default" is
 # that of sm_86, sm_89 and sm_120, and is compiled for sm_86.
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "default": 99 * 1024}
+SHARED_MEMORY = {
+    "sm_75": 64 * 1024, "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024, "sm_120": 99 * 1024, "default": 99 * 1024,
+}  # fmt: skip
+# Those that kernels of matrix products are compiled for; sm_75 runs the others.
+WITH_PRODUCTS = tuple(name for name in SHARED_MEMORY if name != "sm_75")
 # Tensor memory in columns; only sm_100 has it.
 TENSOR_MEMORY = 512
 

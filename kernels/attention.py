@@ -27,13 +27,12 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import tiles
 from .attention_first import backward_columns_kernel, backward_rows_kernel, forward_kernel
 from .attention_second import second_columns_kernel, second_rows_kernel, second_statistics_kernel
-from .launch import device_guard, float32_precision, needs_int64_offsets
+from .launch import ceil_div, device_guard, float32_precision, needs_int64_offsets, next_power_of_2
 
 
 def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float, causal: bool) -> None:
@@ -41,7 +40,7 @@ def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float,
     q, v = arrays["q"], arrays["v"]
     assert q is not None and v is not None
     (batch, heads, n, d), (m, dv) = q.shape, v.shape[2:]
-    block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (d, dv))
+    block_d, block_dv = (max(16, next_power_of_2(size)) for size in (d, dv))
     precision = float32_precision("matmul")
     kind = "half" if q.dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
     strided = {name: x for name, x in arrays.items() if name not in ("lse", "delta", "e", "r")}
@@ -53,7 +52,7 @@ def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float,
         chunk = min(tile.chunk, max(16, min(block_d, block_dv) // 2))  # with full chunks the smaller operands spill
     count, block = (m, tile.cols) if op.endswith("columns") else (n, tile.rows)
     with device_guard(q.device):
-        kernel[(triton.cdiv(count, block) * batch * heads,)](
+        kernel[(ceil_div(count, block) * batch * heads,)](
             **arrays, **strides, heads=heads, n=n, m=m, scale=scale, D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv,
             ROWS=tile.rows, COLS=tile.cols, CHUNK=chunk,
             EVEN=n % tile.rows == 0 and m % tile.cols == 0, INT64=needs_int64_offsets(*strided.values(), dims=2),

@@ -8,6 +8,7 @@ gradient of the bias is the sum of the tiles' sums in a fixed order: results are
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import channels_last, device_guard
+from .launch import ceil_div, channels_last, device_guard, next_power_of_2
 
 # Indices as in fastgan.ops.bias_act.ACTS.
 LINEAR, RELU, LRELU, TANH, SIGMOID, SILU = (tl.constexpr(i) for i in range(6))
@@ -161,8 +162,30 @@ def _backward_kernel(
         tl.store(partial + (tl.program_id(0) // across).to(tl.int64) * cols + c, total, mask=c < cols)
 
 
-def _launch(kernel: Any, like: Tensor, bias: Tensor | None, want_bias: bool, **arguments: Any) -> Tensor:
-    """Launch over all tiles. Returns the sum over all dimensions but C, float32 [C], or [0] if not wanted."""
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    rows: int, cols: int, last: bool, backward: bool, want_bias: bool, channels: int, tile: int
+) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
+    """Grid, shape of the partial sums, and the kernel's constants."""
+    block_cols = min(next_power_of_2(cols), tile)
+    block_rows = min(tile // block_cols, next_power_of_2(rows))
+    across, down = ceil_div(cols, block_cols), ceil_div(rows, block_rows)
+    constants = {"LAST": last, "ROWS": block_rows, "COLS": block_cols, "INT64": rows * cols + 4 * tile >= 2**31}
+    if not backward:
+        return (across * down,), (0,), constants
+    # In channels_last each program writes a row of sums, which is cheap if it has many rows of x.
+    repeat = 8 if want_bias and last and down >= 8192 else 1
+    down = ceil_div(down, repeat)
+    shape = (0,) if not want_bias else (down, 1, channels) if last else (across, rows // channels, channels)
+    return (across * down,), shape, {**constants, "SUM": want_bias, "REPEAT": repeat}
+
+
+def _launch(kernel: Any, like: Tensor, bias: Tensor | None, want_bias: bool, **arguments: Any) -> Any:
+    """Launch over all tiles.
+
+    Returns:
+        Of a backward the sum over all dimensions but C, float32 [C], or [0] if it is not wanted.
+    """
     n, channels = like.shape[:2]
     last = False
     if bias is None and not want_bias:  # channels do not matter
@@ -171,23 +194,17 @@ def _launch(kernel: Any, like: Tensor, bias: Tensor | None, want_bias: bool, **a
         rows, cols, last = like.numel() // channels, channels, True
     else:
         rows, cols = n * channels, like.numel() // (n * channels)
-    block_cols = min(triton.next_power_of_2(cols), TILE)
-    block_rows = min(TILE // block_cols, triton.next_power_of_2(rows))
-    across, down = triton.cdiv(cols, block_cols), triton.cdiv(rows, block_rows)
-    constants = {"LAST": last, "ROWS": block_rows, "COLS": block_cols, "INT64": like.numel() + 4 * TILE >= 2**31}
-    if kernel is _backward_kernel:
-        # In channels_last each program writes a row of sums, which is cheap if it has many rows of x.
-        repeat = 8 if want_bias and last and down >= 8192 else 1
-        down = triton.cdiv(down, repeat)
-        shape = (0,) if not want_bias else (down, 1, channels) if last else (across, n, channels)
+    backward = "dx" in arguments
+    grid, shape, constants = _plan(rows, cols, last, backward, want_bias, channels, TILE)
+    partial = None
+    if backward:
         arguments["partial"] = partial = torch.empty(shape, dtype=torch.float32, device=like.device)
-        constants |= {"SUM": want_bias, "REPEAT": repeat}
     with device_guard(like.device):
-        kernel[(across * down,)](
+        kernel[grid](
             bias=bias, rows=rows, cols=cols, channels=channels, **arguments, **constants,
             num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-    return partial.sum((0, 1)) if kernel is _backward_kernel and want_bias else like.new_empty(0, dtype=torch.float32)
+    return partial.sum((0, 1)) if partial is not None and want_bias else partial
 
 
 def bias_act_forward(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain: float) -> Tensor:

@@ -12,6 +12,7 @@ order: results are bit-identical between runs.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bias_act import activate, slope_from_sign
-from .launch import channels_last, device_guard
+from .launch import ceil_div, channels_last, device_guard, next_power_of_2
 
 TILE = 8192  # elements
 LARGEST = 4096  # channels that fit in registers
@@ -166,37 +167,64 @@ def _backward_kernel(
         tl.store(partial + c, total, mask=c < C)
 
 
-def _launch(kernel: Any, like: Tensor, want_bias: bool = False, **arguments: Any) -> Tensor:
-    """Launch over all pixels. Returns the sum over all dimensions but C, float32 [C], or [0] if not wanted."""
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    samples: int,
+    per_sample: int,
+    channels: int,
+    pixels_are_neighbors: bool,
+    element_size: int,
+    backward: bool,
+    second: bool,
+    want_bias: bool,
+    elements: int,
+    largest: int,
+) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
+    """Grid, shape of the partial sums, and the kernel's constants."""
+    # Neighboring pixels of one channel that fill a memory sector.
+    least = min(_SECTOR // element_size, next_power_of_2(per_sample)) if pixels_are_neighbors else 1
+    block = min(next_power_of_2(channels), largest)
+    # Registers hold twice the elements of one or two tensors, or once those of the three of a second backward.
+    if block * least > (elements if second else 2 * elements):
+        block = elements // least
+    tile = min(max(elements // block, least), next_power_of_2(per_sample), 256)
+    groups = samples * ceil_div(per_sample, tile)
+    constants: dict[str, Any] = {
+        "C": channels, "BLOCK": block, "PIXELS": tile, "num_warps": 16 if block * tile > elements else 8,
+        "INT64": samples * per_sample * channels + 2 * elements >= 2**31,
+    }  # fmt: skip
+    if not backward:
+        return (groups,), (0,), constants
+    repeat = 4 if want_bias and channels <= block and groups >= 8192 else 1
+    groups = samples * ceil_div(per_sample, tile * repeat)
+    shape = (groups, channels) if want_bias else (0,)
+    return (groups,), shape, {**constants, "SUM": want_bias, "REPEAT": repeat}
+
+
+def _launch(kernel: Any, like: Tensor, want_bias: bool = False, **arguments: Any) -> Any:
+    """Launch over all pixels.
+
+    Returns:
+        Of a backward the sum over all dimensions but C, float32 [C], or [0] if it is not wanted.
+    """
     n, channels = like.shape[:2]
     pixels = like.numel() // (n * channels)
     if channels_last(like) or pixels == 1:
         samples, per_sample, steps = 1, n * pixels, (channels, 1)
     else:
         samples, per_sample, steps = n, pixels, (1, pixels)
-    # Neighboring pixels of one channel that fill a memory sector.
-    least = min(_SECTOR // like.element_size(), triton.next_power_of_2(per_sample)) if steps[0] == 1 else 1
-    block = min(triton.next_power_of_2(channels), LARGEST)
-    # Registers hold 2 * TILE elements of one or two tensors, or TILE of the three of a second backward.
-    if block * least > (TILE if arguments.get("u") is not None else 2 * TILE):
-        block = TILE // least
-    tile = min(max(TILE // block, least), triton.next_power_of_2(per_sample), 256)
-    groups = samples * triton.cdiv(per_sample, tile)
-    constants = {"C": channels, "BLOCK": block, "PIXELS": tile, "INT64": like.numel() + 2 * TILE >= 2**31}
-    if kernel is _backward_kernel:
-        repeat = 4 if want_bias and channels <= block and groups >= 8192 else 1
-        groups = samples * triton.cdiv(per_sample, tile * repeat)
-        shape = (groups, channels) if want_bias else (0,)
+    backward, second = "dx" in arguments, arguments.get("u") is not None
+    grid, shape, constants = _plan(
+        samples, per_sample, channels, steps[0] == 1, like.element_size(), backward, second, want_bias, TILE, LARGEST
+    )
+    partial = None
+    if backward:
         arguments["partial"] = partial = torch.empty(shape, dtype=torch.float32, device=like.device)
-        constants |= {"SUM": want_bias, "REPEAT": repeat}
     with device_guard(like.device):
-        kernel[(groups,)](
-            per_sample=per_sample, step_p=steps[0], step_c=steps[1], **arguments, **constants,
-            num_warps=16 if block * tile > TILE else 8, enable_fp_fusion=True,
-        )  # fmt: skip
-    if kernel is _backward_kernel and want_bias:
-        return partial.sum(0)
-    return like.new_empty(0, dtype=torch.float32)
+        kernel[grid](
+            per_sample=per_sample, step_p=steps[0], step_c=steps[1], **arguments, **constants, enable_fp_fusion=True
+        )
+    return partial.sum(0) if partial is not None and want_bias else partial
 
 
 def bias_act_pixel_norm_forward(

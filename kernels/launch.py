@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` is the same by way of objects of Triton's language, which take much longer."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n >= 1; see `ceil_div`."""
+    return 1 << (n - 1).bit_length()
+
+
 def device_guard(device: torch.device) -> AbstractContextManager[object]:
     """Make `device` current, as Triton launches on the current device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

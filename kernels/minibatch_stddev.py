@@ -12,6 +12,7 @@ programs' sums in a fixed order. A second, small kernel writes them to the maps.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import channels_last, device_guard
+from .launch import ceil_div, channels_last, device_guard, next_power_of_2
 
 TILE = 4096  # elements
 
@@ -130,21 +131,25 @@ def _second_kernel(
 class _Shape:
     """How x [N, C, H, W] is split into programs, and the launches on it."""
 
-    def __init__(self, x: Tensor, group: int, num_features: int) -> None:
-        self.n, self.channels, self.height, self.width = x.shape
+    def __init__(self, sizes: torch.Size, last: bool, group: int, num_features: int, elements: int) -> None:
+        self.n, self.channels, self.height, self.width = sizes
         self.features, self.groups = num_features, self.n // group
         self.pixels = self.height * self.width
         self.places = self.pixels * (self.channels // num_features)
-        padded = triton.next_power_of_2(group)
-        tile = TILE if padded < 16 else TILE // 2  # else large float32 groups spill on sm_80
-        block = min(max(16, tile // padded), triton.next_power_of_2(self.places))
-        self.tiles = triton.cdiv(self.places, block)
-        self.last = channels_last(x)
+        padded = next_power_of_2(group)
+        tile = elements if padded < 16 else elements // 2  # else large float32 groups spill on sm_80
+        block = min(max(16, tile // padded), next_power_of_2(self.places))
+        self.tiles = ceil_div(self.places, block)
+        self.last = last
         self.programs = self.groups * num_features * self.tiles
         self.constants: dict[str, Any] = {
             "C": self.channels, "F": num_features, "GROUP": group, "PADDED": padded, "BLOCK": block, "LAST": self.last,
-            "INT64": x.numel() // self.channels * (self.channels + num_features) + padded * block >= 2**31,
+            "INT64": sizes.numel() // self.channels * (self.channels + num_features) + padded * block >= 2**31,
         }  # fmt: skip
+
+    @staticmethod
+    def of(x: Tensor, group: int, num_features: int) -> _Shape:
+        return _shape(x.shape, channels_last(x), group, num_features, TILE)
 
     def run(self, kernel: Any, x: Tensor, eps: float, **tensors: Tensor) -> None:
         with device_guard(x.device):
@@ -168,6 +173,9 @@ class _Shape:
             )  # fmt: skip
 
 
+_shape = functools.lru_cache(maxsize=4096)(_Shape)
+
+
 def minibatch_stddev_forward(x: Tensor, group: int, num_features: int, eps: float) -> Tensor:
     """Append the maps.
 
@@ -180,7 +188,7 @@ def minibatch_stddev_forward(x: Tensor, group: int, num_features: int, eps: floa
     Returns:
         [N, C + F, H, W] in the dtype and memory format of x.
     """
-    shape = _Shape(x, group, num_features)
+    shape = _Shape.of(x, group, num_features)
     y, partial = shape.with_maps(x)
     shape.run(_forward_kernel, x, eps, y=y, partial=partial)
     shape.fill_maps(y, partial)
@@ -200,7 +208,7 @@ def minibatch_stddev_backward(
         dx, like x, and t, float32 [N / G, F]: the maps' gradients summed over samples and pixels, divided by the
         positions of a chunk.
     """
-    shape = _Shape(x, group, num_features)
+    shape = _Shape.of(x, group, num_features)
     dx = torch.empty_like(x)
     maps = dy[:, shape.channels :].unflatten(0, (group, shape.groups))
     t = maps.sum((0, 3, 4), dtype=torch.float32).div_(shape.places)
@@ -216,7 +224,7 @@ def minibatch_stddev_second_backward(
     Returns:
         gdy, [N, C + F, H, W], and gx, like x.
     """
-    shape = _Shape(x, group, num_features)
+    shape = _Shape.of(x, group, num_features)
     gdy, partial = shape.with_maps(x)
     gx = torch.empty_like(x)
     shape.run(_second_kernel, x, eps, u=u, t=t, gdy=gdy, gx=gx, partial=partial)

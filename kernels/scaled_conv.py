@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import tiles
 from .bias_act import activate
-from .launch import device_guard, float32_precision, needs_int64_offsets
+from .launch import ceil_div, device_guard, float32_precision, needs_int64_offsets, next_power_of_2
 
 LINEAR = 0  # index into fastgan.ops.bias_act.ACTS
 
@@ -179,7 +179,7 @@ def weight_kernel(
 
 
 def _padded(channels: int) -> int:
-    return min(max(16, triton.next_power_of_2(channels)), 256)
+    return min(max(16, next_power_of_2(channels)), 256)
 
 
 def _tile(op: str, x: Tensor, results: int, summed: int) -> tuple[tiles.Tile, str]:
@@ -221,7 +221,7 @@ def down(
     tile, precision = _tile("scaled_conv_down", large, k, c)
     count = n * height * width
     with device_guard(large.device):
-        down_kernel[(triton.cdiv(count, tile.rows) * triton.cdiv(k, tile.cols),)](
+        down_kernel[(ceil_div(count, tile.rows) * ceil_div(k, tile.cols),)](
             large, w.permute(2, 3, 0, 1).contiguous(), bias, small, large.stride(), small.stride(),
             count, height, width, slope, gain,
             C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
@@ -251,7 +251,7 @@ def up(
     tile, precision = _tile("scaled_conv_up", small, c, k)
     count = n * height * width
     with device_guard(small.device):
-        up_kernel[(4 * triton.cdiv(count, tile.rows) * triton.cdiv(c, tile.cols),)](
+        up_kernel[(4 * ceil_div(count, tile.rows) * ceil_div(c, tile.cols),)](
             small, w.permute(2, 3, 1, 0).contiguous(), bias, large, small.stride(), large.stride(),
             count, height, width, slope, gain,
             C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
@@ -266,10 +266,10 @@ def weight(small: Tensor, large: Tensor) -> Tensor:
     (n, k, height, width), c = small.shape, large.shape[1]
     tile, precision = _tile("scaled_conv_weight", small, max(c, k), 256)
     count = n * height * width
-    programs = 16 * triton.cdiv(k, tile.rows) * triton.cdiv(c, tile.cols)
-    parts = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(count, 8 * tile.chunk), max(1, _PARTIAL // (16 * k * c)))
-    part = triton.cdiv(triton.cdiv(count, parts), tile.chunk) * tile.chunk
-    parts = triton.cdiv(count, part)
+    programs = 16 * ceil_div(k, tile.rows) * ceil_div(c, tile.cols)
+    parts = min(ceil_div(_PROGRAMS, programs), ceil_div(count, 8 * tile.chunk), max(1, _PARTIAL // (16 * k * c)))
+    part = ceil_div(ceil_div(count, parts), tile.chunk) * tile.chunk
+    parts = ceil_div(count, part)
     partial = torch.empty(parts, 4, 4, k, c, dtype=torch.float32, device=small.device)
     settings: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
     with device_guard(small.device):

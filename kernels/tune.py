@@ -19,7 +19,7 @@ import torch
 import triton
 
 from . import attention, scaled_conv, tiles, tune_ahead_of_time
-from .ahead_of_time import SHARED_MEMORY
+from .ahead_of_time import WITH_PRODUCTS
 from .tile_candidates import PASSES, SIZES, candidates, write_tiles
 from .tiles import KINDS, Tile
 
@@ -97,14 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kind", choices=KINDS, action="append", help="kind of numbers (repeatable; default: all)")
     parser.add_argument("--size", type=int, choices=SIZES, action="append", help="padded feature size (the same)")
     parser.add_argument(
-        "--ahead-of-time", choices=(*SHARED_MEMORY, "all"), action="append", metavar="ARCHITECTURE",
-        help=f"fit the tiles of attention by compiling, without a GPU: {', '.join(SHARED_MEMORY)} or all",
+        "--ahead-of-time", choices=(*WITH_PRODUCTS, "all"), action="append", metavar="ARCHITECTURE",
+        help=f"fit the tiles of attention by compiling, without a GPU: {', '.join(WITH_PRODUCTS)} or all",
     )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="with --ahead-of-time: only list entries that do not fit")
     args = parser.parse_args(arguments)
     kinds, sizes = tuple(args.kind or KINDS), tuple(args.size or SIZES)
     if args.ahead_of_time:
-        names = set(SHARED_MEMORY) if "all" in args.ahead_of_time else set(args.ahead_of_time)
+        names = set(WITH_PRODUCTS) if "all" in args.ahead_of_time else set(args.ahead_of_time)
         return fit_ahead_of_time(list(names), kinds, sizes, args.check)
     if args.check:
         parser.error("--check needs --ahead-of-time")

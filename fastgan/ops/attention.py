@@ -22,8 +22,8 @@ from fastgan.ops.arguments import require_number
 from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, form_tag, tracked, without_autocast
 from fastgan.ops.dispatch import torch_functions as F
 from fastgan.ops.dispatch.backend import Implementation, Op, size_class
-from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations
-from fastgan.ops.dispatch.torch_private import constant_when_compiled, in_forward_mode
+from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations, no_products_reason
+from fastgan.ops.dispatch.torch_private import in_forward_mode
 from fastgan.ops.fallthrough import fall_through, foreign
 
 
@@ -342,16 +342,6 @@ def _chunked_not_preferred(*inputs: Tensor, **options: object) -> str | None:
     return None
 
 
-@constant_when_compiled
-@cache
-def _unsupported_gpu(gpu: int | None) -> str | None:
-    """Why this GPU cannot run the Triton kernels: tiles need bfloat16 and 99 KiB of shared memory."""
-    if torch.version.hip:
-        return "it needs an NVIDIA GPU"
-    major, minor = torch.cuda.get_device_capability(gpu)
-    return None if major >= 8 else f"it needs compute capability 8.0, GPU {gpu} has {major}.{minor}"
-
-
 def _kernel_implementations() -> dict[str, Implementation]:
     """The kernels; Triton's keep whole feature vectors on the chip, which limits their size."""
     entries = kernel_implementations("attention", _unsupported_options)
@@ -362,7 +352,7 @@ def _kernel_implementations() -> dict[str, Implementation]:
         if largest > 256:
             return f"it supports 256 features, not {largest}"
         reason = triton.unsupported_reason(*inputs, **options)
-        return reason or (_unsupported_gpu(inputs[0].device.index) if inputs else None)
+        return reason or (no_products_reason(inputs[0].device.index) if inputs else None)
 
     return {**entries, "triton": replace(triton, unsupported_reason=unsupported_reason)}
 

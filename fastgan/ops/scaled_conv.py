@@ -234,7 +234,7 @@ def _run(
     if name in ("torch", "native"):
         require_conv_arguments(x, w, bias, 1, transposed=False)
         return (_reference if name == "torch" else _native)(direction, x, w, bias)
-    last = x.is_cpu and is_channels_last(x)
+    last = is_channels_last(x)
     if direction == "up":
         if name != "fused":
             return conv2d(interpolate_nearest(x), w, bias, padding=1)

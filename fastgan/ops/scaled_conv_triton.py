@@ -20,7 +20,7 @@ from fastgan.ops.arguments import dense_like
 from fastgan.ops.autograd import autocast, form_tag, needs_gradient, non_leaf, tracked, without_autocast
 from fastgan.ops.bias_act import LINEAR, PIECEWISE_LINEAR, BiasActBackward, BiasActSettings, unsupported_options
 from fastgan.ops.dispatch.backend import Implementation
-from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations
+from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations, no_products_reason
 
 
 def triton_implementation() -> Implementation:
@@ -30,7 +30,9 @@ def triton_implementation() -> Implementation:
     def unsupported_reason(*inputs: Tensor | None, act: int = LINEAR, **options: Any) -> str | None:
         if act not in PIECEWISE_LINEAR:
             return "it supports the acts linear, relu and lrelu"
-        return unsupported_options(**options) or entry.unsupported_reason(*inputs)
+        reason = unsupported_options(**options) or entry.unsupported_reason(*inputs)
+        first = next((x for x in inputs if x is not None), None)
+        return reason or (None if first is None else no_products_reason(first.device.index))
 
     def not_preferred_reason(*inputs: Tensor | None, **options: object) -> str:
         return "not yet compared with cuDNN on a GPU; `make gpu` does that"

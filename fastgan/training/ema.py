@@ -48,5 +48,5 @@ class Ema:
         difference = torch._foreach_sub(theirs, ours)
         torch._foreach_mul_(difference, 1.0 - decay)
         torch._foreach_add_(ours, difference)
-        for mine, other in zip(ours_copied, theirs_copied, strict=True):
-            mine.copy_(other)
+        if ours_copied:
+            torch._foreach_copy_(ours_copied, theirs_copied)

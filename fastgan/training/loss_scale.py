@@ -105,8 +105,14 @@ class LossScales:
     def finite(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a step logs, with the last finite value in place of one that is not, as in a step that is skipped."""
         for name, value in seen.items():
-            self._last[name] = torch.where(torch.isfinite(value), value, self._last.get(name, torch.zeros_like(value)))
+            last = self._last.setdefault(name, torch.zeros_like(value))
+            last.copy_(torch.where(torch.isfinite(value), value, last))
         return {name: self._last[name] for name in seen}
+
+    def tensors(self) -> list[Tensor]:
+        """What a step changes."""
+        scales = (self.generator, self.discriminator)
+        return [t for it in scales for t in (it.value, it.good, it.skipped, it.failure)] + list(self._last.values())
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of both scales, by "network/quantity", for checkpoints and other ranks; not copies."""

@@ -134,8 +134,9 @@ class ActiveStage:
         self.ema.steps.fill_(ema_steps)
         self.nonfinite = NonFiniteDetector(world.device)
         if scales is None:  # else gradients may overflow, and the scales watch them
+            hooks = world.engine != "torch" and not uses_own_reducer(engine_settings(config, resolution, world.size))
             for name, module in (("discriminator", discriminator), ("generator", generator)):
-                self.nonfinite.watch(name, module)
+                self.nonfinite.watch(name, module, hooks=hooks)
         for name in ("discriminator", "generator"):  # spectators, which compute no loss, watch one too
             self.nonfinite.loss(f"loss of the {name}", torch.zeros((), device=world.device))
         self.share = RankShare.of(config, world, resolution, groups)
@@ -292,6 +293,7 @@ class ActiveStage:
             loss = loss * (world.size / active if world.rank < active else 0.0)
         if self._scales is None:
             engine.backward(loss)
+            self.nonfinite.gradients(name)
             self._finish(engine, name, loss, seen)
         else:
             scale = self._scales.of(name)
@@ -366,6 +368,10 @@ class ActiveStage:
             name: {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
             for name, module in modules.items()
         }
+
+    def state_tensors(self) -> list[Tensor]:
+        """What steps change besides networks, moving average and optimizers: running sums and scales."""
+        return [*self._meters.tensors(), *(() if self._scales is None else self._scales.tensors())]
 
     def close(self) -> None:
         """Give up the engines and what they hold."""

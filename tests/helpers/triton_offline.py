@@ -38,6 +38,14 @@ DTYPES = [
 ]
 
 
+# What kernels without matrix products are compiled for; those with them need sm_80.
+ARCHITECTURES = [
+    *("sm_80", "sm_90", "sm_100"),
+    *(pytest.param(it, marks=pytest.mark.slow) for it in ("sm_75", "sm_86", "sm_89", "sm_120")),
+]
+WITH_PRODUCTS = [it for it in ARCHITECTURES if getattr(it, "values", None) != ("sm_75",)]
+
+
 @contextlib.contextmanager
 def running(device: str) -> Iterator[None]:
     """Run kernels on tensors of `device`, interpreted on a CPU. Uninitialized tensors are filled with NaN."""

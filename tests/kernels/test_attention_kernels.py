@@ -13,6 +13,7 @@ from torch import Tensor
 from triton_offline import (
     DEVICES,
     DTYPES,
+    WITH_PRODUCTS,
     assert_accurate,
     assert_compiles_without_spills,
     assert_launches_do_not_spill,
@@ -212,7 +213,7 @@ FORMS = [
 KINDS = ["half", *(pytest.param(kind, marks=SLOW) for kind in ("tf32", "float32"))]
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", pytest.param("default", marks=SLOW)])
+@pytest.mark.parametrize("architecture", [*WITH_PRODUCTS, pytest.param("default", marks=SLOW)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("size", "form"), FORMS)
 def test_compiles_without_spills(

@@ -10,7 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton_offline import DEVICES, DTYPES, assert_accurate, assert_compiles_without_spills, random, running
+from triton_offline import (
+    DEVICES,
+    DTYPES,
+    WITH_PRODUCTS,
+    assert_accurate,
+    assert_compiles_without_spills,
+    random,
+    running,
+)
 
 from fastgan import ops
 from fastgan.kernels import scaled_conv, tiles
@@ -225,7 +233,7 @@ SLOW = pytest.mark.slow
 KINDS = ["half", *(pytest.param(kind, marks=SLOW) for kind in ("tf32", "float32"))]
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", pytest.param("default", marks=SLOW)])
+@pytest.mark.parametrize("architecture", [*WITH_PRODUCTS, pytest.param("default", marks=SLOW)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", [torch.channels_last, pytest.param(torch.contiguous_format, marks=SLOW)])
 @pytest.mark.parametrize("c", [pytest.param(c, marks=[SLOW] * (c != 64)) for c in (16, 32, 64, 128, 256, 59)])

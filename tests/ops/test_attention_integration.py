@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgan.ops import attention as module
 from fastgan.ops import backends, scaled_dot_product_attention, use_backend
+from fastgan.ops.dispatch import kernel_registry
 
 
 @settings(max_examples=60)
@@ -262,5 +263,5 @@ def test_triton_needs_compute_capability_8(
     capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
-    found = module._unsupported_gpu.__wrapped__(0)
+    found = kernel_registry.no_products_reason.__wrapped__(0)
     assert (reason in found) if reason else found is None

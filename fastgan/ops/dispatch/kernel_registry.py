@@ -71,6 +71,19 @@ def kernel_implementations(op: str, unsupported_options: ReasonFn | None = None)
     }
 
 
+@constant_when_compiled
+@cache
+def no_products_reason(gpu: int | None) -> str | None:
+    """Why a GPU cannot run Triton kernels of matrix products: their tiles need what came with compute capability 8.0.
+
+    Compiled for sm_75, they spill thousands of bytes, or need more shared memory than it has.
+    """
+    if torch.version.hip:
+        return "it needs an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return None if major >= 8 else f"it needs compute capability 8.0, GPU {gpu} has {major}.{minor}"
+
+
 def _once_per_op(reason: Callable[[str], str | None]) -> Callable[[str], str | None]:
     """Compute the answer once for each op; torch.compile takes it for a constant."""
     cached = cache(reason)

@@ -1,1 +1,1 @@
-"""Steps of a stage as compiled programs: how they are built beside training, and how training uses them."""
+"""Steps of a stage as compiled programs, or captured whole: how they are made, and how training uses them."""

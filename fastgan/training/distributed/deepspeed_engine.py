@@ -33,6 +33,21 @@ def uses_own_reducer(config: dict[str, Any]) -> bool:
     return not stage and not any(key in config for key in _REDUCTION_KEYS)
 
 
+def without_grad_norm(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with which ZeRO 1 and 2 do not compute a norm of the gradients in each step, where they need none.
+
+    The norm is read by the host, which would wait for the device, and a step in which it is not finite is skipped
+    without a word; the trainer's own check stops there. A file that sets it, clips or offloads keeps what it says.
+    """
+    zero = config.get("zero_optimization") or {}
+    needed = config.get("gradient_clipping") or any(zero.get(key) for key in ("offload_optimizer", "zenflow"))
+    if zero.get("stage") not in (1, 2) or needed or "compute_grad_norm" in zero:
+        return config
+    if not private_api.knows_compute_grad_norm():
+        return config
+    return {**config, "zero_optimization": {**zero, "compute_grad_norm": False}}
+
+
 class DeepSpeedEngine(BaseEngine):
     """DeepSpeed with ZeRO 0, 1 or 2.
 
@@ -68,12 +83,13 @@ class DeepSpeedEngine(BaseEngine):
     ) -> None:
         import deepspeed
 
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer([p for _, p in trainable_parameters(module)]),
-            config=config,
-            dist_init_required=False,
-        )
+        with private_api.scalars_are_broadcast():
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer([p for _, p in trainable_parameters(module)]),
+                config=without_grad_norm(config),
+                dist_init_required=False,
+            )
         several, own_reducer = dist.get_world_size() > 1, uses_own_reducer(config)
         if several:
             private_api.set_group_timeout(self._engine.data_parallel_group, timeout)  # torch's default: 30 minutes

@@ -151,7 +151,10 @@ class BaseEngine(abc.ABC):
     def set_rate(self, rate: float) -> None:
         self.wait()  # the deferred update uses the previous rate
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)  # of a captured step, which reads it where it is
+            else:
+                group["lr"] = rate
 
     def _fragments(self) -> list[Fragment]:
         """The optimizer state of this rank: all of it, unless a subclass partitions it."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,39 @@ def disable_shared_memory_op() -> None:
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def scalars_are_broadcast() -> Iterator[None]:
+    """Let engines be built of networks that have parameters without dimensions, as SAGAN's gamma."""
+    # `_broadcast_model`: it views every parameter as bytes, which torch refuses for one without dimensions.
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    original = DeepSpeedEngine._broadcast_model
+
+    def broadcast(engine: Any) -> None:
+        scalars = [p for p in engine.module.parameters() if p.dim() == 0]
+        for p in scalars:
+            p.data = p.data.view(1)
+        try:
+            original(engine)
+        finally:
+            for p in scalars:
+                p.data = p.data.view(())
+
+    DeepSpeedEngine._broadcast_model = broadcast
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = original
+
+
+def knows_compute_grad_norm() -> bool:
+    """Whether this DeepSpeed can be told not to compute the norm of all gradients in each ZeRO step."""
+    # `DeepSpeedZeroConfig`: an older one refuses a key that it does not know.
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return "compute_grad_norm" in DeepSpeedZeroConfig.model_fields
 
 
 def zero_partition(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:

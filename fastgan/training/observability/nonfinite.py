@@ -11,10 +11,10 @@ _NEVER = 2**31 - 1
 class NonFiniteDetector:
     """Stores on the device, for each watched tensor, the first step at which it was not finite.
 
-    Hooks on the parameters see the gradients, before an engine reduces, partitions or frees them.
+    `watch` the networks once; in each step call `begin_step`, and for each micro-batch, after its backward, `loss` and,
+    unless hooks see them, `gradients`, then `close_step`; call `first_bad` when the host reads from the device anyway.
 
-    `watch` the networks once; in each step call `begin_step`, `loss` for each loss, and `close_step` after each
-    backward; call `first_bad` when the host reads from the device anyway.
+    What it keeps from step to step are the same tensors, changed in place.
 
     Args:
         device: of the losses and gradients.
@@ -23,20 +23,26 @@ class NonFiniteDetector:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._names: list[str] = []
-        self._largest: list[Tensor] = []
+        self._watched: dict[str, tuple[int, list[nn.Parameter]]] = {}
         self._first = torch.full((0,), _NEVER, dtype=torch.int32, device=device)
         self._step = torch.zeros((), dtype=torch.int32, device=device)
+        self._never = torch.full((), _NEVER, dtype=torch.int32, device=device)
         self._zero = torch.zeros((), device=device)
+        self._largest: list[Tensor] = []
 
     def _add(self, name: str) -> int:
         self._names.append(name)
         self._largest.append(self._zero)
-        never = torch.full((1,), _NEVER, dtype=torch.int32, device=self._device)
-        self._first = torch.cat([self._first, never])
+        self._first = torch.cat([self._first, self._never[None]])
         return len(self._names) - 1
 
-    def watch(self, label: str, module: nn.Module) -> None:
-        """Watch the gradient of every trainable parameter of `module`, named `label`.parameter in reports."""
+    def watch(self, label: str, module: nn.Module, *, hooks: bool = True) -> None:
+        """Watch the gradient of every trainable parameter of `module`, named `label`.parameter in reports.
+
+        Args:
+            hooks: see the gradients as they arrive, for an engine that reduces, partitions or frees them in its
+                backward. Otherwise `gradients` reads all of them at once.
+        """
 
         def hook(index: int):  # type: ignore[no-untyped-def]
             def record(gradient: Tensor | None) -> None:
@@ -47,18 +53,32 @@ class NonFiniteDetector:
 
             return record
 
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(hook(self._add(f"gradient of {label}.{name}")))
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        indices = [self._add(f"gradient of {label}.{name}") for name, _ in trained]
+        for index, (_, parameter) in zip(indices, trained, strict=True):
+            if hooks:
+                parameter.register_hook(hook(index))
+        if indices:
+            self._watched[label] = indices[0], [] if hooks else [p for _, p in trained]
 
-    def gradients(self, label: str, largest: Tensor) -> None:
-        """Watch gradients of this step that no hook sees: the largest magnitude in each, float32 [parameters].
+    def gradients(self, label: str, largest: Tensor | None = None) -> None:
+        """Watch the gradients of a network after a backward, where no hook sees them.
 
         Args:
-            label: as given to `watch`, whose parameters they belong to, in order.
+            label: as given to `watch`.
+            largest: the largest magnitude in each, float32 [parameters], in order; None: those that are in `.grad`.
         """
-        first = next(i for i, name in enumerate(self._names) if name.startswith(f"gradient of {label}."))
-        self._largest[first : first + len(largest)] = largest.unbind()
+        if label not in self._watched:
+            return
+        start, parameters = self._watched[label]
+        if largest is not None:
+            self._largest[start : start + len(largest)] = largest.unbind()
+            return
+        there = [(i, p.grad.detach()) for i, p in enumerate(parameters, start) if p.grad is not None]
+        if there:
+            norms = torch._foreach_norm([gradient for _, gradient in there], ord=torch.inf, dtype=torch.float32)
+            for (index, _), norm in zip(there, norms, strict=True):
+                self._largest[index] = norm
 
     def loss(self, name: str, value: Tensor) -> None:
         """Watch a scalar loss of this step."""
@@ -70,11 +90,17 @@ class NonFiniteDetector:
         """Set the number of the step that later calls belong to."""
         self._step.fill_(step)
 
+    @torch.no_grad()
     def close_step(self) -> None:
-        """Update the first bad steps from the losses and gradients recorded so far."""
+        """Update the first bad steps from the losses and gradients recorded since the last call."""
         if self._names:
-            bad = ~torch.isfinite(torch.stack(self._largest))
-            self._first = torch.minimum(self._first, torch.where(bad, self._step, _NEVER).to(torch.int32))
+            finite = torch.stack(self._largest).abs() < torch.inf  # false for a NaN
+            torch.minimum(self._first, torch.where(finite, self._never, self._step), out=self._first)
+            self._largest = [self._zero] * len(self._names)
+
+    def tensors(self) -> list[Tensor]:
+        """What a step changes."""
+        return [self._first]
 
     def pending(self) -> Tensor:
         """First bad step of every watched tensor, int32 [names]; ranks combine theirs by the minimum."""

@@ -112,6 +112,22 @@ def test_sees_through_a_penalty() -> None:
     assert bad is not None and bad[0] == 0 and bad[1].startswith("gradient of discriminator.")
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_are_read_at_once_where_no_hook_sees_them(bad: float) -> None:
+    network = nn.Linear(2, 1)
+    detector = NonFiniteDetector(torch.device("cpu"))
+    detector.watch("critic", network, hooks=False)
+    first = detector.pending()
+    for number, factor in enumerate((1.0, bad, 1.0)):
+        detector.begin_step(number)
+        (network.bias * factor).sum().backward()  # the weight has no gradient
+        detector.gradients("critic")
+        detector.close_step()
+        network.zero_grad()
+    assert first_bad(detector) == (1, "gradient of critic.bias")
+    assert detector.pending() is first  # changed in place: a recorded step goes on writing it
+
+
 def test_networks_that_are_frozen_between_steps_are_still_watched() -> None:
     detector, network = watched_network()
     for p in network.parameters():
