@@ -7,6 +7,7 @@ attention.set_processor(integration.AttnProcessor())    # or: the default one, b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from types import FunctionType
@@ -19,10 +20,9 @@ from fastgan import ops
 from fastgan.nn import Conversion
 from fastgan.nn.other_packages import ATTENTION, has_a_name, lean_subclass, original_class, over_lean_functions
 
-try:
+_dispatch: Any = None
+with contextlib.suppress(ImportError):  # before diffusers 0.35 processors call torch's function alone
     from diffusers.models.attention_dispatch import dispatch_attention_fn as _dispatch
-except ImportError:  # before diffusers 0.35 processors call torch's function alone
-    _dispatch = None
 
 
 def _attention(
