@@ -87,7 +87,8 @@ def test_every_implementation_is_right_here(
 def test_ops_that_have_classes_are_those_that_are_measured() -> None:
     assert {op.name for op in OPS.values() if op.classify is not None} == set(MEASURED_OPS)
     several = {op.name for op in OPS.values() if not set(op.implementations) <= {"lean", "torch"}}
-    assert several <= set(MEASURED_OPS)
+    by_a_rule_alone = {"layer_norm", "group_norm", "instance_norm"}  # by size, as docs/ops.md says
+    assert several - by_a_rule_alone <= set(MEASURED_OPS)
 
 
 def test_calls_without_a_class_run_by_the_shipped_table(calls: list[str]) -> None:

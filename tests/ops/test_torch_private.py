@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from kernelcases import random
 
 import fastgan
-from fastgan.ops import torch_private
+from fastgan.ops.dispatch import torch_private
 
 PACKAGE = Path(fastgan.__file__).parent
-FILES = [file for room in ("ops", "nn", "objectives", "models") for file in sorted((PACKAGE / room).glob("*.py"))]
+FILES = [file for room in ("ops", "nn", "objectives", "models") for file in sorted((PACKAGE / room).rglob("*.py"))]
 
 
 def private_names(source: str) -> list[str]:

@@ -283,6 +283,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow  # it compiles two programs
 def test_a_deterministic_run_waits_for_its_program_and_resumes_to_the_bit(tmp_path, own_cache):
     flags = ("--compile", "on", "--deterministic", "--checkpoint-kimg", "0.1")
     text = train(tmp_path / "a", *flags, "--kimg", "0.3")
