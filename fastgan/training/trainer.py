@@ -90,9 +90,8 @@ class Trainer:
         self.last_good: Path | None = None
         self.clock = TrainingClock()
         self._groups: dict[int, Any] = {}
-        self.compilation = Compilation(
-            config, world, self.stages, channels=source.channels, num_classes=source.num_classes
-        )
+        of_images = {"channels": source.channels, "num_classes": source.num_classes}
+        self.compilation = Compilation(config, world, self.stages, **of_images)
         # Opened before the first step, so that missing features are reported at once.
         self._evaluator = None if config.run.evaluate_kimg is None else Evaluator.of(config, source, world.device)
         # The ops run what they ran before the stop, so that a run that is resumed computes the same bits.
@@ -102,8 +101,7 @@ class Trainer:
         if resume is None:
             self.enter(self.stages[0].resolution, initial)
         else:
-            shape = {"resolution": resume.meta["resolution"], "channels": source.channels}
-            values = network_values(config.networks, **shape, num_classes=source.num_classes)
+            values = network_values(config.networks, resolution=resume.meta["resolution"], **of_images)
             checkpoint_state.restore(self, resume, values)
 
     def enter(self, resolution: int, state: State | None = None, ema_steps: int = 0, grown: bool = False) -> None:
