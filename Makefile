@@ -10,14 +10,18 @@ BIN := .venv/bin
 # Two workers of one thread each: threads of several processes on the same cores slow each other down tenfold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-all docs gpu lint clean
+.PHONY: train test suite test-all docs gpu lint clean
 
 # DeepSpeed's launcher uses every GPU of this host; it is installed on Linux alone.
 train: .venv/installed
 	@if [ -x $(BIN)/deepspeed ]; then set -x; $(BIN)/deepspeed fastgan/train.py --variant $(VARIANT) $(ARGS); \
 	else set -x; $(BIN)/fastgan train --variant $(VARIANT) $(ARGS); fi
 
-test: lint
+# Both at once: the linters need one core for most of a minute.
+test: .venv/installed
+	@$(MAKE) --no-print-directory -j 2 lint suite
+
+suite: .venv/installed
 	$(PYTEST)
 
 test-all: lint

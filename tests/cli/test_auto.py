@@ -72,6 +72,7 @@ def test_the_same_settings_train_the_same_run(photos: Path, tmp_path: Path) -> N
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_dry_run_has_times(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--data", f"folder:{photos}", "--hours", "1", "--resolution", "16", *SMALL, "--dry-run"]
     before = sorted(tmp_path.rglob("*"))
@@ -82,6 +83,7 @@ def test_dry_run_has_times(photos: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_hours_replace_the_length_of_a_file(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "length.yaml"
     file.write_text("schedule: {kimg: 77777.0, resolution: 8}")
@@ -98,6 +100,7 @@ def test_plan_is_of_what_auto_decides(photos: Path, capsys: pytest.CaptureFixtur
     assert "auto: augment ada" in text and "pggan, auto preset: 1 kimg to 8 px" in text
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_what_one_of_them_measured(photos: Path, tmp_path: Path) -> None:
     flags = ["--data", f"folder:{photos}", "--hours", "0.0003", "--resolution", "8", *SMALL, "--engine", "torch"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "fastgan/train.py")]
@@ -109,6 +112,7 @@ def test_ranks_agree_on_what_one_of_them_measured(photos: Path, tmp_path: Path) 
     assert config_of(tmp_path / "run")["schedule"]["batch"] == 16
 
 
+@pytest.mark.slow
 def test_hours_with_another_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--variant", "dcgan", "--hours", "0.0005", "--resolution", "8", "--width", "8", "--max-width", "8"]
     assert train.main([*argv, "--samples", "4", "--out", str(tmp_path / "run")]) == 0

@@ -148,6 +148,7 @@ def require_compiled_equals_eager(kind, loss_of):
     assert program.difference_of([ours[n].float() for n in names], [theirs[n].float() for n in names]) < 1e-3
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager_over_twenty_adam_steps():
     require_compiled_equals_eager("batch norm", wgan_gp)
 

@@ -39,6 +39,7 @@ def command(*flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "fastgan" / "train.py"), *RUN, *flags]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(folder: Path, tmp_path: Path) -> None:
     """Killed while the images come from the cache; later ones come from DALI."""
     whole, run = tmp_path / "whole", tmp_path / "run"

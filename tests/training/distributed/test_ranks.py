@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,19 @@ def _four(name: str, accumulation: int) -> dict:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    out = tmp_path_factory.mktemp("ranks")
+    """Of all cases, by name. One of pytest's workers trains them, the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
+    out.mkdir(exist_ok=True)
+    with (out / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "done").exists():
+            _train_all(out)
+            (out / "done").touch()
+    return {file.stem: load_file(file) for file in out.glob("*.safetensors")}
+
+
+def _train_all(out: Path) -> None:
     pairs = sorted({(v, a) for v, _, a in CASES})
     one = [ranks.case(f"one-{v}-{a}", v, 0, ranks.one_process(v, 2, a)) for v, a in pairs]
     one += [_idle(f"one-idle-{a}", 0, a) for a in (1, 2)]
@@ -85,7 +99,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     torch_cases += [_channels_last(f"torch-last-{v}", v, 1) for v in ("wgan-gp", "pggan")]
     torch_cases += [_lazy(f"torch-lazy-{v}", v, 0, 2) for v in LAZY]
     ranks.launch(SCRIPT, torch_cases, out, 2, engine="torch")
-    return {file.stem: load_file(file) for file in out.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize(("variant", "zero", "accumulation"), CASES)
