@@ -208,7 +208,7 @@ def test_a_parameter_or_buffer_that_was_assigned_anew_is_read():
     assert torch.equal(loss, critic(x).square().mean())
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_have_the_strides_that_fused_optimizers_assume(compile):
     def build_critic() -> nn.Module:
         torch.manual_seed(0)

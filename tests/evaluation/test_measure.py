@@ -416,6 +416,7 @@ def test_expected_modes() -> None:
     assert expected[273].item() == pytest.approx(thousands[0][2] * thousands[1][7] * thousands[2][3])
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_numbers_of_one_process(digits: Source, tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -91,6 +91,7 @@ def test_killed_and_resumed_is_bit_identical(whole: Path, tmp_path: Path, after:
     assert rows(run) == rows(whole)
 
 
+@pytest.mark.slow
 def test_spectral_norm_labels_and_accumulation_resume(tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(*SAGAN, "--conditional", "--out", str(whole)).returncode == 0
@@ -170,6 +171,7 @@ def test_longer_run_that_would_move_the_growth_is_refused(whole: Path, capsys: p
     assert "--fade-kimg" in refused(capsys, "--resume", str(whole), "--kimg", "30")
 
 
+@pytest.mark.slow
 def test_longer_run_goes_on_from_a_finished_one(whole: Path, tmp_path: Path) -> None:
     import shutil
 

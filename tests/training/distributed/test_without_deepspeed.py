@@ -25,7 +25,7 @@ def _torchrun(run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, timeout=200, env=environment)
 
 
-@pytest.mark.parametrize("flags", [[], ["--engine", "torch"]])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--engine", "torch"], marks=pytest.mark.slow)])
 def test_torchrun_trains_with_plain_torch(tmp_path: Path, flags: list[str]) -> None:
     done = _torchrun(tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
