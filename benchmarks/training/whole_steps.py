@@ -123,6 +123,10 @@ def our_stage(case: Case, precision: Precision) -> ActiveStage:
     )  # fmt: skip
 
 
+class NotCompiled(RuntimeError):
+    """There are no programs for a case, or they are not right; the message says why."""
+
+
 def compiled_programs(case: Case, stage: ActiveStage) -> StagePrograms:
     """The programs of a stage, compiled now if they are not in the user's cache."""
     spec = ProgramSpec(stage.config, case.resolution, False, case.channels, 0, case.batch)
@@ -130,7 +134,7 @@ def compiled_programs(case: Case, stage: ActiveStage) -> StagePrograms:
         build(spec, CPU)
     found = load(spec, stage.step)
     if not isinstance(found, StagePrograms):
-        raise SystemExit(f"{case.variant} at {case.resolution} px cannot be compiled: {found}")
+        raise NotCompiled(f"{case.variant} at {case.resolution} px cannot be compiled: {found}")
     return found
 
 
@@ -267,9 +271,14 @@ def child_times(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
     wrong = {name: error for name, error in off.items() if error > TOLERANCE[name]}
     if wrong:
         raise SystemExit(f"the sides compute different losses or gradients: {wrong}")
-    steps = {name: arm(case, name) for name in names}
+    steps = {}
+    for name in names:
+        try:
+            steps[name] = arm(case, name)
+        except NotCompiled as error:
+            print(f"{name}: {error}", file=sys.stderr)
     # A program's operations are not seen by torch: those of the eager step stand for it.
-    counted = {name: flops(steps[name.replace("compiled", "ours")]) for name in names}
+    counted = {name: flops(steps[name.replace("compiled", "ours")]) for name in steps}
     return {"difference": off, "seconds": interleaved(steps, rounds), "flops": counted}
 
 
@@ -292,7 +301,7 @@ def start_child(what: str, case: str, names: list[str], args: Any, kept: bool) -
 def measure(case: str, args: Any, kept: bool) -> dict[str, Any]:
     names = ["plain", *(f"{side}-{precision}" for precision in args.precision for side in ("ours", "compiled"))]
     found = start_child("times", case, names, args, kept)
-    return {**found, "memory": {name: start_child("memory", case, [name], args, kept) for name in names}}
+    return {**found, "memory": {n: start_child("memory", case, [n], args, kept) for n in found["seconds"]}}
 
 
 def row(case: str, kept: str, name: str, found: dict[str, Any], peak: dict[str, dict[str, float]]) -> list[str]:
