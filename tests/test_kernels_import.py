@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-import fastgan
-
-REPOSITORY = Path(fastgan.__file__).resolve().parents[1]
-PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "hubconf.py", "fastgan", "kernels", "csrc")
+from installs import copy_checkout
 
 CHECK = """
 import importlib.util, sys, types, torch
@@ -64,14 +59,7 @@ def require_files_of(root: Path, output: str, kernels: Path | None = None) -> No
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a checkout has of the package."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for part in PARTS:
-        source = REPOSITORY / part
-        if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        else:
-            shutil.copy(source, folder)
-    return folder
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture

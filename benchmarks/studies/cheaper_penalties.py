@@ -30,7 +30,6 @@ import fastgan
 from benchmarks.studies.precision_quality import diverged
 from benchmarks.studies.result_cache import (
     Changes,
-    Interrupted,
     ResultCache,
     argument_parser,
     markdown_table,
@@ -212,15 +211,12 @@ def main(argv: list[str]) -> int:
             cache.store(f"variance/{variant}", variances(variant, args, cache.results[f"speed/{variant}"]))
     train = not (args.table or args.speed or args.variance)
     order = [(v, seed, arm) for v in args.variants for seed in range(args.seeds) for arm in arms_of(v)]
+    cells = []
     for variant, seed, arm in order if train else []:
         kimg = kimg_at_equal_time(variant, arm, cache.results[f"speed/{variant}"], args.share)
         work = functools.partial(train_and_measure, variant, arm, seed, kimg, args, flags)
-        try:
-            name = result_name("digits", f"{variant}/{arm}", seed, kimg)
-            if cache.compute(name, work) is not None:
-                print(f"{name}: done", flush=True)
-        except Interrupted:
-            break
+        cells.append((result_name("digits", f"{variant}/{arm}", seed, kimg), work))
+    cache.compute_all(cells)
     print(report(cache, args))
     return 0
 

@@ -31,7 +31,6 @@ from benchmarks.studies.result_cache import (
     ARMS,
     ROOT,
     Changes,
-    Interrupted,
     ResultCache,
     argument_parser,
     changes_of,
@@ -253,14 +252,13 @@ def main(argv: list[str]) -> int:
         cache.store(f"speed/{arm}", speed(arm, args.kimg, args.measure_seconds))
         print(f"speed/{arm}: {cache.results[f'speed/{arm}']['images_per_second']}", flush=True)
     order = [(seed, arm) for seed in range(args.seeds) for arm in args.variants]
-    for seed, arm in [] if args.table or args.speed else order:
-        work = functools.partial(train_and_measure, arm, seed, args.kimg, args.runs, args.figures, flags)
-        name = result_name("digits", arm, seed, args.kimg)
-        try:
-            if cache.compute(name, work) is not None:
-                print(f"{name}: done", flush=True)
-        except Interrupted:
-            break
+    cache.compute_all(
+        (
+            result_name("digits", arm, seed, args.kimg),
+            functools.partial(train_and_measure, arm, seed, args.kimg, args.runs, args.figures, flags),
+        )
+        for seed, arm in ([] if args.table or args.speed else order)
+    )
     print(report(cache, args.kimg))
     if any(cache.all_seeds("digits", arm, args.kimg) for arm in ARMS):
         print(f"curves: {', '.join(str(path) for path in draw_curves(cache, args.kimg, args.figures))}")

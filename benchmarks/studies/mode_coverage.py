@@ -15,6 +15,7 @@ also within a `stacked` run. --table prints the finished results.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import sys
@@ -31,7 +32,6 @@ import fastgan
 from benchmarks.studies.result_cache import (
     ARMS,
     Changes,
-    Interrupted,
     ResultCache,
     argument_parser,
     changes_of,
@@ -198,20 +198,19 @@ def main(argv: list[str]) -> int:
     kimg = {task: args.kimg or KIMG[task] for task in TASKS}
     cache, flags = open_cache(args)
     order = [(seed, task, variant) for seed in range(args.seeds) for task in tasks for variant in args.variants]
-    for seed, task, variant in [] if args.table else order:
 
-        def work(seed: int = seed, task: str = task, variant: str = variant) -> dict[str, Any]:
-            if task == "stacked":
-                return train_stacked(variant, seed, kimg[task], args.runs, flags)
-            return train_points(task, variant, seed, kimg[task])
+    def train(seed: int, task: str, variant: str) -> dict[str, Any]:
+        if task == "stacked":
+            return train_stacked(variant, seed, kimg[task], args.runs, flags)
+        return train_points(task, variant, seed, kimg[task])
 
-        name = result_name(task, variant, seed, kimg[task])
-        try:
-            values = cache.compute(name, work)
-        except Interrupted:
-            break
-        if values is not None:
-            print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in values.items())}", flush=True)
+    cache.compute_all(
+        (
+            (result_name(task, variant, seed, kimg[task]), functools.partial(train, seed, task, variant))
+            for seed, task, variant in ([] if args.table else order)
+        ),
+        lambda values: ", ".join(f"{key} {value:.4g}" for key, value in values.items()),
+    )
     print(report(cache, tasks, kimg))
     return 0
 

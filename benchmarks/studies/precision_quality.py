@@ -31,7 +31,6 @@ import torch
 import fastgan
 from benchmarks.studies.result_cache import (
     ARMS,
-    Interrupted,
     ResultCache,
     argument_parser,
     markdown_table,
@@ -196,15 +195,12 @@ def main(argv: list[str]) -> int:
         cache.store(f"speed/{variant}", {**times, "threads": torch.get_num_threads()})
         print(f"speed/{variant}: {times}", flush=True)
     order = [(v, seed, p) for v in args.variants for seed in range(args.seeds) for p in ("fp32", args.precision)]
+    cells = []
     for variant, seed, precision in [] if args.table or args.speed else order:
         kimg = kimg_of(variant, args.share)
         work = functools.partial(train_and_measure, variant, precision, seed, kimg, args, flags)
-        try:
-            name = result_name(args.data, f"{variant}/{precision}", seed, kimg)
-            if cache.compute(name, work) is not None:
-                print(f"{name}: done", flush=True)
-        except Interrupted:
-            break
+        cells.append((result_name(args.data, f"{variant}/{precision}", seed, kimg), work))
+    cache.compute_all(cells)
     print(report(cache, args))
     return 0
 

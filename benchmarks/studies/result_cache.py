@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,18 @@ class ResultCache:
             raise Interrupted from None
         self.store(name, values)
         return values
+
+    def compute_all(
+        self,
+        cells: Iterable[tuple[str, Callable[[], dict[str, Any]]]],
+        describe: Callable[[dict[str, Any]], str] = lambda _: "done",
+    ) -> None:
+        """Compute the results that are not stored yet, in this order, with a line about each, until Ctrl-C."""
+        with contextlib.suppress(Interrupted):
+            for name, work in cells:
+                values = self.compute(name, work)
+                if values is not None:
+                    print(f"{name}: {describe(values)}", flush=True)
 
     def all_seeds(self, task: str, arm: str, kimg: float) -> list[dict[str, Any]]:
         """The stored results of all seeds."""

@@ -10,8 +10,7 @@ through an affine layer behind it,
     gdy = w p    gw = sum dy p                                     and so of dy and w
 
 The forward and the first backward are torch's own fused functions; instance norm is a group norm with a group for each
-channel. Torch's second backward is composed of some thirty
-elementwise operations.
+channel. Torch's second backward is composed of some thirty elementwise operations.
 """
 
 from __future__ import annotations

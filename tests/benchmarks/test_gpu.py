@@ -192,7 +192,7 @@ def test_starts_without_an_installation(tmp_path: Path) -> None:
     assert done.returncode == 0 and "5 the step as a CUDA graph" in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is about a machine without a GPU")
 def test_missing_gpu_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--out", str(tmp_path / "none")]) == 1
     assert "no NVIDIA GPU" in capsys.readouterr().err and not (tmp_path / "none").exists()

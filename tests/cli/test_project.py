@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from fastgan import projection
 from fastgan.cli import main
+from fastgan.errors import ArgumentError
 from fastgan.evaluation import lite0
 from fastgan.export.formats import ExportedModule
 from fastgan.generator import TrainedGenerator, generate, load
@@ -88,6 +90,17 @@ def test_pictures_of_any_size_are_fitted(tmp_path: Path, size: tuple[int, int], 
         for channels in (1, 3, 4):
             found = projection.read_picture(file, 8, channels, fit)  # type: ignore[arg-type]
             assert found.shape == (1, channels, 8, 8) and found.abs().max() <= 1
+
+
+def test_a_failing_disk_is_not_a_damaged_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = picture(tmp_path / "a.png", (8, 8), "RGB")
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(projection, "read_regular", fail)
+    with pytest.raises(ArgumentError, match="cannot be read now"):
+        projection.read_picture(file, 8, 3)
 
 
 def test_the_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import fastgan
 
 REPOSITORY = Path(fastgan.__file__).resolve().parents[1]
-PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastgan", "kernels", "csrc")
-"""What the package is built from."""
+PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "hubconf.py", "fastgan", "kernels", "csrc")
+"""What the package is built from, and torch.hub's door."""
+
+
+def copy_checkout(folder: Path) -> Path:
+    """Copy what a clone has of the package, nothing that git ignores; returns `folder`."""
+    for part in PARTS:
+        source = REPOSITORY / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(source, folder)
+    return folder
 
 
 def run(*command: str | Path, folder: Path, **environment: str) -> str:

@@ -9,20 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from installs import PARTS, REPOSITORY, run
+from installs import copy_checkout, run
 
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a clone has of the package: nothing that git ignores."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for part in PARTS:
-        source = REPOSITORY / part
-        if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        else:
-            shutil.copy(source, folder)
-    return folder
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 Build = Callable[..., Path]

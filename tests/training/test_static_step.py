@@ -13,6 +13,7 @@ import pytest
 import ranks
 import static_steps
 import torch
+from small_networks import SMALL
 from static_steps import differences, images_of_a_fade, steady
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -27,13 +28,6 @@ from fastgan.training.observability.stragglers import StragglerDetector
 from fastgan.training.stage import ActiveStage
 from fastgan.training.trainer import Trainer
 
-SMALL = {
-    "mlp": "--width 16 --resolution 8",
-    "dcgan": "--width 8 --max-width 8 --resolution 8",
-    "sagan": "--width 8 --max-width 8 --resolution 8 --conditional",
-    "pggan": "--fmap-base 32 --fmap-max 8 --resolution 8 --kimg 0.8",
-    "r3gan": "--width 16 --max-width 16 --resolution 8",
-}
 EXTRA = {
     "ada": ("dcgan", "--augment ada"),
     "fp16": ("wgan-gp", "--precision fp16"),

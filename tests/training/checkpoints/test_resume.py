@@ -108,7 +108,10 @@ def test_spectral_norm_labels_and_accumulation_resume(tmp_path: Path) -> None:
 def test_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     flags = [*PGGAN, "--kimg", "200", "--checkpoint-kimg", "0.1", "--out", str(run)]
+    # Of tests that run under nohup it would inherit to ignore SIGHUP.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, before)
     wait_for(run, 1, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)

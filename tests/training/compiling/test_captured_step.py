@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_networks import SMALL
 from torch import Tensor
 
 from fastgan import data
@@ -21,13 +22,6 @@ from fastgan.training.distributed import process_group as processes
 from fastgan.training.from_config import rates
 from fastgan.training.trainer import Trainer
 
-SMALL = {
-    "mlp": "--width 16 --resolution 8",
-    "dcgan": "--width 8 --max-width 8 --resolution 8",
-    "sagan": "--width 8 --max-width 8 --resolution 8 --conditional",
-    "pggan": "--fmap-base 32 --fmap-max 8 --resolution 8 --kimg 0.8",
-    "r3gan": "--width 16 --max-width 16 --resolution 8",
-}
 CASES = {
     **{name: (name, []) for name in VARIANTS},
     "accumulation": ("wgan-gp", ["--accumulation", "2", "--n-critic", "2"]),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from ranks import FLAGS, assert_same_weights, case, launch
 from safetensors.torch import load_file
+from small_networks import SMALL
 from torch import Tensor
 
 from fastgan import data
@@ -31,13 +32,6 @@ from fastgan.training.trainer import Trainer
 from fastgan.utils.system import cache_folder
 
 CPU = torch.device("cpu")
-SMALL = {
-    "mlp": "--width 16 --resolution 8",
-    "dcgan": "--width 8 --max-width 8 --resolution 8",
-    "sagan": "--width 8 --max-width 8 --resolution 8 --conditional",
-    "pggan": "--fmap-base 32 --fmap-max 8 --resolution 8 --kimg 0.8",
-    "r3gan": "--width 16 --max-width 16 --resolution 8",
-}
 
 
 @pytest.fixture
