@@ -183,6 +183,7 @@ def test_who_averages_gradients(config: dict[str, object], ours: bool) -> None:
         ({"zero_optimization": {"stage": 3}}, 0, "stage must be 0, 1 or 2"),
         ([], 0, "JSON object"),
         ("not json", 0, "readable JSON"),
+        ("[" * 100_000, 0, "readable JSON"),
     ],
 )
 def test_file_that_contradicts_the_run(tmp_path: Path, content: object, zero: int, words: str) -> None:
