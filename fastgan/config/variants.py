@@ -9,8 +9,9 @@ ranks can share them, rates and momentum stay, and D's loss is not halved. lsgan
 of dcgan: lsgan's authors had deeper ones, wgan-gp's and wgan-div's residual ones, the latter with layer norm in the
 critic. wgan: always 5 critic steps, where the authors' code takes 100 now and then. wgan-div: k is the paper's, not the
 10 of the authors' code. sagan: classes are asked for by `--conditional`. pggan: schedule and batches of the authors'
-preset for one GPU, with the paper's one rate for all resolutions (1.5e-3 at 1024 px there); the optimizers start fresh
-at a growth, not once more when its fade ends. r3gan: the authors lower the penalty's weight and the learning rates and
+preset for one GPU, with the paper's one rate for all resolutions (1.5e-3 at 1024 px there); `paper-8-gpus` has the
+batches and the rates by resolution of their preset for eight; in both the optimizers start fresh at a growth, not once
+more when its fade ends. r3gan: the authors lower the penalty's weight and the learning rates and
 raise beta2 while they train; here all are constant.
 """
 
@@ -20,8 +21,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastgan.config import Config, Data, Networks, Objective, Optimizer, Schedule
+from fastgan.errors import ArgumentError
 
-Preset = Literal["paper", "digits"]
+Preset = Literal["paper", "paper-8-gpus", "digits"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,24 @@ class Variant:
     paper: Recipe
     digits: Recipe
     reference: str
+    paper_8_gpus: Recipe | None = None
 
-    def config(self, preset: Preset) -> Config:
-        recipe: Recipe = getattr(self, preset)
+    @property
+    def presets(self) -> dict[str, Recipe]:
+        """The recipes by name."""
+        found = {"paper": self.paper, "paper-8-gpus": self.paper_8_gpus, "digits": self.digits}
+        return {name: recipe for name, recipe in found.items() if recipe is not None}
+
+    def config(self, preset: str) -> Config:
+        """The configuration of a preset, with everything else as it is by default.
+
+        Raises:
+            ArgumentError: the variant has no such preset.
+        """
+        if preset not in self.presets:
+            allowed = f"must be {', '.join(self.presets)} for the variant {self.name}"
+            raise ArgumentError("--preset", preset, allowed)
+        recipe = self.presets[preset]
         return Config(
             networks=recipe.networks,
             objective=recipe.objective,
@@ -102,6 +119,11 @@ _PGGAN = Recipe(
         fade_kimg=600,
         stable_kimg=600,
     ),
+)
+# Sixteen times the batch of one GPU at 4 px, eight times at 1024 px, and rates that rise with the resolution.
+_PGGAN_8_GPUS = _PGGAN.but(
+    optimizer={"lr_factor_at": {128: 1.5, 256: 2.0, 512: 3.0}},
+    schedule={"batch": 512, "batch_at": {8: 256, 16: 128, 32: 64, 64: 32}},
 )
 _R3GAN = Recipe(
     # FFHQ at 64 px.
@@ -221,6 +243,7 @@ VARIANTS: dict[str, Variant] = {
                 },
             ),
             "Karras et al. 2018, Progressive growing of GANs for improved quality, stability, and variation",
+            _PGGAN_8_GPUS,
         ),
         Variant(
             "r3gan",
