@@ -11,8 +11,9 @@ critic. wgan: always 5 critic steps, where the authors' code takes 100 now and t
 10 of the authors' code. sagan: classes are asked for by `--conditional`. pggan: schedule and batches of the authors'
 preset for one GPU, with the paper's one rate for all resolutions (1.5e-3 at 1024 px there); `paper-8-gpus` has the
 batches and the rates by resolution of their preset for eight; in both the optimizers start fresh at a growth, not once
-more when its fade ends. r3gan: the authors lower the penalty's weight and the learning rates and
-raise beta2 while they train; here all are constant.
+more when its fade ends. r3gan: over 20,000 kimg the authors lower
+the penalty's weight to a tenth and the learning rates to a quarter, and raise beta2 to 0.99 and the moving average's
+half-life from 0; here all are constant, the half-life at its end. They augment with up to 0.3 (`--augment`).
 """
 
 from __future__ import annotations
@@ -129,8 +130,9 @@ _R3GAN = Recipe(
     # FFHQ at 64 px.
     Networks(model="r3gan", latent=64, width=384, max_width=768),
     Objective(loss="relativistic", regularizer="zero-centered-both", penalty_weight=1.0),  # gamma of 2
-    Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.0, beta2=0.9, ema_decay=0.9999),
-    Schedule(resolution=64, kimg=10_000, batch=256),
+    # The average's half-life is 500 kimg, which the authors reach after 20,000.
+    Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.0, beta2=0.9, ema_decay=0.99965),
+    Schedule(resolution=64, kimg=20_000, batch=256),
 )
 
 # What the digits presets share. Runs are short: a moving average of the paper's length starts shorter and grows.

@@ -169,6 +169,10 @@ PAPER: dict[str, dict[str, Any]] = {
     "r3gan": {
         "networks.model": "r3gan",
         "networks.latent": 64,
+        "networks.width": 384,  # at 64 px; 768 from 32 px down to 4
+        "networks.max_width": 768,
+        "optimizer.ema_decay": 0.99965,  # 0.5 ** (256 / 500_000)
+        "schedule.kimg": 20_000,
         "objective.loss": "relativistic",
         "objective.regularizer": "zero-centered-both",
         "objective.penalty_weight": 1.0,
