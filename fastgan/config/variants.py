@@ -1,4 +1,4 @@
-"""The nine variants as typed data: each is networks, objective, optimizer and schedule, in two presets.
+"""The nine variants as typed data: each is networks, objective, optimizer and schedule, in presets.
 
 `paper` is the recipe as published, at its widths and schedule; `digits` is small and tuned for scikit-learn's digits
 on a CPU, and is what runs when no data is named. A new variant is a new entry.
@@ -11,9 +11,9 @@ critic. wgan: always 5 critic steps, where the authors' code takes 100 now and t
 10 of the authors' code. sagan: classes are asked for by `--conditional`. pggan: schedule and batches of the authors'
 preset for one GPU, with the paper's one rate for all resolutions (1.5e-3 at 1024 px there); `paper-8-gpus` has the
 batches and the rates by resolution of their preset for eight; in both the optimizers start fresh at a growth, not once
-more when its fade ends. r3gan: over 20,000 kimg the authors lower
-the penalty's weight to a tenth and the learning rates to a quarter, and raise beta2 to 0.99 and the moving average's
-half-life from 0; here all are constant, the half-life at its end. They augment with up to 0.3 (`--augment`).
+more when its fade ends. r3gan: over 20,000 kimg the authors lower the penalty's weight to a tenth and the learning
+rates to a quarter, and raise beta2 to 0.99 and the moving average's half-life from 0; here all are constant, the
+half-life at its end. They augment, with up to 0.3 (`--augment`).
 """
 
 from __future__ import annotations
