@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from torch.nn.utils import parametrize
 
 from fastgan import models
 from fastgan.errors import ArgumentError
+from fastgan.utils.files import read_regular
 from fastgan.utils.old_names import current_names
 from fastgan.utils.stored_values import MALFORMED, export_problem
 from fastgan.utils.text import first_line
@@ -110,7 +112,7 @@ def example_inputs(meta: Meta, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
 def inference_copy(generator: nn.Module, meta: Meta) -> nn.Module:
     """A copy for inference: spectral norm is divided into the weights once instead of in every call."""
     # Not deepcopy: a parametrized module shares its class with its copy, and removal would break the original.
-    copy, _ = models.build(**meta["networks"])
+    copy = models.build_one(False, **meta["networks"])
     copy.load_state_dict(generator.state_dict())
     for module in list(copy.modules()):
         if parametrize.is_parametrized(module, "weight"):
@@ -363,11 +365,11 @@ def read(file: Path, device: str = "cpu") -> tuple[nn.Module, Meta]:
         )
         raise ArgumentError("RUN", str(file), problem)
     with _described_errors(file):
-        content = file.read_bytes()
+        content = read_regular(file)
         config = file.with_name("config.json")
         if format.suffix == ".safetensors" and KEY.encode() not in content[: 8 + int.from_bytes(content[:8], "little")]:
-            if config.is_file():  # written by save_pretrained
-                meta = _checked(_meta_of_config(json.loads(config.read_text())))
+            if os.path.lexists(config):  # written by save_pretrained
+                meta = _checked(_meta_of_config(json.loads(read_regular(config))))
                 return _build_network(content, meta, device), meta
             if file.with_name("checkpoint.json").is_file():
                 raise ArgumentError("RUN", str(file), f"must be the checkpoint, {file.parent}, not a file in it")
@@ -384,7 +386,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     with _described_errors(file):
-        weights = load(file.read_bytes())
+        weights = load(read_regular(file))
         for name, tensor in weights.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UntrustedFile(f"{name[:80]} is not finite")
@@ -398,7 +400,7 @@ def read_meta(file: Path) -> Meta:
         ArgumentError: the file is damaged or was not written by fastgan.
     """
     with _described_errors(file):
-        return _checked(_format_of(file).meta(file.read_bytes()))
+        return _checked(_format_of(file).meta(read_regular(file)))
 
 
 def _checked(meta: Meta) -> Meta:
@@ -434,10 +436,10 @@ def _described_errors(file: Path) -> Iterator[None]:
 
 def may_replace_config(file: Path) -> bool:
     """Whether config.json `file` is missing, or describes a generator as `fastgan export` and `save_pretrained` do."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return True
     try:
-        config = json.loads(file.read_bytes())
+        config = json.loads(read_regular(file))
     except (OSError, *MALFORMED):
         return False
     if not isinstance(config, dict) or not {"resolution", "latent"} <= config.keys():
