@@ -33,6 +33,7 @@ from torch.nn.utils import parametrize
 
 from fastgan import models
 from fastgan.errors import ArgumentError
+from fastgan.export.onnx_memory import Footprint, UnboundedGraph
 from fastgan.utils.files import read_regular
 from fastgan.utils.old_names import current_names
 from fastgan.utils.stored_values import MALFORMED, export_problem
@@ -41,6 +42,7 @@ from fastgan.utils.text import first_line
 Meta = dict[str, Any]
 KEY = "fastgan"
 _MAX_META_BYTES = 2**20  # the metadata take a few hundred
+_ONNX_BYTES, _ONNX_RATIO = 2**28, 16  # memory that a graph may take, and how much more for each byte of its file
 # Operations that torch.onnx.export emits for our networks, and similar ones: all depend on their inputs only.
 _ONNX_OPERATIONS = frozenset(
     """
@@ -265,17 +267,36 @@ def _open_onnx(content: bytes, device: str) -> nn.Module:
 
     if device != "cpu":
         raise ArgumentError("--device", device, "must be cpu for an ONNX file; other formats run on a GPU")
-    _require_known_onnx(_onnx_model(content))
+    model = _onnx_model(content)
+    _require_known_onnx(model)
+    most = _ONNX_BYTES + _ONNX_RATIO * len(content)
+    with _as_untrusted():
+        footprint = Footprint(model)
+        one = footprint.peak(footprint.batch or 1)
+    if one > most:
+        words = f"a batch of {footprint.batch}" if footprint.batch else "an image"
+        raise UntrustedFile(f"{words} takes {one // 2**20} MB; a file of its size may take {most // 2**20} MB")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: Tensor) -> Tensor:
+        count = len(inputs[0])
+        if count > 1 and footprint.batch is None and not footprint.fits(count, most):
+            return torch.cat([run(*(x[: count // 2] for x in inputs)), run(*(x[count // 2 :] for x in inputs))])
         given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(["images"], given)[0])
 
     return ExportedModule(run, device, _onnx_meta(content).get("batch"))
+
+
+@contextlib.contextmanager
+def _as_untrusted() -> Iterator[None]:
+    try:
+        yield
+    except UnboundedGraph as error:
+        raise UntrustedFile(str(error)) from None
 
 
 # --- TorchScript ------------------------------------------------------------------------------------------------------

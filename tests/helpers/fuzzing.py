@@ -65,6 +65,8 @@ def _imports_a_name(frame: FrameType | None) -> bool:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             importer = frame.f_back
         frame = frame.f_back
+    if importer is not None and importer.f_code.co_filename.endswith("/PIL/Image.py"):
+        return False  # one of Pillow's own modules, which it imports by name
     return importer is None or dis.opname[importer.f_code.co_code[importer.f_lasti]] != "IMPORT_NAME"
 
 

@@ -441,7 +441,8 @@ def page(folder: Path) -> Read:
         if rng.random() < 0.7:
             called(rng)
         elif isinstance(rng, Unchanged):
-            refuse(client.get(rng.choice(("/", "/config", "/gradio_api/info", "/theme.css", "/static/img/logo.svg"))))
+            for address in ("/", "/config", "/gradio_api/info", "/theme.css", "/static/img/logo.svg"):
+                refuse(client.get(address))
         else:
             method, address = rng.choice(("GET", "POST", "PUT", "DELETE")), rng.choice(addresses)
             headers = {} if rng.random() < 0.7 else {"Origin": "http://evil.example"}
