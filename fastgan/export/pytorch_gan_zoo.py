@@ -64,7 +64,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise ArgumentError("FILE", str(path), f"must be a checkpoint of pytorch_GAN_zoo; {reason}") from None
     if not isinstance(stored, dict) or not isinstance(stored.get("avgG", stored.get("netG")), dict):
         raise ArgumentError("FILE", str(path), "must be a checkpoint of pytorch_GAN_zoo, with avgG or netG in it")
-    tensors = [value for value in stored.get("avgG", stored.get("netG")).values() if isinstance(value, Tensor)]
+    weights: dict[str, Any] = stored.get("avgG", stored.get("netG"))  # type: ignore[assignment]
+    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > len(content):  # one storage, used many times
         raise ArgumentError("FILE", str(path), "must hold all its weights: they have more numbers than the file")
     return stored

@@ -102,7 +102,7 @@ class Watch:
             self._opened(arguments[0], arguments[2])
         elif event in _CHANGES:
             for number, path in enumerate(arguments[: _CHANGES[event]]):
-                at = arguments[_CHANGES[event] + number] if event == "os.rename" else arguments[-1]
+                at = arguments[2 + number] if event in ("os.rename", "os.link") else arguments[-1]
                 self._changed(event, path, at)
         elif event in _LISTS:
             self._opened(arguments[0] or ".", os.O_RDONLY)
@@ -143,7 +143,8 @@ class Watch:
         if not isinstance(path, str | bytes | os.PathLike):
             return
         path = os.fsdecode(path)
-        if isinstance(folder, int) and folder >= 0 and not os.path.isabs(path) and event != "os.truncate":
+        relative = isinstance(folder, int) and folder >= 0 and not os.path.isabs(path)
+        if relative and event not in ("os.truncate", "os.setxattr", "os.removexattr", "os.chflags"):
             path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)  # relative to an open folder
         path = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
         if not self._inside(path, ()):
