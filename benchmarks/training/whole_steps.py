@@ -42,7 +42,8 @@ from benchmarks.training import plain
 from fastgan.config import Config, Precision, replace
 from fastgan.config.variants import VARIANTS
 from fastgan.data import Batch
-from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, build, load
+from fastgan.training.compiling.build import build
+from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, load
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.loss_scale import LossScales
 from fastgan.training.observability.meters import Meters

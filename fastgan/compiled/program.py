@@ -137,8 +137,16 @@ def _with_counters_computed(graph: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], file: Path) -> None:
+def compile_graph(
+    graph: fx.GraphModule, inputs: Sequence[Tensor], file: Path, options: dict[str, Any] | None = None
+) -> None:
     """Compile `graph` for inputs of these layouts into `file`, whole or not at all.
+
+    Args:
+        graph: of `recording.record`.
+        inputs: of the graph; their values are not used.
+        file: of the program.
+        options: of Inductor, by the names of its configuration.
 
     Raises:
         CompileError: there is no compiler, the graph has something that it does not know, or the disk is full.
@@ -154,7 +162,8 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], file: Path) -
                 exported = torch.export.export(
                     _with_counters_computed(graph), tuple(x.detach() for x in inputs), strict=False
                 )
-                _inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "program.pt2"))
+                package = str(Path(folder) / "program.pt2")
+                _inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
             os.replace(Path(folder) / "program.pt2", file)
     except Exception as error:  # whatever the compiler raises
         raise CompileError(f"{type(error).__name__}: {first_line(error)}") from error

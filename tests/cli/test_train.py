@@ -81,6 +81,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str],
         (["--zero", "3"], ("--zero", "3", "second derivative")),
         (["--engine", "torch", "--zero", "1"], ("--engine", "deepspeed")),
         (["--sync-bn"], ("--sync-bn", "GPU")),
+        (["--capture", "--device", "cpu"], ("--capture", "CUDA")),
         (
             ["--variant", "dcgan", "--norm-d", "batch", "--regularizer", "zero-centered", "--sync-bn"],
             ("--sync-bn", "second derivative", "--norm-d none"),
