@@ -207,9 +207,11 @@ class _Flops(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
-        elif func._overloadpacket._qualified_op_name in ("fastgan::conv2d_forward", "fastgan::conv2d_input_gradient"):
-            output = result if func._overloadpacket._qualified_op_name.endswith("forward") else args[0]
-            self.total += 2 * output.numel() * args[1][0].numel()  # of one output channel's kernel
+        elif func.namespace == "fastgan" and func._opname.startswith(("conv2d_", "winograd_")):
+            # As many as the direct sum takes: 2 for each pixel of the output and each weight of the kernel.
+            output = result if func._opname.endswith("forward") else args[0]
+            weight = result if func._opname.endswith("weight_gradient") else args[1]
+            self.total += 2 * output.numel() * weight[0].numel()
         return result
 
 
