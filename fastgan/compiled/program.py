@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fastgan.ops.dispatch import extension
 from fastgan.utils.system import cache_folder, device_name
 from fastgan.utils.text import first_line
 
@@ -88,6 +89,7 @@ class Program:
         Raises:
             CompileError: the file cannot be loaded.
         """
+        extension.cpu()  # a program may call its kernels
         # It warns of a CUDA toolkit without a GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         try:
