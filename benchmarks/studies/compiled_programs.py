@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import resource
 import statistics
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fastgan
 
@@ -38,7 +40,9 @@ from torch import Tensor, fx
 
 from benchmarks.studies.result_cache import ROOT, markdown_table
 from benchmarks.training.whole_steps import CASES, CPU, Case, arm, flops
+from fastgan.compiled import recording
 from fastgan.compiled.program import Program, compile_graph, difference_of, layout
+from fastgan.ops import use_backend
 from fastgan.training.compiling.build import Recorded, new_step, recordings
 from fastgan.training.compiling.micro_step import MicroSteps
 from fastgan.training.compiling.program_check import effect_of_rounding
@@ -137,7 +141,7 @@ def fades(case: Case, args: Any) -> str:
         spec = spec_of(case, args.precision, fade)
         for name, recorded in recordings(spec, new_step(spec, CPU)):
             label = f"{'fades in' if fade else 'stable'}/{name}"
-            giga[label] = flops(lambda recorded=recorded: _run(recorded.graph, recorded.arguments)) / 1e9  # type: ignore[misc]
+            giga[label] = flops(functools.partial(_run, recorded.graph, recorded.arguments)) / 1e9
             steps[label] = compiled(recorded, {})
     counted = ", ".join(f"{name} {value:.2f}" for name, value in giga.items())
     return f"{_table('stage', _rows(in_turns(steps, args.rounds)))}\nGFLOP: {counted}"
@@ -186,14 +190,17 @@ def rounding(case: Case, args: Any) -> str:
             buffer.copy_(value)
 
     inputs_of = example(spec, step)
+    with mock.patch.object(recording, "recorded_forms", lambda: use_backend("torch")):  # kernels have no float64
+        plain = dict(recordings(spec, step))
     for name, recorded in recordings(spec, step):
         count = sum(recorded.stored["present"]) - sum(recorded.stored["present"][-_trained(networks[name]) :])
         with restored():
             theirs = compiled(recorded, {})()[count:]
         with restored():
             ours = _run(recorded.graph, recorded.arguments)[count:]
-        wide = [x.double() if x.is_floating_point() else x for x in recorded.arguments]
-        exact = _run(in_float64(recorded.graph), wide)[count:]
+        with restored():
+            wide = [x.double() if x.is_floating_point() else x.clone() for x in plain[name].arguments]
+            exact = _run(in_float64(plain[name].graph), wide)[count:]
         with restored():
             expected = getattr(eager, name)(*inputs_of[name])
         with restored():

@@ -215,7 +215,7 @@ class _Flops(TorchDispatchMode):
         return result
 
 
-def flops(step: Step) -> int:
+def flops(step: Callable[[], object]) -> int:
     """Operations of the matrix products and convolutions of a step; our attention, a small part, is not counted."""
     with _Flops() as counter:
         step()

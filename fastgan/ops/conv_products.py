@@ -1,7 +1,7 @@
 """The three products of which all derivatives of a convolution consist, and their autograd Functions.
 
-They are the convolution itself, the gradient of its input and the gradient of its weight. Each runs in PyTorch's kernel;
-or in csrc/cpu/winograd.cpp, for 3x3 kernels in channels_last, with fewer multiplications than the direct sum; or, the
+They are the convolution itself, the gradient of its input and that of its weight. Each runs in PyTorch's kernel; or in
+csrc/cpu/winograd.cpp, for 3x3 kernels in channels_last, with fewer multiplications than the direct sum; or, the
 first two, in csrc/cpu/conv2d.cpp, which works on contiguous tensors as they are where oneDNN reorders them to blocks of
 16 channels and back.
 """

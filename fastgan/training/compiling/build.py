@@ -96,7 +96,11 @@ def recordings(spec: ProgramSpec, step: Step) -> Iterator[tuple[str, Recorded]]:
         seen: list[str] = []
         getattr(eager, name)(*inputs)  # makes the keys of its streams, which are part of the state
         names = {id(tensor): path for path, (_, _, tensor) in places(step).items()}
-        recording, _ = record(flat(getattr(eager, name), seen), inputs, lambda tensor, names=names: id(tensor) in names)
+
+        def lifted(tensor: Tensor, names: dict[int, str] = names) -> bool:
+            return id(tensor) in names
+
+        recording, _ = record(flat(getattr(eager, name), seen), inputs, lifted)
         arguments = [*inputs, *recording.state_tensors()]
         stored = {
             "state": [names[id(holder.tensor)] for holder in recording.state],

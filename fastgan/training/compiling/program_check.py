@@ -24,6 +24,9 @@ from fastgan.training.step import Step
 
 _CHECKS = 5  # steps that are compared
 _TIMED = 5  # rounds of steps that are timed
+_ULPS = {torch.float32: 4.0}
+"""Units in the last place by which a layer's result is off where some thousand products are summed; in others, whose sums
+are float32, one."""
 _ROUNDINGS = 3.0
 """A program may differ from eager by this many times as much as eager from itself with weights rounded otherwise."""
 
@@ -104,8 +107,8 @@ def effect_of_rounding(
 ) -> float:
     """What rounding changes in the gradients of a step, relative to their norm. Reads from the device.
 
-    Weights and images are moved by up to a unit in the last place of the step's precision. A step that sums in another
-    order moves the result of every layer by about as much.
+    Weights and images are moved by up to `_ULPS` units in the last place of the step's precision. A step that sums in
+    another order moves the result of every layer by about as much.
 
     Args:
         step: the networks; they are left as they were.
@@ -117,11 +120,12 @@ def effect_of_rounding(
     moved = [p.data for module in modules for p in module.parameters()]
     kept = [*moved, *(x for module in modules for x in module.buffers())]
     before = [x.clone() for x in kept]
-    eps = torch.finfo(step.autocast_dtype or torch.float32).eps
+    dtype = step.autocast_dtype or torch.float32
+    off = _ULPS.get(dtype, 1.0) * torch.finfo(dtype).eps
     random = torch.Generator().manual_seed(0)
 
     def move(x: Tensor) -> Tensor:
-        noise = torch.rand(x.shape, generator=random, dtype=torch.float32).to(x.device).mul_(2.0 * eps).add_(1.0 - eps)
+        noise = torch.rand(x.shape, generator=random, dtype=torch.float32).to(x.device).mul_(2.0 * off).add_(1.0 - off)
         return noise.to(x.dtype).mul_(x)
 
     for x in moved:
