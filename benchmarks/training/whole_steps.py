@@ -208,10 +208,13 @@ class _Flops(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         elif func.namespace == "fastgan" and func._opname.startswith(("conv2d_", "winograd_")):
-            # As many as the direct sum takes: 2 for each pixel of the output and each weight of the kernel.
+            # As many as the direct sum takes: 2 for each pixel of the output and each weight of the kernel; with a
+            # change of scale those of one convolution of stride 2.
             output = result if func._opname.endswith("forward") else args[0]
             weight = result if func._opname.endswith("weight_gradient") else args[1]
-            self.total += 2 * output.numel() * weight[0].numel()
+            scale = args[-1] if func._opname.startswith("winograd_") else 0
+            taps = {-1: 16 / 9, 0: 1.0, 1: 4 / 9}[scale]
+            self.total += round(2 * output.numel() * weight[0].numel() * taps)
         return result
 
 

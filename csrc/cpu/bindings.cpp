@@ -32,9 +32,9 @@ STABLE_TORCH_LIBRARY(fastgan, m) {
       " float gain, bool want_bias) -> (Tensor, Tensor, Tensor)");
   m.def("conv2d_forward(Tensor x, Tensor w, Tensor? bias, int pad_h, int pad_w) -> Tensor");
   m.def("conv2d_input_gradient(Tensor gy, Tensor w, int pad_h, int pad_w) -> Tensor");
-  m.def("winograd_forward(Tensor x, Tensor w, Tensor? bias, int padding) -> Tensor");
-  m.def("winograd_input_gradient(Tensor gy, Tensor w, int padding) -> Tensor");
-  m.def("winograd_weight_gradient(Tensor gy, Tensor x, int padding) -> Tensor");
+  m.def("winograd_forward(Tensor x, Tensor w, Tensor? bias, int padding, int scale) -> Tensor");
+  m.def("winograd_input_gradient(Tensor gy, Tensor w, int padding, int scale) -> Tensor");
+  m.def("winograd_weight_gradient(Tensor gy, Tensor x, int padding, int scale) -> Tensor");
   m.def("avg_pool2d_forward(Tensor x, int kernel_size) -> Tensor");
   m.def("avg_pool2d_backward(Tensor dy, int kernel_size, int height, int width) -> Tensor");
   m.def("pixel_norm_forward(Tensor x, float eps) -> (Tensor, Tensor)");

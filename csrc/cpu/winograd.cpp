@@ -5,9 +5,13 @@
 //   y = A'[(G g G') * (B' d B)] A
 //
 // for tiles of 2x2 pixels y, the 4x4 pixels d around them and the kernel g. In the middle is an elementwise product over
-// the 16 positions, which summed over channels is one matrix product for each position. The transforms are linear, so
+// the 16 points, which summed over channels is one matrix product for each point. The transforms are linear, so
 // gradients are the transposed maps: that of d is the convolution with the kernel turned and its channels exchanged, and
 // that of g is G'[(A y A') * (B' d B)] G, summed over tiles.
+//
+// Before averaging over 2x2 pixels, and after nearest-neighbor upsampling by 2, one of the four points of each direction
+// has the weight or the value 0: 9 products are left for each pixel of the smaller image, where one convolution of
+// stride 2 takes 16.
 //
 // Tiles are taken in blocks whose transforms stay in a core's cache.
 #include <utility>
@@ -16,12 +20,12 @@
 #include "features.h"
 #include "ops.h"
 #include "vector.h"
+#include "winograd_filters.h"
 
 namespace fastgan {
 
 namespace {
 
-inline constexpr int64_t kPositions = 16;
 // Accumulators of a product: rows by vectors of outputs, as many as fit in registers.
 #if defined(FASTGAN_AVX512)
 inline constexpr int64_t kRows = 6;
@@ -30,7 +34,7 @@ inline constexpr int64_t kColumns = 4;
 inline constexpr int64_t kRows = 4;
 inline constexpr int64_t kColumns = 2;
 #endif
-// Floats of the transforms of a block of tiles: most of a second-level cache of 1 MB, beside the kernel's.
+// Floats of the transforms of a block of tiles: half of a second-level cache of 1 MB; the kernel is in the other half.
 inline constexpr int64_t kBlockFloats = int64_t{100} << 10;
 // Parts of the tiles whose contributions to the kernel's gradient are summed apart; it does not depend on threads.
 inline constexpr int64_t kGradientParts = 8;
@@ -38,24 +42,32 @@ inline constexpr int64_t kGradientParts = 8;
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Channels i and o of x [n, i, h, w] and y [n, o, oh, ow]; p: rows and columns of zero padding on each side.
+template <class Filter>
 struct Shape {
   int64_t n, i, o, h, w, p;
-  int64_t oh() const { return h + 2 * p - 2; }
-  int64_t ow() const { return w + 2 * p - 2; }
-  int64_t rows() const { return (oh() + 1) / 2; }
-  int64_t columns() const { return (ow() + 1) / 2; }
+  static constexpr int64_t points = Filter::kPoints * Filter::kPoints;
+  static int64_t scaled(int64_t size, int64_t padding) {
+    if (Filter::kTaps == 3) return 2 * size;
+    return Filter::kOutputs == 1 ? size / 2 : size + 2 * padding - 2;
+  }
+  int64_t oh() const { return scaled(h, p); }
+  int64_t ow() const { return scaled(w, p); }
+  int64_t rows() const { return (oh() + Filter::kOutputs - 1) / Filter::kOutputs; }
+  int64_t columns() const { return (ow() + Filter::kOutputs - 1) / Filter::kOutputs; }
   int64_t tiles() const { return n * rows() * columns(); }
   int64_t ip() const { return round_up(i, kVector); }
   int64_t op() const { return round_up(o, kVector); }
   // Tiles of a block.
   int64_t block() const {
-    const int64_t fit = kBlockFloats / (kPositions * (ip() + op()));
+    const int64_t fit = kBlockFloats / (points * (ip() + op()));
     return std::min(std::max<int64_t>(fit / kRows, 1) * kRows, round_up(tiles(), kRows));
   }
   int64_t blocks() const { return (tiles() + block() - 1) / block(); }
-  // Floats from one position to the next, a cache line more than needed: at a multiple of a page all would share a set.
-  int64_t step(int64_t channels) const { return block() * channels + 16; }
-  int64_t work() const { return block() * kPositions * ip() * op(); }
+  // Floats from one point to the next, a cache line more than needed: at a multiple of a page all would share a set.
+  int64_t input_step() const { return block() * ip() + 16; }
+  int64_t output_step() const { return Filter::kOnePoint ? 0 : block() * op() + 16; }
+  int64_t scratch() const { return points * (input_step() + output_step()) + block() * op(); }
+  int64_t work() const { return block() * points * ip() * op(); }
 };
 
 FASTGAN_INLINE Vec read_some(const float* p, int64_t count) {
@@ -74,23 +86,26 @@ FASTGAN_INLINE void write_some(float* p, Vec v, int64_t count) {
 }
 
 struct Place {
-  int64_t n, y, x;  // image, and the first row and column of the tile in y
+  int64_t n, row, column;  // image, and the number of the tile in each direction
 };
 
-Place place(const Shape& s, int64_t tile) {
+template <class Filter>
+Place place(const Shape<Filter>& s, int64_t tile) {
   const int64_t in_image = s.rows() * s.columns(), rest = tile % in_image;
-  return {tile / in_image, 2 * (rest / s.columns()), 2 * (rest % s.columns())};
+  return {tile / in_image, rest / s.columns(), rest % s.columns()};
 }
 
-// B' d B of tiles [begin, end) of x, to v[position][tile][channel].
-void transform_input(const float* x, const Shape& s, int64_t begin, int64_t end, float* v) {
-  const int64_t step = s.step(s.ip());
+// B' d B of tiles [begin, end) of x, to v[point][tile][channel].
+template <class Filter>
+void transform_input(const float* x, const Shape<Filter>& s, int64_t begin, int64_t end, float* v) {
+  constexpr int64_t taps = Filter::kTaps, points = Filter::kPoints;
+  const int64_t step = s.input_step();
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place at = place(s, tile);
-    const float* from[4][4];
-    for (int64_t r = 0; r < 4; ++r) {
-      for (int64_t c = 0; c < 4; ++c) {
-        const int64_t y = at.y - s.p + r, col = at.x - s.p + c;
+    const float* from[taps][taps];
+    for (int64_t r = 0; r < taps; ++r) {
+      for (int64_t c = 0; c < taps; ++c) {
+        const int64_t y = at.row * Filter::kStride - s.p + r, col = at.column * Filter::kStride - s.p + c;
         const bool inside = y >= 0 && y < s.h && col >= 0 && col < s.w;
         from[r][c] = inside ? x + ((at.n * s.h + y) * s.w + col) * s.i : nullptr;
       }
@@ -98,87 +113,100 @@ void transform_input(const float* x, const Shape& s, int64_t begin, int64_t end,
     float* to = v + (tile - begin) * s.ip();
     for (int64_t channel = 0; channel < s.ip(); channel += kVector) {
       const int64_t count = s.i - channel;
-      Vec t[4][4];
+      Vec t[points][taps];
 #pragma GCC unroll 4
-      for (int64_t c = 0; c < 4; ++c) {
-        Vec d[4];
+      for (int64_t c = 0; c < taps; ++c) {
+        Vec d[taps], column[points];
 #pragma GCC unroll 4
-        for (int64_t r = 0; r < 4; ++r) d[r] = from[r][c] ? read_some(from[r][c] + channel, count) : Vec{};
-        t[0][c] = d[0] - d[2];
-        t[1][c] = d[1] + d[2];
-        t[2][c] = d[2] - d[1];
-        t[3][c] = d[1] - d[3];
+        for (int64_t r = 0; r < taps; ++r) d[r] = from[r][c] ? read_some(from[r][c] + channel, count) : Vec{};
+        Filter::input(d, column);
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < points; ++r) t[r][c] = column[r];
       }
 #pragma GCC unroll 4
-      for (int64_t r = 0; r < 4; ++r) {
-        float* row = to + channel + 4 * r * step;
-        write(row, t[r][0] - t[r][2]);
-        write(row + step, t[r][1] + t[r][2]);
-        write(row + 2 * step, t[r][2] - t[r][1]);
-        write(row + 3 * step, t[r][1] - t[r][3]);
+      for (int64_t r = 0; r < points; ++r) {
+        Vec row[points];
+        Filter::input(t[r], row);
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < points; ++c) write(to + channel + (points * r + c) * step, row[c]);
       }
     }
   }
 }
 
 // A' m A of tiles [begin, end), plus bias, to y.
-void transform_output(const float* m, const Shape& s, int64_t begin, int64_t end, const float* bias, float* y) {
-  const int64_t step = s.step(s.op());
+template <class Filter>
+void transform_output(const float* m, const Shape<Filter>& s, int64_t begin, int64_t end, const float* bias, float* y) {
+  constexpr int64_t outputs = Filter::kOutputs, points = Filter::kPoints;
+  const int64_t step = s.output_step();
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place at = place(s, tile);
     const float* from = m + (tile - begin) * s.op();
-    const bool second_row = at.y + 1 < s.oh(), second_column = at.x + 1 < s.ow();
-    float* to = y + ((at.n * s.oh() + at.y) * s.ow() + at.x) * s.o;
+    const bool second_row = outputs * at.row + 1 < s.oh(), second_column = outputs * at.column + 1 < s.ow();
+    float* to = y + ((at.n * s.oh() + outputs * at.row) * s.ow() + outputs * at.column) * s.o;
     for (int64_t channel = 0; channel < s.o; channel += kVector) {
       const int64_t count = s.o - channel;
-      Vec t[2][4];
-#pragma GCC unroll 4
-      for (int64_t c = 0; c < 4; ++c) {
-        const float* column = from + channel + c * step;
-        const Vec one = read(column + 4 * step), two = read(column + 8 * step);
-        t[0][c] = read(column) + one + two;
-        t[1][c] = one - two - read(column + 12 * step);
-      }
       const Vec start = read(bias + channel);
+      if constexpr (Filter::kOnePoint) {
+        write_some(to + channel, start + read(from + channel), count);
+      } else {
+        Vec t[2][points];
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < points; ++c) {
+          Vec column[points], pixels[2];
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < points; ++r) column[r] = read(from + channel + (points * r + c) * step);
+          Filter::output(column, pixels);
+          t[0][c] = pixels[0];
+          t[1][c] = pixels[1];
+        }
 #pragma GCC unroll 2
-      for (int64_t r = 0; r < 2; ++r) {
-        if (r == 1 && !second_row) break;
-        float* pixel = to + r * s.ow() * s.o + channel;
-        write_some(pixel, start + t[r][0] + t[r][1] + t[r][2], count);
-        if (second_column) write_some(pixel + s.o, start + t[r][1] - t[r][2] - t[r][3], count);
+        for (int64_t r = 0; r < 2; ++r) {
+          if (r == 1 && !second_row) break;
+          float* pixel = to + r * s.ow() * s.o + channel;
+          Vec pixels[2];
+          Filter::output(t[r], pixels);
+          write_some(pixel, start + pixels[0], count);
+          if (second_column) write_some(pixel + s.o, start + pixels[1], count);
+        }
       }
     }
   }
 }
 
-// A y A' of tiles [begin, end) of the output's gradient, to d[position][tile][channel].
-void transform_output_gradient(const float* gy, const Shape& s, int64_t begin, int64_t end, float* d) {
-  const int64_t step = s.step(s.op());
+// A y A' of tiles [begin, end) of the output's gradient, to d[point][tile][channel].
+template <class Filter>
+void transform_output_gradient(const float* gy, const Shape<Filter>& s, int64_t begin, int64_t end, float* d) {
+  constexpr int64_t outputs = Filter::kOutputs, points = Filter::kPoints;
+  const int64_t step = s.output_step();
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place at = place(s, tile);
-    const bool second_row = at.y + 1 < s.oh(), second_column = at.x + 1 < s.ow();
-    const float* from = gy + ((at.n * s.oh() + at.y) * s.ow() + at.x) * s.o;
+    const bool second_row = outputs * at.row + 1 < s.oh(), second_column = outputs * at.column + 1 < s.ow();
+    const float* from = gy + ((at.n * s.oh() + outputs * at.row) * s.ow() + outputs * at.column) * s.o;
     float* to = d + (tile - begin) * s.op();
     for (int64_t channel = 0; channel < s.op(); channel += kVector) {
       const int64_t count = s.o - channel;
-      Vec t[4][2];
+      if constexpr (Filter::kOnePoint) {
+        write(to + channel, read_some(from + channel, count));
+      } else {
+        Vec t[points][2];
 #pragma GCC unroll 2
-      for (int64_t c = 0; c < 2; ++c) {
-        const bool there = c == 0 || second_column;
-        const Vec a = there ? read_some(from + c * s.o + channel, count) : Vec{};
-        const Vec b = there && second_row ? read_some(from + (s.ow() + c) * s.o + channel, count) : Vec{};
-        t[0][c] = a;
-        t[1][c] = a + b;
-        t[2][c] = a - b;
-        t[3][c] = -b;
-      }
+        for (int64_t c = 0; c < 2; ++c) {
+          const bool there = c == 0 || second_column;
+          Vec pixels[2], column[points];
+          pixels[0] = there ? read_some(from + c * s.o + channel, count) : Vec{};
+          pixels[1] = there && second_row ? read_some(from + (s.ow() + c) * s.o + channel, count) : Vec{};
+          Filter::output_gradient(pixels, column);
 #pragma GCC unroll 4
-      for (int64_t r = 0; r < 4; ++r) {
-        float* row = to + channel + 4 * r * step;
-        write(row, t[r][0]);
-        write(row + step, t[r][0] + t[r][1]);
-        write(row + 2 * step, t[r][0] - t[r][1]);
-        write(row + 3 * step, -t[r][1]);
+          for (int64_t r = 0; r < points; ++r) t[r][c] = column[r];
+        }
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < points; ++r) {
+          Vec row[points];
+          Filter::output_gradient(t[r], row);
+#pragma GCC unroll 4
+          for (int64_t c = 0; c < points; ++c) write(to + channel + (points * r + c) * step, row[c]);
+        }
       }
     }
   }
@@ -221,72 +249,51 @@ Product product_of(int64_t index, std::index_sequence<Index...>) {
   return products[index];
 }
 
-template <bool Add>
-Product product_of(int64_t rows, int64_t vectors) {
-  return product_of<Add>((rows - 1) * kColumns + vectors - 1, std::make_index_sequence<kRows * kColumns>());
-}
-
-// The matrix c [rows, columns] = or += a b over `count` elements; columns is a multiple of kVector. With `packed`, b is
-// in panels of kColumns vectors, one after the other; else its rows are `columns` long.
-template <bool Add>
-void multiply(const float* a, int64_t row, int64_t next, const float* b, bool packed, int64_t rows, int64_t columns,
-              int64_t count, float* c) {
+// The matrix c [rows, columns] = or, with `add`, += a b over `count` elements; columns is a multiple of kVector. With
+// `packed`, b is in panels of kColumns vectors, one after the other; else its rows are `columns` long.
+void multiply(bool add, const float* a, int64_t row, int64_t next, const float* b, bool packed, int64_t rows,
+              int64_t columns, int64_t count, float* c) {
   constexpr int64_t panel = kColumns * kVector;
+  constexpr auto all = std::make_index_sequence<kRows * kColumns>();
   for (int64_t column = 0; column < columns; column += panel) {
     const int64_t vectors = std::min(panel, columns - column) / kVector;
     const float* from = packed ? b + column * count : b + column;
     const int64_t width = packed ? vectors * kVector : columns;
     for (int64_t first = 0; first < rows; first += kRows) {
-      product_of<Add>(std::min(kRows, rows - first), vectors)(a + first * row, row, next, from, width, count,
-                                                              c + first * columns + column, columns);
+      const int64_t index = (std::min(kRows, rows - first) - 1) * kColumns + vectors - 1;
+      const Product of_tile = add ? product_of<true>(index, all) : product_of<false>(index, all);
+      of_tile(a + first * row, row, next, from, width, count, c + first * columns + column, columns);
     }
   }
 }
 
-// G g, and G' t, of one column; T is float or Vec.
-template <class T>
-FASTGAN_INLINE void widen(const T (&g)[3], T (&t)[4]) {
-  const T ends = 0.5f * (g[0] + g[2]), middle = 0.5f * g[1];
-  t[0] = g[0];
-  t[1] = ends + middle;
-  t[2] = ends - middle;
-  t[3] = g[2];
-}
-
-template <class T>
-FASTGAN_INLINE void narrow(const T (&t)[4], T (&g)[3]) {
-  const T sum = 0.5f * (t[1] + t[2]);
-  g[0] = t[0] + sum;
-  g[1] = 0.5f * (t[1] - t[2]);
-  g[2] = sum + t[3];
-}
-
-// G g G' of w [o, i, 3, 3], to u[position][panel of o][i][o]. For the gradient of the input, `adjoint` swaps o and i and
-// turns the kernel.
-Tensor transformed_weight(const Tensor& w, bool adjoint, const Shape& s) {
-  const Tensor u = torch::stable::new_empty(w, std::vector<int64_t>{kPositions * s.i * s.op()});
+// `factor` G g G' of w [o, i, 3, 3], to u[point][panel of o][i][o]. For the gradient of the input, `adjoint` swaps o and
+// i and turns the kernel.
+template <class Filter>
+Tensor transformed_weight(const Tensor& w, bool adjoint, float factor, const Shape<Filter>& s) {
+  constexpr int64_t points = Filter::kPoints, panel = kColumns * kVector;
+  const Tensor u = torch::stable::new_empty(w, std::vector<int64_t>{s.points * s.i * s.op()});
   const int64_t so = w.stride(adjoint ? 1 : 0), si = w.stride(adjoint ? 0 : 1), sy = w.stride(2), sx = w.stride(3);
   const float* from = data<float>(w);
   float* to = output<float>(u);
-  constexpr int64_t panel = kColumns * kVector;
   parallel(s.i, s.op() * 100, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t o = 0; o < s.op(); ++o) {
         const int64_t column = o / panel * panel, width = std::min(panel, s.op() - column);
         float* place = to + column * s.i + i * width + o - column;
-        float t[3][4] = {};  // columns of G g
+        float t[3][points] = {};  // columns of G g
         for (int64_t x = 0; o < s.o && x < 3; ++x) {
           float g[3];
           for (int64_t y = 0; y < 3; ++y) {
-            g[y] = from[o * so + i * si + (adjoint ? 2 - y : y) * sy + (adjoint ? 2 - x : x) * sx];
+            g[y] = factor * from[o * so + i * si + (adjoint ? 2 - y : y) * sy + (adjoint ? 2 - x : x) * sx];
           }
-          widen(g, t[x]);
+          Filter::kernel(g, t[x]);
         }
-        for (int64_t r = 0; r < 4; ++r) {
+        for (int64_t r = 0; r < points; ++r) {
           const float row[3] = {t[0][r], t[1][r], t[2][r]};
-          float wide[4];
-          widen(row, wide);
-          for (int64_t c = 0; c < 4; ++c) place[(4 * r + c) * s.i * s.op()] = wide[c];
+          float wide[points];
+          Filter::kernel(row, wide);
+          for (int64_t c = 0; c < points; ++c) place[(points * r + c) * s.i * s.op()] = wide[c];
         }
       }
     }
@@ -294,26 +301,28 @@ Tensor transformed_weight(const Tensor& w, bool adjoint, const Shape& s) {
   return u;
 }
 
-// G' (sum of the parts of u) G, to gw [o, i, 3, 3] in channels_last; u[part][position][i][o].
-void transform_weight_gradient(const float* u, int64_t parts, const Shape& s, float* gw) {
-  const int64_t position = s.i * s.op();
-  parallel(s.i, s.op() * parts * kPositions, [&](int64_t begin, int64_t end) {
+// G' (sum of the parts of u) G, to gw [o, i, 3, 3] in channels_last; u[part][point][i][o].
+template <class Filter>
+void transform_weight_gradient(const float* u, int64_t parts, const Shape<Filter>& s, float* gw) {
+  constexpr int64_t points = Filter::kPoints;
+  const int64_t point = s.i * s.op();
+  parallel(s.i, s.op() * parts * s.points, [&](int64_t begin, int64_t end) {
     alignas(64) float lanes[9][kVector];
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t o = 0; o < s.o; o += kVector) {
-        Vec t[4][3];  // columns of G' u
-        for (int64_t c = 0; c < 4; ++c) {
-          Vec column[4] = {};
+        Vec t[points][3];  // columns of G' u
+        for (int64_t c = 0; c < points; ++c) {
+          Vec column[points] = {};
           for (int64_t part = 0; part < parts; ++part) {
-            const float* from = u + part * kPositions * position + c * position + i * s.op() + o;
-            for (int64_t r = 0; r < 4; ++r) column[r] += read(from + 4 * r * position);
+            const float* from = u + part * s.points * point + c * point + i * s.op() + o;
+            for (int64_t r = 0; r < points; ++r) column[r] += read(from + points * r * point);
           }
-          narrow(column, t[c]);
+          Filter::kernel_gradient(column, t[c]);
         }
         for (int64_t y = 0; y < 3; ++y) {
-          const Vec row[4] = {t[0][y], t[1][y], t[2][y], t[3][y]};
-          Vec g[3];
-          narrow(row, g);
+          Vec row[points], g[3];
+          for (int64_t c = 0; c < points; ++c) row[c] = t[c][y];
+          Filter::kernel_gradient(row, g);
           for (int64_t x = 0; x < 3; ++x) write(lanes[3 * y + x], g[x]);
         }
         for (int64_t lane = 0; lane < std::min(kVector, s.o - o); ++lane) {
@@ -329,100 +338,110 @@ Tensor channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_
   return torch::stable::transpose(torch::stable::transpose(fresh<float>(result), 2, 3), 1, 2);
 }
 
-// y = convolution of x with the kernel u, plus bias, of op() floats.
-void convolve(const Tensor& input, const Tensor& u, const float* bias, const Shape& s, float* y) {
-  const float *x = data<float>(input), *kernel = data<float>(u);
-  const int64_t from = s.step(s.ip()), to = s.step(s.op());
-  const auto range = [&](int64_t begin, int64_t end, float* scratch) {
-    float *v = scratch, *m = scratch + kPositions * from;
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * s.block(), last = std::min(first + s.block(), s.tiles());
-      transform_input(x, s, first, last, v);
-      for (int64_t position = 0; position < kPositions; ++position) {
-        multiply<false>(v + position * from, s.ip(), 1, kernel + position * s.i * s.op(), true, last - first, s.op(),
-                        s.i, m + position * to);
-      }
-      transform_output(m, s, first, last, bias, y);
-    }
-  };
-  parallel_with_scratch(input, s.blocks(), s.work(), kPositions * (from + to), range);
-}
-
 void check_map(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_cpu(), name, " must be Float, on the CPU");
   STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, name, " must be [N, C, H, W] and not empty");
   STD_TORCH_CHECK(is_dense(x, true), name, " must be dense, in channels_last");
 }
 
-void check_weight(const Tensor& w, int64_t channels, int64_t dim, int64_t padding) {
+void check_scale(int64_t padding, int64_t scale) {
+  STD_TORCH_CHECK(padding >= 0 && padding <= 2, "padding must be 0, 1 or 2, got ", padding);
+  STD_TORCH_CHECK(scale >= -1 && scale <= 1, "scale must be -1, 0 or 1, got ", scale);
+  STD_TORCH_CHECK(scale == 0 || padding == 1, "padding must be 1 where the scale changes, got ", padding);
+}
+
+template <class Filter>
+void check_size(const Shape<Filter>& s) {
+  STD_TORCH_CHECK(s.oh() > 0 && s.ow() > 0, "input must not be smaller than the kernel");
+  STD_TORCH_CHECK(!Filter::kOnePoint || (s.h % 2 == 0 && s.w % 2 == 0), "input must have an even height and width");
+}
+
+// The convolution of x with w, or with `adjoint` that whose input gradient it is, times `factor`, plus bias.
+template <class Filter>
+Tensor convolve(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, int64_t padding, bool adjoint,
+                float factor) {
+  check_map(x, "input");
   STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float && w.is_cpu() && w.dim() == 4 && w.size(2) == 3 && w.size(3) == 3,
                   "weight must be [O, I, 3, 3], Float, on the CPU");
-  STD_TORCH_CHECK(w.size(dim) == channels, "weight must have ", channels, " channels, got ", w.size(dim));
-  STD_TORCH_CHECK(padding >= 0 && padding <= 2, "padding must be 0, 1 or 2, got ", padding);
-}
-
-void check_size(const Shape& s) {
-  STD_TORCH_CHECK(s.oh() > 0 && s.ow() > 0, "input must not be smaller than the kernel");
-}
-
-}  // namespace
-
-Tensor winograd_forward(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, int64_t padding) {
-  check_map(x, "x");
-  check_weight(w, x.size(1), 1, padding);
-  const Shape s{x.size(0), x.size(1), w.size(0), x.size(2), x.size(3), padding};
+  const int64_t channels = w.size(adjoint ? 0 : 1);
+  STD_TORCH_CHECK(channels == x.size(1), "weight must have ", x.size(1), " channels, as input, got ", channels);
+  const Shape<Filter> s{x.size(0), x.size(1), w.size(adjoint ? 1 : 0), x.size(2), x.size(3), padding};
   check_size(s);
   std::vector<float> start = bias_values(bias, x, s.o);
   start.resize(static_cast<size_t>(s.op()), 0.0f);
-  const Tensor y = channels_last(x, s.n, s.o, s.oh(), s.ow());
-  convolve(x, transformed_weight(w, false, s), start.data(), s, output<float>(y));
+  const Tensor y = channels_last(x, s.n, s.o, s.oh(), s.ow()), u = transformed_weight(w, adjoint, factor, s);
+  const float *from = data<float>(x), *kernel = data<float>(u);
+  float* to = output<float>(y);
+  const auto range = [&](int64_t begin, int64_t end, float* scratch) {
+    float *v = scratch, *m = scratch + s.points * s.input_step();
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * s.block(), last = std::min(first + s.block(), s.tiles());
+      transform_input(from, s, first, last, v);
+      for (int64_t point = 0; point < s.points; ++point) {
+        multiply(Filter::kOnePoint && point > 0, v + point * s.input_step(), s.ip(), 1, kernel + point * s.i * s.op(),
+                 true, last - first, s.op(), s.i, m + point * s.output_step());
+      }
+      transform_output(m, s, first, last, start.data(), to);
+    }
+  };
+  parallel_with_scratch(x, s.blocks(), s.work(), s.scratch(), range);
   return y;
 }
 
-Tensor winograd_input_gradient(const Tensor& gy, const Tensor& w, int64_t padding) {
-  check_map(gy, "gy");
-  check_weight(w, gy.size(1), 0, padding);
-  const Shape s{gy.size(0), gy.size(1), w.size(1), gy.size(2), gy.size(3), 2 - padding};
-  check_size(s);
-  const std::vector<float> start(static_cast<size_t>(s.op()), 0.0f);
-  const Tensor gx = channels_last(gy, s.n, s.o, s.oh(), s.ow());
-  convolve(gy, transformed_weight(w, true, s), start.data(), s, output<float>(gx));
-  return gx;
-}
-
-Tensor winograd_weight_gradient(const Tensor& gy, const Tensor& x, int64_t padding) {
+template <class Filter>
+Tensor weight_gradient(const Tensor& gy, const Tensor& x, int64_t padding) {
   check_map(gy, "gy");
   check_map(x, "x");
-  STD_TORCH_CHECK(padding >= 0 && padding <= 2, "padding must be 0, 1 or 2, got ", padding);
-  const Shape s{x.size(0), x.size(1), gy.size(1), x.size(2), x.size(3), padding};
+  const Shape<Filter> s{x.size(0), x.size(1), gy.size(1), x.size(2), x.size(3), padding};
   check_size(s);
   STD_TORCH_CHECK(gy.size(0) == s.n && gy.size(2) == s.oh() && gy.size(3) == s.ow(),
                   "gy must have the size of the convolution of x");
   const float *from_x = data<float>(x), *from_y = data<float>(gy);
   const Parts parts(s.blocks(), 1, kGradientParts);
-  const int64_t numel = kPositions * s.i * s.op(), of_x = s.step(s.ip()), of_y = s.step(s.op());
+  const int64_t numel = s.points * s.i * s.op();
   const Tensor partial = torch::stable::new_empty(x, std::vector<int64_t>{parts.number * numel});
   float* sums = output<float>(partial);
   const auto range = [&](int64_t begin, int64_t end, float* scratch) {
-    float *v = scratch, *d = scratch + kPositions * of_x;
+    float *v = scratch, *d = scratch + s.points * s.input_step();
     for (int64_t part = begin; part < end; ++part) {
       float* sum = sums + part * numel;
-      std::fill(sum, sum + numel, 0.0f);
       for (int64_t block = parts.begin(part); block < parts.end(part); ++block) {
         const int64_t first = block * s.block(), last = std::min(first + s.block(), s.tiles());
         transform_input(from_x, s, first, last, v);
         transform_output_gradient(from_y, s, first, last, d);
-        for (int64_t position = 0; position < kPositions; ++position) {
-          multiply<true>(v + position * of_x, 1, s.ip(), d + position * of_y, false, s.i, s.op(), last - first,
-                         sum + position * s.i * s.op());
+        for (int64_t point = 0; point < s.points; ++point) {
+          multiply(block > parts.begin(part), v + point * s.input_step(), 1, s.ip(), d + point * s.output_step(), false,
+                   s.i, s.op(), last - first, sum + point * s.i * s.op());
         }
       }
     }
   };
-  parallel_with_scratch(x, parts.number, parts.size * s.work(), kPositions * (of_x + of_y), range);
+  parallel_with_scratch(x, parts.number, parts.size * s.work(), s.scratch(), range);
   const Tensor gw = channels_last(x, s.o, s.i, 3, 3);
   transform_weight_gradient(sums, parts.number, s, output<float>(gw));
   return gw;
+}
+
+}  // namespace
+
+Tensor winograd_forward(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, int64_t padding,
+                        int64_t scale) {
+  check_scale(padding, scale);
+  const auto of = scale == 0 ? convolve<Same> : scale < 0 ? convolve<Down> : convolve<Up>;
+  return of(x, w, bias, padding, false, 1.0f);
+}
+
+Tensor winograd_input_gradient(const Tensor& gy, const Tensor& w, int64_t padding, int64_t scale) {
+  check_scale(padding, scale);
+  // The gradient of averaging is a quarter of upsampling, and that of upsampling is four times averaging.
+  const auto of = scale == 0 ? convolve<Same> : scale < 0 ? convolve<Up> : convolve<Down>;
+  return of(gy, w, std::nullopt, 2 - padding, true, scale == 0 ? 1.0f : scale < 0 ? 0.25f : 4.0f);
+}
+
+Tensor winograd_weight_gradient(const Tensor& gy, const Tensor& x, int64_t padding, int64_t scale) {
+  check_scale(padding, scale);
+  const auto of = scale == 0 ? weight_gradient<Same> : scale < 0 ? weight_gradient<Down> : weight_gradient<Up>;
+  return of(gy, x, padding);
 }
 
 }  // namespace fastgan

@@ -37,12 +37,16 @@ class Geometry(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """A geometry, and which kernels are not PyTorch's: the convolution, the gradient of its input, or all three."""
+    """A geometry, and which kernels are not PyTorch's: the convolution, the gradient of its input, or all three.
+
+    With `winograd`, `scale` is -1 for a convolution before averaging over 2x2 pixels, and 1 for one after upsampling.
+    """
 
     geometry: Geometry
     cpp_forward: bool = False
     cpp_input_gradient: bool = False
     winograd: bool = False
+    scale: int = 0
 
 
 _CPP = kernel_implementations("conv2d")["cpp"]
@@ -120,7 +124,8 @@ def _winograd_unsupported_reason(*inputs: Tensor | None, geometry: Geometry | No
     return _CPP.unsupported_reason(*inputs) or _register_fakes()
 
 
-def _winograd_not_preferred_reason(*inputs: Tensor | None, **_: object) -> str | None:
+def winograd_not_preferred_reason(*inputs: Tensor | None, **_: object) -> str | None:
+    """The shipped table; the image is the larger one where the scale changes."""
     if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
         return None
     x, w = inputs[:2]
@@ -139,7 +144,7 @@ def _winograd_not_preferred_reason(*inputs: Tensor | None, **_: object) -> str |
 
 WINOGRAD = Implementation(
     unsupported_reason=_winograd_unsupported_reason,
-    not_preferred_reason=_winograd_not_preferred_reason,
+    not_preferred_reason=winograd_not_preferred_reason,
     note="C++ kernels by minimal filtering",
     device="cpu",
 )
@@ -172,18 +177,19 @@ def _register_fakes() -> None:
     def last(x: Tensor, sizes: Sequence[int]) -> Tensor:
         return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
+    def sized(x: Tensor, padding: int, scale: int) -> list[int]:
+        return [(s * 2 if scale > 0 else s // 2) if scale else s + 2 * padding - 2 for s in x.shape[2:]]
+
     @torch.library.register_fake("fastgan::winograd_forward")
-    def _(x: Tensor, w: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-        n, _, *size = x.shape
-        return last(x, [n, w.shape[0], *(s + 2 * padding - 2 for s in size)])
+    def _(x: Tensor, w: Tensor, bias: Tensor | None, padding: int, scale: int) -> Tensor:
+        return last(x, [x.shape[0], w.shape[0], *sized(x, padding, scale)])
 
     @torch.library.register_fake("fastgan::winograd_input_gradient")
-    def _(gy: Tensor, w: Tensor, padding: int) -> Tensor:
-        n, _, *size = gy.shape
-        return last(gy, [n, w.shape[1], *(s + 2 - 2 * padding for s in size)])
+    def _(gy: Tensor, w: Tensor, padding: int, scale: int) -> Tensor:
+        return last(gy, [gy.shape[0], w.shape[1], *sized(gy, 2 - padding, -scale)])
 
     @torch.library.register_fake("fastgan::winograd_weight_gradient")
-    def _(gy: Tensor, x: Tensor, padding: int) -> Tensor:
+    def _(gy: Tensor, x: Tensor, padding: int, scale: int) -> Tensor:
         return last(x, [gy.shape[1], x.shape[1], 3, 3])
 
 
@@ -193,7 +199,8 @@ def _last(x: Tensor) -> Tensor:
 
 def forward(x: Tensor, w: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Tensor:
     if dispatch.winograd:
-        return torch.ops.fastgan.winograd_forward.default(_last(x), w, bias, dispatch.geometry.padding[0])
+        how = dispatch.geometry.padding[0], dispatch.scale
+        return torch.ops.fastgan.winograd_forward.default(_last(x), w, bias, *how)
     if dispatch.cpp_forward:
         return torch.ops.fastgan.conv2d_forward.default(dense(x), w, bias, *dispatch.geometry.padding)
     return torch.convolution(x, w, bias, *dispatch.geometry)
@@ -201,7 +208,8 @@ def forward(x: Tensor, w: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Te
 
 def input_gradient(gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Tensor:
     if dispatch.winograd:
-        return torch.ops.fastgan.winograd_input_gradient.default(_last(gy), w, dispatch.geometry.padding[0])
+        how = dispatch.geometry.padding[0], dispatch.scale
+        return torch.ops.fastgan.winograd_input_gradient.default(_last(gy), w, *how)
     if dispatch.cpp_input_gradient:
         return torch.ops.fastgan.conv2d_input_gradient.default(dense_like(gy, x), w, *dispatch.geometry.padding)
     return _convolution_backward(gy, x, w, None, *dispatch.geometry, [True, False, False])[0]
@@ -209,7 +217,8 @@ def input_gradient(gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Tens
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
     if dispatch.winograd:
-        return torch.ops.fastgan.winograd_weight_gradient.default(_last(gy), _last(x), dispatch.geometry.padding[0])
+        how = dispatch.geometry.padding[0], dispatch.scale
+        return torch.ops.fastgan.winograd_weight_gradient.default(_last(gy), _last(x), *how)
     return _convolution_backward(gy, x, _allocatable(w), None, *dispatch.geometry, [False, True, False])[1]
 
 
@@ -320,7 +329,11 @@ class _WeightGradient(Function):
 
 
 def _native_in_forward_mode(dispatch: Dispatch) -> Dispatch:
-    return Dispatch(dispatch.geometry) if in_forward_mode() else dispatch
+    if not in_forward_mode():
+        return dispatch
+    if dispatch.scale:  # only a backward pass gets here; the op itself runs in PyTorch's forms in forward mode
+        raise NotImplementedError("backend 'winograd' has no tangents of gradients: use_backend('fused') has")
+    return Dispatch(dispatch.geometry)
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from kernelcases import derivatives, random
 from torch import Tensor
 
-from fastgan.ops import conv2d
+from fastgan.ops import conv2d, conv2d_downsample, upsample_conv2d
 from fastgan.ops.conv import CONV2D
 from fastgan.ops.conv_products import Geometry
+from fastgan.ops.scaled_conv import CONV2D_DOWNSAMPLE, UPSAMPLE_CONV2D
 
 # n, i, o, h, w, padding: channels below, at and above whole vectors; odd sizes; tiles that are cut; several blocks.
 SIZES = [
@@ -46,6 +49,38 @@ def test_products_are_those_of_the_direct_sum(n: int, i: int, o: int, h: int, w:
     assert gradients[1].is_contiguous(memory_format=torch.channels_last)
 
 
+OPS = {
+    "down": (conv2d_downsample, lambda x, w, b: F.avg_pool2d(F.conv2d(x, w, b, padding=1), 2)),
+    "up": (
+        upsample_conv2d,
+        lambda x, w, b: F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), w, b, padding=1),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("n", "i", "o", "h", "w"), [(1, 1, 1, 2, 2), (2, 17, 33, 6, 10), (3, 64, 64, 16, 14), (1, 20, 130, 4, 24)]
+)
+@pytest.mark.parametrize("direction", OPS)
+def test_changes_of_scale_are_those_of_two_steps(direction: str, n: int, i: int, o: int, h: int, w: int) -> None:
+    """To second order, as a penalty needs them."""
+    ours, theirs = OPS[direction]
+    inputs = [maps(n, i, h, w, seed=1), maps(o, i, 3, 3, seed=2), random(o, seed=3).float()]
+    inputs = [t.requires_grad_() for t in inputs]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y, expected = ours(*inputs, backend="winograd"), theirs(*exact)
+    assert y.is_contiguous(memory_format=torch.channels_last) and error(y, expected) < 1e-6
+    gy = maps(*y.shape, seed=4).requires_grad_()
+    g2 = gy.detach().double().requires_grad_()
+    first = torch.autograd.grad(y, inputs, gy, create_graph=True)
+    wanted = torch.autograd.grad(expected, exact, g2, create_graph=True)
+    assert all(error(a, b) < 1e-6 for a, b in zip(first, wanted, strict=True))
+    u = [maps(*t.shape, seed=5) if t.ndim == 4 else None for t in inputs[:2]]
+    second = torch.autograd.grad(first[:2], [*inputs[:2], gy], u)
+    wanted2 = torch.autograd.grad(wanted[:2], [*exact[:2], g2], [t.double() for t in u])
+    assert all(error(a, b) < 2e-6 for a, b in zip(second, wanted2, strict=True))
+
+
 def test_higher_derivatives_are_those_of_torch() -> None:
     """Of other layouts too, which are copied."""
     x, w = random(2, 4, 5, 6, seed=1).float().requires_grad_(), random(3, 4, 3, 3, seed=2).float().requires_grad_()
@@ -55,16 +90,18 @@ def test_higher_derivatives_are_those_of_torch() -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4 * max(1.0, wanted.abs().max().item()))
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    x, w = maps(5, 32, 33, 32, seed=1), maps(32, 32, 3, 3, seed=2)
-    gy = maps(5, 32, 33, 32, seed=3)
+@pytest.mark.parametrize("op", [conv2d, conv2d_downsample, upsample_conv2d])
+def test_the_number_of_threads_changes_no_bit(op: Callable[..., Tensor]) -> None:
+    x, w = maps(5, 32, 34, 32, seed=1), maps(32, 32, 3, 3, seed=2)
+    how = {"padding": 1} if op is conv2d else {}
+    gy = maps(*op(x, w, backend="winograd", **how).shape, seed=3)
     found = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             one = [t.clone(memory_format=torch.channels_last).requires_grad_() for t in (x, w)]
-            y = conv2d(*one, padding=1, backend="winograd")
+            y = op(*one, backend="winograd", **how)
             found.append([y.detach(), *torch.autograd.grad(y, one, gy)])
     finally:
         torch.set_num_threads(before)
@@ -108,5 +145,10 @@ def test_the_shipped_table_takes_it_for_many_channels_in_channels_last(monkeypat
     assert CONV2D.shipped(x.contiguous(), w, geometry=geometry) != "winograd"
     assert CONV2D.shipped(x[:, :16], w[:, :16], geometry=geometry) != "winograd"
     assert CONV2D.shipped(x.bfloat16(), w.bfloat16(), geometry=geometry) == "lean"
+    big = maps(4, 64, 32, 32, seed=1)
+    assert CONV2D_DOWNSAMPLE.shipped(big, w) == UPSAMPLE_CONV2D.shipped(big, w) == "winograd"
+    assert CONV2D_DOWNSAMPLE.recorded(big, w) == "winograd"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert CONV2D_DOWNSAMPLE.shipped(big, w) != "winograd"
     monkeypatch.setattr("fastgan.ops.conv_products._instructions", lambda: "avx2")
     assert CONV2D.shipped(x, w, geometry=geometry) == "lean"

@@ -282,7 +282,7 @@ class Op:
         `torch` comes after the others, and launches of Triton leave no operation in a graph.
         """
         if "lean" in self.implementations:
-            return tuple(name for name in ("fused", "winograd", "lean") if name in self.implementations)
+            return tuple(name for name in ("winograd", "fused", "lean") if name in self.implementations)
         return tuple(name for name in self.implementations if name not in ("triton", "torch"))
 
     def _candidates(self, device: str | None) -> list[tuple[str, Implementation]]:

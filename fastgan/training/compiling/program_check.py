@@ -25,8 +25,8 @@ from fastgan.training.step import Step
 _CHECKS = 5  # steps that are compared
 _TIMED = 5  # rounds of steps that are timed
 _ULPS = {torch.float32: 4.0}
-"""Units in the last place by which a layer's result is off where some thousand products are summed; in others, whose sums
-are float32, one."""
+"""Units in the last place by which a layer is off that sums some thousand products; in other types, whose sums are
+float32, one."""
 _ROUNDINGS = 3.0
 """A program may differ from eager by this many times as much as eager from itself with weights rounded otherwise."""
 
