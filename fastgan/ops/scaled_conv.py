@@ -199,11 +199,13 @@ def _op(name: str, direction: str) -> Op:
 
     scale = "interpolate_nearest" if direction == "up" else "2x2 mean"
 
-    def pays(*inputs: Tensor | None, **options: object) -> str | None:
-        if len(inputs) > 1 and inputs[0] is not None and inputs[1] is not None:
-            if _form_of(direction, inputs[0], inputs[1]) != "fused":
-                return "two steps are faster at these shapes"
-        return winograd_not_preferred_reason(*inputs, **options)
+    def pays(*inputs: Tensor | None, **_: object) -> str | None:
+        x, w = inputs[:2] if len(inputs) > 1 else (None, None)
+        if x is None or w is None:
+            return None
+        if _form_of(direction, x, w) != "fused":
+            return "two steps are faster at these shapes"
+        return winograd_not_preferred_reason(x, w, least=2**8 if direction == "up" else 2**10)
 
     forms = {
         "triton": triton_implementation(),
@@ -259,9 +261,8 @@ def _run(
         return (_reference if name == "torch" else _native)(direction, x, w, bias)
     if name == "winograd":
         require_conv_arguments(x, w, bias, 1, transposed=False)
-        return convolution(
-            x, w, bias, Dispatch(_SAME_SIZE.geometry, winograd=True, scale=1 if direction == "up" else -1)
-        )
+        scale = 1 if direction == "up" else -1
+        return convolution(x, w, bias, Dispatch(_SAME_SIZE.geometry, winograd=True, scale=scale))
     last = is_channels_last(x)
     if direction == "up":
         if name != "fused":
@@ -295,9 +296,9 @@ def upsample_conv2d(
         act: as in `bias_act`, which runs after the convolution; "triton" runs linear, relu and lrelu in the same pass.
         negative_slope: of lrelu.
         gain: factor of the result.
-        backend: "triton", "winograd" (see `conv2d`; 9 products for a pixel of the smaller image), "fused" (one convolution
-            of PyTorch's, 16 products), "lean" (two steps), "native" (two steps, without
-            autograd Functions) or "torch" (PyTorch's own two functions).
+        backend: "triton", "winograd" (see `conv2d`; 9 products for a pixel of the smaller image), "fused" (one
+            convolution of PyTorch's, 16 products), "lean" (two steps), "native" (two steps, without autograd Functions)
+            or "torch" (PyTorch's own two functions).
 
     Returns:
         [N, O, 2H, 2W].
