@@ -26,7 +26,7 @@ _CHECKS = 5  # steps that are compared
 _TIMED = 5  # rounds of steps that are timed
 _ULPS = {torch.float32: 4.0}
 """Units in the last place by which a layer is off that sums some thousand products; in other types, whose sums are
-float32, one."""
+float32, half a one."""
 _ROUNDINGS = 3.0
 """A program may differ from eager by this many times as much as eager from itself with weights rounded otherwise."""
 
@@ -121,7 +121,7 @@ def effect_of_rounding(
     kept = [*moved, *(x for module in modules for x in module.buffers())]
     before = [x.clone() for x in kept]
     dtype = step.autocast_dtype or torch.float32
-    off = _ULPS.get(dtype, 1.0) * torch.finfo(dtype).eps
+    off = _ULPS.get(dtype, 0.5) * torch.finfo(dtype).eps
     random = torch.Generator().manual_seed(0)
 
     def move(x: Tensor) -> Tensor:
