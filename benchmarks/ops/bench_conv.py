@@ -100,8 +100,9 @@ def test_scaled_convolution(
     inputs = [t.requires_grad_() for t in inputs]
     sides = {"lean": lambda: run(ours, inputs, seeds, mode), "plain": lambda: run(plain, inputs, seeds, mode)}
     known = ops.backends(name, *inputs[:2])
-    for form in [form for form in ("winograd", "fused", "triton") if "cannot run" not in known.get(form, "cannot run")]:
-        sides[form] = lambda form=form: run(functools.partial(ours, backend=form), inputs, seeds, mode)  # type: ignore[misc]
+    for one in ("winograd", "fused", "triton"):
+        if "cannot run" not in known.get(one, "cannot run"):
+            sides[one] = functools.partial(run, functools.partial(ours, backend=one), inputs, seeds, mode)
     benchmark.group = f"{name} {layout} {dtype} {mode}"
     compare(
         benchmark,
