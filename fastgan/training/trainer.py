@@ -147,7 +147,7 @@ class Trainer:
             return
         captures = self.capturing.follow(self.stage)
         with self.stragglers.step():
-            rate_g, rate_d = rates(self.config, self.images)
+            rate_g, rate_d = rates(self.config, self.images, self.stage.resolution)
             self.stage.discriminator_engine.set_rate(rate_d)
             self.stage.nonfinite.begin_step(self.steps)
             if captures:

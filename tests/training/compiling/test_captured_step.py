@@ -52,7 +52,7 @@ def next_step(trainer: Trainer) -> tuple[list[Batch], tuple[bool, ...]]:
     """The arguments of the next `CapturedStep.step`, with all set that `Trainer.train_step` sets before and after."""
     stage, config = trainer.stage, trainer.config
     stage.set_alpha(stage_at(trainer.stages, trainer.images).alpha(trainer.images))
-    rate_g, rate_d = rates(config, trainer.images)
+    rate_g, rate_d = rates(config, trainer.images, stage.resolution)
     stage.generator_engine.set_rate(rate_g)
     stage.discriminator_engine.set_rate(rate_d)
     stage.nonfinite.begin_step(trainer.steps)
