@@ -143,7 +143,7 @@ def fades(case: Case, args: Any) -> str:
             label = f"{'fades in' if fade else 'stable'}/{name}"
             giga[label] = flops(functools.partial(_run, recorded.graph, recorded.arguments)) / 1e9
             steps[label] = compiled(recorded, {})
-    counted = ", ".join(f"{name} {value:.2f}" for name, value in giga.items())
+    counted = ", ".join(f"{name} {value:.3g}" for name, value in giga.items())
     return f"{_table('stage', _rows(in_turns(steps, args.rounds)))}\nGFLOP: {counted}"
 
 
