@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from small_networks import SMALL
 from torch import Tensor
@@ -214,3 +215,15 @@ def test_capture_without_a_gpu_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     assert trainer.capturing.notes(8) == ["--capture: off, a cpu has no graphs"]
     trainer.train_step()
     assert trainer.capturing.notes(16) == [] and trainer.capturing.form(trainer.stage) == "eager"
+
+
+@pytest.mark.slow
+def test_deepspeeds_engine_is_captured_too(tmp_path: Path) -> None:
+    cases = []
+    for name, accumulation in (("dcgan", 1), ("wgan-gp", 2)):
+        flags = f"--latent 8 --batch 8 {SMALL['dcgan']} --capture --compile off --accumulation {accumulation}"
+        cases.append({"name": f"{name}-{accumulation}", "variant": name, "flags": flags.split()})
+    ranks.launch(Path(ranks.__file__).parent / "captured_steps.py", cases, tmp_path, 1, engine="deepspeed")
+    for case in cases:
+        found = json.loads((tmp_path / f"{case['name']}.json").read_text())
+        assert found == {"engine": "deepspeed", "form": "eager, captured", "differences": []}
