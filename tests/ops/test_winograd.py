@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,10 +10,7 @@ import torch.nn.functional as F
 from kernelcases import derivatives, random
 from torch import Tensor
 
-from fastgan.models.pggan import Discriminator
-from fastgan.nn import EqualizedConv2d
 from fastgan.ops import conv2d, conv2d_downsample, upsample_conv2d
-from fastgan.ops.arguments import is_channels_last
 from fastgan.ops.conv import CONV2D
 from fastgan.ops.conv_products import Geometry
 from fastgan.ops.scaled_conv import CONV2D_DOWNSAMPLE, UPSAMPLE_CONV2D
@@ -156,31 +152,3 @@ def test_the_shipped_table_takes_it_for_many_channels_in_channels_last(monkeypat
         assert CONV2D_DOWNSAMPLE.shipped(big, w) != "winograd"
     monkeypatch.setattr("fastgan.ops.conv_products._instructions", lambda: "avx2")
     assert CONV2D.shipped(x, w, geometry=geometry) == "lean"
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_maps_of_a_progressive_critic_are_in_its_memory_format(channels: int) -> None:
-    """With images of one channel too, whose strides do not tell the format."""
-    critic = Discriminator(resolution=16, channels=channels, fmap_base=64, fmap_max=8).to(
-        memory_format=torch.channels_last
-    )
-    critic.set_alpha(0.5)
-    formats = []
-    for module in critic.modules():
-        if isinstance(module, EqualizedConv2d):
-            module.register_forward_hook(lambda _, __, y: formats.append(is_channels_last(y)))
-    images = maps(4, channels, 16, 16, seed=0).requires_grad_()
-    scores = critic(images)
-    assert len(formats) == 7 and all(formats)
-    plain = copy.deepcopy(critic).to(memory_format=torch.contiguous_format)
-    torch.testing.assert_close(scores, plain(images))
-    found, expected = (torch.autograd.grad(y.sum(), images, create_graph=True)[0] for y in (scores, plain(images)))
-    torch.testing.assert_close(found, expected)
-    ours, theirs = (
-        torch.autograd.grad(g.square().sum(), [p for p in net.parameters() if p.requires_grad], allow_unused=True)
-        for g, net in ((found, critic), (expected, plain))
-    )
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
