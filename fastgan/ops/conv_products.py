@@ -124,12 +124,15 @@ def _winograd_unsupported_reason(*inputs: Tensor | None, geometry: Geometry | No
     return _CPP.unsupported_reason(*inputs) or _register_fakes()
 
 
-def winograd_not_preferred_reason(*inputs: Tensor | None, least: int = 2**11, **_: object) -> str | None:
-    """The shipped table: crossovers on one core with AVX-512 (`benchmarks/ops/bench_winograd.py`).
+def winograd_not_preferred_reason(
+    *inputs: Tensor | None, least: int = 2**11, most: int = 2**15, **_: object
+) -> str | None:
+    """The shipped table: crossovers on one core with AVX-512 (`benchmarks/ops/bench_conv.py`).
 
     Args:
         inputs: image and kernel.
         least: pixels of the image from which on it pays.
+        most: pairs of channels up to which it does, as the cache has room for the transformed kernel.
     """
     if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
         return None
@@ -141,8 +144,8 @@ def winograd_not_preferred_reason(*inputs: Tensor | None, least: int = 2**11, **
         return "without AVX-512 oneDNN's kernels are the default"
     if not is_channels_last(x):
         return "it works in channels_last"
-    if min(w.shape[:2]) < 32 or w.shape[0] * w.shape[1] > 2**16 or x.shape[0] * x.shape[2] * x.shape[3] < least:
-        return f"it pays from 32 channels and {least} pixels on, and while its kernel fits into the cache"
+    if min(w.shape[:2]) < 32 or w.shape[0] * w.shape[1] > most or x.shape[0] * x.shape[2] * x.shape[3] < least:
+        return f"it pays from 32 channels and {least} pixels on, and up to {most} pairs of channels"
     return None
 
 

@@ -205,7 +205,7 @@ def _op(name: str, direction: str) -> Op:
             return None
         if _form_of(direction, x, w) != "fused":
             return "two steps are faster at these shapes"
-        return winograd_not_preferred_reason(x, w, least=2**8 if direction == "up" else 2**10)
+        return winograd_not_preferred_reason(x, w, least=2**8 if direction == "up" else 2**10, most=2**16)
 
     forms = {
         "triton": triton_implementation(),
