@@ -75,7 +75,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     return found | {"meters": trainer.meters.totals(stage.step.metrics, torch.device("cpu"))}
 
 
-QUICK = ("pggan", "accumulation")
+QUICK = ("accumulation",)  # a run that grows and fades is below
 
 
 @pytest.mark.parametrize("case", [pytest.param(it, marks=[] if it in QUICK else pytest.mark.slow) for it in CASES])
