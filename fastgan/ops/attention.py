@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from fastgan.ops import attention_chunked
 from fastgan.ops.arguments import require_number
-from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, form_tag, tracked, without_autocast
+from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, form_tag, kept, tracked, without_autocast
 from fastgan.ops.dispatch import torch_functions as F
 from fastgan.ops.dispatch.backend import Implementation, Op, size_class
 from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations, no_products_reason
@@ -274,8 +274,8 @@ class _Forward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Only `chunked` needs neither the output nor lse: what it keeps is not what the kernels keep.
         chunked = kernels is attention_chunked or isinstance(kernels, attention_chunked.Masked)
-        kept = (None, None) if chunked else (o, lse)
-        ctx.save_for_backward(form_tag("chunked" if chunked else "kernels"), q, k, v, *kept)
+        needed = (None, None) if chunked else (kept(o), lse)
+        ctx.save_for_backward(form_tag("chunked" if chunked else "kernels"), q, k, v, *needed)
         ctx.rest = scale, causal, kernels
         return o
 

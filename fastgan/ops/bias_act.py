@@ -24,6 +24,7 @@ from fastgan.ops.autograd import (
     SecondBackward,
     add_gradients,
     form_tag,
+    kept,
     needs_gradient,
     non_leaf,
     placeholder,
@@ -248,7 +249,7 @@ class _BiasAct(Function):
             # The slope can be read off x as well, and as with torch's leaky_relu y may then be changed in place.
             ctx.save_for_backward(form_tag(), x, None, None)
         else:
-            ctx.save_for_backward(form_tag(), None if settings.act == LINEAR else y, origin, bias)
+            ctx.save_for_backward(form_tag(), None if settings.act == LINEAR else kept(y), origin, bias)
         ctx.settings = settings
         return y, origin
 

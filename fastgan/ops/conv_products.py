@@ -81,13 +81,14 @@ def _instructions() -> str:
     return str(torch.ops.fastgan.cpu_instructions())
 
 
-CONV_VARIANT = ("kernel", "stride", "pairs")
+CONV_VARIANT = ("kernel", "stride", "pairs", "groups")
 
 
 def classify(x: Tensor, w: Tensor, geometry: Geometry | None = None) -> tuple[object, ...]:
-    """The class of a convolution: pairs of channels matter beside the image."""
+    """The class of a convolution: pairs of channels, and the power of 2 of groups, matter beside the image."""
     out, into, kernel, _ = w.shape
-    variant = kernel, 1 if geometry is None else geometry.stride[0], size_class(out * into)
+    stride, groups = (1, 1) if geometry is None else (geometry.stride[0], geometry.groups)
+    variant = kernel, stride, size_class(out * into), (groups - 1).bit_length()
     return x.device, computes_in(x), x.is_contiguous(), size_class(x.numel()), variant
 
 
