@@ -42,9 +42,16 @@ void multiply_transposed(const Matrix& w, const float* u, float* to) {
     for (int64_t at = begin * block; at < std::min(w.columns, end * block); at += block) {
       const int64_t count = std::min(block, w.columns - at);
       float sums[block] = {};
-      for (int64_t row = 0; row < w.rows; ++row) {
+      const float* from = w.values + at;
+      int64_t row = 0;
+      for (; row + 4 <= w.rows; row += 4, from += 4 * w.columns) {  // each sum is read and written once for four rows
+        const float *const b = from + w.columns, *const c = b + w.columns, *const d = c + w.columns;
+        const float u0 = u[row], u1 = u[row + 1], u2 = u[row + 2], u3 = u[row + 3];
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) sums[i] += (u0 * from[i] + u1 * b[i]) + (u2 * c[i] + u3 * d[i]);
+      }
+      for (; row < w.rows; ++row, from += w.columns) {
         const float factor = u[row];
-        const float* const from = w.values + row * w.columns + at;
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) sums[i] += factor * from[i];
       }

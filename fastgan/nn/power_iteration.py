@@ -73,10 +73,10 @@ class _Result(NamedTuple):
     versions: tuple[int, ...]
     vectors: Vectors
 
-    def is_of(self, call: Call) -> bool:
-        """Whether the tensors are the same, unchanged, and the settings too."""
-        same = all(a is b for a, b in zip(self.call[:3], call[:3], strict=True))
-        return same and self.versions == call.versions() and self.call[3:] == call[3:]
+    def is_of(self, weight: Tensor, iterations: int) -> bool:
+        """Whether a call with this weight has this result: no tensor was changed in place since."""
+        same = self.call.weight is weight and self.call.iterations == iterations
+        return same and self.versions == self.call.versions() and not in_transform()
 
 
 def _matrix(weight: Tensor, dim: int) -> Tensor:
@@ -166,10 +166,8 @@ def _supports(weight: Any) -> bool:
     return wide and not weight.is_inference() and not autocast_enabled(weight)
 
 
-def _divide(norm: Any, call: Call) -> Tensor:
-    """The weight of a layer, whose `norm` may have the vectors of this call already."""
-    ahead: _Result | None = norm.__dict__.pop("_ahead", None)
-    vectors = ahead.vectors if ahead is not None and ahead.is_of(call) else iterate([call])[0]
+def _divide(call: Call, vectors: Vectors) -> Tensor:
+    """The weight of a layer."""
     if call.iterations:
         with torch.no_grad():
             copy_all_((call.u, call.v), vectors[:2])
@@ -188,8 +186,11 @@ class _SpectralNorm(_Parametrization or nn.Module):  # type: ignore[misc]
         return Call(weight, self._u, self._v, self.dim, iterations, True, self.eps)
 
     def forward(self, weight: Tensor) -> Tensor:
+        ahead: _Result | None = self.__dict__.pop("_ahead", None)
+        if ahead is not None and ahead.is_of(weight, self.n_power_iterations if self.training else 0):
+            return _divide(ahead.call, ahead.vectors)
         call = self.call_of(weight)
-        return super().forward(weight) if call is None else _divide(self, call)
+        return super().forward(weight) if call is None else _divide(call, iterate([call])[0])
 
 
 class SpectralNorm(_Hook):
@@ -203,8 +204,14 @@ class SpectralNorm(_Hook):
         return Call(weight, u, v, self.dim, self.n_power_iterations if training else 0, False, self.eps)
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        ahead: _Result | None = self.__dict__.pop("_ahead", None)
+        weight = getattr(module, f"{self.name}_orig")
+        if ahead is not None and ahead.is_of(weight, self.n_power_iterations if do_power_iteration else 0):
+            return _divide(ahead.call, ahead.vectors)
         call = self.call_of(module, do_power_iteration)
-        return super().compute_weight(module, do_power_iteration) if call is None else _divide(self, call)
+        if call is None:
+            return super().compute_weight(module, do_power_iteration)
+        return _divide(call, iterate([call])[0])
 
 
 # torch's class -> the one of this file.

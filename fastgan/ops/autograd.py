@@ -74,7 +74,7 @@ def kept(y: Tensor) -> Tensor:
     raises where y was changed: a Triton kernel that reads `y` or the copy asks for an address that it may write to,
     which would make the copy in every step.
     """
-    if lazy_clone is None or not y.is_cpu or dispatch_modes() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or lazy_clone is None or not y.is_cpu or dispatch_modes():
         return y
     return lazy_clone(y)
 

@@ -136,7 +136,22 @@ def input_gradient(gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Tens
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
+    if _is_faster_in_channels_last(x, w, dispatch.geometry):
+        gy, x = (t.contiguous(memory_format=torch.channels_last) for t in (gy, x))
+        found = _convolution_backward(gy, x, w, None, *dispatch.geometry, [False, True, False])[1]
+        return found.contiguous() if w.is_contiguous() else found
     return _convolution_backward(gy, x, _allocatable(w), None, *dispatch.geometry, [False, True, False])[1]
+
+
+def _is_faster_in_channels_last(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
+    """Whether oneDNN's gradient of the weight takes up to half of the time there, with both copies.
+
+    In contiguous tensors groups of 2 to 4 channels take it up to six times as long as the convolution itself (measured
+    on an AMD EPYC with AVX-512, 64 to 256 channels at 4 to 32 px).
+    """
+    if geometry.groups == 1 or not x.is_cpu or x.dtype != torch.float32 or not x.is_contiguous():
+        return False
+    return 2 <= w.shape[1] <= 4 and w.shape[0] // geometry.groups <= 4 and w.shape[2] * w.shape[3] > 1
 
 
 def _allocatable(w: Tensor) -> Tensor:

@@ -299,7 +299,7 @@ class Op:
         """
         if backend is not None or in_transform() or in_forward_mode() or _requests() or saved_tensors_are_hooked():
             return False
-        if self.classify is None or _decide is None or not is_measurable(inputs[0]) or _deterministic():
+        if _decide is None or self.classify is None or _deterministic() or not is_measurable(inputs[0]):
             return True
         key = self.classify(*inputs, **options)
         decision = None if key is None else self.decisions.get(key, _UNKNOWN)
