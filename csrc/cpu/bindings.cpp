@@ -46,13 +46,15 @@ STABLE_TORCH_LIBRARY(fastgan, m) {
   m.def(
       "bias_act_pixel_norm_second_backward(Tensor u, Tensor dy, Tensor y, Tensor r, int act, float negative_slope,"
       " float gain, bool want_bias) -> (Tensor, Tensor, Tensor)");
-  m.def("attention_forward(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor, Tensor)");
   m.def(
-      "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, bool causal) -> "
-      "(Tensor, Tensor, Tensor)");
+      "attention_forward(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? mask=None)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, bool causal,"
+      " Tensor? mask=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "attention_second_backward(Tensor? uq, Tensor? uk, Tensor? uv, Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, "
-      "Tensor lse, float scale, bool causal) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor lse, float scale, bool causal, Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("minibatch_stddev_forward(Tensor x, int group, int num_features, float eps) -> Tensor");
   m.def(
       "minibatch_stddev_backward(Tensor dy, Tensor x, int group, int num_features, float eps) -> (Tensor, Tensor)");

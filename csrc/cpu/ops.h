@@ -37,13 +37,14 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_pixel_norm_second_backward(const Ten
                                                                        bool want_bias);
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                                             bool causal);
+                                             bool causal, const std::optional<Tensor>& mask);
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& o, const Tensor& lse, double scale,
-                                                      bool causal);
+                                                      bool causal, const std::optional<Tensor>& mask);
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_second_backward(
     const std::optional<Tensor>& uq, const std::optional<Tensor>& uk, const std::optional<Tensor>& uv, const Tensor& dout,
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, double scale, bool causal);
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, double scale, bool causal,
+    const std::optional<Tensor>& mask);
 
 Tensor minibatch_stddev_forward(const Tensor& x, int64_t group, int64_t num_features, double eps);
 std::tuple<Tensor, Tensor> minibatch_stddev_backward(const Tensor& dy, const Tensor& x, int64_t group,
