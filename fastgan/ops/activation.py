@@ -42,7 +42,7 @@ def _elementwise(forward: Any, in_place: Any, slope: Any) -> Rule:
     def keep_result(x: Tensor, options: Any) -> tuple[Tensor, ...]:
         in_place(x, *options)
         # An alias: the returned tensor itself would be a cycle, and vmap and Dynamo do not support it.
-        return (x.detach(),)
+        return (kept(x.detach()),)
 
     def multiply(g: Tensor, options: Any, ref: Tensor) -> Tensor:
         return slope(g, ref, *options)
