@@ -64,6 +64,7 @@ CALLS: dict[str, Call] = {
     "adaptive_avg_pool2d": lambda x: ops.adaptive_avg_pool2d(x, 3),
     "adaptive_max_pool2d": lambda x: ops.adaptive_max_pool2d(x, 3),
     "interpolate": lambda x: ops.interpolate(x, (3, 3), mode="area"),
+    "interpolate_nearest": lambda x: ops.interpolate_nearest(x),
     "upfirdn2d": lambda x: ops.upfirdn2d(x, [1.0, 2.0], up=2, padding=1),
     "blur": lambda x: ops.blur(x),
 }
