@@ -256,7 +256,8 @@ def _kernels(name: str) -> Any:
 class _MaskedKernels(attention_chunked.Masked):
     """The three passes in C++ under a mask without a gradient."""
 
-    def _with_mask(self, name: str, q: Tensor, k: Tensor, arguments: tuple[Any, ...]) -> Any:
+    def _with_mask(self, name: str, shapes: tuple[Tensor, Tensor], arguments: tuple[Any, ...]) -> Any:
+        q, k = shapes
         mask = self._checked()._mask
         if mask.dtype not in (torch.bool, torch.float32):
             mask = mask.float()
@@ -264,17 +265,17 @@ class _MaskedKernels(attention_chunked.Masked):
         return getattr(torch.ops.fastgan, f"attention_{name}")(*arguments, mask)
 
     def attention_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        o, lse = self._with_mask("forward", *arguments[:2], arguments)
+        o, lse = self._with_mask("forward", (arguments[0], arguments[1]), arguments)
         return o.masked_fill_(self._no_keys, 0.0), lse
 
     def attention_backward(self, do: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return self._with_mask("backward", *arguments[:2], (self._without_keys(do), *arguments))
+        return self._with_mask("backward", (arguments[0], arguments[1]), (self._without_keys(do), *arguments))
 
     def attention_second_backward(
         self, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None, do: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         given = (uq, uk, uv, self._without_keys(do), *arguments)
-        gq, gk, gv, gdo = self._with_mask("second_backward", *arguments[:2], given)
+        gq, gk, gv, gdo = self._with_mask("second_backward", (arguments[0], arguments[1]), given)
         return gq, gk, gv, self._without_keys(gdo)
 
 
