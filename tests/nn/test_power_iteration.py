@@ -211,3 +211,14 @@ def test_the_kernel_equals_plain_pytorch(u_first: bool, iterations: int) -> None
     exact = by_torch(*([t.double() for t in ts] for ts in (ws, us, vs)), iterations, u_first, 1e-12)
     for ours, right in zip(found, exact, strict=True):
         torch.testing.assert_close([t.double() for t in ours], list(right), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", STYLES)
+def test_compiled_as_torchs(style: str) -> None:
+    """In training too: the hooks compute nothing there, and the layers run torch's own forward."""
+    plain, lean = pair(style)
+    torch.compiler.reset()
+    compiled = torch.compile(lean, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), plain(images()))
+    torch.testing.assert_close(lean.state_dict(), plain.state_dict())
