@@ -32,6 +32,9 @@ STABLE_TORCH_LIBRARY(fastgan, m) {
       " float gain, bool want_bias) -> (Tensor, Tensor, Tensor)");
   m.def("conv2d_forward(Tensor x, Tensor w, Tensor? bias, int pad_h, int pad_w) -> Tensor");
   m.def("conv2d_input_gradient(Tensor gy, Tensor w, int pad_h, int pad_w) -> Tensor");
+  m.def("winograd_forward(Tensor x, Tensor w, Tensor? bias, int padding, int scale) -> Tensor");
+  m.def("winograd_input_gradient(Tensor gy, Tensor w, int padding, int scale) -> Tensor");
+  m.def("winograd_weight_gradient(Tensor gy, Tensor x, int padding, int scale) -> Tensor");
   m.def("avg_pool2d_forward(Tensor x, int kernel_size) -> Tensor");
   m.def("avg_pool2d_backward(Tensor dy, int kernel_size, int height, int width) -> Tensor");
   m.def("pixel_norm_forward(Tensor x, float eps) -> (Tensor, Tensor)");
@@ -83,6 +86,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("bias_act_second_backward", TORCH_BOX(&fastgan::bias_act_second_backward));
   m.impl("conv2d_forward", TORCH_BOX(&fastgan::conv2d_forward));
   m.impl("conv2d_input_gradient", TORCH_BOX(&fastgan::conv2d_input_gradient));
+  m.impl("winograd_forward", TORCH_BOX(&fastgan::winograd_forward));
+  m.impl("winograd_input_gradient", TORCH_BOX(&fastgan::winograd_input_gradient));
+  m.impl("winograd_weight_gradient", TORCH_BOX(&fastgan::winograd_weight_gradient));
   m.impl("avg_pool2d_forward", TORCH_BOX(&fastgan::avg_pool2d_forward));
   m.impl("avg_pool2d_backward", TORCH_BOX(&fastgan::avg_pool2d_backward));
   m.impl("pixel_norm_forward", TORCH_BOX(&fastgan::pixel_norm_forward));

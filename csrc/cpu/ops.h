@@ -19,6 +19,11 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& w, const std::optional<Tens
                       int64_t pad_w);
 Tensor conv2d_input_gradient(const Tensor& gy, const Tensor& w, int64_t pad_h, int64_t pad_w);
 
+Tensor winograd_forward(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, int64_t padding,
+                        int64_t scale);
+Tensor winograd_input_gradient(const Tensor& gy, const Tensor& w, int64_t padding, int64_t scale);
+Tensor winograd_weight_gradient(const Tensor& gy, const Tensor& x, int64_t padding, int64_t scale);
+
 Tensor avg_pool2d_forward(const Tensor& x, int64_t kernel_size);
 Tensor avg_pool2d_backward(const Tensor& dy, int64_t kernel_size, int64_t height, int64_t width);
 

@@ -226,6 +226,8 @@ class System(_Section):
     """Use deterministic kernels alone: the same machine computes the same bits."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile losses and gradients of each stage, beside training; auto: where the run is long enough to gain by it."""
+    capture: bool = False
+    """Repeat whole steps as one CUDA graph for each phase of a stage, after a check (GPU only; not yet run on one)."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Of images and convolution weights; auto: channels_last, contiguous on mps."""
     qualify: bool = True

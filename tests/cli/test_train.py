@@ -84,6 +84,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str],
         (["--zero", "3"], ("--zero", "3", "second derivative")),
         (["--engine", "torch", "--zero", "1"], ("--engine", "deepspeed")),
         (["--sync-bn"], ("--sync-bn", "GPU")),
+        (["--capture", "--device", "cpu"], ("--capture", "CUDA")),
         (
             ["--variant", "dcgan", "--norm-d", "batch", "--regularizer", "zero-centered", "--sync-bn"],
             ("--sync-bn", "second derivative", "--norm-d none"),
@@ -546,6 +547,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     text = capsys.readouterr().out
     last = next(line for line in text.splitlines() if line.startswith(" 1024"))
     assert "23,086,795" in last and "23,087,249" in last and "GiB" in last
+    words = text.splitlines()[-1].split()
+    assert words[0] == "compiling," and words[-5:] == ["GiB", "more", "on", "each", "host"]
+    assert float(words[-6]) == pytest.approx(2 + float(last.split()[-2]), abs=0.06)
+    assert train.main(["--data", "synthetic", "--dry-run", "--compile", "off"]) == 0
+    assert "compiling" not in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -277,7 +277,7 @@ def test_linear_needs_four_products_in_a_penalty() -> None:
         ),
         ({"stride": (1, 2, 3)}, ValueError, r"stride must be an integer or a pair of integers, got \(1, 2, 3\)"),
         ({"weight": torch.zeros(4, 3, 3, 3, device="meta")}, ValueError, "weight must be on cpu, as input, got meta"),
-        ({"backend": "cuda"}, ValueError, "backend must be cpp, lean, torch for conv2d, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be winograd, cpp, lean, torch for conv2d, got 'cuda'"),
     ],
 )
 def test_conv2d_argument_errors(how: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -39,7 +39,7 @@ from fastgan.ops.dispatch.torch_private import (
 # In place of an implementation in `_requested`: those of recordings, see `recorded_forms`.
 _RECORDED = "recorded"
 
-PREFERENCE = ("triton", "cuda", "cpp", "chunked", "fused", "native", "lean", "torch")
+PREFERENCE = ("triton", "cuda", "winograd", "cpp", "chunked", "fused", "native", "lean", "torch")
 
 # Called with the tensors of a call and, as keywords, options of it; or without any, about the machine alone.
 # Returns a reason, or None where there is none.
@@ -282,7 +282,7 @@ class Op:
         `torch` comes after the others, and launches of Triton leave no operation in a graph.
         """
         if "lean" in self.implementations:
-            return tuple(name for name in ("fused", "lean") if name in self.implementations)
+            return tuple(name for name in ("winograd", "fused", "lean") if name in self.implementations)
         return tuple(name for name in self.implementations if name not in ("triton", "torch"))
 
     def _candidates(self, device: str | None) -> list[tuple[str, Implementation]]:
