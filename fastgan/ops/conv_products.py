@@ -248,9 +248,13 @@ def _is_faster_in_channels_last(x: Tensor, w: Tensor, geometry: Geometry) -> boo
 def _allocatable(w: Tensor) -> Tensor:
     """w, contiguous where the gradient would be allocated in strides of w that the kernel then rejects.
 
-    On CPUs, float64 and float16 run in kernels whose requirement depends on the strides of all three tensors.
+    On CPUs, float64 and float16 run in kernels whose requirement depends on the strides of all three tensors; so do
+    float32 and bfloat16 where oneDNN does not take them, which strides of neither memory format may cause.
     """
-    return w.contiguous() if w.is_cpu and w.dtype in (torch.float64, torch.float16) else w
+    if not w.is_cpu:
+        return w
+    usual = w.dtype not in (torch.float64, torch.float16) and (w.is_contiguous() or is_channels_last(w))
+    return w if usual else w.contiguous()
 
 
 def _keep(ctx: Any, dispatch: Dispatch, *factors: Tensor) -> None:
