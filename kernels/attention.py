@@ -35,7 +35,6 @@ from .attention_first import backward_columns_kernel, backward_rows_kernel, forw
 from .attention_second import second_columns_kernel, second_rows_kernel, second_statistics_kernel
 from .launch import Plan, ceil_div, kind_of, needs_int64_offsets, next_power_of_2
 
-
 Strides = tuple[tuple[int, ...] | None, ...]
 
 
@@ -154,5 +153,7 @@ def attention_second_backward(
     statistics = {"lse": lse, "delta": delta, "e": e, "r": r}
     _sweep(second_statistics_kernel, "attention_second_statistics", {**arrays, "o": o}, scale, causal, **statistics)
     _sweep(second_rows_kernel, "attention_second_rows", {**arrays, "gq": gq, "gdo": gdo}, scale, causal, **statistics)
-    _sweep(second_columns_kernel, "attention_second_columns", {**arrays, "gk": gk, "gv": gv}, scale, causal, **statistics)
+    _sweep(
+        second_columns_kernel, "attention_second_columns", {**arrays, "gk": gk, "gv": gv}, scale, causal, **statistics
+    )
     return gq, gk, gv, gdo

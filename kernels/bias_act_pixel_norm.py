@@ -190,7 +190,8 @@ def _plan(
     groups = samples * ceil_div(per_sample, tile)
     step_p, step_c = (1, per_sample) if pixels_are_neighbors else (channels, 1)
     constants: dict[str, Any] = {
-        "per_sample": per_sample, "step_p": step_p, "step_c": step_c, "enable_fp_fusion": True, "C": channels, "BLOCK": block, "PIXELS": tile, "num_warps": 16 if block * tile > elements else 8,
+        "per_sample": per_sample, "step_p": step_p, "step_c": step_c, "enable_fp_fusion": True,
+        "C": channels, "BLOCK": block, "PIXELS": tile, "num_warps": 16 if block * tile > elements else 8,
         "INT64": samples * per_sample * channels + 2 * elements >= 2**31,
     }  # fmt: skip
     if not backward:

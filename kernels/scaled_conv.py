@@ -193,7 +193,8 @@ def _plan(
     count, weight = n * height * width, op == "scaled_conv_weight"
     # Channels of the results, and those that are summed at a time; the strides of what is read in the inner loop.
     results, summed, read = {
-        "scaled_conv_down": (k, c, large), "scaled_conv_up": (c, k, small), "scaled_conv_weight": (max(c, k), 256, small)
+        "scaled_conv_down": (k, c, large), "scaled_conv_up": (c, k, small),
+        "scaled_conv_weight": (max(c, k), 256, small),
     }[op]  # fmt: skip
     # Unless the channels of a pixel are contiguous and aligned to 16, addresses need more registers.
     odd = read[1] != 1 or any(stride % 16 for stride in (read[0], *read[2:]))

@@ -81,7 +81,9 @@ def _measured(device: torch.device, anew: bool) -> dict[str, Any]:
         if len(rows) == count:
             break
     if len(rows) < count:
-        print(f"{count - len(rows)} classes were disturbed by other work {_ROUNDS} times: call it again to measure them")
+        print(
+            f"{count - len(rows)} classes were disturbed by other work {_ROUNDS} times: call it again to measure them"
+        )
     return dict(rows[i] for i in sorted(rows))
 
 

@@ -1,4 +1,4 @@
-"""Which GPUs draw the numbers of `counter_rng` in one kernel: those on which it has the very bits of torch's operations.
+"""Which GPUs draw the numbers of `counter_rng` in one kernel: those on which it has the bits of torch's operations.
 
 A stored run must draw the same numbers again, so a kernel is used on a device only after it was compared with torch's
 operations there, once in a process, in some milliseconds: on every value that a radius and an angle can have, and on
@@ -58,8 +58,8 @@ def _compared(device: torch.device, definition: Mapping[str, Draw]) -> Any:
     if wrong is None:
         return kernels
     print(
-        f"fastgan: random numbers are drawn by torch's operations, as the kernel is not usable on {device_name(device)} "
-        f"({wrong}); the numbers are right, a step launches more; please report it",
+        "fastgan: random numbers are drawn by torch's operations, as the kernel is not usable on "
+        f"{device_name(device)} ({wrong}); the numbers are right, a step launches more; please report it",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     return None
@@ -90,7 +90,7 @@ def _draws(device: torch.device, step: int) -> Iterator[tuple[str, int, Tensor, 
         yield from (("integers", key, index, high) for high in (1, 10, 1000))
     for first in range(0, _VALUES, _CHUNK * step):
         values = torch.arange(first, min(first + _CHUNK * step, _VALUES), step, device=device)
-        for bits in (values << 41, (values << 1) + (_UNIT_RADIUS << 41)):
+        for bits in (values << 41, (torch.full_like(values, _UNIT_RADIUS) << 41) + (values << 1)):
             index = index_of(bits, _KEYS[0])
             yield "uniform", _KEYS[0], index, 1
             yield "normal", _KEYS[0], index, 2

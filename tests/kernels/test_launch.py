@@ -11,7 +11,7 @@ import triton_offline  # noqa: F401  (skips where there is no Triton)
 from torch import Tensor
 
 from benchmarks.ops import launch_cost
-from fastgan.kernels import bias_act
+from fastgan.kernels import attention, bias_act, bias_act_pixel_norm, counter_rng, minibatch_stddev, scaled_conv
 from fastgan.kernels.ahead_of_time import replaced_kernels
 
 Call = tuple[int, tuple[int, ...], list[Any]]
@@ -34,16 +34,19 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
 
     monkeypatch.setattr(launch_cost.StubDriver, "launcher_cls", Launcher)
 
-    def forget(kernel: Any) -> Any:
-        kernel.device_caches.clear()  # of a driver that is not there
-        return kernel
+    def forget_all() -> None:
+        """What is compiled for this driver must not meet another one."""
+        for plans in (bias_act._plan, bias_act_pixel_norm._plan, minibatch_stddev._shape):
+            plans.cache_clear()
+        for plans in (attention._plan, scaled_conv._plan, counter_rng._plan):
+            plans.cache_clear()
+        with replaced_kernels(lambda kernel: kernel.device_caches.clear() or kernel):
+            pass
 
-    with replaced_kernels(forget), launch_cost.without_gpu():
+    with launch_cost.without_gpu():
+        forget_all()
         yield calls
-    for module in (bias_act,):
-        module._plan.cache_clear()
-    with replaced_kernels(forget):
-        pass
+        forget_all()
 
 
 def test_later_launches_are_like_the_first(launched: list[Call]) -> None:
@@ -53,7 +56,6 @@ def test_later_launches_are_like_the_first(launched: list[Call]) -> None:
         bias_act.bias_act_forward(x, bias, act, slope, 1.0)
         return launched[-1]
 
-    bias_act._plan.cache_clear()
     first = call(x)
     assert call(x) == first and call(x.clone(), bias.clone()) == first and len(launched) == 3
     assert call(x, slope=0.3)[:2] == first[:2]  # a number, not a constant

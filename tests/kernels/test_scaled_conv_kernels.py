@@ -21,7 +21,7 @@ from triton_offline import (
 )
 
 from fastgan import ops
-from fastgan.kernels import scaled_conv, tiles
+from fastgan.kernels import launch, scaled_conv, tiles
 from fastgan.ops import scaled_conv as op_module
 from fastgan.ops.bias_act import ACTS
 from fastgan.ops.dispatch.backend import Implementation
@@ -246,7 +246,7 @@ def test_compiles_without_spills(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
-    monkeypatch.setattr(scaled_conv, "float32_precision", lambda products: "tf32" if kind == "tf32" else "ieee")
+    monkeypatch.setattr(launch, "float32_precision", lambda products: "tf32" if kind == "tf32" else "ieee")
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     sides = (31, 62) if c == 59 else (64, 128)
 

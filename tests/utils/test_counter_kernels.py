@@ -35,7 +35,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 def test_every_value_can_be_asked_for() -> None:
     bits = torch.tensor([0, 1, -1, 2**62, -(2**63), 0x123456789ABCDEF])
     assert torch.equal(counter_rng._bits(KEY, counter_kernels.index_of(bits, KEY), 1)[:, 0], bits)
-    radius = counter_kernels.index_of(torch.tensor([counter_kernels._UNIT_RADIUS << 41]), KEY)
+    radius = counter_kernels.index_of(torch.tensor([counter_kernels._UNIT_RADIUS]) << 41, KEY)
     assert counter_rng._normal(KEY, radius, 2)[0, 0].item() == pytest.approx(1.0, abs=2e-7)
 
 

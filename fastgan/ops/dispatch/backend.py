@@ -35,7 +35,7 @@ from fastgan.ops.dispatch.torch_private import (
 )
 
 # A compiler fuses plain PyTorch itself and takes no second derivative; an exported or traced program runs where the
-# kernels are not installed; a transform cannot enter autograd Functions that have no rule for it. All get plain PyTorch.
+# kernels are not installed; a transform cannot enter autograd Functions without a rule for it. All get plain PyTorch.
 from fastgan.utils.torch_modes import in_transform as in_transform
 
 # In place of an implementation in `_requested`: those of recordings, see `recorded_forms`.
