@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,15 +65,15 @@ def _plan(
 
 
 def _sweep(
-    kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float, causal: bool, **statistics: Tensor
-) -> None:
+    numbers: tuple[str, str], scale: float, causal: bool, statistics: dict[str, Tensor],
+    kernel: Any, op: str, arrays: dict[str, Tensor | None],
+) -> None:  # fmt: skip
     """Launch `kernel` over the tiles of its rows or columns. Arrays are passed with their strides."""
     q, v = arrays["q"], arrays["v"]
     assert q is not None and v is not None
     m, dv = v.shape[2:]
     strides = tuple([None if x is None else x.stride() for x in arrays.values()])
-    kind, precision = kind_of(q.dtype, "matmul")
-    plan = _plan(op, tiles.place(op, q.device), kind, precision, causal, q.shape, m, dv, tuple(arrays), strides)
+    plan = _plan(op, tiles.place(op, q.device), *numbers, causal, q.shape, m, dv, tuple(arrays), strides)
     plan.launch(kernel, q.device, scale=scale, **arrays, **statistics)
 
 
@@ -103,7 +104,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: boo
     if k.shape[2] == 0:
         return o.zero_(), lse.fill_(-math.inf)
     if lse.numel():
-        _sweep(forward_kernel, "attention_forward", {"q": q, "k": k, "v": v, "o": o}, scale, causal, lse=lse)
+        sweep = partial(_sweep, kind_of(q.dtype, "matmul"), scale, causal, {"lse": lse})
+        sweep(forward_kernel, "attention_forward", {"q": q, "k": k, "v": v, "o": o})
     return o, lse
 
 
@@ -124,11 +126,9 @@ def attention_backward(
     if lse.numel() == 0 or k.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     arrays: dict[str, Tensor | None] = {"do": do, "q": q, "k": k, "v": v}
-    rows: dict[str, Tensor | None] = {**arrays, "o": o, "dq": dq}
-    columns: dict[str, Tensor | None] = {**arrays, "dk": dk, "dv": dv}
-    statistics = {"lse": lse, "delta": delta}
-    _sweep(backward_rows_kernel, "attention_backward_rows", rows, scale, causal, **statistics)
-    _sweep(backward_columns_kernel, "attention_backward_columns", columns, scale, causal, **statistics)
+    sweep = partial(_sweep, kind_of(q.dtype, "matmul"), scale, causal, {"lse": lse, "delta": delta})
+    sweep(backward_rows_kernel, "attention_backward_rows", {**arrays, "o": o, "dq": dq})
+    sweep(backward_columns_kernel, "attention_backward_columns", {**arrays, "dk": dk, "dv": dv})
     return dq, dk, dv
 
 
@@ -151,9 +151,8 @@ def attention_second_backward(
     delta, e, r = _new_statistic(q), _new_statistic(q), _new_statistic(q)
     arrays = {"uq": uq, "uk": uk, "uv": uv, "do": do, "q": q, "k": k, "v": v}
     statistics = {"lse": lse, "delta": delta, "e": e, "r": r}
-    _sweep(second_statistics_kernel, "attention_second_statistics", {**arrays, "o": o}, scale, causal, **statistics)
-    _sweep(second_rows_kernel, "attention_second_rows", {**arrays, "gq": gq, "gdo": gdo}, scale, causal, **statistics)
-    _sweep(
-        second_columns_kernel, "attention_second_columns", {**arrays, "gk": gk, "gv": gv}, scale, causal, **statistics
-    )
+    sweep = partial(_sweep, kind_of(q.dtype, "matmul"), scale, causal, statistics)
+    sweep(second_statistics_kernel, "attention_second_statistics", {**arrays, "o": o})
+    sweep(second_rows_kernel, "attention_second_rows", {**arrays, "gq": gq, "gdo": gdo})
+    sweep(second_columns_kernel, "attention_second_columns", {**arrays, "gk": gk, "gv": gv})
     return gq, gk, gv, gdo

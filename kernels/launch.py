@@ -24,11 +24,11 @@ class Plan:
     def __init__(self, grid: tuple[int], constants: Mapping[str, Any], partial: tuple[int, ...] = ()) -> None:
         self.grid, self.constants, self.partial = grid, constants, partial
         # What Triton specializes on besides `constants` -> the kernel (kept, as its id is in the key), its launch on
-        # this grid, and the names of its arguments.
-        self._compiled: dict[tuple[Any, ...], tuple[Any, Callable[..., None], list[str]]] = {}
+        # this grid, its arguments, and the places of those among them that a launch brings.
+        self._compiled: dict[tuple[Any, ...], tuple[Any, Callable[..., None], list[Any], list[int]]] = {}
 
     def launch(self, kernel: Any, device: torch.device, **arguments: Any) -> None:
-        """Launch `kernel` on a device with the other arguments: tensors, None, floats, constants.
+        """Launch `kernel` on a device with the other arguments: tensors, None, floats, constants; in the same order.
 
         Triton's own way from `kernel[grid]` to the compiled kernel classifies every argument anew. Here it is taken
         once; later launches with tensors of the same types and alignments call the compiled kernel.
@@ -46,11 +46,16 @@ class Plan:
             known = self._compiled.get(tuple(key))
             if known is None:
                 compiled = kernel[self.grid](**arguments, **self.constants)
-                run = compiled[(*self.grid, 1, 1)]
-                self._compiled[tuple(key)] = kernel, run, kernel.arg_names
+                names = kernel.arg_names
+                fixed = [self.constants.get(name) for name in names]
+                places = [names.index(name) for name in arguments]
+                self._compiled[tuple(key)] = kernel, compiled[(*self.grid, 1, 1)], fixed, places
                 return
-            every = {**self.constants, **arguments}
-            known[1](*[every[name] for name in known[2]])
+            _, run, fixed, places = known
+            given = fixed.copy()
+            for i, value in zip(places, arguments.values(), strict=True):
+                given[i] = value
+            run(*given)
 
 
 def ceil_div(a: int, b: int) -> int:
