@@ -13,10 +13,12 @@ from torch import Tensor
 from triton_offline import (
     DEVICES,
     DTYPES,
+    QUICK,
     WITH_PRODUCTS,
     assert_accurate,
     assert_compiles_without_spills,
     assert_launches_do_not_spill,
+    compiled_cases,
     random,
     running,
 )
@@ -209,23 +211,24 @@ def test_odd_strides_use_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [False, True, False, True, False]
 
 
-SLOW = pytest.mark.slow
 FORMS = [
-    pytest.param(size, form, marks=[SLOW] * ((size, form) != (64, "even")))
+    (size, form)
     for size in tile_candidates.SIZES
     for odd in (False, True)
     for form in tune_ahead_of_time.forms(size, odd)
 ]
-KINDS = ["half", *(pytest.param(kind, marks=SLOW) for kind in ("tf32", "float32"))]
+COMPILED = compiled_cases(
+    WITH_PRODUCTS, tiles.KINDS, FORMS, share=5,
+    quick=lambda name, kind, form: name in QUICK and kind == "half" and form == (64, "even"),
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", [*WITH_PRODUCTS, pytest.param("default", marks=SLOW)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("size", "form"), FORMS)
+@pytest.mark.parametrize(("architecture", "kind", "size_and_form"), COMPILED)
 def test_compiles_without_spills(
-    architecture: str, kind: str, size: int, form: str, record_property: Callable[[str, object], None]
+    architecture: str, kind: str, size_and_form: tuple[int, str], record_property: Callable[[str, object], None]
 ) -> None:
-    """In bfloat16, TF32 and exact float32, in the forms of kernels/tune_ahead_of_time.py."""
+    """In bfloat16, TF32 and exact float32, in the forms of kernels/tune_ahead_of_time.py, which checks them all."""
+    size, form = size_and_form
     launches = tune_ahead_of_time.launches_of_form(architecture, kind, size, form)
     assert len(launches) == len(OPS)
     assert_launches_do_not_spill(architecture, launches, record_property)

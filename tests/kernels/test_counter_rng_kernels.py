@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton_offline import ARCHITECTURES, assert_launches_do_not_spill, running
+from triton_offline import ARCHITECTURES, QUICK, assert_launches_do_not_spill, compiled_cases, running
 
 from fastgan.kernels import counter_rng as kernels
 from fastgan.kernels.ahead_of_time import compile_launch, record_launches
@@ -62,7 +62,9 @@ def launches(index: Tensor) -> list[Tensor]:
     return [kernels.uniform(KEY, index, 5), kernels.normal(KEY, index, 512), kernels.integers(KEY, index, 10)]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", compiled_cases(ARCHITECTURES, share=1, quick=lambda architecture: architecture in QUICK)
+)
 def test_compiles_without_spills(architecture: str, record_property: Callable[[str, object], None]) -> None:
     index = torch.empty(16, dtype=torch.int64, device="meta")
     uniform, normal, integers = record_launches(architecture, partial(launches, index))

@@ -13,9 +13,11 @@ from torch import Tensor
 from triton_offline import (
     DEVICES,
     DTYPES,
+    QUICK,
     WITH_PRODUCTS,
     assert_accurate,
     assert_compiles_without_spills,
+    compiled_cases,
     random,
     running,
 )
@@ -230,14 +232,15 @@ def test_triton_is_not_the_default_and_gives_a_reason() -> None:
     torch.testing.assert_close(y, 2 * F.silu(F.avg_pool2d(F.conv2d(x, w, padding=1), 2)))
 
 
-SLOW = pytest.mark.slow
-KINDS = ["half", *(pytest.param(kind, marks=SLOW) for kind in ("tf32", "float32"))]
+COMPILED = compiled_cases(
+    WITH_PRODUCTS, tiles.KINDS, (torch.channels_last, torch.contiguous_format), (64, 16, 32, 128, 256, 59), share=6,
+    quick=lambda name, kind, layout, c: (
+        name in QUICK and kind == "half" and layout == torch.channels_last and c == 64
+    ),
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", [*WITH_PRODUCTS, pytest.param("default", marks=SLOW)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", [torch.channels_last, pytest.param(torch.contiguous_format, marks=SLOW)])
-@pytest.mark.parametrize("c", [pytest.param(c, marks=[SLOW] * (c != 64)) for c in (16, 32, 64, 128, 256, 59)])
+@pytest.mark.parametrize(("architecture", "kind", "layout", "c"), COMPILED)
 def test_compiles_without_spills(
     architecture: str,
     kind: str,
