@@ -24,6 +24,9 @@ from .launch import Plan, ceil_div, channels_last, next_power_of_2
 
 TILE = 4096  # elements
 
+# One kernel for all batches: registers and vector loads are the same.
+_jit = triton.jit(do_not_specialize=["tiles", "groups", "n"])
+
 
 @triton.jit
 def _positions(
@@ -61,7 +64,7 @@ def _deviation(x, mask, eps, GROUP: tl.constexpr):
     return d, tl.sqrt(tl.sum(d * d, 0) / GROUP + eps)
 
 
-@triton.jit
+@_jit
 def _forward_kernel(
     x, y, partial, tiles, groups, n, pixels, eps,
     C: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -74,7 +77,7 @@ def _forward_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, sigma, 0.0), 0))
 
 
-@triton.jit
+@_jit
 def _maps_kernel(
     partial, y, tiles, groups, pixels, scale, C: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
 ):
@@ -94,7 +97,7 @@ def _maps_kernel(
         tl.store(base + offsets, tl.zeros([BLOCK], y.dtype.element_ty) + value, mask=pixel < pixels)
 
 
-@triton.jit
+@_jit
 def _backward_kernel(
     dy, x, t, dx, tiles, groups, n, pixels, eps,
     C: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,7 +110,7 @@ def _backward_kernel(
     tl.store(dx + narrow, result.to(dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@_jit
 def _second_kernel(
     u, x, t, gdy, gx, partial, tiles, groups, n, pixels, eps,
     C: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,

@@ -28,6 +28,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu_pieces.steps import StepCase, config_of
 from benchmarks.ops.launch_cost import without_gpu
@@ -118,14 +119,29 @@ def steps(variant: str) -> Iterator[Step]:
             yield Step(planned.resolution, alpha, run)
 
 
-def fill(variant: str, folder: Path, architecture: str) -> float:
-    """Compile into `folder` what the steps of a variant launch; seconds."""
+class Filled(NamedTuple):
+    """How many kernels were compiled, and how long that took, in seconds."""
+
+    kernels: int
+    seconds: float
+
+
+def fill(variant: str, folder: Path, architecture: str) -> Filled:
+    """Compile into `folder` what the steps of a variant launch."""
     os.environ["TRITON_CACHE_DIR"] = str(folder)  # Triton reads it when it looks for a kernel
-    began = time.perf_counter()
-    with triton_on_meta(), without_gpu(architecture):
+    seconds, compile_one, before = 0.0, JITFunction._do_compile, len(list(folder.glob("*/*.cubin")))
+
+    def timed(*arguments: Any) -> Any:
+        nonlocal seconds
+        began = time.perf_counter()
+        kernel = compile_one(*arguments)
+        seconds += time.perf_counter() - began
+        return kernel
+
+    with triton_on_meta(), without_gpu(architecture), mock.patch.object(JITFunction, "_do_compile", timed):
         for step in steps(variant):
             step.run()
-    return time.perf_counter() - began
+    return Filled(len(list(folder.glob("*/*.cubin"))) - before, seconds)
 
 
 def main(argv: list[str]) -> int:
@@ -141,7 +157,8 @@ def main(argv: list[str]) -> int:
         names = Counter(launch.name for launch in different.values())
         print(f"{variant}: {len(recorded)} launches, {len(different)} kernels: {dict(names)}", flush=True)
         if args.fill is not None:
-            print(f"{variant}: {fill(variant, args.fill.resolve(), args.architecture):.0f} s into {args.fill}")
+            found = fill(variant, args.fill.resolve(), args.architecture)
+            print(f"{variant}: {found.kernels} compiled into {args.fill}, {found.seconds:.1f} s", flush=True)
     return 0
 
 
