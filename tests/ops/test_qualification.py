@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -244,6 +245,26 @@ def test_slow_implementation_is_not_the_default(calls: list[str], monkeypatch: p
     ops.conv_transpose2d(x, w)
     assert next(iter(ops.backends("conv_transpose2d", x, w))) == "torch"
     assert calls == ["conv_transpose2d"] * 2  # against the shipped table: measured twice
+
+
+def test_an_interrupt_waits_for_the_measurement_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    join, calls, ended = threading.Thread.join, [], []
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        calls.append(thread.name)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+
+    def work() -> None:
+        time.sleep(0.05)
+        ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        measurement.in_thread(work)
+    assert ended == [True] and calls == ["fastgan-qualification"] * 2
 
 
 # --- where nothing is measured ---------------------------------------------------------------------------------------
