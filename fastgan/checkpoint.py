@@ -29,7 +29,7 @@ from torch import Tensor
 from fastgan.errors import ArgumentError, printable
 from fastgan.utils.files import write_atomic
 from fastgan.utils.old_names import RENAMED, current_names
-from fastgan.utils.stored_values import checkpoint_problem
+from fastgan.utils.stored_values import MALFORMED, checkpoint_problem
 from fastgan.utils.text import first_line
 
 SCHEMA = 1
@@ -289,7 +289,7 @@ def read(path: Path, flag: str) -> Checkpoint:
         digest, schema = meta.pop("sha256"), meta["schema"]
         if schema == SCHEMA and digest != _digest(meta):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except MALFORMED:
         raise ArgumentError(flag, str(path), f"its {_META} is damaged; {_older(path)}") from None
     except PermissionError as error:
         raise ArgumentError(flag, str(path), f"its {_META} cannot be read ({error.strerror})") from None

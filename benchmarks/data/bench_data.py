@@ -42,7 +42,7 @@ from fastgan.config.variants import VARIANTS
 from fastgan.data.images import area_average
 from fastgan.data.loading import dali
 from fastgan.data.loading.gather import RowGatherer
-from fastgan.data.source import Encoded, Source
+from fastgan.data.source_types import Encoded, Source
 from fastgan.training.distributed import rendezvous
 from fastgan.training.trainer import Trainer
 from fastgan.utils.system import cpu_count, device_name

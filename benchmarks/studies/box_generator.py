@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from benchmarks.studies.result_cache import training_seconds
 from fastgan import checkpoint, models, trained
 from fastgan.export import formats, model_card
 from fastgan.export.write import describe
@@ -44,16 +45,6 @@ def stored_weights(generator: TrainedGenerator) -> tuple[dict[str, Tensor], str,
     found = TrainedGenerator(rounded.eval().requires_grad_(False), generator.meta).sample(SAMPLES)
     change = (found - expected).abs().max().item() / LEVEL
     return (half(weights), "float16", change) if change <= 1 else (weights, "float32", 0.0)
-
-
-def training_seconds(run: Path) -> float:
-    """Seconds of training by the rows of metrics.jsonl; samples and checkpoints are not counted."""
-    seconds, before = 0.0, 0
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        seconds += (row["images"] - before) / row["images_per_second"]
-        before = row["images"]
-    return seconds
 
 
 def card(name: str, meta: dict[str, Any], rows: list[dict[str, Any]], facts: dict[str, str]) -> str:

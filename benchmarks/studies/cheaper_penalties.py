@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 import fastgan
-from benchmarks.studies.precision_quality import diverged
 from benchmarks.studies.result_cache import (
     Changes,
     ResultCache,
     argument_parser,
+    diverged,
     markdown_table,
     mean_and_range,
     open_cache,
@@ -105,7 +105,7 @@ def train_and_measure(
     try:
         train_run(variant, run, kimg, changes, [*f"--data digits --seed {seed} --sample-kimg {kimg:g}".split(), *flags])
     except subprocess.CalledProcessError:
-        reason = diverged(run.with_name(f"{run.name}.log"))
+        reason = diverged(run)
         if reason is None:
             raise
         return {"kimg": kimg, "diverged": reason}

@@ -33,6 +33,7 @@ from benchmarks.studies.result_cache import (
     ARMS,
     ResultCache,
     argument_parser,
+    diverged,
     markdown_table,
     mean_and_range,
     open_cache,
@@ -64,12 +65,6 @@ def kimg_of(variant: str, share: float) -> float:
     return round(share * VARIANTS[variant].config("digits").schedule.kimg, 3)
 
 
-def diverged(log: Path) -> str | None:
-    """Why a run stopped, if a loss or gradient was not finite."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return next((line for line in reversed(lines) if "was not finite" in line), None)
-
-
 def train_and_measure(
     variant: str, precision: str, seed: int, kimg: float, args: Any, flags: Sequence[str]
 ) -> dict[str, Any]:
@@ -79,7 +74,7 @@ def train_and_measure(
     try:
         train_run(variant, run, kimg, {"system": {"precision": precision}}, [*own.split(), *flags])
     except subprocess.CalledProcessError:
-        reason = diverged(run.with_name(f"{run.name}.log"))
+        reason = diverged(run)
         if reason is None:
             raise
         return {"kimg": kimg, "diverged": reason}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from fastgan import checkpoint
 from fastgan.config.variants import VARIANTS
@@ -183,18 +184,41 @@ def train_run(arm: str, run: Path, kimg: float, changes: Changes, flags: Sequenc
         subprocess.CalledProcessError: Training failed.
         KeyboardInterrupt: Training was stopped by a signal, and saved a checkpoint.
     """
+    train_command(
+        run, ["--variant", ARMS[arm][0], "--preset", "digits", *as_flags(changes), "--kimg", f"{kimg:g}", *flags]
+    )
+
+
+def train_command(run: Path, flags: Sequence[str]) -> None:
+    """Train with these flags of `fastgan train`, or resume; everything else as `train_run`."""
     command = [sys.executable, str(ROOT / "fastgan" / "train.py")]
-    if checkpoint.existing(run):
-        command += ["--resume", str(run)]
-    else:
-        command += ["--variant", ARMS[arm][0], "--preset", "digits", *as_flags(changes), "--kimg", f"{kimg:g}", *flags]
-        command += [*(["--resume"] if (run / "config.yaml").is_file() else ["--out"]), str(run)]
-    run.parent.mkdir(parents=True, exist_ok=True)
-    with run.with_name(f"{run.name}.log").open("a") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    begun = (run / "config.yaml").is_file()
+    command += [*([] if checkpoint.existing(run) else flags), "--resume" if begun else "--out", str(run)]
+    log = run.with_name(f"{run.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as output:
+        subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT)
     # Training that a signal stopped saves a checkpoint and exits with 0.
+    kimg = yaml.safe_load((run / "config.yaml").read_text())["schedule"]["kimg"]
     if float(checkpoint.existing(run)[-1].name.removeprefix("kimg-")) < kimg:
         raise KeyboardInterrupt
+
+
+def diverged(run: Path) -> str | None:
+    """Why a run of `train_run` stopped, if a loss or gradient was not finite or ran away."""
+    log = run.with_name(f"{run.name}.log")
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return next((line for line in reversed(lines) if "was not finite" in line or "and stays for" in line), None)
+
+
+def training_seconds(run: Path) -> float:
+    """Seconds of training by the rows of metrics.jsonl; samples and checkpoints are not counted."""
+    seconds, before = 0.0, 0
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        seconds += (row["images"] - before) / row["images_per_second"]
+        before = row["images"]
+    return seconds
 
 
 def mean_and_range(values: Sequence[float], form: str) -> str:

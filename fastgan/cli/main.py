@@ -75,6 +75,8 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
                 print(f"fastgan: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
             return 2
         except ModuleNotFoundError as error:
+            if (error.name or "fastgan").startswith("fastgan"):
+                raise  # no package that pip could add
             extra = EXTRAS.get((error.name or "").split(".")[0], "train")
             print(
                 f"fastgan: {error.name} is not installed; pip install 'fastgan[{extra}]'", file=sys.stderr, flush=True

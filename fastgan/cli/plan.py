@@ -217,7 +217,7 @@ def main(argv: list[str]) -> int:
     machines, flags, config = request.flags.machines, request.flags.times, request.config
     machines.validate()
     flags.validate()
-    from fastgan.cli.run_settings import settle
+    from fastgan.cli.auto_settings import settle
     from fastgan.data import open_source
     from fastgan.training import precision, torch_settings
     from fastgan.training.from_config import validate_stages

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import tyro
 
 from fastgan.config import Config, replace, to_dict, validate, without_effect
 from fastgan.config.auto import placeholder
 from fastgan.config.files import merge, read_yaml
-from fastgan.config.variants import VARIANTS
+from fastgan.config.variants import VARIANTS, Preset
 from fastgan.errors import ArgumentError
 from fastgan.training import run_directory
 from fastgan.training.resilience import supervisor
 
 DEFAULT_VARIANT = "pggan"
-_NAMES = {"variant": f"must be one of {', '.join(VARIANTS)}", "preset": "must be auto, paper or digits"}
+_NAMES = {"variant": f"must be one of {', '.join(VARIANTS)}", "preset": "must be auto, paper, paper-8-gpus or digits"}
 _PRESET_OF_DATA = {"digits": "digits", "stacked-digits": "digits", "synthetic": "paper"}
 
 
@@ -31,8 +32,8 @@ class RunFlags(Config):
     variant: str = DEFAULT_VARIANT
     """gan, dcgan, lsgan, wgan, wgan-gp, wgan-div, sagan, pggan or r3gan; where none is named, auto chooses."""
     preset: str | None = None
-    """auto (chosen by pictures, machine and time), paper (the published recipe) or digits (small); None: digits for
-    digits and stacked-digits, paper for synthetic images, auto for all others."""
+    """auto (chosen by pictures, machine and time), paper (the published recipe; of pggan paper-8-gpus too) or digits
+    (small); None: digits for digits and stacked-digits, paper for synthetic images, auto for all others."""
     hours: float | None = None
     """Time of a new run, from which --kimg is chosen by steps measured here; None: --kimg, and with auto 8 hours."""
     config: str | None = None
@@ -80,10 +81,10 @@ class _Layer:
     name: str
 
 
-def _resolution_batch_pairs(words: list[str]) -> dict[int, int]:
+def _pairs_of(number: type[int] | type[float], words: list[str]) -> dict[int, int] | dict[int, float]:
     if len(words) % 2:
-        raise ValueError("must be pairs of a resolution and a batch")
-    return {int(key): int(value) for key, value in zip(words[::2], words[1::2], strict=True)}
+        raise ValueError(f"must be pairs of a resolution and a {'batch' if number is int else 'factor'}")
+    return {int(key): number(value) for key, value in zip(words[::2], words[1::2], strict=True)}
 
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
@@ -91,13 +92,15 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 @_REGISTRY.primitive_rule
 def _pairs(info: Any) -> Any:
-    """dict[int, int] as `RESOLUTION BATCH ...`; of a dict with a default tyro would make a flag for each key."""
-    if info.type != dict[int, int]:
+    """A dict as `RESOLUTION VALUE ...`; of a dict with a default tyro would make a flag for each key."""
+    number = {dict[int, int]: int, dict[int, float]: float}.get(info.type)
+    if number is None:
         return None
+    name = number.__name__.upper()
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
-        metavar="[INT INT [INT INT ...]]",
-        instance_from_str=_resolution_batch_pairs,
+        metavar=f"[INT {name} [INT {name} ...]]",
+        instance_from_str=functools.partial(_pairs_of, number),
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [str(number) for pair in value.items() for number in pair],
     )
@@ -231,7 +234,7 @@ def _start(
         raise ArgumentError("--variant", variant, _NAMES["variant"])
     if preset is None:
         preset = _PRESET_OF_DATA.get(data, "auto")
-    if preset not in ("auto", "paper", "digits"):
+    if preset not in ("auto", *get_args(Preset)):
         raise ArgumentError("--preset", preset, _NAMES["preset"])
     return variant, preset, data
 
@@ -239,7 +242,7 @@ def _start(
 def _preset(variant: str, preset: str) -> Config:
     if preset == "auto":
         return placeholder(variant)
-    return VARIANTS[variant].config("paper" if preset == "paper" else "digits")
+    return VARIANTS[variant].config(preset)
 
 
 def _validate_hours(hours: float | None, given: Collection[str], resume: Path | None) -> None:

@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
 
 def _dry_run(request: RunRequest) -> int:
     """Print what a run would be; with --preset auto or --hours, its first rank measures steps."""
-    from fastgan.cli.run_settings import settle
+    from fastgan.cli.auto_settings import settle
     from fastgan.training import torch_settings
     from fastgan.training.distributed.process_group import ProcessGroup
     from fastgan.training.distributed.rendezvous import pick_device
@@ -128,7 +128,7 @@ def _supervise(supervision: supervisor.Supervision, request: RunRequest) -> int:
 
 def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitStack, patience: float) -> int:
     """The work of each rank once it has met the others; `locks` and `patience` as in `session.open_session`."""
-    from fastgan.cli.run_settings import settle
+    from fastgan.cli.auto_settings import settle
     from fastgan.training import session
     from fastgan.training.observability.runaway import RunawayError
     from fastgan.training.trainer import NonFiniteError

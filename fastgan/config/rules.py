@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Set
 
 from fastgan.config.bounds import violations
@@ -95,6 +96,9 @@ def _validate_networks(config: Config) -> None:
     _require(s.first_resolution in (None, *starts), "--first-resolution", s.first_resolution, allowed)
     pairs = all(k in powers and v >= 1 for k, v in s.batch_at.items())
     _require(pairs, "--batch-at", s.batch_at, "must be pairs of a resolution and a batch of at least 1")
+    factors = config.optimizer.lr_factor_at
+    pairs = all(k in powers and 0 < v < math.inf for k, v in factors.items())
+    _require(pairs, "--lr-factor-at", factors, "must be pairs of a resolution and a factor above 0")
     if n.model == "sagan":
         at = [4, *[p for p in powers if p < s.resolution]]
         allowed = f"must be {', '.join(map(str, at))} at {s.resolution} px"

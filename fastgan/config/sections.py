@@ -110,6 +110,8 @@ class Optimizer(_Section):
     """Learning rate of the discriminator."""
     lr_decay: Annotated[float, SHARE] = 0.0
     """Share of the run, at its end, over which both learning rates fall linearly to 0; 0: constant rates."""
+    lr_factor_at: dict[int, float] = field(default_factory=dict)
+    """Factor on both learning rates from a resolution on, as pairs `RESOLUTION FACTOR ...` (pggan)."""
     beta1: Annotated[float, SHARE_BELOW_1] = 0.5
     """Adam's first coefficient; the momentum of sgd."""
     beta2: Annotated[float, SHARE_BELOW_1] = 0.999

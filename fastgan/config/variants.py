@@ -1,4 +1,4 @@
-"""The nine variants as typed data: each is networks, objective, optimizer and schedule, in two presets.
+"""The nine variants as typed data: each is networks, objective, optimizer and schedule, in presets.
 
 `paper` is the recipe as published, at its widths and schedule; `digits` is small and tuned for scikit-learn's digits
 on a CPU, and is what runs when no data is named. A new variant is a new entry.
@@ -9,9 +9,11 @@ ranks can share them, rates and momentum stay, and D's loss is not halved. lsgan
 of dcgan: lsgan's authors had deeper ones, wgan-gp's and wgan-div's residual ones, the latter with layer norm in the
 critic. wgan: always 5 critic steps, where the authors' code takes 100 now and then. wgan-div: k is the paper's, not the
 10 of the authors' code. sagan: classes are asked for by `--conditional`. pggan: schedule and batches of the authors'
-preset for one GPU, with the paper's one rate for all resolutions (1.5e-3 at 1024 px there); the optimizers start fresh
-at a growth, not once more when its fade ends. r3gan: the authors lower the penalty's weight and the learning rates and
-raise beta2 while they train; here all are constant.
+preset for one GPU, with the paper's one rate for all resolutions (1.5e-3 at 1024 px there); `paper-8-gpus` has the
+batches and the rates by resolution of their preset for eight; in both the optimizers start fresh at a growth, not once
+more when its fade ends. r3gan: over 20,000 kimg the authors lower the penalty's weight to a tenth and the learning
+rates to a quarter, and raise beta2 to 0.99 and the moving average's half-life from 0; here all are constant, the
+half-life at its end. They augment, with up to 0.3 (`--augment`).
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastgan.config import Config, Data, Networks, Objective, Optimizer, Schedule
+from fastgan.errors import ArgumentError
 
-Preset = Literal["paper", "digits"]
+Preset = Literal["paper", "paper-8-gpus", "digits"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,24 @@ class Variant:
     paper: Recipe
     digits: Recipe
     reference: str
+    paper_8_gpus: Recipe | None = None
 
-    def config(self, preset: Preset) -> Config:
-        recipe: Recipe = getattr(self, preset)
+    @property
+    def presets(self) -> dict[str, Recipe]:
+        """The recipes by name."""
+        found = {"paper": self.paper, "paper-8-gpus": self.paper_8_gpus, "digits": self.digits}
+        return {name: recipe for name, recipe in found.items() if recipe is not None}
+
+    def config(self, preset: str) -> Config:
+        """The configuration of a preset, with everything else as it is by default.
+
+        Raises:
+            ArgumentError: the variant has no such preset.
+        """
+        if preset not in self.presets:
+            allowed = f"must be {', '.join(self.presets)} for the variant {self.name}"
+            raise ArgumentError("--preset", preset, allowed)
+        recipe = self.presets[preset]
         return Config(
             networks=recipe.networks,
             objective=recipe.objective,
@@ -103,12 +121,18 @@ _PGGAN = Recipe(
         stable_kimg=600,
     ),
 )
+# Sixteen times the batch of one GPU at 4 px, eight times at 1024 px, and rates that rise with the resolution.
+_PGGAN_8_GPUS = _PGGAN.but(
+    optimizer={"lr_factor_at": {128: 1.5, 256: 2.0, 512: 3.0}},
+    schedule={"batch": 512, "batch_at": {8: 256, 16: 128, 32: 64, 64: 32}},
+)
 _R3GAN = Recipe(
     # FFHQ at 64 px.
     Networks(model="r3gan", latent=64, width=384, max_width=768),
     Objective(loss="relativistic", regularizer="zero-centered-both", penalty_weight=1.0),  # gamma of 2
-    Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.0, beta2=0.9, ema_decay=0.9999),
-    Schedule(resolution=64, kimg=10_000, batch=256),
+    # The average's half-life is 500 kimg, which the authors reach after 20,000.
+    Optimizer(lr_g=2e-4, lr_d=2e-4, beta1=0.0, beta2=0.9, ema_decay=0.99965),
+    Schedule(resolution=64, kimg=20_000, batch=256),
 )
 
 # What the digits presets share. Runs are short: a moving average of the paper's length starts shorter and grows.
@@ -221,6 +245,7 @@ VARIANTS: dict[str, Variant] = {
                 },
             ),
             "Karras et al. 2018, Progressive growing of GANs for improved quality, stability, and variation",
+            _PGGAN_8_GPUS,
         ),
         Variant(
             "r3gan",

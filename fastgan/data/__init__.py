@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fastgan.data.loading.sampler import Sampler, rank_positions
     from fastgan.data.preparation.prepare import prepare
     from fastgan.data.registry import open_source
-    from fastgan.data.source import Source
+    from fastgan.data.source_types import Source
 
 __all__ = ["Batch", "Pipeline", "Sampler", "Source", "fade", "open", "open_source", "prepare", "rank_positions"]
 
@@ -18,7 +18,7 @@ _MODULES = {
     "loading.pipeline": ("Batch", "Pipeline", "fade", "open"),
     "preparation.prepare": ("prepare",),
     "loading.sampler": ("Sampler", "rank_positions"),
-    "source": ("Source",),
+    "source_types": ("Source",),
     "registry": ("open_source",),
 }
 

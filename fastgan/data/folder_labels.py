@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgan.data.faults import machine_error
-from fastgan.data.source import MAX_CLASSES
+from fastgan.data.source_types import MAX_CLASSES
 from fastgan.errors import ArgumentError
+from fastgan.utils.stored_values import MALFORMED
 
 DATASET_JSON = "dataset.json"
 MAX_BYTES = 2**28  # of a dataset.json: some 6 million labels
@@ -75,7 +76,7 @@ def parse_dataset_json(content: bytes, argument: str, place: str) -> dict[str, i
         if pairs is None:
             return None
         labels = {name.replace("\\", "/").removeprefix("./"): label for name, label in pairs}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except MALFORMED:
         problem = 'must hold {"labels": [["NAME", LABEL], ...]} or {"labels": null}'
         raise ArgumentError(argument, place, f"{problem}; repair or remove it") from None
     wrong = next(

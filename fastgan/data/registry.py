@@ -12,7 +12,7 @@ from fastgan.data.faults import raise_if_machine
 from fastgan.data.framing import CROP, Fit, Framing
 from fastgan.data.prepared.manifest import is_prepared, read_manifest, unfinished_problem
 from fastgan.data.prepared.reader import PreparedSource
-from fastgan.data.source import Source, import_for, is_resolution
+from fastgan.data.source_types import Source, import_for, is_resolution
 from fastgan.data.sources.avatars import open_avatars
 from fastgan.data.sources.builtin import BUILTIN, open_builtin
 from fastgan.data.sources.folder import open_folder

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastgan.data.images import load_image
 from fastgan.data.prepared.reader import PreparedSource
-from fastgan.data.source import ArraySource, Encoded, Source
+from fastgan.data.source_types import ArraySource, Encoded, Source
 
 _LOOKED_AT = 256
 _SIDE = 16

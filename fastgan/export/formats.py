@@ -33,7 +33,7 @@ from torch.nn.utils import parametrize
 from fastgan import models
 from fastgan.errors import ArgumentError
 from fastgan.utils.old_names import current_names
-from fastgan.utils.stored_values import export_problem
+from fastgan.utils.stored_values import MALFORMED, export_problem
 from fastgan.utils.text import first_line
 
 Meta = dict[str, Any]
@@ -438,7 +438,7 @@ def may_replace_config(file: Path) -> bool:
         return True
     try:
         config = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, *MALFORMED):
         return False
     if not isinstance(config, dict) or not {"resolution", "latent"} <= config.keys():
         return False

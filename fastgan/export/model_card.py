@@ -13,6 +13,7 @@ import yaml
 from fastgan.errors import printable
 from fastgan.export.formats import FORMATS
 from fastgan.utils.files import read_regular
+from fastgan.utils.stored_values import MALFORMED
 
 _MARK = "<!-- Written by fastgan export, which replaces it; delete this line to keep your own. -->"
 _PAPERS = {
@@ -54,7 +55,7 @@ def evaluations(run: Path, images: int | None, fingerprint: str | None = None) -
             row = json.loads(line)
             metrics = {str(k): float(v) for k, v in row["metrics"].items() if isinstance(v, int | float)}
             seen, n = round(1000 * row["kimg"]), row["images"]["generated"]
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        except MALFORMED:
             continue
         if metrics and seen == images:
             features, real = row.get("features"), row.get("fingerprint")

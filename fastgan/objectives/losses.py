@@ -1,6 +1,7 @@
 """Adversarial losses: pure functions of scores, in float32.
 
-Scores are logits, [N]; each loss is the mean over samples.
+Scores are logits, [N]; each loss is the mean over samples. `--loss` takes the names in `LossName` of
+`fastgan/config/sections.py`; `register` makes further ones known to Python programs.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def train(
 
     Args:
         variant: name of one of the nine, from whose preset the configuration starts.
-        preset: "paper" or "digits".
+        preset: "paper" or "digits"; pggan has "paper-8-gpus" too.
         resume: run or checkpoint folder to resume; the other arguments are those that it was started with.
         sections: values of a section of `fastgan.config.Config` by field: networks, objective, optimizer, schedule,
             data, run, system.

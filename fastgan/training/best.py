@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastgan import checkpoint
 from fastgan.errors import ArgumentError
 from fastgan.utils.files import read_regular, write_atomic
+from fastgan.utils.stored_values import MALFORMED
 
 if TYPE_CHECKING:
     from fastgan.training.trainer import Trainer
@@ -77,7 +78,7 @@ def _read(best: Path) -> dict[str, Any]:
     """The record of the best checkpoint so far; empty without a usable one."""
     try:
         found = json.loads(read_regular(best / _RECORD))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, *MALFORMED):
         return {}
     return found if isinstance(found, dict) else {}
 

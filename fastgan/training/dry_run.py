@@ -47,6 +47,7 @@ def describe(variant: str, preset: str, config: Config, ranks: int, costs: Mappi
 def _settings(variant: str, preset: str, config: Config, source: Source, ranks: int) -> list[str]:
     o, objective, s, m = config.optimizer, config.objective, config.schedule, config.system
     decay = f", decaying to 0 over the last {o.lr_decay * s.kimg:g} kimg" if o.lr_decay else ""
+    decay += "".join(f", times {factor:g} from {at} px on" for at, factor in sorted(o.lr_factor_at.items()))
     drift = f", drift {objective.drift:g}" if objective.drift else ""
     return [
         *map(printable, source.notes),

@@ -126,11 +126,13 @@ def build_step(
     )
 
 
-def rates(config: Config, images: int) -> tuple[float, float]:
-    """Learning rates of the generator and the discriminator for the step after `images`."""
+def rates(config: Config, images: int, resolution: int) -> tuple[float, float]:
+    """Learning rates of the generator and the discriminator for the step after `images`, at `resolution`."""
     o, total = config.optimizer, 1000 * config.schedule.kimg
     left = max(0.0, total - images) / total
     factor = min(1.0, left / o.lr_decay) if o.lr_decay else 1.0
+    reached = [at for at in o.lr_factor_at if at <= resolution]
+    factor *= o.lr_factor_at[max(reached)] if reached else 1.0
     return o.lr_g * factor, o.lr_d * factor * _lazy_correction(config)
 
 

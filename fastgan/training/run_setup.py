@@ -22,6 +22,7 @@ from fastgan.training.checkpoints.resume import accumulation_for
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.distributed.rank_consistency import require_same_on_all_ranks
 from fastgan.training.intervals import checkpoint_kimg
+from fastgan.utils.stored_values import MALFORMED
 
 
 def choose_run(
@@ -132,7 +133,7 @@ def _last_images(metrics: Path) -> int:
     seen = 0
     if metrics.is_file():  # and not a pipe, which would block
         for line in metrics.read_bytes().splitlines():
-            with suppress(ValueError, TypeError, KeyError, RecursionError):
+            with suppress(*MALFORMED):
                 seen = int(json.loads(line)["images"])
     return seen
 

@@ -98,10 +98,10 @@ def train(
     """Train as `fastgan train` does, in this process or as one of a launcher's ranks; see `fastgan.training.train`."""
     if variant not in VARIANTS:
         raise ArgumentError("variant", variant, f"must be one of {', '.join(VARIANTS)}")
-    if preset not in ("paper", "digits"):
-        raise ArgumentError("preset", preset, "must be paper or digits")
+    if preset not in VARIANTS[variant].presets:
+        raise ArgumentError("preset", preset, f"must be {', '.join(VARIANTS[variant].presets)} for {variant}")
     try:
-        config = replace(VARIANTS[variant].config("paper" if preset == "paper" else "digits"), **sections)
+        config = replace(VARIANTS[variant].config(preset), **sections)
     except (AttributeError, TypeError) as error:  # no such section or field
         raise ArgumentError("sections", sorted(sections), f"must be those of fastgan.config.Config ({error})") from None
     validate(config)

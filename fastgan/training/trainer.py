@@ -144,7 +144,7 @@ class Trainer:
             self.steps += 1
             return
         with self.stragglers.step():
-            rate_g, rate_d = rates(self.config, self.images)
+            rate_g, rate_d = rates(self.config, self.images, self.stage.resolution)
             self.stage.discriminator_engine.set_rate(rate_d)
             self.stage.nonfinite.begin_step(self.steps)
             for i in range(n_critic):

@@ -6,6 +6,9 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
+"""What reading JSON of unknown content raises: no JSON, other types, missing keys, 1e999, endless nesting."""
+
 
 class Rule(NamedTuple):
     """A condition on a value.

@@ -84,9 +84,11 @@ def test_distance_at_equal_time_and_reasons(tmp_path: Path) -> None:
     assert quality.at_equal_time([cell(10)], 2.0, 2.0) == [40.0]
     assert quality.at_equal_time([cell(10)], 2.0, 4 / 3) == [25.0]
     log = tmp_path / "run.log"
-    assert quality.diverged(log) is None
+    assert quality.diverged(tmp_path / "run") is None
     log.write_text("a\nfastgan: step 3: loss of the generator was not finite; there is no checkpoint yet\nb\n")
-    assert "step 3" in str(quality.diverged(log))
+    assert "step 3" in str(quality.diverged(tmp_path / "run"))
+    log.write_text("fastgan: step 9: loss_d leapt to 981, and stays for 5 rows; start again with ...\n")
+    assert "stays" in str(quality.diverged(tmp_path / "run"))
 
 
 def test_settings_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

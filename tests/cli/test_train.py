@@ -29,6 +29,7 @@ from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
 from fastgan.errors import ArgumentError
 from fastgan.training import evaluator, run_directory
+from fastgan.training.distributed.torch_engine import TorchEngine
 from fastgan.training.from_config import validate_stages
 from fastgan.training.intervals import checkpoint_kimg
 
@@ -69,6 +70,8 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str],
     [
         (["--variant", "stylegan"], ("--variant", "stylegan", "pggan")),
         (["--preset", "tiny"], ("--preset", "tiny", "paper")),
+        (["--preset", "paper-8-gpus", "--variant", "gan"], ("--preset", "paper-8-gpus", "paper, digits", "gan")),
+        (["--lr-factor-at", "16", "0"], ("--lr-factor-at", "a factor above 0")),
         (["--resolution", "48"], ("--resolution", "48", "64")),
         (["--variant", "dcgan", "--resolution", "4"], ("--resolution", "4", "8")),
         (["--resolution", "2048"], ("--resolution", "2048", "1024")),
@@ -516,6 +519,19 @@ def test_a_run_that_ends_below_its_resolution_says_so(capsys: pytest.CaptureFixt
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0 and warning in capsys.readouterr().out
     assert train.main([*flags, "--fade-kimg", "0", "--stable-kimg", "0", "--out", str(tmp_path / "whole")]) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_rates_follow_the_resolution(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = "--variant pggan --resolution 8 --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --fade-kimg 0.016 "
+    flags += "--stable-kimg 0.016 --kimg 0.064 --samples 4 --lr-g 1e-3 --lr-d 1e-3 --lr-factor-at 8 1.5"
+    assert train.main([*flags.split(), "--dry-run"]) == 0
+    assert "lr 0.001 (G) 0.001 (D), times 1.5 from 8 px on" in capsys.readouterr().out
+    set_rate, seen = TorchEngine.set_rate, []
+    monkeypatch.setattr(TorchEngine, "set_rate", lambda engine, rate: (seen.append(rate), set_rate(engine, rate)))
+    assert train.main([*flags.split(), "--out", str(tmp_path / "run")]) == 0
+    assert seen == [1e-3] * 4 + [1.5e-3] * 12  # both networks, two steps at 4 px, six at 8 px
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(

@@ -14,6 +14,7 @@ from fastgan.config import Config, Schedule, batch_at, batches_for_all, files, r
 from fastgan.config.files import merge, read_yaml, write_yaml
 from fastgan.config.variants import VARIANTS, Preset
 from fastgan.errors import ArgumentError
+from fastgan.training.from_config import rates
 from fastgan.training.resilience.supervisor import read_hostfile
 
 NAMES = ["gan", "dcgan", "lsgan", "wgan", "wgan-gp", "wgan-div", "sagan", "pggan", "r3gan"]
@@ -168,6 +169,10 @@ PAPER: dict[str, dict[str, Any]] = {
     "r3gan": {
         "networks.model": "r3gan",
         "networks.latent": 64,
+        "networks.width": 384,  # at 64 px; 768 from 32 px down to 4
+        "networks.max_width": 768,
+        "optimizer.ema_decay": 0.99965,  # 0.5 ** (256 / 500_000)
+        "schedule.kimg": 20_000,
         "objective.loss": "relativistic",
         "objective.regularizer": "zero-centered-both",
         "objective.penalty_weight": 1.0,
@@ -188,6 +193,18 @@ def test_paper_presets_hold_the_papers_numbers(name: str) -> None:
     config = VARIANTS[name].config("paper")
     actual = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in PAPER[name]}
     assert actual == PAPER[name]
+
+
+def test_pggan_on_eight_gpus() -> None:
+    """Batches and rates by resolution of the authors' preset; only pggan has it."""
+    config = VARIANTS["pggan"].config("paper-8-gpus")
+    sizes = {4: 512, 8: 256, 16: 128, 32: 64, 64: 32, 128: 32, 1024: 32}
+    assert {resolution: batch_at(config.schedule, resolution) for resolution in sizes} == sizes
+    steps = {4: 1e-3, 64: 1e-3, 128: 1.5e-3, 256: 2e-3, 512: 3e-3, 1024: 3e-3}
+    assert {at: rates(config, 0, at) for at in steps} == {at: pytest.approx((rate, rate)) for at, rate in steps.items()}
+    assert [name for name, variant in VARIANTS.items() if "paper-8-gpus" in variant.presets] == ["pggan"]
+    with pytest.raises(ArgumentError, match="--preset must be paper, digits for the variant gan, got 'paper-8-gpus'"):
+        VARIANTS["gan"].config("paper-8-gpus")
 
 
 def test_recipe_but_changes_only_what_it_says() -> None:
@@ -232,6 +249,7 @@ BAD: list[tuple[str, str, Any]] = [
     ("run", "seed", -1),
     *[("data", "channels", v) for v in (0, 2, 5)],
     *[("schedule", "batch_at", v) for v in ({12: 4}, {16: 0}, {32: -1}, {2048: 4})],
+    *[("optimizer", "lr_factor_at", v) for v in ({12: 1.0}, {16: 0.0}, {32: math.inf}, {64: math.nan}, {2048: 1.0})],
     ("networks", "conditional", True),
 ]
 

@@ -214,3 +214,13 @@ def test_class_names_of_a_prepared_folder(tmp_path: Path) -> None:
     size = (tmp_path / "set" / "classes.json").stat().st_size
     (tmp_path / "set" / "classes.json").write_bytes(b'{"cat": 1}'.ljust(size))
     assert "classes.json is damaged (it is no list of names)" in refusal(str(tmp_path / "set"))
+
+
+def test_class_names_nested_without_end_are_refused(tmp_path: Path) -> None:
+    """A file of the listed size, so that it is parsed."""
+    for name in range(20):
+        save(tmp_path / "in" / (f"{name:02}" + "x" * 240) / "a.png")
+    prepare(str(tmp_path / "in"), str(tmp_path / "set"), Settings(resolution=8), workers=1)
+    file = tmp_path / "set" / "classes.json"
+    file.write_bytes(b"[" * file.stat().st_size)
+    assert "classes.json is damaged (maximum recursion depth" in refusal(str(tmp_path / "set"))

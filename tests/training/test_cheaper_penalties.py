@@ -62,7 +62,7 @@ def test_a_penalty_is_due_after_every_kth_batch() -> None:
 
 def test_rates_and_momenta_are_those_of_the_paper(tmp_path: Path) -> None:
     config = replace(lazy(), optimizer={"lr_d": 1e-3, "lr_g": 2e-3})
-    assert rates(config, 0) == (2e-3, pytest.approx(1e-3 * 4 / 5))
+    assert rates(config, 0, 8) == (2e-3, pytest.approx(1e-3 * 4 / 5))
     trainer = make("wgan-gp", tmp_path, "--beta1", "0.5", "--beta2", "0.9")
     optimizers = [engine._optimizer for engine in trainer.stage.engines]  # type: ignore[attr-defined]
     assert optimizers[0].defaults["betas"] == (0.5, 0.9)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fastgan.data.faults import machine_error, raise_if_machine
 from fastgan.data.images import area_average, decode, decode_problem, first_line
 from fastgan.data.loading.image_store import BatchRequest, DecodingStore, counted
-from fastgan.data.source import Encoded, Source
+from fastgan.data.source_types import Encoded, Source
 from fastgan.errors import ArgumentError
 
 # Pillow's formats -> modes that DALI decodes to the same pixels. Not among them: 16 bits, transparency, CMYK (whose

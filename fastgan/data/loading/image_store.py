@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastgan.data.source import Source
+from fastgan.data.source_types import Source
 
 
 class BatchRequest(NamedTuple):

@@ -20,7 +20,7 @@ from fastgan.data.loading.image_store import BatchRequest, ImageStore, counted, 
 from fastgan.data.loading.sampler import Sampler, rank_positions
 from fastgan.data.loading.threads import ThreadedStore
 from fastgan.data.registry import open_source
-from fastgan.data.source import Source
+from fastgan.data.source_types import Source
 from fastgan.errors import ArgumentError, printable
 from fastgan.utils.counter_rng import GOLDEN_GAMMA, signed64, splitmix64
 from fastgan.utils.system import MAX_THREADS, cpu_count

@@ -23,8 +23,9 @@ from fastgan.data.faults import is_machine_fault, machine_error
 from fastgan.data.folder_labels import DATASET_JSON, MAX_BYTES, is_storage, label_of, parse_dataset_json
 from fastgan.data.images import first_line, require_size
 from fastgan.data.preparation.collection import FileCollection, InputImage, first_folder, is_hidden, unpacked_name
-from fastgan.data.source import MAX_CLASSES
+from fastgan.data.source_types import MAX_CLASSES
 from fastgan.errors import ArgumentError
+from fastgan.utils.stored_values import MALFORMED
 
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _PIECE = 2**12  # bytes read from a file in a zip at a time
@@ -233,7 +234,7 @@ class TarCollection(FileCollection):
                 value = json.loads(content) if kind == "json" else content.decode().strip()
                 if isinstance(value, dict):
                     value = next((value[key] for key in _LABEL_KEYS if key in value), None)
-            except ValueError as error:
+            except MALFORMED as error:
                 problem = f"the label in {member.name} cannot be read ({first_line(error)})"
                 raise ArgumentError("SRC", str(file), problem) from error
             if value is None or value == "":

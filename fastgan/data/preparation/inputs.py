@@ -14,7 +14,7 @@ from fastgan.data.preparation.collection import FolderCollection, InputCollectio
 from fastgan.data.prepared.manifest import read_manifest
 from fastgan.data.prepared.reader import Level
 from fastgan.data.registry import folder_kind, open_source
-from fastgan.data.source import ArraySource
+from fastgan.data.source_types import ArraySource
 from fastgan.data.sources.published import celeba_files
 from fastgan.data.walk import is_folder
 from fastgan.errors import ArgumentError

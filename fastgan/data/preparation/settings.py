@@ -7,7 +7,7 @@ import importlib.metadata
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from fastgan.data.source import is_resolution
+from fastgan.data.source_types import is_resolution
 from fastgan.errors import ArgumentError
 
 

@@ -27,6 +27,7 @@ from fastgan.data.preparation.collection import InputImage
 from fastgan.data.prepared.manifest import CLASSES, LABELS, MANIFEST, NAMES, SKIPPED, UNFINISHED
 from fastgan.errors import ArgumentError
 from fastgan.utils.files import FileRecord, open_appending, read_regular, try_lock, write_atomic
+from fastgan.utils.stored_values import MALFORMED
 
 # All files and folders of a set; a DST that has others is refused.
 _OWN_NAMES = {UNFINISHED, "cache", "encoded", LABELS, NAMES, CLASSES, SKIPPED, MANIFEST}
@@ -137,7 +138,7 @@ class PreparationState:
         """Report a record that was edited or damaged."""
         try:
             yield
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        except MALFORMED as error:
             if isinstance(error, ArgumentError):
                 raise
             problem = f"{self.folder.name}/{name} is damaged ({first_line(error)}); delete {self.dst} to start again"

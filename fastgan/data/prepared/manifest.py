@@ -17,6 +17,7 @@ from fastgan.data.images import first_line
 from fastgan.data.prepared.mapping import load_npy, map_npy
 from fastgan.errors import ArgumentError
 from fastgan.utils.files import FileRecord, read_regular, write_atomic
+from fastgan.utils.stored_values import MALFORMED
 
 FORMAT = "fastgan-prepared"
 SCHEMA = 1
@@ -181,7 +182,7 @@ class Manifest:
     def _parse_json(self, text: bytes, name: str, flag: str) -> Any:
         try:
             return json.loads(text)
-        except ValueError as error:
+        except MALFORMED as error:
             raise ArgumentError(flag, str(self.path), f"{name} is damaged ({error}); {_VERIFY}") from None
 
 
@@ -239,7 +240,7 @@ def read_manifest(path: str | Path, flag: str = "--data") -> Manifest:
         raise ArgumentError(flag, str(path), problem) from None
     except OSError as error:
         raise ArgumentError(flag, str(path), f"{file} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
+    except MALFORMED as error:
         raise ArgumentError(flag, str(path), f"{file} is damaged ({error}); prepare the set again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArgumentError(flag, str(path), f"{file} does not have the format {FORMAT}")

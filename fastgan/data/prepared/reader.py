@@ -10,7 +10,7 @@ import numpy as np
 from fastgan.data.faults import raise_if_machine
 from fastgan.data.images import channels_first, decode_problem
 from fastgan.data.prepared.manifest import SUFFIXES, Manifest, cache_file, offsets_file, tar_file
-from fastgan.data.source import MAX_CLASSES, Encoded, Source, require_channels
+from fastgan.data.source_types import MAX_CLASSES, Encoded, Source, require_channels
 from fastgan.errors import ArgumentError
 
 

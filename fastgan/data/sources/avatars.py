@@ -18,7 +18,7 @@ import numpy as np
 from fastgan.data.faults import raise_if_machine
 from fastgan.data.framing import Framing
 from fastgan.data.images import decode, first_line
-from fastgan.data.source import Source, import_for
+from fastgan.data.source_types import Source, import_for
 from fastgan.errors import ArgumentError
 from fastgan.utils.files import AtomicFile
 from fastgan.utils.system import cache_folder

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from fastgan.data.source import ArraySource, Source, import_for, require_channels
+from fastgan.data.source_types import ArraySource, Source, import_for, require_channels
 from fastgan.errors import ArgumentError
 
 BUILTIN = ("digits", "stacked-digits", "synthetic")

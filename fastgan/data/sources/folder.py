@@ -16,7 +16,7 @@ from fastgan.data.faults import machine_error, raise_if_machine
 from fastgan.data.folder_labels import DATASET_JSON, is_storage, read_dataset_json, without_label
 from fastgan.data.framing import CROP, Framing
 from fastgan.data.images import ImageInfo, has_alpha, inspect_image, is_gray
-from fastgan.data.source import FileSource, Source
+from fastgan.data.source_types import FileSource, Source
 from fastgan.data.walk import is_run, walk
 from fastgan.errors import ArgumentError, printable
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgan.data.faults import raise_if_machine
-from fastgan.data.source import ArraySource, Source, require_channels
+from fastgan.data.source_types import ArraySource, Source, require_channels
 from fastgan.errors import ArgumentError
 
 FASHION_CLASSES = (

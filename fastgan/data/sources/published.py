@@ -8,7 +8,7 @@ import numpy as np
 
 from fastgan.data.framing import CROP, Framing
 from fastgan.data.images import first_line
-from fastgan.data.source import ArraySource, FileSource, Source, import_for, require_channels
+from fastgan.data.source_types import ArraySource, FileSource, Source, import_for, require_channels
 from fastgan.errors import ArgumentError
 
 _CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the image

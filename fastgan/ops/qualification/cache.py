@@ -21,6 +21,7 @@ import torch
 
 from fastgan.ops.dispatch import extension
 from fastgan.utils.files import try_lock, write_atomic
+from fastgan.utils.stored_values import MALFORMED
 from fastgan.utils.system import cache_folder, device_name
 
 SCHEMA = 1
@@ -121,7 +122,7 @@ class Store:
             if found["schema"] != SCHEMA or found["machine"] != self.about:
                 raise ValueError("it is about another machine")
             classes = {str(label): entry for label, entry in found["classes"].items() if _is_entry(entry)}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             self.note = f"{self.file} is not what was written there ({type(error).__name__}): it is measured anew"
             return
         self.classes = {**self.classes, **classes}

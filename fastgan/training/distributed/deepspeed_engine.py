@@ -21,6 +21,7 @@ from fastgan.training.distributed.engine import (
     trainable_parameters,
 )
 from fastgan.utils.buckets import BUCKET_BYTES
+from fastgan.utils.stored_values import MALFORMED
 from fastgan.utils.timers import Stopwatch
 
 # Keys of a DeepSpeed file that change how gradients are reduced. With one of them DeepSpeed reduces, under ZeRO 0 too.
@@ -180,7 +181,7 @@ def deepspeed_config(
     if path is not None:
         try:
             given = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, *MALFORMED) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ArgumentError("--deepspeed-config", path, f"must be a readable JSON file ({reason})") from None
         if not isinstance(given, dict):

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -96,7 +97,10 @@ def start(
     if name == "deepspeed":
         _quiet_deepspeed(own_device.type)
         if not launched():
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    if size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # Nobody has to find a single rank: any free port. A launcher's default belongs to its first run on this host.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     heartbeat = _start_heartbeat(size, timeout, hosts) if size > 1 else None
     if not dist.is_initialized() and (name == "deepspeed" or size > 1):
         try:
@@ -154,9 +158,11 @@ def _start_heartbeat(size: int, timeout: float, hosts: Sequence[str]) -> Heartbe
 def _exit_unreachable(error: Exception) -> NoReturn:
     """The other ranks have not started, or cannot be reached."""
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    taken = re.search("EADDRINUSE|address already in use", str(error), re.IGNORECASE)
+    advice = "another run on this host uses the port: give the launcher its own --master_port" if taken else ""
     print(
         f"fastgan: rank {os.environ.get('RANK')} on {socket.gethostname()}: cannot reach the other ranks through "
-        f"{address} ({str(error).splitlines()[0]}); see docs/cluster.md",
+        f"{address} ({str(error).splitlines()[0]}); {advice or 'see docs/cluster.md'}",
         file=sys.stderr,
         flush=True,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgan.data.sheets import save_sheet
 from fastgan.utils.files import append_regular, write_atomic
+from fastgan.utils.stored_values import MALFORMED
 from fastgan.utils.text import readable_duration
 
 
@@ -95,7 +96,7 @@ class MetricsLog:
             try:
                 if row.endswith(b"\n") and json.loads(row)["images"] <= seen:
                     kept.append(row)
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except MALFORMED:
                 continue  # cut short when the process was killed, or edited by hand
         if len(kept) != len(rows):
             write_atomic(self._path, b"".join(kept))

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgan.errors import ArgumentError
+from fastgan.utils.stored_values import MALFORMED
 
 EXIT_RANK_FAULT = 75
 """Exit code of ranks that end because another rank, its host or the network failed; EX_TEMPFAIL in `sysexits.h`."""
@@ -215,6 +216,7 @@ class Heartbeat:
             selector.register(connection, selectors.EVENT_READ, peer)
 
     def _disconnected(self, peer: _Peer) -> None:
+        peer.socket.close()
         self._peers.remove(peer)
         if peer.rank is not None and peer.rank not in self._gone:
             if peer.rank not in self._failures:
@@ -236,7 +238,7 @@ class Heartbeat:
         try:
             if not all(self._handle(peer, json.loads(line)) for line in lines if line not in (b".", b"")):
                 return False
-        except (ValueError, KeyError, TypeError):
+        except MALFORMED:
             return False
         return len(peer.buffer) < 65536
 

@@ -49,7 +49,7 @@ def next_step(trainer: Trainer) -> list[Batch]:
     """The micro-batches of the next step, with everything set that `Trainer.train_step` sets before and after them."""
     stage, config = trainer.stage, trainer.config
     stage.set_alpha(stage_at(trainer.stages, trainer.images).alpha(trainer.images))
-    rate_g, rate_d = rates(config, trainer.images)
+    rate_g, rate_d = rates(config, trainer.images, stage.resolution)
     stage.generator_engine.set_rate(rate_g)
     stage.discriminator_engine.set_rate(rate_d)
     stage.nonfinite.begin_step(trainer.steps)

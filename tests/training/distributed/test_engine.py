@@ -69,14 +69,16 @@ def test_learning_rate_applies_from_the_next_step() -> None:
 
 def test_learning_rates_decay_at_the_end_of_a_run() -> None:
     config = replace(Config(), optimizer={"lr_g": 1.0, "lr_d": 0.5, "lr_decay": 0.25}, schedule={"kimg": 8.0})
-    assert [rates(config, n) for n in (0, 6000, 7000, 7900)] == [
+    assert [rates(config, n, 64) for n in (0, 6000, 7000, 7900)] == [
         (1.0, 0.5),
         (1.0, 0.5),
         (0.5, 0.25),
         pytest.approx((0.05, 0.025)),
     ]
     constant = replace(config, optimizer={"lr_decay": 0.0})
-    assert rates(constant, 7999) == (1.0, 0.5)
+    assert rates(constant, 7999, 64) == (1.0, 0.5)
+    grown = replace(constant, optimizer={"lr_factor_at": {32: 2.0, 64: 3.0}})
+    assert [rates(grown, 0, at) for at in (16, 32, 64, 128)] == [(1.0, 0.5), (2.0, 1.0), (3.0, 1.5), (3.0, 1.5)]
 
 
 def test_another_engine_restores_the_state() -> None:
@@ -183,6 +185,7 @@ def test_who_averages_gradients(config: dict[str, object], ours: bool) -> None:
         ({"zero_optimization": {"stage": 3}}, 0, "stage must be 0, 1 or 2"),
         ([], 0, "JSON object"),
         ("not json", 0, "readable JSON"),
+        ("[" * 100_000, 0, "readable JSON"),
     ],
 )
 def test_file_that_contradicts_the_run(tmp_path: Path, content: object, zero: int, words: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastgan.training.observability.metrics_log import MetricsLog, _without_events
+from fastgan.training.run_setup import _last_images
 
 
 def test_a_last_batch_beyond_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,9 +55,11 @@ def test_errors_of_other_threads_are_reported_as_before() -> None:
 def test_rows_that_cannot_be_read_do_not_stop_a_resumed_run(tmp_path: Path) -> None:
     """A byte that is not UTF-8, JSON nested too deeply, and rows of other types are dropped; good rows stay."""
     good = [b'{"images": 64}\n', b'{"images": 128}\n']
-    bad = [b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"[1]\n", b'{"images": "many"}\n']
+    bad = [b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"[1]\n", b'{"images": "many"}\n', b'{"images": 1e999}\n']
     late = [b'{"images": 256}\n', b'{"images": 1']
     path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join([good[0], good[1], *bad]))
+    assert _last_images(path) == 128
     path.write_bytes(b"".join([good[0], *bad, good[1], *late]))
     MetricsLog(tmp_path, active=True, total=1000, seen=128).close()
     assert path.read_bytes() == b"".join(good)

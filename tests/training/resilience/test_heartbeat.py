@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from fastgan.config import Schedule
 from fastgan.training.checkpoints.resume import accumulation_for
+from fastgan.training.resilience.heartbeat import Heartbeat
 from fastgan.training.resilience.slurm import first_host, set_rank_variables
 
 RANK = """
@@ -191,3 +193,25 @@ def test_a_hung_rank_is_named_before_a_launcher_kills_the_rest(tmp_path: Path) -
     assert len(lines) == 1 and "rank 2 on" in lines[0] and "no heartbeat" in lines[0]
     for rank in ranks[1:]:
         rank.communicate()
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 60_000, b"\xff", b'{"token": 1e999}', b"7", b'{"token": "t", "rank": 1e999, "host": "h"}']
+)
+def test_what_a_stranger_sends_closes_its_connection_and_nothing_else(line: bytes) -> None:
+    ports: list[tuple[int, str, str]] = []
+
+    def broadcast(own: tuple[int, str, str]) -> tuple[int, str, str]:
+        ports.append(own)
+        return own
+
+    watch = Heartbeat(0, 1, 0, "127.0.0.1", 30, broadcast)
+    port, token, _ = ports[0]
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(line.replace(b'"t"', f'"{token}"'.encode()) + b"\n")
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(4096):
+                continue
+    assert watch._thread.is_alive()
+    watch.close()
+    assert not watch._thread.is_alive()
