@@ -19,7 +19,7 @@ from triton.language.extra import libdevice
 
 from .launch import Plan, ceil_div
 
-BLOCK = 512  # numbers, or pairs of them, of a program
+BLOCK = 256  # numbers, or pairs of them, of a program
 
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _MULTIPLIER_1, _MULTIPLIER_2 = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
