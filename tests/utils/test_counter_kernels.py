@@ -108,3 +108,19 @@ def test_a_recording_has_torchs_operations(kernels: SimpleNamespace) -> None:
     torch.jit.trace(draw, (index,), check_trace=False)
     assert seen and all(it is None for it in seen)
     assert torch.equal(graph(index + 5), counter_rng.normal(0, "x", index + 5, 4))
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_by_kernels_also_in_a_graph() -> None:
+    index = torch.arange(64, device="cuda")
+    counter_rng.normal(0, "x", index, 512)
+    assert counter_kernels._usable[index.device] is not None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z = counter_rng.normal(0, "x", index, 512)
+        u = counter_rng.uniform(0, "x", index, 7)
+    index.add_(1000)
+    graph.replay()
+    key = counter_rng._key(0, "x")
+    assert torch.equal(z, DEFINITION["normal"](key, index, 512))
+    assert torch.equal(u, DEFINITION["uniform"](key, index, 7))
