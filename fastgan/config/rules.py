@@ -94,7 +94,7 @@ def _validate_networks(config: Config) -> None:
     starts = [p for p in powers if p <= s.resolution]
     allowed = f"must be {', '.join(map(str, starts))} at {s.resolution} px"
     _require(s.first_resolution in (None, *starts), "--first-resolution", s.first_resolution, allowed)
-    pairs = all(k in powers and v >= 1 for k, v in s.batch_at.items())
+    pairs = all(k in powers and 1 <= v < 2**31 for k, v in s.batch_at.items())
     _require(pairs, "--batch-at", s.batch_at, "must be pairs of a resolution and a batch of at least 1")
     factors = config.optimizer.lr_factor_at
     pairs = all(k in powers and 0 < v < math.inf for k, v in factors.items())

@@ -290,6 +290,10 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
     shutil.rmtree(copy / "checkpoints")
     refused(capsys, copy, ["--resume", str(copy)], "--resume", "0.064 kimg", "there is none in checkpoints/")
     assert (copy / "metrics.jsonl").read_bytes() == record
+    (copy / "metrics.jsonl").write_bytes(b"\xff\n")
+    refused(capsys, copy, ["--resume", str(copy)], "--resume", "0.064 kimg", "there is none in checkpoints/")
+    shutil.rmtree(copy / "samples")
+    refused(capsys, copy, ["--resume", str(copy)], "--resume", "metrics.jsonl cannot be read, and there is none")
 
 
 def test_a_run_killed_while_it_replaced_its_checkpoint_goes_on_from_it(
