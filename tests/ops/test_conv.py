@@ -345,3 +345,22 @@ def test_every_stride_of_every_tensor(
     for found, expected in zip(*results, strict=True):
         scale = max(1.0, expected.abs().max().item())
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("per_group", [(2, 2), (4, 4), (4, 3), (1, 4)])
+def test_groups_of_few_channels(per_group: tuple[int, int], transposed: bool) -> None:
+    """Their weight's gradient is computed in channels_last, and comes back in the weight's own strides."""
+    f, plain = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
+    groups, (i, o) = 5, per_group
+    tensors = random(3, groups * i, 7, 6), random(*((groups * i, o) if transposed else (groups * o, i)), 3, 3, seed=1)
+
+    def second(f: Any, dtype: torch.dtype) -> list[Tensor]:
+        x, w = (t.to(dtype).requires_grad_() for t in tensors)
+        y = f(x, w, stride=2, padding=1, groups=groups)
+        gradients = torch.autograd.grad(y.square().sum(), (x, w), create_graph=True)
+        return [*gradients, *torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, w))]
+
+    found, exact = second(f, torch.float32), second(plain, torch.float64)
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-2, check_dtype=False)
+    assert all(g.is_contiguous() for g in found[1::2])

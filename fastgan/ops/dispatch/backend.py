@@ -65,7 +65,7 @@ def _requests() -> Mapping[str, str]:
     return _open[-1]
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether the call is inside `recorded_forms`."""
     return _requests().get("*") == _RECORDED
 
@@ -215,7 +215,7 @@ class Op:
             return "torch"
         requested = self.requested(backend)
         if requested is None:
-            if _open and _is_recorded():
+            if _open and is_recorded():
                 return self.recorded(*inputs, **options)
             decision = None if _decide is None or forward_mode else self.decision(inputs, options)
             if decision is None:
@@ -301,7 +301,7 @@ class Op:
         """
         if backend is not None or in_transform() or in_forward_mode() or _requests() or saved_tensors_are_hooked():
             return False
-        if self.classify is None or _decide is None or not is_measurable(inputs[0]) or _deterministic():
+        if _decide is None or self.classify is None or _deterministic() or not is_measurable(inputs[0]):
             return True
         key = self.classify(*inputs, **options)
         decision = None if key is None else self.decisions.get(key, _UNKNOWN)
@@ -326,7 +326,7 @@ class Op:
         decision = None
         if self.classify is not None and inputs and is_measurable(inputs[0]) and _decide and not _deterministic():
             decision = self.decisions.get(self.classify(*inputs) or ())
-        fixed = self.requested(None) is not None or _is_recorded()
+        fixed = self.requested(None) is not None or is_recorded()
         if fixed or in_transform() or in_forward_mode():
             chosen, by = self.choose(None, *inputs), "requested, or all that can run in this context"
         elif decision is None:
