@@ -32,6 +32,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     qualification.configure(enabled=True)
 
 
+@pytest.fixture
+def patch(cache: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Undone before `cache` is, which has patched the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
 def test_qualify_prints_and_writes_the_table(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +66,7 @@ def test_qualify_prints_and_writes_the_table(
 
 
 def test_qualify_goes_on_where_it_was(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cache: Path, patch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Interrupted, it has kept what it measured; what other work disturbed is measured again, and nothing else."""
     words = ["--qualify", "--out", str(tmp_path / "found.json")]
@@ -72,8 +79,8 @@ def test_qualify_goes_on_where_it_was(
             raise KeyboardInterrupt
         return measure(*given)
 
-    monkeypatch.setattr(qualification_beforehand, "MEASURED_OPS", ("pixel_norm", "avg_pool2d"))
-    monkeypatch.setattr(measurement, "_measure", interrupted)
+    patch.setattr(qualification_beforehand, "MEASURED_OPS", ("pixel_norm", "avg_pool2d"))
+    patch.setattr(measurement, "_measure", interrupted)
     assert doctor.main(words) == 130
     assert not (tmp_path / "found.json").exists()
 
@@ -81,7 +88,7 @@ def test_qualify_goes_on_where_it_was(
         timed.append(qualification.label_of(op, key))
         return dict.fromkeys(names, (float("inf") if len(timed) == 1 else 100.0, 30.0))
 
-    monkeypatch.setattr(measurement, "_times", disturbed_once)
+    patch.setattr(measurement, "_times", disturbed_once)
     assert doctor.main(words) == 0
     told = capsys.readouterr().out
     classes = json.loads((tmp_path / "found.json").read_text())[0]["classes"]

@@ -238,13 +238,13 @@ def test_slow_implementation_is_not_the_default(calls: list[str], monkeypatch: p
     quick = module.convolution
 
     def slow(*arguments: Any) -> Tensor:
-        time.sleep(0.03)
+        time.sleep(0.01)
         return quick(*arguments)
 
     x, w = torch.randn(2, 3, 4, 4), torch.randn(3, 5, 4, 4)
     assert OPS["conv_transpose2d"].shipped(x, w) == "lean"
     monkeypatch.setattr(module, "convolution", slow)
-    monkeypatch.setattr(measurement, "interruptions", lambda: 0)  # by other tests, which take less than these 30 ms
+    monkeypatch.setattr(measurement, "interruptions", lambda: 0)  # by other tests, which take less than these 10 ms
     ops.conv_transpose2d(x, w)
     assert next(iter(ops.backends("conv_transpose2d", x, w))) == "torch"
     assert calls == ["conv_transpose2d"] * 2  # against the shipped table: measured twice
