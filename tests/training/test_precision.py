@@ -40,7 +40,7 @@ def configured(value: str) -> Config:
         (NEW_CPU, False, "fp32", "that pggan ends as well in bf16 is not shown yet"),
         (OLD_GPU, True, "fp32", "this GPU has no bfloat16, nor TF32"),
         (NEW_GPU, True, "bf16", "this GPU multiplies bfloat16"),
-        (NEW_GPU, False, "tf32", "this GPU has TF32, and pggan is not shown"),
+        (NEW_GPU, False, "tf32", "this GPU has TF32, and that pggan ends as well"),
     ],
 )
 def test_auto(facts: DeviceFacts, qualified: bool, takes: str, because: str) -> None:
