@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from fastgan.cli.main import check_device, command
+from fastgan.cli.output import say
 from fastgan.errors import ArgumentError
 
 
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
 
         trained = load(args.run, args.device)
         server = Server(trained, _free_port(args.port))
-        print(f"{trained}: {server.url} (stop with Ctrl-C)", flush=True)
+        say(f"{trained}: {server.url} (stop with Ctrl-C)")
         if args.open:
             webbrowser.open(server.url)
         with contextlib.suppress(KeyboardInterrupt):

@@ -31,15 +31,17 @@ from torch import Tensor
 from fastgan.ops.dispatch.torch_private import (
     current_backward,
     in_forward_mode,
-    is_tracing,
-    peek_interpreter_stack,
     saved_tensors_are_hooked,
 )
+
+# A compiler fuses plain PyTorch itself and takes no second derivative; an exported or traced program runs where the
+# kernels are not installed; a transform cannot enter autograd Functions without a rule for it. All get plain PyTorch.
+from fastgan.utils.torch_modes import in_transform as in_transform
 
 # In place of an implementation in `_requested`: those of recordings, see `recorded_forms`.
 _RECORDED = "recorded"
 
-PREFERENCE = ("triton", "cuda", "cpp", "chunked", "fused", "native", "lean", "torch")
+PREFERENCE = ("triton", "cuda", "winograd", "cpp", "chunked", "fused", "native", "lean", "torch")
 
 # Called with the tensors of a call and, as keywords, options of it; or without any, about the machine alone.
 # Returns a reason, or None where there is none.
@@ -63,7 +65,7 @@ def _requests() -> Mapping[str, str]:
     return _open[-1]
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether the call is inside `recorded_forms`."""
     return _requests().get("*") == _RECORDED
 
@@ -213,7 +215,7 @@ class Op:
             return "torch"
         requested = self.requested(backend)
         if requested is None:
-            if _open and _is_recorded():
+            if _open and is_recorded():
                 return self.recorded(*inputs, **options)
             decision = None if _decide is None or forward_mode else self.decision(inputs, options)
             if decision is None:
@@ -282,7 +284,7 @@ class Op:
         `torch` comes after the others, and launches of Triton leave no operation in a graph.
         """
         if "lean" in self.implementations:
-            return tuple(name for name in ("fused", "lean") if name in self.implementations)
+            return tuple(name for name in ("winograd", "fused", "lean") if name in self.implementations)
         return tuple(name for name in self.implementations if name not in ("triton", "torch"))
 
     def _candidates(self, device: str | None) -> list[tuple[str, Implementation]]:
@@ -299,7 +301,7 @@ class Op:
         """
         if backend is not None or in_transform() or in_forward_mode() or _requests() or saved_tensors_are_hooked():
             return False
-        if self.classify is None or _decide is None or not is_measurable(inputs[0]) or _deterministic():
+        if _decide is None or self.classify is None or _deterministic() or not is_measurable(inputs[0]):
             return True
         key = self.classify(*inputs, **options)
         decision = None if key is None else self.decisions.get(key, _UNKNOWN)
@@ -324,7 +326,7 @@ class Op:
         decision = None
         if self.classify is not None and inputs and is_measurable(inputs[0]) and _decide and not _deterministic():
             decision = self.decisions.get(self.classify(*inputs) or ())
-        fixed = self.requested(None) is not None or _is_recorded()
+        fixed = self.requested(None) is not None or is_recorded()
         if fixed or in_transform() or in_forward_mode():
             chosen, by = self.choose(None, *inputs), "requested, or all that can run in this context"
         elif decision is None:
@@ -349,19 +351,6 @@ def is_measurable(x: Tensor | None) -> bool:
     """Whether calls on x can be measured: it is a dense tensor itself, not of a subclass, on a device that we know."""
     plain = x.__class__ is Tensor or x.__class__ is torch.nn.Parameter
     return plain and x.layout is torch.strided and (x.is_cpu or x.is_cuda)  # type: ignore[union-attr]
-
-
-_is_compiling = torch.compiler.is_compiling
-
-
-def in_transform() -> bool:
-    """Whether the caller is being compiled, exported or traced, or is inside torch.func.grad, vmap or jvp.
-
-    A compiler fuses plain PyTorch itself and takes no second derivative; an exported or traced program runs where the
-    kernels are not installed; a transform cannot enter autograd Functions that have no rule for it. All get plain
-    PyTorch.
-    """
-    return _is_compiling() or is_tracing() or peek_interpreter_stack() is not None
 
 
 def backends(op: str, *inputs: Tensor | None) -> dict[str, str]:
