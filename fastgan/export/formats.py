@@ -276,6 +276,8 @@ def _open_onnx(content: bytes, device: str) -> nn.Module:
     if one > most:
         words = f"a batch of {footprint.batch}" if footprint.batch else "an image"
         raise UntrustedFile(f"{words} takes {one // 2**20} MB; a file of its size may take {most // 2**20} MB")
+    meta = _onnx_meta(content)
+    _require_images(footprint, meta)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -288,7 +290,20 @@ def _open_onnx(content: bytes, device: str) -> nn.Module:
         given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(["images"], given)[0])
 
-    return ExportedModule(run, device, _onnx_meta(content).get("batch"))
+    return ExportedModule(run, device, footprint.batch)
+
+
+def _require_images(footprint: Footprint, meta: Meta) -> None:
+    """Refuse a graph whose inputs and images have other shapes than its metadata say."""
+    networks, batch = meta["networks"], footprint.batch or 1
+    inputs = {"latent": [batch, networks["latent"]]} | ({"labels": [batch]} if networks["num_classes"] else {})
+    if footprint.inputs != list(inputs) or footprint.batch != meta.get("batch"):
+        raise UntrustedFile("its inputs or its batch are not those of its metadata")
+    size = networks["resolution"]
+    for name, expected in {**inputs, "images": [batch, networks["channels"], size, size]}.items():
+        shape = footprint.shape(name, batch)
+        if shape != expected:
+            raise UntrustedFile(f"its {name} have shape {shape}, its metadata need {expected}")
 
 
 @contextlib.contextmanager

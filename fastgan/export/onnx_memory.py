@@ -25,6 +25,7 @@ class Footprint:
 
     Attributes:
         batch: batch size of the graph; None: any.
+        inputs: names of its inputs.
     """
 
     def __init__(self, model: Any) -> None:
@@ -41,7 +42,7 @@ class Footprint:
         inputs = [value for value in graph.input if value.name not in initial]
         del graph.input[:]
         graph.input.extend(inputs)
-        self._inputs = [value.name for value in inputs]
+        self.inputs = [value.name for value in inputs]
         for node in graph.node:
             for attribute in node.attribute:
                 if any(abs(number) > _MOST for number in (attribute.i, *attribute.ints)):
@@ -71,6 +72,10 @@ class Footprint:
             self._peaks[batch] = self._peak(self._shapes(batch))
         return self._peaks[batch]
 
+    def shape(self, name: str, batch: int) -> list[int]:
+        """Shape of a tensor; -1 is a size that is not known, and so is that of a tensor that is not there."""
+        return self._shapes(batch).get(name, ([-1], 1))[0]
+
     def fits(self, batch: int, most: int) -> bool:
         """Whether `peak` is known, and at most `most`."""
         try:
@@ -82,7 +87,7 @@ class Footprint:
         """Shape, and bytes of a number, of every tensor."""
         model = self._onnx.ModelProto()
         model.CopyFrom(self._model)
-        for value in model.graph.input[: len(self._inputs)]:
+        for value in model.graph.input[: len(self.inputs)]:
             for position, size in enumerate(value.type.tensor_type.shape.dim):
                 if not size.HasField("dim_value"):
                     if position:
@@ -113,7 +118,7 @@ class Footprint:
     def _peak(self, shapes: dict[str, tuple[list[int], int]]) -> int:
         nodes = self._model.graph.node
         last = {name: number for number, node in enumerate(nodes) for name in node.input}
-        made = set(self._inputs)  # what depends on an input
+        made = set(self.inputs)  # what depends on an input
         sizes: dict[str, int] = {}
         constant = peak = 0
         alive = sum(_size(name, shapes) for name in made)

@@ -19,7 +19,7 @@ from fastgan.export.onnx_memory import Footprint
 onnx = pytest.importorskip("onnx", reason="extra export: pip install 'fastgan[export]'")
 pytest.importorskip("onnxruntime", reason="extra export: pip install 'fastgan[export]'")
 
-NETWORKS = {"model": "dcgan", "resolution": 8, "channels": 1, "latent": 4, "num_classes": 0}
+NETWORKS = {"model": "dcgan", "resolution": 8, "channels": 1, "latent": 64, "num_classes": 0}
 META = {"networks": {**NETWORKS, "width": 4, "max_width": 4}, "variant": "dcgan"}
 BIG = 2**28
 Nodes = tuple[list[Any], dict[str, np.ndarray]]
@@ -50,8 +50,8 @@ def many() -> Nodes:
 def transposed() -> Nodes:
     """64 MB of results by way of a product of 64 GB."""
     image, weight = ints(1, 1, 2**11, 2**11), ints(1, 1, 2**6, 2**6)
-    made = [node("ConstantOfShape", "image", "x"), node("ConstantOfShape", "weight", "w")]
-    return [*made, node("ConvTranspose", "x w", "big")], {"image": image, "weight": weight}
+    made = [node("ConstantOfShape", "large", "x"), node("ConstantOfShape", "weight", "w")]
+    return [*made, node("ConvTranspose", "x w", "big")], {"large": image, "weight": weight}
 
 
 HOSTILE: dict[str, Callable[[], Nodes]] = {
@@ -92,11 +92,12 @@ def write(
 ) -> Path:
     """A file that adds `m` to the latents; with `tail` it is the largest value of `big`."""
     nodes = [*nodes, node("ReduceMax", "big", "m", keepdims=0)] if tail else nodes
-    ends = [onnx.helper.make_tensor_value_info(name, 1, ["N", 4]) for name in ("latent", "images")]
+    nodes = [*nodes, node("Add", "latent m", "sum"), node("Reshape", "sum image", "images")]
+    constants = {"image": ints(-1, 1, 8, 8), **constants}
+    shapes = {"latent": ["N", 64], "images": ["N", 1, 8, 8]}
+    ends = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes.items()]
     weights = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
-    graph = onnx.helper.make_graph(
-        [*nodes, node("Add", "latent m", "images")], "g", ends[:1], ends[1:], weights, value_info=claims or []
-    )
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], weights, value_info=claims or [])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     model.metadata_props.append(onnx.StringStringEntryProto(key="fastgan", value=json.dumps(META)))
     path.write_bytes(model.SerializeToString())
@@ -123,17 +124,37 @@ def test_a_batch_that_takes_too_much_is_split(tmp_path: Path) -> None:
     """Memory that grows with the batch: 100 images take 800 MB at once, and each one 8 MB."""
     nodes = [node("Unsqueeze", "latent one", "x"), node("Resize", "x none scales", "big", mode="nearest")]
     nodes += [node("ReduceMax", "big", "m", keepdims=0, axes=[2])]
-    constants = {"one": ints(1), "none": np.zeros(0, np.float32), "scales": np.array([1, 1, 2**19], np.float32)}
+    constants = {"one": ints(1), "none": np.zeros(0, np.float32), "scales": np.array([1, 1, 2**15], np.float32)}
     file = write(tmp_path / "x.onnx", nodes, constants, tail=False)
     footprint = Footprint(onnx.load(file))
     assert 2**23 <= footprint.peak(1) < 2**25 and footprint.peak(100) > 7 * 2**26 and footprint.batch is None
-    module, latent = fastgan.load(file).module, torch.randn(100, 4)
-    assert torch.equal(module(latent), latent + latent.amax(1, keepdim=True))
+    module, latent = fastgan.load(file).module, torch.randn(100, 64)
+    assert torch.equal(module(latent).flatten(1), latent + latent.amax(1, keepdim=True))
 
 
 def test_a_small_graph_is_run(tmp_path: Path) -> None:
     file = write(tmp_path / "x.onnx", [node("ConstantOfShape", "n", "big")], {"n": ints(2**10)})
-    assert torch.equal(fastgan.load(file).module(torch.ones(2, 4)), torch.ones(2, 4))
+    assert torch.equal(fastgan.load(file).module(torch.ones(2, 64)), torch.ones(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("latent", 65, r"its latent have shape \[1, 64\], its metadata need \[1, 65\]"),
+        ("resolution", 16, r"its images have shape \[1, 1, 8, 8\], its metadata need \[1, 1, 16, 16\]"),
+        ("channels", 3, "its images have shape"),
+        ("num_classes", 2, "its inputs or its batch"),
+        ("batch", 2, "its inputs or its batch"),
+    ],
+)
+def test_a_graph_of_other_images_than_its_metadata_say(
+    key: str, value: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first sample would stop in the middle of a command."""
+    monkeypatch.setitem(META if key == "batch" else META["networks"], key, value)  # type: ignore[arg-type]
+    file = write(tmp_path / "x.onnx", [node("ConstantOfShape", "n", "big")], {"n": ints(1)})
+    with pytest.raises(ArgumentError, match=words):
+        fastgan.load(file)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")

@@ -219,6 +219,8 @@ def zoo_state() -> dict[str, Tensor]:
 
 def exports(folder: Path) -> Read:
     """Exported files of all formats, and pickles in the layout of pytorch_GAN_zoo."""
+    import onnx
+
     from fastgan.export import formats, pytorch_gan_zoo
     from fastgan.models import build
 
@@ -235,7 +237,7 @@ def exports(folder: Path) -> Read:
             return content
         model = formats._onnx_model(content)
         node = model.graph.node[rng.randrange(len(model.graph.node))]
-        way = rng.randrange(4)
+        way = rng.randrange(7)
         if way == 0:
             node.op_type = rng.choice(("If", "Loop", "Scan", "Custom", "", "RandomNormal", "x" * 500))
         elif way == 1:
@@ -244,6 +246,18 @@ def exports(folder: Path) -> Read:
             tensor = model.graph.initializer[0]
             tensor.data_location = 1
             tensor.external_data.add(key="location", value="/etc/passwd")
+        elif way == 3:  # large tensors of few bytes
+            shape = np.array([rng.choice((1, 2**10, 2**28, 2**40))], np.int64)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(shape, "much"))
+            model.graph.node.insert(0, onnx.helper.make_node("ConstantOfShape", ["much"], ["large"]))
+        elif way == 4:
+            for attribute in node.attribute:
+                attribute.ints[:] = [rng.choice((0, 1, 2, 1000, 2**20, 2**62)) for _ in attribute.ints]
+        elif way == 5:
+            for tensor in model.graph.initializer:
+                if tensor.data_type == 7 and rng.random() < 0.5:
+                    values = onnx.numpy_helper.to_array(tensor) * rng.choice((-1, 0, 2, 1000, 2**40))
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
         else:
             model.metadata_props[0].value = as_json(forged(meta, rng)).decode()
         return model.SerializeToString()
@@ -270,7 +284,9 @@ def exports(folder: Path) -> Read:
         file.write_bytes(content)
         with contextlib.suppress(ArgumentError):
             formats.read_meta(file)
-        str(fastgan.load(file))
+        trained = fastgan.load(file)
+        str(trained)
+        trained.sample(1)
 
     return read
 
