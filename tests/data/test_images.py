@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import errno
+import inspect
 import io
 import os
+import re
+import shutil
 import struct
+import subprocess
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 from published import cifar10, noise, save
 
+import fastgan
 from fastgan.data import images, open_source
 from fastgan.data.faults import is_machine_fault, machine_error
 from fastgan.data.preparation.inputs import PreparedCollection
@@ -24,6 +31,7 @@ from fastgan.data.preparation.prepare import prepare
 from fastgan.data.preparation.settings import Settings
 from fastgan.data.prepared.manifest import is_prepared
 from fastgan.errors import ArgumentError
+from fastgan.projection import read_picture
 
 
 def photo(**options: Any) -> bytes:
@@ -49,6 +57,86 @@ def with_thumbnail_only() -> bytes:
     exif = b"Exif\0\0" + photo()
     whole = photo()
     return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:300]
+
+
+def starts_ghostscript() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(out, "EPS")
+    return out.getvalue()
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A program `gs` in front of any other; it must not be started."""
+    log = tmp_path / "started"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f'#!/bin/sh\necho "$@" >> {log}\n[ "$1" = --version ]\n')
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it once
+    yield
+    assert not log.exists(), log.read_text()
+
+
+@pytest.mark.usefixtures("ghostscript")
+def test_no_way_in_starts_a_program(tmp_path: Path) -> None:
+    """Pillow goes by the content, so that a picture of any name may be EPS."""
+    content, photos = starts_ghostscript(), tmp_path / "photos"
+    save(photos / "a.png", noise(16, 16, 3))
+    (photos / "b.png").write_bytes(content)
+    assert dict(open_source(str(photos), 16).skipped) == {"b.png": images.UNREAD}
+    for kind in ("folder", "zip", "tar"):
+        src = shutil.make_archive(str(tmp_path / "in"), kind, photos) if kind != "folder" else str(photos)
+        made = prepare(src, tmp_path / kind, Settings(cache_to=8), workers=1)
+        assert (made.count, made.skipped) == (1, 1)
+    with pytest.raises(ArgumentError, match=images.UNREAD):
+        read_picture(photos / "b.png", 16, 3)
+
+    offset, length = np.load(tmp_path / "folder" / "encoded" / "0016" / "offsets.npy")[0]
+    with (tmp_path / "folder" / "encoded" / "0016" / "00000.tar").open("r+b") as tar:
+        tar.seek(offset)
+        tar.write(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n".ljust(length, b"\n"))
+    with pytest.raises(ArgumentError, match=images.UNREAD):
+        open_source(str(tmp_path / "folder"), 16).read(0, 16)
+
+
+def test_images_are_opened_in_one_place() -> None:
+    """Pillow's `open` is called once in the package, with formats."""
+    calls = []
+    for file in Path(fastgan.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
+                calls.append((file.name, [keyword.arg for keyword in node.keywords]))
+    assert calls == [("images.py", ["formats"])]
+
+
+def test_the_formats_that_are_read_start_nothing_and_open_nothing() -> None:
+    """Their modules in Pillow neither start programs nor open an image in any format when they read."""
+    Image.init()
+    for kind in images._readable():
+        if kind in ("JPEG", "GIF"):  # programs in functions that are not called: load_djpeg and _save_netpbm
+            continue
+        text = Path(inspect.getfile(Image.OPEN[kind][0])).read_text().partition("if __name__")[0]
+        assert not re.search(r"subprocess|os\.system|Image\.open\(", text), kind
+
+
+@pytest.mark.parametrize("kind", [kind for kind in images.FORMATS if kind not in ("PSD", "AVIF")])
+def test_every_format_is_read(kind: str) -> None:
+    info = images.inspect_image(lambda: io.BytesIO(encoded(kind)), "x")
+    assert (info.problem, info.format) == ("", kind)
+
+
+def test_a_prepared_set_holds_its_own_encoding_only(tmp_path: Path) -> None:
+    save(tmp_path / "photos" / "a.png", noise(16, 16, 3))
+    path = prepare(str(tmp_path / "photos"), tmp_path / "set", Settings(cache_to=8, lossless="png"), workers=1).path
+    offset, length = np.load(path / "encoded" / "0016" / "offsets.npy")[0]
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(out, "GIF")
+    with (path / "encoded" / "0016" / "00000.tar").open("r+b") as tar:
+        tar.seek(offset)
+        tar.write(out.getvalue().ljust(length, b"\0"))
+    with pytest.raises(ArgumentError, match=images.UNREAD):
+        open_source(str(path), 16).read(0, 16)
 
 
 DAMAGED: dict[str, Callable[[], bytes]] = {
@@ -164,6 +252,37 @@ def test_a_file_larger_than_an_image_may_be_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "b.png").open("wb") as file:
         file.truncate(images.MAX_FILE_BYTES + 1)
     assert dict(open_source(f"folder:{tmp_path}", 16).skipped) == {"b.png": "too large: 537 MB, above 537 MB"}
+
+
+def test_threads_decode_large_images_one_after_the_other(tmp_path: Path) -> None:
+    """Four small files of 134 MB of pixels each, in a process of its own, whose peak is told."""
+    content = save(tmp_path / "0.png", np.zeros((5600, 6000, 3), np.uint8)).read_bytes()
+    for i in range(1, 4):
+        (tmp_path / f"{i}.png").write_bytes(content)
+    assert len(content) < 200_000 and images.PIXELS_AT_ONCE < 5600 * 6000
+    code = (
+        "import resource, sys; from fastgan.data import images, open_source; images._readable();"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
+        "assert len(open_source(sys.argv[1], 16)) == 4; print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) < 250e6
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBa"])
+@pytest.mark.parametrize("stored", ["I;16", "F", "P", "LA", "RGBA", "CMYK"])
+def test_a_large_image_is_converted_as_a_small_one(monkeypatch: pytest.MonkeyPatch, stored: str, mode: str) -> None:
+    image = Image.fromarray(noise(16, 16, 3))
+    image = Image.fromarray(noise(16, 16, 1)[..., 0].astype(np.uint16) * 200) if stored == "I;16" else image
+    image = image.convert("L").convert("F") if stored == "F" else image
+    image = image if stored == "I;16" else image.convert(stored)
+    if stored == "P":
+        image.info["transparency"] = 3
+    if "A" in stored:
+        image.putalpha(Image.fromarray(noise(16, 16, 1)[..., 0]))
+    whole = np.asarray(images.convert(image.copy(), mode))
+    monkeypatch.setattr(images, "_BAND", 16 * 5)
+    np.testing.assert_array_equal(np.asarray(images.convert(image, mode)), whole)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

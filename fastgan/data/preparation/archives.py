@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import functools
 import glob
 import io
 import json
@@ -21,7 +20,7 @@ import numpy as np
 
 from fastgan.data.faults import is_machine_fault, machine_error
 from fastgan.data.folder_labels import DATASET_JSON, MAX_BYTES, is_storage, label_of, parse_dataset_json
-from fastgan.data.images import first_line, require_size
+from fastgan.data.images import UNREAD, first_line, is_image_name, require_size, suffix
 from fastgan.data.preparation.collection import FileCollection, InputImage, first_folder, is_hidden, unpacked_name
 from fastgan.data.source_types import MAX_CLASSES
 from fastgan.errors import ArgumentError
@@ -147,7 +146,7 @@ class TarCollection(FileCollection):
                 has_image = False
                 for member in sample:
                     name = f"{file.name}/{member.name}" if len(self.files) > 1 else member.name
-                    if suffix(member.name) not in image_suffixes():
+                    if not is_image_name(member.name):
                         continue
                     has_image = True
                     if not member.isreg():
@@ -161,7 +160,7 @@ class TarCollection(FileCollection):
                     stamp, location = int(member.mtime), (number, member.offset_data)
                     yield InputImage(name, member.size, stamp, location, label, too_large(member.size))
                 if not has_image:
-                    yield InputImage(f"{file.name}/{sample[0].name}", problem="no image format Pillow knows")
+                    yield InputImage(f"{file.name}/{sample[0].name}", problem=UNREAD)
 
     def open(self, image: InputImage) -> BinaryIO:
         number, offset = image.location
@@ -295,19 +294,6 @@ def common_folder(names: Iterable[str]) -> str:
     if first is None or any(first_folder(name) != first for name in names):
         return ""
     return f"{first}/"
-
-
-@functools.cache
-def image_suffixes() -> set[str]:
-    """Return the suffixes of image files that Pillow reads or writes, in lower case, without the dot."""
-    from PIL import Image
-
-    return {suffix[1:] for suffix in Image.registered_extensions()}
-
-
-def suffix(name: str) -> str:
-    """Return the suffix of a name in lower case, without the dot."""
-    return name.rpartition("/")[2].rpartition(".")[2].lower()
 
 
 def _sample_key(name: str) -> str:
