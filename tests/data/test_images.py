@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import errno
 import inspect
 import io
@@ -13,6 +14,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,15 +23,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, ImageOps, PngImagePlugin, features
 from published import cifar10, noise, save
 
 import fastgan
-from fastgan.data import images, open_source
+from fastgan.data import images, open_source, walk
 from fastgan.data.faults import is_machine_fault, machine_error
 from fastgan.data.preparation.inputs import PreparedCollection
 from fastgan.data.preparation.prepare import prepare
 from fastgan.data.preparation.settings import Settings
+from fastgan.data.preparation.verification import spot_check, verify
+from fastgan.data.prepared import manifest
 from fastgan.data.prepared.manifest import is_prepared
 from fastgan.errors import ArgumentError
 from fastgan.projection import read_picture
@@ -164,16 +169,39 @@ def test_what_cannot_be_decoded_whole_is_skipped_by_folder_and_prepare_alike(tmp
         source.read(index, 16)  # nothing that passed stops a run
 
 
-@pytest.mark.parametrize("kind", ["WEBP", "AVIF", "ICO", "QOI"])
-def test_inspection_and_decoding_say_the_same_of_zeros(kind: str) -> None:
-    """Some decoders fill in what is missing: then the image is used, and does not stop a run."""
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "QOI", "PNG", "ICO", "ICNS", "GIF", "JPEG2000"])
+def test_a_file_that_ends_in_zeros_is_refused(kind: str) -> None:
+    """Its format has checksums or a mark at its end."""
     content = zeros_from_the_middle(encoded(kind))
-    info = images.inspect_image(lambda: io.BytesIO(content), "x")
-    if info.problem:
-        with pytest.raises(Exception):  # noqa: B017  (Pillow's readers raise nearly any exception)
-            images.decode(content, 16, 3)
-    else:
+    assert images.inspect_image(lambda: io.BytesIO(content), "x").problem
+    with pytest.raises(Exception):  # noqa: B017  (Pillow's readers raise nearly any exception)
         images.decode(content, 16, 3)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "TIFF", "BMP", "TGA", "PPM", "SGI", "PCX", "DDS"])
+def test_zeros_that_may_be_pixels_are_used(kind: str) -> None:
+    """These formats have neither: zeros decode to something, as any other bytes do."""
+    content = zeros_from_the_middle(encoded(kind))
+    assert images.inspect_image(lambda: io.BytesIO(content), "x").problem == ""
+    images.decode(content, 16, 3)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow is built without AVIF")
+def test_zeros_in_avif_are_used_or_refused_alike() -> None:
+    """Its decoder tells of some."""
+    content = zeros_from_the_middle(encoded("AVIF"))
+    info = images.inspect_image(lambda: io.BytesIO(content), "x")
+    with contextlib.nullcontext() if not info.problem else pytest.raises(Exception):
+        images.decode(content, 16, 3)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("behind", [b"", bytes(100), b"\xff\xda\xff\xc0 a video of the camera", photo()])
+def test_what_is_behind_the_end_of_a_jpeg_does_not_matter(progressive: bool, behind: bytes) -> None:
+    content = photo(progressive=progressive, exif=b"Exif\0\0" + photo()) + behind
+    assert images.inspect_image(lambda: io.BytesIO(content), "x").problem == ""
+    cut = content[: len(photo()) + 2000] + bytes(5000)  # behind the thumbnail, which has an end of its own
+    assert images.inspect_image(lambda: io.BytesIO(cut), "x").problem
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -377,6 +405,119 @@ def test_a_prepared_set_that_vanishes_costs_no_image(tmp_path: Path, monkeypatch
     with pytest.raises(ArgumentError, match="cannot be read now"):
         prepare(str(first), tmp_path / "second", Settings(resolution=8), workers=1)
     assert not is_prepared(tmp_path / "second")
+
+
+EIO = OSError(errno.EIO, "Input/output error")
+
+
+def fail_for(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let os.stat fail for files of these names, and of all files the status of what a link leads to."""
+    real = os.stat
+
+    def failing(path: Any, **options: Any) -> os.stat_result:
+        if options.get("follow_symlinks", True) and not isinstance(path, int) and Path(os.fsdecode(path)).name in names:
+            raise EIO
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", failing)
+
+
+@pytest.mark.parametrize("read", ["folder", "prepare"])
+def test_a_link_that_cannot_be_followed_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str) -> None:
+    save(tmp_path / "real.png", noise(16, 16, 3))
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "photos" / name).symlink_to("../real.png")
+    (tmp_path / "photos" / "c.png").symlink_to("../gone.png")
+    assert open_source(str(tmp_path / "photos"), 16).skipped == [("c.png", "a link that leads nowhere")]
+    fail_for(monkeypatch, "b.png")
+    with pytest.raises(ArgumentError, match=r"b\.png'.*cannot be read now .Input/output error"):
+        if read == "folder":
+            open_source(str(tmp_path / "photos"), 16)
+        else:
+            prepare(str(tmp_path / "photos"), tmp_path / "set", workers=1)
+
+
+def test_an_image_that_cannot_be_turned_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", failing)
+    with pytest.raises(MemoryError):
+        images.decode(photo(), 16, 3)
+
+
+def test_a_manifest_that_cannot_be_read_now_is_no_folder_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "photos" / "a.png", noise(16, 16, 3))
+    path = prepare(str(tmp_path / "photos"), tmp_path / "set", workers=1).path
+    save(path / "stray.png")
+
+    def failing(file: Path) -> bytes:
+        raise EIO
+
+    monkeypatch.setattr(manifest, "read_regular", failing)
+    with pytest.raises(ArgumentError, match=r"--data .*manifest\.json'.*cannot be read now"):
+        open_source(str(path), 16)
+    with pytest.raises(ArgumentError, match=r"SRC .*manifest\.json'.*cannot be read now"):
+        prepare(str(path), tmp_path / "other", workers=1)
+    with pytest.raises(ArgumentError, match=r"DST .*manifest\.json'.*cannot be read now"):
+        prepare(str(tmp_path / "photos"), path, workers=1)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", ".preparing"])
+def test_a_folder_whose_kind_cannot_be_told_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It may be a run, or a set that is not finished."""
+    save(tmp_path / "photos" / "a" / "1.png")
+    fail_for(monkeypatch, name)
+    with pytest.raises(ArgumentError, match=rf"{name}'.*cannot be read now"):
+        open_source(str(tmp_path / "photos"), 16)
+
+
+def test_a_class_folder_whose_status_cannot_be_read_now(tmp_path: Path) -> None:
+    class Entry:
+        path = str(tmp_path / "b")
+
+        def is_dir(self) -> bool:
+            raise EIO
+
+    with pytest.raises(ArgumentError, match=r"SRC .*b'.*cannot be read now"):
+        walk.is_folder(Entry(), "SRC")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_that_cannot_be_read_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    save(tmp_path / "photos" / "a.png")
+    src = shutil.make_archive(str(tmp_path / "in"), kind, tmp_path / "photos")
+
+    def failing(*_: object, **__: object) -> None:
+        raise EIO
+
+    monkeypatch.setattr(*((zipfile, "_EndRecData", failing) if kind == "zip" else (tarfile.TarFile, "next", failing)))
+    with pytest.raises(ArgumentError, match=rf"SRC .*in\.{kind}'.*cannot be read now .Input/output error"):
+        prepare(src, tmp_path / "set", workers=1)
+
+
+@pytest.mark.parametrize("place", ["stat", "open"])
+def test_verify_takes_no_fault_of_the_machine_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    save(tmp_path / "photos" / "a.png", noise(16, 16, 3))
+    made = prepare(str(tmp_path / "photos"), tmp_path / "set", workers=1)
+
+    real = getattr(Path, place)
+
+    def failing(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name == "names.jsonl":
+            raise EIO
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Path, place, failing)
+    with pytest.raises(ArgumentError, match=r"DST .*names\.jsonl'.*cannot be read now"):
+        list(verify(made))
+    with pytest.raises(ArgumentError, match=r"--data .*names\.jsonl'.*cannot be read now"):
+        spot_check(made, 16)
 
 
 def test_too_many_open_files_says_so() -> None:

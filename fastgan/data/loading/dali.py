@@ -24,13 +24,13 @@ from fastgan.errors import ArgumentError
 
 # Pillow's formats -> modes that DALI decodes to the same pixels. Not among them: 16 bits, transparency, CMYK (whose
 # inversion is told by a marker that DALI does not read), BMP (5 or 6 bits a channel), PGM and PPM (other white values),
-# and black and white, which Pillow resizes after it has become gray.
+# TIFF (at 2 or 4 bits a sample, which the mode does not tell, DALI stops), and black and white, which Pillow resizes
+# after it has become gray.
 SAME_AS_PILLOW = {
     "JPEG": ("L", "RGB"),
     "MPO": ("RGB",),
     "PNG": ("L", "P", "RGB"),
     "WEBP": ("RGB",),
-    "TIFF": ("L", "RGB"),
 }
 
 

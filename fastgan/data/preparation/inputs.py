@@ -166,7 +166,7 @@ def _holds_only_tars(path: Path) -> bool:
     tars = 0
     with os.scandir(path) as entries:
         for entry in entries:
-            if not entry.name.startswith(".") and (is_folder(entry) or is_image_name(entry.name)):
+            if not entry.name.startswith(".") and (is_folder(entry, "SRC") or is_image_name(entry.name)):
                 return False
             tars += entry.name.endswith(".tar")
     return tars > 0
