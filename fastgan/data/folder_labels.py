@@ -78,10 +78,12 @@ def read_dataset_json(folder: Path, argument: str) -> tuple[bool, dict[str, int]
     """
     table = folder / DATASET_JSON
     try:
-        if not stat.S_ISREG(table.stat().st_mode):
+        status = table.stat()
+        if not stat.S_ISREG(status.st_mode):
             return False, None
+        require_bounded(status.st_size, argument, str(table))
         with table.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
+            content = stream.read(MAX_BYTES)
     except FileNotFoundError:
         return False, None
     except (OSError, MemoryError) as error:
@@ -102,10 +104,8 @@ def parse_dataset_json(content: bytes, argument: str, place: str) -> dict[str, i
         Name of a file -> label, or None if the set has none.
 
     Raises:
-        ArgumentError: the file has other content, more than `MAX_BYTES` or more than `MAX_LABELS`.
+        ArgumentError: the file has other content, or more than `MAX_LABELS`.
     """
-    if len(content) > MAX_BYTES:
-        raise ArgumentError(argument, place, f"must have at most {readable_size(MAX_BYTES)}; it is larger")
     start = _START.match(content)
     if start is None:
         raise _malformed(argument, place)
@@ -134,6 +134,12 @@ def parse_dataset_json(content: bytes, argument: str, place: str) -> dict[str, i
     if not end.fullmatch(content, at):
         raise _malformed(argument, place)
     return labels
+
+
+def require_bounded(size: int, argument: str, place: str) -> None:
+    """Raise ArgumentError for a dataset.json of more than `MAX_BYTES`, before it is read."""
+    if size > MAX_BYTES:
+        raise ArgumentError(argument, place, f"must have at most {readable_size(MAX_BYTES)}; it is larger")
 
 
 def _malformed(argument: str, place: str) -> ArgumentError:

@@ -180,6 +180,10 @@ def test_a_dataset_json_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "must have at most 9 labels" in refusal(str(tmp_path))
     monkeypatch.setattr(folder_labels, "MAX_BYTES", 20)
     assert "must have at most 20" in refusal(str(tmp_path))
+    for kind in ("zip", "tar"):
+        src = shutil.make_archive(str(tmp_path.with_name("packed")), kind, tmp_path)
+        with pytest.raises(ArgumentError, match=r"SRC must have at most 20 .*, got '.*/dataset\.json'"):
+            prepare(src, str(tmp_path.with_name("set")), Settings(resolution=8), workers=1)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from fastgan.data.faults import is_machine_fault, machine_error, raise_if_machine
-from fastgan.data.folder_labels import DATASET_JSON, MAX_BYTES, label_of, layout, parse_dataset_json
+from fastgan.data.folder_labels import DATASET_JSON, label_of, layout, parse_dataset_json, require_bounded
 from fastgan.data.images import UNREAD, first_line, is_image_name, require_size, suffix
 from fastgan.data.preparation.collection import FileCollection, InputImage, is_hidden, unpacked_name
 from fastgan.data.source_types import MAX_CLASSES
@@ -64,7 +64,8 @@ class ZipCollection(FileCollection):
     def _stored_labels(self, table: zipfile.ZipInfo) -> dict[str, int] | None:
         """The labels of a dataset.json."""
         place = f"{self.path}/{table.filename}"
-        image = InputImage(table.filename, min(table.file_size, MAX_BYTES + 1), table.CRC, _location(table))
+        require_bounded(table.file_size, "SRC", place)
+        image = InputImage(table.filename, table.file_size, table.CRC, _location(table))
         try:
             with self.open(image) as stream:
                 content = stream.read()
@@ -175,20 +176,20 @@ class TarCollection(FileCollection):
                     yield member.name
 
         wrapper, storage = layout(names(), unwrap=True)
-        inside = DATASET_JSON not in tables
-        wrapper = wrapper if inside else ""
+        if DATASET_JSON in tables:
+            wrapper = ""
         if wrapper + DATASET_JSON not in tables:
             return wrapper, storage, None
         file, member = tables[wrapper + DATASET_JSON]
-        content = self._content(file, member, MAX_BYTES + 1)
-        return wrapper, True, parse_dataset_json(content, "SRC", f"{file}/{member.name}")
+        place = f"{file}/{member.name}"
+        require_bounded(member.size, "SRC", place)
+        return wrapper, True, parse_dataset_json(self._content(file, member), "SRC", place)
 
-    def _content(self, file: Path, member: tarfile.TarInfo, limit: int) -> bytes:
-        """Up to `limit` bytes of a member."""
+    def _content(self, file: Path, member: tarfile.TarInfo) -> bytes:
         try:
             with file.open("rb") as stream:
                 stream.seek(member.offset_data)
-                return stream.read(min(member.size, limit))
+                return stream.read(member.size)
         except (OSError, MemoryError) as error:
             raise machine_error("SRC", f"{file}/{member.name}", error) from error
 
@@ -258,7 +259,7 @@ class TarCollection(FileCollection):
             kind = suffix(member.name)
             if kind not in ("cls", "json") or not member.isreg() or member.size > 2**20 or _is_table(member.name):
                 continue
-            content = self._content(file, member, 2**20)
+            content = self._content(file, member)
             try:
                 value = json.loads(content) if kind == "json" else content.decode().strip()
                 if isinstance(value, dict):
