@@ -154,7 +154,8 @@ def _load(
     if shrink_to is not None and extent >= 2 * shrink_to:
         width, height = (max(1, shrink_to * length // extent) for length in image.size)
         image.draft(None, (width, height))
-    held.enter_context(_ROOM.taken(image.width * image.height))
+    icon = info.format in ("ICO", "ICNS")  # holds a picture of any size, whatever size it states
+    held.enter_context(_ROOM.taken(PIXELS_AT_ONCE if icon else image.width * image.height))
     held.callback(image.close)
     image.load()
     if _lacks_end(content, info.format):

@@ -288,6 +288,14 @@ def test_threads_decode_large_images_one_after_the_other(tmp_path: Path) -> None
     assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) < 250e6
 
 
+@pytest.mark.parametrize(("kind", "left"), [("PNG", images.PIXELS_AT_ONCE - 128 * 128), ("ICO", 0), ("ICNS", 0)])
+def test_an_icon_counts_as_the_largest_image(kind: str, left: int) -> None:
+    """Its picture may be of 81 million pixels where it states 16 x 16."""
+    with images.load_image(encoded(kind)):
+        assert images._ROOM._free == left
+    assert images._ROOM._free == images.PIXELS_AT_ONCE
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBa"])
 @pytest.mark.parametrize("stored", ["I;16", "F", "P", "LA", "RGBA", "CMYK"])
 def test_a_large_image_is_converted_as_a_small_one(monkeypatch: pytest.MonkeyPatch, stored: str, mode: str) -> None:
