@@ -1,14 +1,16 @@
-"""Convolutions fused with up- or downsampling, against the two steps in plain PyTorch.
+"""3x3 convolutions, alone and fused with up- or downsampling, against the steps in plain PyTorch.
 
     pytest benchmarks/ops/bench_conv.py --benchmark-only -k "upsample_conv2d and channels_last and f32"
 
 Modes: forward; with the first backward; with a second backward through the gradients of x and w. Contiguous and
 channels_last, f32 and bf16. The summary of each group has the geometric mean of the speed-ups over the shapes, and the
-smallest. On a GPU the Triton kernels are compared as well; they become the default if they are faster than cuDNN.
+smallest. The first side is the default. `winograd` and, with a change of scale, `fused` are compared as well, and on a
+GPU the Triton kernels.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,15 +51,16 @@ def plain_down(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return F.avg_pool2d(F.conv2d(x, w, bias, padding=1), 2)
 
 
-def triton_up(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    return ops.upsample_conv2d(x, w, bias, backend="triton")
+def plain_same(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, w, bias, padding=1)
 
 
-def triton_down(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-    return ops.conv2d_downsample(x, w, bias, backend="triton")
+def ours_same(x: Tensor, w: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
+    return ops.conv2d(x, w, bias, padding=1, backend=backend)
 
 
 PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "conv2d": (ours_same, plain_same),
     "upsample_conv2d": (ops.upsample_conv2d, plain_up),
     "conv2d_downsample": (ops.conv2d_downsample, plain_down),
 }
@@ -96,9 +99,10 @@ def test_scaled_convolution(
     expected = run(plain, double, [t.double() for t in seeds], mode)
     inputs = [t.requires_grad_() for t in inputs]
     sides = {"lean": lambda: run(ours, inputs, seeds, mode), "plain": lambda: run(plain, inputs, seeds, mode)}
-    if "cannot run" not in ops.backends(name, *inputs)["triton"]:
-        kernels = triton_up if ours is ops.upsample_conv2d else triton_down
-        sides["triton"] = lambda: run(kernels, inputs, seeds, mode)
+    known = ops.backends(name, *inputs[:2])
+    for one in ("winograd", "fused", "triton"):
+        if "cannot run" not in known.get(one, "cannot run"):
+            sides[one] = functools.partial(run, functools.partial(ours, backend=one), inputs, seeds, mode)
     benchmark.group = f"{name} {layout} {dtype} {mode}"
     compare(
         benchmark,

@@ -42,7 +42,8 @@ from benchmarks.training import plain
 from fastgan.config import Config, Precision, replace
 from fastgan.config.variants import VARIANTS
 from fastgan.data import Batch
-from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, build, load
+from fastgan.training.compiling.build import build
+from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, load
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.loss_scale import LossScales
 from fastgan.training.observability.meters import Meters
@@ -206,13 +207,18 @@ class _Flops(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
-        elif func._overloadpacket._qualified_op_name in ("fastgan::conv2d_forward", "fastgan::conv2d_input_gradient"):
-            output = result if func._overloadpacket._qualified_op_name.endswith("forward") else args[0]
-            self.total += 2 * output.numel() * args[1][0].numel()  # of one output channel's kernel
+        elif func.namespace == "fastgan" and func._opname.startswith(("conv2d_", "winograd_")):
+            # As many as the direct sum takes: 2 for each pixel of the output and each weight of the kernel; with a
+            # change of scale those of one convolution of stride 2.
+            output = result if func._opname.endswith("forward") else args[0]
+            weight = result if func._opname.endswith("weight_gradient") else args[1]
+            scale = args[-1] if func._opname.startswith("winograd_") else 0
+            taps = {-1: 16 / 9, 0: 1.0, 1: 4 / 9}[scale]
+            self.total += round(2 * output.numel() * weight[0].numel() * taps)
         return result
 
 
-def flops(step: Step) -> int:
+def flops(step: Callable[[], object]) -> int:
     """Operations of the matrix products and convolutions of a step; our attention, a small part, is not counted."""
     with _Flops() as counter:
         step()

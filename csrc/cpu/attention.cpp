@@ -37,6 +37,33 @@ struct Heads {
   }
 };
 
+// A mask [B, H, N, M], expanded, with any strides; or none.
+struct Masks {
+  Mask first;
+  int64_t batch = 0, head = 0;
+
+  Masks(const std::optional<Tensor>& x, const Sizes& size) {
+    if (!x) return;
+    const ScalarType type = x->scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Bool || type == ScalarType::Float, "mask must be Bool or Float");
+    STD_TORCH_CHECK(x->dim() == 4 && x->size(0) == size.batch && x->size(1) == size.heads && x->size(2) == size.n &&
+                        x->size(3) == size.m && x->is_cpu(),
+                    "mask must be [B, H, N, M], on the CPU");
+    first = {x->const_data_ptr(), type == ScalarType::Bool, x->stride(2), x->stride(3), nullptr};
+    batch = x->stride(0);
+    head = x->stride(1);
+  }
+
+  // Floats of scratch for one panel.
+  int64_t packed(const Sizes& size) const { return first.data ? size.m * kRows : 0; }
+
+  Mask operator()(int64_t b, int64_t h, float* across) const {
+    if (!first.data) return {};
+    const int64_t at = (b * batch + h * head) * (first.boolean ? 1 : 4);
+    return {static_cast<const char*>(first.data) + at, first.boolean, first.row, first.column, across};
+  }
+};
+
 // Offsets into one thread's scratch, in floats, rounded up to cache lines.
 struct Layout {
   int64_t size = 0;
@@ -110,19 +137,20 @@ Tensor contiguous_like(const Tensor& x) { return torch::stable::new_empty(x, x.s
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                                             bool causal) {
+                                             bool causal, const std::optional<Tensor>& mask) {
   const Sizes size = sizes(q, k, v);
   const Tensor o = like_output(q, v);
   const Tensor lse = torch::stable::new_empty(q, {size.batch, size.heads, size.n}, ScalarType::Float);
   dispatch(q, "query", [&](auto element) {
     using T = decltype(element);
     const Heads<T> qs(q), ks(k), vs(v);
+    const Masks masks(mask, size);
     T* const os = output<T>(o);
     float* const lses = output<float>(lse);
     Layout layout;
     const int64_t k_at = layout.take(ks.copy(size.m, size.d)), v_at = layout.take(vs.copy(size.m, size.dv));
     const int64_t across = layout.take(size.d * kRows), tile = layout.take(kColumns * kRows);
-    const int64_t result = layout.take(size.dv * kRows);
+    const int64_t result = layout.take(size.dv * kRows), mask_at = layout.take(masks.packed(size));
     // The forward sums nothing over rows, so every slice of every head is independent.
     const int64_t slices = size.slices();
     run(q, size.all_heads() * slices, layout.size, [&](int64_t job, float* scratch) {
@@ -133,6 +161,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
                                   size,
                                   static_cast<float>(scale),
                                   causal,
+                                  masks(b, h, scratch + mask_at),
                                   scratch + across,
                                   scratch + tile,
                                   scratch + result,
@@ -182,7 +211,7 @@ void backward_jobs(const Tensor& q, const Sizes& size, Layout layout, const Tens
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& o, const Tensor& lse, double scale,
-                                                      bool causal) {
+                                                      bool causal, const std::optional<Tensor>& mask) {
   const Sizes size = sizes(q, k, v);
   check_outputs(dout, o, lse, q, size);
   const Tensor dq = contiguous_like(q), dk = contiguous_like(k), dv = contiguous_like(v);
@@ -190,13 +219,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
     using T = decltype(element);
     const Heads<T> dos(dout), qs(q), ks(k), vs(v), os(o);
     const Heads<float> lses(lse);
+    const Masks masks(mask, size);
     T* const dqs = output<T>(dq);
     Layout layout;
     const int64_t k_at = layout.take(ks.copy(size.m, size.d)), v_at = layout.take(vs.copy(size.m, size.dv));
     const int64_t across_q = layout.take(size.d * kRows), across_do = layout.take(size.dv * kRows);
     const int64_t along_q = layout.take(padded(size.d) * kRows), along_do = layout.take(padded(size.dv) * kRows);
     const int64_t p = layout.take(size.m * kRows), t = layout.take(size.m * kRows);
-    const int64_t rows_dq = layout.take(size.d * kRows);
+    const int64_t rows_dq = layout.take(size.d * kRows), mask_at = layout.take(masks.packed(size));
     backward_jobs<T>(q, size, layout, dk, dv, [&](int64_t head, float* scratch, float* k_sums, float* v_sums) {
       const int64_t b = head / size.heads, h = head % size.heads;
       return BackwardPanel<T>{dos(b, h),
@@ -208,6 +238,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
                               size,
                               static_cast<float>(scale),
                               causal,
+                              masks(b, h, scratch + mask_at),
                               scratch + across_q,
                               scratch + across_do,
                               scratch + along_q,
@@ -225,7 +256,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_second_backward(
     const std::optional<Tensor>& uq, const std::optional<Tensor>& uk, const std::optional<Tensor>& uv, const Tensor& dout,
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, double scale, bool causal) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, double scale, bool causal,
+    const std::optional<Tensor>& mask) {
   const Sizes size = sizes(q, k, v);
   check_outputs(dout, o, lse, q, size);
   if (uq) check_like(*uq, "uq", q);
@@ -236,6 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_second_backward(
     using T = decltype(element);
     const Heads<T> uqs(uq), uks(uk), uvs(uv), dos(dout), qs(q), ks(k), vs(v), os(o);
     const Heads<float> lses(lse);
+    const Masks masks(mask, size);
     T *const gqs = output<T>(gq), *const gdos = output<T>(gdo);
     Layout layout;
     const int64_t k_at = layout.take(ks.copy(size.m, size.d)), v_at = layout.take(vs.copy(size.m, size.dv));
@@ -247,6 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_second_backward(
     const int64_t p = layout.take(size.m * kRows), t = layout.take(size.m * kRows);
     const int64_t pe = layout.take(size.m * kRows), g = layout.take(size.m * kRows);
     const int64_t rows_gq = layout.take(size.d * kRows), rows_gdo = layout.take(size.dv * kRows);
+    const int64_t mask_at = layout.take(masks.packed(size));
     backward_jobs<T>(q, size, layout, gk, gv, [&](int64_t head, float* scratch, float* k_sums, float* v_sums) {
       const int64_t b = head / size.heads, h = head % size.heads;
       return SecondPanel<T>{uqs(b, h),
@@ -261,6 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_second_backward(
                             size,
                             static_cast<float>(scale),
                             causal,
+                            masks(b, h, scratch + mask_at),
                             scratch + across_uq,
                             scratch + across_q,
                             scratch + across_do,

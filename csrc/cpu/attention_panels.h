@@ -124,6 +124,51 @@ struct Causal {
   }
 };
 
+// A mask of one head: bool, true where a query attends to a key, or added to the logits.
+struct Mask {
+  const void* data = nullptr;  // nullptr: none
+  bool boolean = false;
+  int64_t row = 0, column = 0;
+  float* across = nullptr;  // [M][R], scratch: what is added to the logits of a panel
+
+  // Finite, so that no difference of two is NaN; exp() of anything less the logit of a key that is seen is 0.
+  static constexpr float kHidden = -1e30f;
+
+  // Packs the rows of a panel; returns the number of columns up to the last that one of them attends to. Of a row
+  // without keys the first counts as seen: its softmax is finite, and the caller replaces its results by zeros.
+  int64_t pack(int64_t first, int64_t rows, int64_t R, int64_t m) const {
+    if (boolean) {
+      const bool* const from = static_cast<const bool*>(data) + first * row;
+      return pack(rows, R, m, [=](int64_t i, int64_t j) { return from[i * row + j * column] ? 0.0f : -kInfinity; });
+    }
+    const float* const from = static_cast<const float*>(data) + first * row;
+    return pack(rows, R, m, [=](int64_t i, int64_t j) { return from[i * row + j * column]; });
+  }
+
+  template <class F>
+  int64_t pack(int64_t rows, int64_t R, int64_t m, const F& value) const {
+    constexpr int64_t block = 16;
+    int64_t seen[kRows] = {}, last = 0;
+    for (int64_t j0 = 0; j0 < m; j0 += block)
+      for (int64_t i = 0; i < R; ++i)
+        for (int64_t j = j0; j < std::min(j0 + block, m); ++j) {
+          const float x = i < rows ? value(i, j) : -kInfinity;
+          if (x != -kInfinity) seen[i] = j + 1;
+          across[j * R + i] = x < kHidden ? kHidden : x;
+        }
+    for (int64_t i = 0; i < R; ++i) {
+      if (seen[i] == 0) across[i] = 0.0f;
+      last = std::max({last, seen[i], int64_t{1}});
+    }
+    return last;
+  }
+
+  template <int RV>
+  FASTGAN_INLINE Vec add_to(Vec logit, int64_t j, int r) const {
+    return data ? logit + read(across + (j * RV + r) * kVector) : logit;
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -133,6 +178,7 @@ struct ForwardPanel {
   Sizes size;
   float scale;
   bool causal;
+  Mask mask;
   float *across, *tile, *result;  // [d][R], [kColumns][R], [dv][R]
   T* o;
   float* lse;
@@ -144,7 +190,8 @@ struct ForwardPanel {
     pack_across(Matrix<T>{q.data + first * q.row, q.row, q.column}, rows, R, size.d, scale, across);
     std::fill(result, result + size.dv * R, 0.0f);
     const Causal<RV> order(first);
-    const int64_t columns = causal ? std::min(size.m, first + rows) : size.m;
+    const int64_t unmasked = causal ? std::min(size.m, first + rows) : size.m;
+    const int64_t columns = mask.data ? mask.pack(first, rows, R, size.m) : unmasked;
     Vec top[RV], sum[RV] = {};
     for (Vec& x : top) x = broadcast(-kInfinity);
     for (int64_t j0 = 0; j0 < columns; j0 += kColumns) {
@@ -195,6 +242,7 @@ struct ForwardPanel {
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < RV; ++r) {
         if (crosses) s[m][r] = order.where_seen(s[m][r], r, j0 + j + m, broadcast(-kInfinity));
+        s[m][r] = mask.template add_to<RV>(s[m][r], j0 + j + m, r);
         best[r] = larger(s[m][r], best[r]);
         write(tile + ((j + m) * RV + r) * kVector, s[m][r]);
       }
@@ -211,6 +259,7 @@ struct BackwardPanel {
   Sizes size;
   float scale;
   bool causal;
+  Mask mask;
   float *across_q, *across_do, *along_q, *along_do;  // [d][R], [dv][R], [R][padded(d)], [R][padded(dv)]
   float *p, *t, *rows_dq;                            // [M][R], [M][R], [d][R]
   T* dq;
@@ -228,7 +277,8 @@ struct BackwardPanel {
     for (int64_t i = 0; i < R; ++i) log[i / kVector][i % kVector] = i < rows ? lse.data[(first + i) * lse.row] : 0.0f;
     Vec near[RV];
     row_products(dout, o, first, rows, R, size.dv, near);
-    const int64_t columns = causal ? std::min(size.m, first + rows) : size.m;
+    const int64_t unmasked = causal ? std::min(size.m, first + rows) : size.m;
+    const int64_t columns = mask.data ? mask.pack(first, rows, R, size.m) : unmasked;
     RowSum<RV> z, d;
     for (int64_t j0 = 0; j0 < columns; j0 += kColumns) {
       const int64_t end = std::min(j0 + kColumns, columns);
@@ -276,7 +326,7 @@ struct BackwardPanel {
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int r = 0; r < RV; ++r) {
-        Vec weight = exp(s[m][r] - log[r]);
+        Vec weight = exp(mask.template add_to<RV>(s[m][r], j + m, r) - log[r]);
         if (crosses) weight = Causal<RV>(first).where_seen(weight, r, j + m, Vec{});
         const Vec product = weight * (dp[m][r] - near[r]);
         z.add(m & 1, r, weight);
@@ -297,6 +347,7 @@ struct SecondPanel {
   Sizes size;
   float scale;
   bool causal;
+  Mask mask;
   float *across_uq, *across_q, *across_do;  // [d][R], [d][R], [dv][R]
   float *along_uq, *along_q, *along_do;     // [R][padded(d)], ...
   float *p, *t, *pe, *g;                    // [M][R]: P; T, then dS; P E, then A; G, then gS
@@ -323,7 +374,8 @@ struct SecondPanel {
     for (int64_t i = 0; i < R; ++i) log[i / kVector][i % kVector] = i < rows ? lse.data[(first + i) * lse.row] : 0.0f;
     Vec near[RV];
     row_products(dout, o, first, rows, R, size.dv, near);
-    const int64_t columns = causal ? std::min(size.m, first + rows) : size.m;
+    const int64_t unmasked = causal ? std::min(size.m, first + rows) : size.m;
+    const int64_t columns = mask.data ? mask.pack(first, rows, R, size.m) : unmasked;
     Sums<RV> sums;
     for (int64_t j0 = 0; j0 < columns; j0 += kColumns) {
       const int64_t end = std::min(j0 + kColumns, columns);
@@ -391,7 +443,7 @@ struct SecondPanel {
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int r = 0; r < RV; ++r) {
-        Vec weight = exp(s[m][r] - log[r]);
+        Vec weight = exp(mask.template add_to<RV>(s[m][r], j + m, r) - log[r]);
         if (crosses) weight = Causal<RV>(first).where_seen(weight, r, j + m, Vec{});
         const Vec product = weight * (dp[m][r] - near[r]), tangent = weight * e[m][r];
         const Vec both = weight * f[m][r] + e[m][r] * product;

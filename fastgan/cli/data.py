@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from fastgan.cli.main import check_picture, command, writing
+from fastgan.cli.output import say
 from fastgan.errors import ArgumentError, printable
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 
     manifest = read_manifest(Path(request.dst).expanduser(), "DST")
     if isinstance(request, Info):
-        print(table(manifest))
+        say(table(manifest))
         return 0
     return _verify(manifest, request.workers)
 
@@ -131,10 +131,10 @@ def _verify(manifest: Manifest, workers: int) -> int:
         tqdm.write(f"{manifest.path / printable(fault.name)} {fault.problem}")
     if faults:
         files = "1 file is" if faults == 1 else f"{faults:,} files are"
-        print(f"fastgan: {files} wrong; copy the set again, or delete it and prepare it again", file=sys.stderr)
+        say(f"fastgan: {files} wrong; copy the set again, or delete it and prepare it again", error=True)
         return 1
     size = readable_size(sum(file.bytes for file in manifest.files.values()))
-    print(f"{manifest.path}: all {len(manifest.files):,} files, {size}, are as they were written")
+    say(f"{manifest.path}: all {len(manifest.files):,} files, {size}, are as they were written")
     return 0
 
 
@@ -155,7 +155,7 @@ def _show(request: Show) -> int:
     out = Path(request.out or f"{name}-{resolution}px.png").expanduser()
     check_picture(out)
     for note in source.notes:
-        print(printable(note), file=sys.stderr)
+        say(note, error=True)
     order = np.arange(len(source)) if request.seed is None else Sampler(len(source), request.seed).order(0)
     chosen = order[request.start : request.start + request.n]
     images = np.stack([source.read(int(index), resolution) for index in chosen])
@@ -165,7 +165,7 @@ def _show(request: Show) -> int:
         labels = [source.classes[number] if number < len(source.classes) else str(number) for number in numbers]
     with writing(out):
         save_sheet(images, out, size=64, labels=labels)
-    print(f"{len(chosen)} of {len(source):,} images, {resolution} px: {out}")
+    say(f"{len(chosen)} of {len(source):,} images, {resolution} px: {out}")
     return 0
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastgan.cli.main import check_device, command
+from fastgan.cli.output import say
 from fastgan.config import Config
 from fastgan.config.files import merge, read_yaml
 from fastgan.config.images import source_arguments
@@ -166,14 +166,14 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path | None, config:
     kept = None if fault else run
     partial = None if kept is None else _partial_file(kept, args, trained.meta["files"], source, extractor, metrics)
     if group.main and fault:
-        print(f"warning: {run} cannot be written ({fault}): the numbers are only printed", file=sys.stderr)
+        say(f"warning: {run} cannot be written ({fault}): the numbers are only printed", error=True)
     if group.main:
         _announce(str(trained), networks["resolution"], n, real, source, extractor)
     warnings: list[str] = []
 
     def warn(text: str) -> None:
         warnings.append(text)
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        say(f"warning: {text}", error=True)
 
     sheet = None
     if kept is not None and "prdc" in metrics:
@@ -192,7 +192,7 @@ def _evaluate(args: Evaluate, names: list[str] | None, run: Path | None, config:
     draw = drawer(trained.module, networks, source, args.seed)
     result = evaluation(draw, source, networks["resolution"], warn)
     if result is not None and sheet is not None and sheet.is_file():
-        print(f"generated images beside their nearest real ones: {sheet}", flush=True)
+        say(f"generated images beside their nearest real ones: {sheet}")
     if result is not None:
         _report(run, evaluator.record(evaluation, result, trained.meta, source, warnings))
     remove_partial(partial)
@@ -206,7 +206,7 @@ def _announce(
     against = total if real is None or real >= len(source) else f"{real:,} of {total}"
     used = "none" if extractor is None else f"{extractor.name}, images resized {extractor.resize}"
     what = f"{n:,} images of {resolution} px against {against} of {source.name}; features: {used}"
-    print(f"{name}: {what}", flush=True)
+    say(f"{name}: {what}")
 
 
 def _report(run: Path | None, line: dict[str, Any]) -> None:
@@ -214,16 +214,16 @@ def _report(run: Path | None, line: dict[str, Any]) -> None:
     from fastgan.evaluation.table import format_table
     from fastgan.training import evaluator
 
-    print(format_table(line), flush=True)
+    say(format_table(line))
     if run is None:
         return
     try:
         path = evaluator.append(run, line)
     except OSError as error:
-        print(json.dumps(line), flush=True)
+        say(json.dumps(line))
         problem = f"its record cannot be written ({error.strerror}); the line is printed above"
         raise ArgumentError("RUN", str(run), problem) from None
-    print(f"added to {path}")
+    say(f"added to {path}")
 
 
 @command
@@ -243,7 +243,7 @@ def main(argv: list[str]) -> int:
         return 0
     except KeyboardInterrupt:
         if run is not None and any(run.glob(".evaluation-*")):
-            print("the statistics so far are stored; the same command resumes", file=sys.stderr, flush=True)
+            say("the statistics so far are stored; the same command resumes", error=True)
         raise
     finally:
         rendezvous.stop()

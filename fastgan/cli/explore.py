@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from fastgan.cli.main import check_device, command
+from fastgan.cli.output import say
 from fastgan.errors import ArgumentError
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
 
     trained = load(args.run, args.device)
     server = Server(trained, _free_port(args.port))
-    print(f"{trained}: {server.url} (stop with Ctrl-C)", flush=True)
+    say(f"{trained}: {server.url} (stop with Ctrl-C)")
     if args.open:
         webbrowser.open(server.url)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files are removed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastgan.cli.main import command, writing
+from fastgan.cli.output import say
 from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ def write_and_report(trained: TrainedGenerator, meta: dict[str, Any], format: st
         with writing(path):
             difference = write_export(trained, meta, format, path, run)
     except ExportMismatch as error:
-        print(f"fastgan: {error}; nothing was written", file=sys.stderr, flush=True)
+        say(f"fastgan: {error}; nothing was written", error=True)
         return 1
     size = path.stat().st_size / 1e6
-    print(f"{trained}, {format}, {size:.1f} MB, largest difference of a pixel {difference:.1g}: {path}")
+    say(f"{trained}, {format}, {size:.1f} MB, largest difference of a pixel {difference:.1g}: {path}")
     if not meta.get("license"):
-        print("the model card states no license; --license NAME adds one")
+        say("the model card states no license; --license NAME adds one")
     return 0

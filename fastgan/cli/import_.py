@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import tyro
 
 from fastgan.cli.export import write_and_report
 from fastgan.cli.main import command
+from fastgan.cli.output import say
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,5 @@ def main(argv: list[str]) -> int:
     trained = TrainedGenerator(*pytorch_gan_zoo.read(file))
     meta = describe(trained, out.parent, None, args.license)
     if "weights" in meta:
-        print("the checkpoint has no moving average: its last weights are used", file=sys.stderr)
+        say("the checkpoint has no moving average: its last weights are used", error=True)
     return write_and_report(trained, meta, "safetensors", out, out.parent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastgan.cli.main import command
+from fastgan.cli.output import say
 from fastgan.data.preparation.settings import Settings
 from fastgan.errors import ArgumentError
 
@@ -52,12 +52,12 @@ def main(argv: list[str]) -> int:
             strict=request.strict,
             workers=request.workers,
             progress=True,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
+            report=lambda line: say(line, error=True),
         )
     except KeyboardInterrupt:
-        print("fastgan: interrupted; run the same command again to continue", file=sys.stderr, flush=True)
+        say("fastgan: interrupted; run the same command again to continue", error=True)
         return 130
-    print(summary(manifest))
+    say(summary(manifest))
     return 0
 
 

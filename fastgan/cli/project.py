@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from fastgan.cli.main import check_device, command
+from fastgan.cli.output import say
 from fastgan.cli.sample import folder_for, prefix_for
 from fastgan.errors import ArgumentError
 
@@ -111,7 +112,7 @@ def _write(args: Project, trained: TrainedGenerator, found: Projection, folder: 
         raise ArgumentError("--out", str(folder), problem) from None
     by = "pixels and features" if with_features else "pixels"
     of = f", class {trained.class_names[int(found.label)]}" if found.label is not None else ""
-    print(f"{trained}{of}: nearest by {by}, pixels differ by {found.error:.1f} of 255 levels (root mean square)")
+    say(f"{trained}{of}: nearest by {by}, pixels differ by {found.error:.1f} of 255 levels (root mean square)")
     for name in ("projection.png", "neighbors.png", "projection.safetensors"):
-        print(folder / f"{stem}-{name}")
+        say(folder / f"{stem}-{name}")
     return 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastgan.cli.main import check_device, check_picture, command, writing
+from fastgan.cli.output import say
 from fastgan.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> int:
         from fastgan.video import save_timelapse
 
         count = save_timelapse(Path(args.run), Path(args.timelapse), args.seconds)
-        print(f"{count} grids of {args.run}: {args.timelapse}")
+        say(f"{count} grids of {args.run}: {args.timelapse}")
         return 0
     from fastgan.generator import load
 
@@ -127,7 +128,7 @@ def _walk(args: Sample, trained: TrainedGenerator) -> int:
     networks = trained.meta["networks"]
     with _enough_memory(n, 8 * (networks["channels"] * networks["resolution"] ** 2 + networks["latent"])):
         frames = save_walk(trained, out, n, args.seconds, args.seed, args.truncation)
-    print(f"{frames} frames of {n} images, {trained}: {out}")
+    say(f"{frames} frames of {n} images, {trained}: {out}")
     return 0
 
 
@@ -153,5 +154,5 @@ def _picture(args: Sample, trained: TrainedGenerator) -> int:
         with writing(out):
             # With labels, images are enlarged to a width that shows some letters.
             save_grid(images, out, columns=columns, size=64 if labels else None, labels=labels)
-    print(f"{len(images)} images of {images.shape[-1]} px, {trained}: {out}")
+    say(f"{len(images)} images of {images.shape[-1]} px, {trained}: {out}")
     return 0

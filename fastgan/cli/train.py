@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shlex
 import signal
-import sys
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from fastgan import __version__
 from fastgan.cli import run_request
 from fastgan.cli.main import command
+from fastgan.cli.output import say
 from fastgan.cli.run_request import RunFlags, RunRequest
 from fastgan.errors import ArgumentError
 from fastgan.training import run_directory
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         return _supervise(supervision, request)
     if "RANK" not in os.environ:
         named = f"{request.variant}, " if request.names_variant or request.preset != "auto" else ""
-        print(f"fastgan {__version__}: {named}{request.preset} preset; loading torch", flush=True)
+        say(f"fastgan {__version__}: {named}{request.preset} preset; loading torch")
     from fastgan.training import torch_settings
     from fastgan.training.distributed import rendezvous
     from fastgan.training.resilience.signals import stop_on_closed_output
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
             if not hosts:
                 raise
             if world.main:
-                print(f"fastgan: {error}", file=sys.stderr, flush=True)
+                say(f"fastgan: {error}", error=True)
             return EXIT_RANK_FAULT  # a dead host may hold a shared lock for some time: the supervisor tries again
         finally:
             rendezvous.stop()
@@ -108,7 +108,7 @@ def _dry_run(request: RunRequest) -> int:
     settled = settle(request, world, ranks)
     request = settled.request
     text = describe(request.variant, request.preset, request.config, ranks, settled.costs)
-    print("\n".join([*settled.lines, text, *request.notes]))
+    say("\n".join([*settled.lines, text, *request.notes]))
     return 0
 
 
@@ -143,14 +143,14 @@ def _train(request: RunRequest, world: ProcessGroup, began: float, locks: ExitSt
     opened = session.open_session(wanted, world, locks, patience)
     trainer, run = opened.trainer, opened.trainer.run_path
     if world.main:
-        notes = [*settled.lines, *([opened.note] if opened.note is not None else [])]
-        print("".join(f"{line}\n" for line in notes), end="")
+        for note in [*settled.lines, *([opened.note] if opened.note is not None else [])]:
+            say(note)
         _announce(trainer, request, resumed=opened.resumed)
     try:
         stopped = trainer.run()
     except (NonFiniteError, RunawayError) as error:  # raised by all ranks together
         if world.main:
-            print(f"fastgan: {error}", file=sys.stderr, flush=True)
+            say(f"fastgan: {error}", error=True)
         return 1
     except OSError as error:
         from fastgan import checkpoint
@@ -168,16 +168,16 @@ def _announce(trainer: Trainer, request: RunRequest, *, resumed: bool) -> None:
     from fastgan.config.growth import short_run_warning
 
     world, run = trainer.world, trainer.run_path
-    print(trainer.feed.pipeline.describe(), flush=True)
+    say(trainer.feed.pipeline.describe())
     resuming = f", resuming at {trainer.images / 1000:g} kimg" if resumed else ""
     ranks = f"{world.size} x {world.device.type}"
-    print(f"engine {world.engine} ({world.reason}), {ranks}, run {run}{resuming}", flush=True)
-    print(trainer.precision_note, flush=True)
+    say(f"engine {world.engine} ({world.reason}), {ranks}, run {run}{resuming}")
+    say(trainer.precision_note)
     warning = short_run_warning(trainer.config)
     for line in [*request.notes, *([warning] if warning is not None else [])]:
-        print(line, flush=True)
+        say(line)
     if request.resume is not None and not resumed:
-        print(f"{run} has no checkpoint: it starts from the beginning", flush=True)
+        say(f"{run} has no checkpoint: it starts from the beginning")
 
 
 def _report(trainer: Trainer, stopped: int | None, seconds: float) -> None:
@@ -186,10 +186,6 @@ def _report(trainer: Trainer, stopped: int | None, seconds: float) -> None:
     images, minutes = f"{trainer.images / 1000:g} kimg", f"{seconds / 60:.1f} minutes"
     if stopped:
         name = signal.Signals(stopped).name
-        print(
-            f"stopped by {name} at {images} after {minutes}; resume with: fastgan train --resume {quoted}", flush=True
-        )
+        say(f"stopped by {name} at {images} after {minutes}; resume with: fastgan train --resume {quoted}")
     else:
-        print(
-            f"done: {images} in {minutes}; samples in {run / 'samples'}, more with: fastgan sample {quoted}", flush=True
-        )
+        say(f"done: {images} in {minutes}; samples in {run / 'samples'}, more with: fastgan sample {quoted}")

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fastgan.ops.dispatch import extension
 from fastgan.utils.system import cache_folder, device_name
 from fastgan.utils.text import first_line
 
@@ -88,6 +89,7 @@ class Program:
         Raises:
             CompileError: the file cannot be loaded.
         """
+        extension.cpu()  # a program may call its kernels
         # It warns of a CUDA toolkit without a GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         try:
@@ -137,8 +139,16 @@ def _with_counters_computed(graph: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], file: Path) -> None:
+def compile_graph(
+    graph: fx.GraphModule, inputs: Sequence[Tensor], file: Path, options: dict[str, Any] | None = None
+) -> None:
     """Compile `graph` for inputs of these layouts into `file`, whole or not at all.
+
+    Args:
+        graph: of `recording.record`.
+        inputs: of the graph; their values are not used.
+        file: of the program.
+        options: of Inductor, by the names of its configuration.
 
     Raises:
         CompileError: there is no compiler, the graph has something that it does not know, or the disk is full.
@@ -154,7 +164,8 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], file: Path) -
                 exported = torch.export.export(
                     _with_counters_computed(graph), tuple(x.detach() for x in inputs), strict=False
                 )
-                _inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "program.pt2"))
+                package = str(Path(folder) / "program.pt2")
+                _inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
             os.replace(Path(folder) / "program.pt2", file)
     except Exception as error:  # whatever the compiler raises
         raise CompileError(f"{type(error).__name__}: {first_line(error)}") from error

@@ -27,7 +27,7 @@ def at_least(least: float) -> Bound:
 
 
 def at_most(most: float) -> Bound:
-    return Bound(lambda value: value <= most, f"at most {most:g}")
+    return Bound(lambda value: value <= most, f"at most {most:,}" if isinstance(most, int) else f"at most {most:g}")
 
 
 def above(limit: float) -> Bound:
@@ -39,11 +39,18 @@ def one_of(*values: int) -> Bound:
     return Bound(lambda value: value in values, f"{first} or {values[-1]}")
 
 
+COUNT = (at_least(1), at_most(2**31 - 1))
+"""Bounds of a size or a number of things; some products of larger ones are no number of bytes."""
+
+
 def violations(section: Any) -> Iterator[tuple[str, Any, str]]:
     """(field, value, what it must be) for each field of a dataclass whose value is out of bounds; None has none."""
     hints = get_type_hints(type(section), include_extras=True)
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         for bound in get_args(hints[field.name])[1:]:
-            if isinstance(bound, Bound) and value is not None and not (math.isfinite(value) and bound.holds(value)):
+            if not isinstance(bound, Bound) or value is None:
+                continue
+            finite = isinstance(value, int) or math.isfinite(value)
+            if not (finite and bound.holds(value)):
                 yield field.name, value, bound.text

@@ -94,7 +94,7 @@ def _validate_networks(config: Config) -> None:
     starts = [p for p in powers if p <= s.resolution]
     allowed = f"must be {', '.join(map(str, starts))} at {s.resolution} px"
     _require(s.first_resolution in (None, *starts), "--first-resolution", s.first_resolution, allowed)
-    pairs = all(k in powers and v >= 1 for k, v in s.batch_at.items())
+    pairs = all(k in powers and 1 <= v < 2**31 for k, v in s.batch_at.items())
     _require(pairs, "--batch-at", s.batch_at, "must be pairs of a resolution and a batch of at least 1")
     factors = config.optimizer.lr_factor_at
     pairs = all(k in powers and 0 < v < math.inf for k, v in factors.items())
@@ -125,6 +125,7 @@ def _validate_system(config: Config) -> None:
         _require(m.precision in ("auto", "fp32"), "--precision", m.precision, "must be fp32 with --device mps")
         _require(m.engine != "deepspeed", "--engine", m.engine, "must be torch with --device mps")
         _require(m.compile != "on", "--compile", m.compile, "must be off or auto with --device mps, which stays eager")
+    _require(not m.capture or m.device in ("auto", "cuda"), "--capture", True, "must be off without a CUDA device")
     fp16 = m.precision == "fp16" and m.zero in (1, 2)
     _require(not fp16, "--zero", m.zero, "must be 0 with --precision fp16, whose skipped updates ZeRO would not count")
     _require(m.zero != 3, "--zero", 3, f"must be 0, 1 or 2; {zero3_reason(regularizer)}")

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from fastgan.config.bounds import Bound, above, at_least, at_most, one_of
+from fastgan.config.bounds import COUNT, Bound, above, at_least, at_most, one_of
 from fastgan.utils.system import MAX_THREADS
 
 ModelName = Literal["mlp", "dcgan", "sagan", "pggan", "r3gan"]
@@ -42,15 +42,15 @@ class Networks(_Section):
 
     model: ModelName = "dcgan"
     """Generator and discriminator."""
-    latent: Annotated[int, at_least(1)] = 128
+    latent: Annotated[int, *COUNT] = 128
     """Size of the latent vector."""
-    width: Annotated[int, at_least(1)] = 64
+    width: Annotated[int, *COUNT] = 64
     """Channels at the highest resolution (dcgan, sagan, r3gan) or units of a hidden layer (mlp)."""
-    max_width: Annotated[int, at_least(1)] = 1024
+    max_width: Annotated[int, *COUNT] = 1024
     """Limit of the doubling of channels towards 4x4 (dcgan, sagan, r3gan)."""
-    fmap_base: Annotated[int, at_least(1)] = 8192
+    fmap_base: Annotated[int, *COUNT] = 8192
     """Feature maps at resolution r are min(2 fmap_base / r, fmap_max) (pggan)."""
-    fmap_max: Annotated[int, at_least(1)] = 512
+    fmap_max: Annotated[int, *COUNT] = 512
     """Most feature maps at any resolution (pggan)."""
     norm_g: Norm = "batch"
     """Normalization in the generator (dcgan)."""
@@ -83,7 +83,7 @@ class Objective(_Section):
     penalty_weight: Annotated[float, at_least(0)] = 10.0
     """Coefficient of the gradient penalty; zero-centered: of mean |grad D|^2 on real images, half of R1's gamma (both:
     on real and on generated images)."""
-    penalty_every: Annotated[int, at_least(1)] = 1
+    penalty_every: Annotated[int, *COUNT] = 1
     """Lazy regularization: penalize in a step of its own after so many discriminator steps, with so many times the
     weight, and with rates and momenta corrected (Karras et al. 2020); 1: in every step, as part of the loss."""
     penalty_method: PenaltyMethod = "exact"
@@ -116,7 +116,7 @@ class Optimizer(_Section):
     """Adam's first coefficient; the momentum of sgd."""
     beta2: Annotated[float, SHARE_BELOW_1] = 0.999
     """Adam's second coefficient; the smoothing of rmsprop."""
-    n_critic: Annotated[int, at_least(1)] = 1
+    n_critic: Annotated[int, *COUNT] = 1
     """Discriminator steps for each generator step."""
     ema_decay: Annotated[float, SHARE_BELOW_1] = 0.999
     """Decay of the moving average of the generator's weights at each generator step."""
@@ -132,11 +132,11 @@ class Schedule(_Section):
     """Size of the images in pixels, a power of two."""
     kimg: Annotated[float, KIMG] = 1000.0
     """Length of the run in thousands of real images shown to the discriminator."""
-    batch: Annotated[int, at_least(1)] = 64
+    batch: Annotated[int, *COUNT] = 64
     """Images of a discriminator step, over all ranks."""
     batch_at: dict[int, int] = field(default_factory=dict)
     """Smaller batches from a resolution on, as pairs `RESOLUTION BATCH ...`; replaces those of the preset (pggan)."""
-    accumulation: Annotated[int, at_least(1)] = 1
+    accumulation: Annotated[int, *COUNT] = 1
     """Micro-batches of each rank in a batch (gradient accumulation)."""
     first_resolution: int | None = None
     """Resolution at which training starts (pggan); None: 4, or that of the weights of init_from."""
@@ -196,15 +196,15 @@ class Run(_Section):
     """Interval of log lines; None: a hundredth of --kimg, at most 4."""
     evaluate_kimg: Annotated[float | None, above(0)] = None
     """Interval of evaluations (see fastgan evaluate), with one at the end; None: no evaluation."""
-    evaluate_n: Annotated[int, at_least(1)] = 5000
+    evaluate_n: Annotated[int, *COUNT] = 5000
     """Generated images of an evaluation."""
     evaluate_features: str | None = None
     """Features of an evaluation, as for fastgan evaluate."""
     keep_best: bool = False
     """Keep the checkpoint with the smallest Frechet distance, at the last resolution, in checkpoints/best."""
-    keep: Annotated[int, at_least(1)] = 3
+    keep: Annotated[int, *COUNT] = 3
     """Checkpoints to keep, the newest ones."""
-    samples: Annotated[int, at_least(1)] = 64
+    samples: Annotated[int, *COUNT] = 64
     """Images in a sample grid."""
 
 
@@ -226,6 +226,8 @@ class System(_Section):
     """Use deterministic kernels alone: the same machine computes the same bits."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile losses and gradients of each stage, beside training; auto: where the run is long enough to gain by it."""
+    capture: bool = False
+    """Repeat whole steps as one CUDA graph for each phase of a stage, after a check (GPU only; not yet run on one)."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Of images and convolution weights; auto: channels_last, contiguous on mps."""
     qualify: bool = True

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastgan import ops
 from fastgan.models.hub import Pretrained
 from fastgan.nn import EqualizedConv2d, EqualizedLinear, MinibatchStdDev
+from fastgan.ops.arguments import is_channels_last
 
 
 def _fmaps(resolution: int, fmap_base: int, fmap_max: int) -> int:
@@ -154,12 +155,19 @@ class Discriminator(Progressive):
         self.output = EqualizedLinear(fmaps(2), 1, gain=1.0)
         self._freeze_idle(self.from_rgb)
 
+    def _from_rgb(self, size: int, images: Tensor) -> Tensor:
+        n, channels, height, width = images.shape
+        if channels == 1 and is_channels_last(self.conv.weight):
+            # Strides of one channel may be those of either format, and after a 1x1 convolution all maps have them.
+            images = images.reshape(n, height, width, 1).permute(0, 3, 1, 2)
+        return self.from_rgb[str(size)](images)
+
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = self.from_rgb[str(self.resolution)](images)
+        x = self._from_rgb(self.resolution, images)
         for size, block in self.blocks.items():
             x = block(x)
             if self.fade and int(size) == self.resolution:
-                old = self.from_rgb[str(self.resolution // 2)](ops.avg_pool2d(images))
+                old = self._from_rgb(self.resolution // 2, ops.avg_pool2d(images))
                 x = torch.lerp(old, x, self.alpha.to(x.dtype))
         x = self.dense(self.conv(self.stddev(x)).flatten(1))
         return self.output(x).squeeze(1)

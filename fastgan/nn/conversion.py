@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fastgan import functional as lean_functional
+from fastgan.nn import power_iteration
 from fastgan.nn.lean import LEAN
 from fastgan.nn.other_packages import ORIGINAL, lean_class_of_timm, original_class
 from fastgan.ops.autograd import with_zeros
 from fastgan.ops.dispatch.backend import in_transform
 
 Model = TypeVar("Model", bound=nn.Module)
-_PLAIN = {lean: plain for plain, lean in LEAN.items()}
+_LEAN: dict[Any, Any] = LEAN | power_iteration.LEAN
+_PLAIN = {lean: plain for plain, lean in _LEAN.items()}
 
 
 @dataclass
@@ -47,10 +49,11 @@ class Conversion:
 def convert(model: nn.Module, *, zeros: bool = False) -> Conversion:
     """Give the layers of a model the classes of `fastgan.nn.lean`, in place: the same results, a faster penalty.
 
-    Parameters, buffers, hooks, parametrizations, `state_dict` and weight sharing stay; only classes change. It may be
-    done before or after the model is wrapped (DistributedDataParallel, fully_shard) or compiled for the first time.
-    A subclass of a layer is left as it is, as its forward may do anything, and so are functional calls in a forward:
-    write `import fastgan.functional as F` there.
+    Parameters, buffers, hooks, parametrizations, `state_dict` and weight sharing stay; only classes change. A model
+    with several spectral norms gets two hooks, which compute their power iterations in one call. It may be done before
+    or after the model is wrapped (DistributedDataParallel, fully_shard) or compiled for the first time. A subclass of a
+    layer is left as it is, as its forward may do anything, and so are functional calls in a forward: write
+    `import fastgan.functional as F` there.
 
     Args:
         model: any module; its submodules are visited, and itself.
@@ -66,7 +69,8 @@ def convert(model: nn.Module, *, zeros: bool = False) -> Conversion:
         >>> report = fastgan.nn.convert(critic)
         >>> print(report)
     """
-    done = _change(model, _lean_class, _lean_activation)
+    done = _change(model, _lean_class, _lean_activation, power_iteration.LEAN)
+    power_iteration.compute_ahead(model)
     _remove_zeros(model)
     if zeros:
         model.register_forward_pre_hook(_send_zeros, with_kwargs=True)
@@ -75,7 +79,8 @@ def convert(model: nn.Module, *, zeros: bool = False) -> Conversion:
 
 def revert(model: nn.Module) -> Conversion:
     """Give the layers of a model their original classes back; the inverse of `convert`."""
-    done = _change(model, _plain_class, _plain_activation)
+    done = _change(model, _plain_class, _plain_activation, _PLAIN)
+    power_iteration.leave(model)
     _remove_zeros(model)
     return done
 
@@ -84,9 +89,11 @@ def _change(
     model: nn.Module,
     class_of: Callable[[type[nn.Module]], type[nn.Module] | None],
     activation_of: Callable[[Any], Any],
+    hooks: dict[Any, Any],
 ) -> Conversion:
     done = Conversion()
     for name, module in model.named_modules():
+        done.replaced += Counter(SpectralNorm=power_iteration.change_hooks(module, hooks))
         kind = class_of(type(module))
         if kind is not None:
             module.__class__ = kind
@@ -102,7 +109,7 @@ def _change(
 
 
 def _name(module: nn.Module) -> str:
-    name = type(module).__name__
+    name = type(module).__name__.lstrip("_")
     return f"{name}(inplace)" if getattr(module, "inplace", False) is True else name
 
 
@@ -112,7 +119,7 @@ def _is_made_at_run_time(kind: type) -> bool:
 
 
 def _known_lean_class(kind: Any) -> type[nn.Module] | None:
-    return LEAN.get(kind) or lean_class_of_timm(kind)
+    return _LEAN.get(kind) or lean_class_of_timm(kind)
 
 
 def _lean_class(kind: type[nn.Module]) -> type[nn.Module] | None:

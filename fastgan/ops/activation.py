@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgan.ops import piecewise
 from fastgan.ops.arguments import SMALL_NUMEL
-from fastgan.ops.autograd import autocast, autocast_enabled, tracked
+from fastgan.ops.autograd import autocast, autocast_enabled, kept, tracked
 from fastgan.ops.bias_act import OP as BIAS_ACT
 from fastgan.ops.bias_act import bias_act
 from fastgan.ops.dispatch import torch_functions as F
@@ -42,7 +42,7 @@ def _elementwise(forward: Any, in_place: Any, slope: Any) -> Rule:
     def keep_result(x: Tensor, options: Any) -> tuple[Tensor, ...]:
         in_place(x, *options)
         # An alias: the returned tensor itself would be a cycle, and vmap and Dynamo do not support it.
-        return (x.detach(),)
+        return (kept(x.detach()),)
 
     def multiply(g: Tensor, options: Any, ref: Tensor) -> Tensor:
         return slope(g, ref, *options)
@@ -50,7 +50,15 @@ def _elementwise(forward: Any, in_place: Any, slope: Any) -> Rule:
     return Rule(keep_input, multiply, multiply, keep_result if in_place is not None else None)
 
 
-_RELU = _elementwise(torch.relu, torch.relu_, lambda g, ref: _aten.threshold_backward(g, ref, 0))
+def _relu_and_result(x: Tensor, options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    # As torch's, which keeps the result: the input may be changed in place. See `kept` for the result.
+    y = torch.relu(x)
+    return y, (kept(y),)
+
+
+_RELU = _elementwise(torch.relu, torch.relu_, lambda g, ref: _aten.threshold_backward(g, ref, 0))._replace(
+    forward=_relu_and_result
+)
 _LEAKY_RELU = _elementwise(
     F.leaky_relu,
     F.leaky_relu_,

@@ -60,8 +60,10 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x is in channels_last and not contiguous as well."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    """Whether x is in channels_last and not contiguous as well, or has one channel and the strides of channels_last."""
+    if x.is_contiguous():  # with one channel that does not tell; torch looks at the strides, too
+        return x.ndim == 4 and x.shape[1] == 1 == x.stride(1) and x.shape[2] * x.shape[3] > 1
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def dense(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from fastgan.ops import attention_chunked
 from fastgan.ops.arguments import require_number
-from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, form_tag, tracked, without_autocast
+from fastgan.ops.autograd import SecondBackward, autocast, autocast_enabled, form_tag, kept, tracked, without_autocast
 from fastgan.ops.dispatch import torch_functions as F
 from fastgan.ops.dispatch.backend import Implementation, Op, size_class
 from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations, no_products_reason
@@ -87,7 +87,10 @@ def scaled_dot_product_attention(
     plain_only = dropout_p > 0 or (masked and (tracked(attn_mask) or torch.compiler.is_compiling()))
     name = "torch" if empty else OP.choose(backend, query, key, value, plain_only=plain_only, masked=masked)
     if name != "torch":
-        kernels = _kernels(name) if attn_mask is None else attention_chunked.Masked(attn_mask.detach(), leading)
+        kernels = _kernels(name)
+        if attn_mask is not None:
+            masked_kernels = attention_chunked.Masked if name == "chunked" else _MaskedKernels
+            kernels = masked_kernels(attn_mask.detach(), leading)
         return _run_kernels(kernels, query, key, value, leading, scale, is_causal)
     if backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # Compiled code is differentiated once at most: torch's fused kernels are the fastest for it.
@@ -250,12 +253,38 @@ def _kernels(name: str) -> Any:
     return kernel_functions("attention", name)
 
 
+class _MaskedKernels(attention_chunked.Masked):
+    """The three passes in C++ under a mask without a gradient."""
+
+    def _with_mask(self, name: str, shapes: tuple[Tensor, Tensor], arguments: tuple[Any, ...]) -> Any:
+        q, k = shapes
+        mask = self._checked()._mask
+        if mask.dtype not in (torch.bool, torch.float32):
+            mask = mask.float()
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+        return getattr(torch.ops.fastgan, f"attention_{name}")(*arguments, mask)
+
+    def attention_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        o, lse = self._with_mask("forward", (arguments[0], arguments[1]), arguments)
+        return o.masked_fill_(self._no_keys, 0.0), lse
+
+    def attention_backward(self, do: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self._with_mask("backward", (arguments[0], arguments[1]), (self._without_keys(do), *arguments))
+
+    def attention_second_backward(
+        self, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None, do: Tensor, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        given = (uq, uk, uv, self._without_keys(do), *arguments)
+        gq, gk, gv, gdo = self._with_mask("second_backward", (arguments[0], arguments[1]), given)
+        return gq, gk, gv, self._without_keys(gdo)
+
+
 @cache
 def _register_fakes() -> None:
     """Shapes and dtypes of the compiled ops' results, for torch.compile and torch.export."""
 
     @torch.library.register_fake("fastgan::attention_forward")
-    def _(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
     @torch.library.register_fake("fastgan::attention_backward")
@@ -273,9 +302,9 @@ class _Forward(torch.autograd.Function):
         o, lse = kernels.attention_forward(q, k, v, scale, causal)
         ctx.set_materialize_grads(False)
         # Only `chunked` needs neither the output nor lse: what it keeps is not what the kernels keep.
-        chunked = kernels is attention_chunked or isinstance(kernels, attention_chunked.Masked)
-        kept = (None, None) if chunked else (o, lse)
-        ctx.save_for_backward(form_tag("chunked" if chunked else "kernels"), q, k, v, *kept)
+        chunked = kernels is attention_chunked or type(kernels) is attention_chunked.Masked
+        needed = (None, None) if chunked else (kept(o), lse)
+        ctx.save_for_backward(form_tag("chunked" if chunked else "kernels"), q, k, v, *needed)
         ctx.rest = scale, causal, kernels
         return o
 
@@ -332,7 +361,7 @@ def _unsupported_options(plain_only: bool = False, masked: bool = False) -> str 
     return "attn_mask and dropout run in other forms" if plain_only or masked else None
 
 
-def _unsupported_by_chunked(*inputs: Tensor, plain_only: bool = False, masked: bool = False) -> str | None:
+def _unsupported_with_mask(*inputs: Tensor, plain_only: bool = False, masked: bool = False) -> str | None:
     return "attn_mask with a gradient, and dropout, run in plain PyTorch" if plain_only else None
 
 
@@ -343,9 +372,9 @@ def _chunked_not_preferred(*inputs: Tensor, **options: object) -> str | None:
 
 
 def _kernel_implementations() -> dict[str, Implementation]:
-    """The kernels; Triton's keep whole feature vectors on the chip, which limits their size."""
+    """The kernels; Triton's keep whole feature vectors on the chip, which limits their size, and take no mask."""
     entries = kernel_implementations("attention", _unsupported_options)
-    triton = entries["triton"]
+    triton, cpp = entries["triton"], kernel_implementations("attention", _unsupported_with_mask)["cpp"]
 
     def unsupported_reason(*inputs: Tensor, **options: object) -> str | None:
         largest = max((x.shape[-1] for x in inputs), default=0)
@@ -354,7 +383,7 @@ def _kernel_implementations() -> dict[str, Implementation]:
         reason = triton.unsupported_reason(*inputs, **options)
         return reason or (no_products_reason(inputs[0].device.index) if inputs else None)
 
-    return {**entries, "triton": replace(triton, unsupported_reason=unsupported_reason)}
+    return {**entries, "triton": replace(triton, unsupported_reason=unsupported_reason), "cpp": cpp}
 
 
 def _classify(
@@ -373,7 +402,7 @@ OP = Op(
     {
         **_kernel_implementations(),
         "chunked": Implementation(
-            unsupported_reason=_unsupported_by_chunked,
+            unsupported_reason=_unsupported_with_mask,
             not_preferred_reason=_chunked_not_preferred,
             note="plain PyTorch in blocks of rows, with O(N) memory",
         ),

@@ -12,7 +12,9 @@ from torch.autograd import Function
 
 from fastgan.ops.dispatch.torch_private import (
     constant_when_compiled,
+    dispatch_modes,
     in_forward_mode,
+    lazy_clone,
     saved_tensors_are_hooked,
     will_execute_node,
 )
@@ -63,6 +65,18 @@ def add_gradients(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
+
+
+def kept(y: Tensor) -> Tensor:
+    """What a Function saves of its result `y`, which may then be changed in place before the backward.
+
+    On a CPU it is a copy on write: it has y's memory until y is changed. Elsewhere it is `y` itself, and autograd
+    raises where y was changed: a Triton kernel that reads `y` or the copy asks for an address that it may write to,
+    which would make the copy in every step.
+    """
+    if torch.compiler.is_compiling() or lazy_clone is None or not y.is_cpu or dispatch_modes():
+        return y
+    return lazy_clone(y)
 
 
 class _WithZeros(Function):

@@ -24,6 +24,7 @@ from fastgan.ops.autograd import (
     SecondBackward,
     add_gradients,
     form_tag,
+    kept,
     needs_gradient,
     non_leaf,
     placeholder,
@@ -33,7 +34,7 @@ from fastgan.ops.autograd import (
 from fastgan.ops.dispatch import torch_functions as F
 from fastgan.ops.dispatch.backend import LEAN, NATIVE, Op, in_transform, size_class
 from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations
-from fastgan.ops.dispatch.torch_private import in_forward_mode
+from fastgan.ops.dispatch.torch_private import in_forward_mode, leaky_relu_backward
 from fastgan.ops.fallthrough import fall_through, foreign
 
 # Kernels get an act as its index in this list.
@@ -129,8 +130,9 @@ def bias_act(
         ValueError: shapes or devices that do not fit, or an unknown `act`.
     """
     negative_slope, gain = require_number("negative_slope", negative_slope), require_number("gain", gain)
-    if act == "lrelu" and OP.allows_fast_path(backend, x) and _is_small(x, bias):
-        small = _small if tracked(x, bias) else reference
+    if act == "lrelu" and _is_small(x, bias) and OP.allows_fast_path(backend, x):
+        differentiated = x.requires_grad or (bias is not None and bias.requires_grad)
+        small = _small if differentiated and torch.is_grad_enabled() else reference
         return small(x, bias, LRELU, negative_slope, gain)
     if foreign(x, bias) and not in_transform():
         return fall_through(OP, bias_act, _plain, (x, bias), act, negative_slope, gain, backend=backend)
@@ -178,7 +180,7 @@ def with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
         return x
     if bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    return x + bias.view(-1, *[1] * (x.ndim - 2))
+    return x + (bias if x.ndim == 2 else bias.view(-1, *[1] * (x.ndim - 2)))
 
 
 def reference(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain: float) -> Tensor:
@@ -216,7 +218,7 @@ def _small(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain
     """lrelu as a product with its slope, a constant: PyTorch's double backward of that sends no zeros back."""
     y = with_bias(x, bias)
     # The gradient of lrelu for a cotangent of 1 is its slope.
-    y = y * torch.ops.aten.leaky_relu_backward.default(_ONE, y.detach(), negative_slope, False)
+    y = y * leaky_relu_backward(_ONE, y.detach(), negative_slope, False)
     return y if gain == 1 else y * gain
 
 
@@ -248,7 +250,7 @@ class _BiasAct(Function):
             # The slope can be read off x as well, and as with torch's leaky_relu y may then be changed in place.
             ctx.save_for_backward(form_tag(), x, None, None)
         else:
-            ctx.save_for_backward(form_tag(), None if settings.act == LINEAR else y, origin, bias)
+            ctx.save_for_backward(form_tag(), None if settings.act == LINEAR else kept(y), origin, bias)
         ctx.settings = settings
         return y, origin
 

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_number
-from fastgan.ops.autograd import SecondBackward, add_gradients, form_tag, needs_gradient, non_leaf, placeholder, tracked
+from fastgan.ops.autograd import (
+    SecondBackward,
+    add_gradients,
+    form_tag,
+    kept,
+    needs_gradient,
+    non_leaf,
+    placeholder,
+    tracked,
+)
 from fastgan.ops.bias_act import (
     ACTS,
     LINEAR,
@@ -130,7 +139,7 @@ class _BiasActPixelNorm(Function):
         y, r = settings.kernels.bias_act_pixel_norm_forward(x, bias, *settings[1:])
         origin = placeholder(x)
         ctx.mark_non_differentiable(r)
-        ctx.save_for_backward(form_tag(), origin, bias, y, r)
+        ctx.save_for_backward(form_tag(), origin, bias, kept(y), r)
         ctx.settings = settings
         return y, r, origin
 

@@ -22,6 +22,7 @@ from fastgan.ops.autograd import autocast, autocast_enabled, needs_gradient, non
 from fastgan.ops.conv_products import (
     CONV_VARIANT,
     CPP,
+    WINOGRAD,
     Dispatch,
     Geometry,
     classify,
@@ -36,7 +37,7 @@ from fastgan.ops.fallthrough import fall_through, foreign
 
 Ints = int | tuple[int, ...]
 
-CONV2D = Op("conv2d", {"cpp": CPP, "lean": LEAN}, True, classify, CONV_VARIANT)
+CONV2D = Op("conv2d", {"winograd": WINOGRAD, "cpp": CPP, "lean": LEAN}, True, classify, CONV_VARIANT)
 CONV_TRANSPOSE2D = Op("conv_transpose2d", {"lean": LEAN}, True, classify, CONV_VARIANT)
 Op("linear")
 
@@ -119,8 +120,9 @@ def conv2d(
         bias: [O] or None.
         stride: as in torch, like `dilation` and `groups`.
         padding: as in torch, or "valid" or, with stride 1, "same".
-        backend: "cpp" (the default for few channels on CPUs with AVX-512), "lean" (PyTorch's kernels) or "torch",
-            PyTorch's own function.
+        backend: on CPUs with AVX-512 the defaults are "winograd" for 3x3 kernels of many channels in channels_last,
+            where a value that is not finite also spoils the results beside it, and "cpp" for few channels; "lean" is
+            PyTorch's kernels, "torch" PyTorch's own function.
 
     Returns:
         [N, O, H', W'] or [O, H', W'].
@@ -156,7 +158,7 @@ def conv2d(
     dispatch = dispatch_of(name, as_measured, batch, geometry)
     if tracked(input, weight, bias):
         y = convolution(batch, weight, bias, dispatch)
-    elif dispatch.cpp_forward:
+    elif dispatch.cpp_forward or dispatch.winograd:
         y = forward(batch, weight, bias, dispatch)
     else:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)

@@ -1,12 +1,14 @@
 """The three products of which all derivatives of a convolution consist, and their autograd Functions.
 
-They are the convolution itself, the gradient of its input and the gradient of its weight. Each runs in PyTorch's kernel
-or, the first two, in csrc/cpu/conv2d.cpp, which works on contiguous tensors as they are where oneDNN reorders them to
-blocks of 16 channels and back.
+They are the convolution itself, the gradient of its input and that of its weight. Each runs in PyTorch's kernel; or in
+csrc/cpu/winograd.cpp, for 3x3 kernels in channels_last, with fewer multiplications than the direct sum; or, the
+first two, in csrc/cpu/conv2d.cpp, which works on contiguous tensors as they are where oneDNN reorders them to blocks of
+16 channels and back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -35,11 +37,16 @@ class Geometry(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """A geometry, and whether the C++ kernels compute the convolution and the gradient of its input."""
+    """A geometry, and which kernels are not PyTorch's: the convolution, the gradient of its input, or all three.
+
+    With `winograd`, `scale` is -1 for a convolution before averaging over 2x2 pixels, and 1 for one after upsampling.
+    """
 
     geometry: Geometry
     cpp_forward: bool = False
     cpp_input_gradient: bool = False
+    winograd: bool = False
+    scale: int = 0
 
 
 _CPP = kernel_implementations("conv2d")["cpp"]
@@ -81,13 +88,14 @@ def _instructions() -> str:
     return str(torch.ops.fastgan.cpu_instructions())
 
 
-CONV_VARIANT = ("kernel", "stride", "pairs")
+CONV_VARIANT = ("kernel", "stride", "pairs", "groups")
 
 
 def classify(x: Tensor, w: Tensor, geometry: Geometry | None = None) -> tuple[object, ...]:
-    """The class of a convolution: pairs of channels matter beside the image."""
+    """The class of a convolution: pairs of channels, and the power of 2 of groups, matter beside the image."""
     out, into, kernel, _ = w.shape
-    variant = kernel, 1 if geometry is None else geometry.stride[0], size_class(out * into)
+    stride, groups = (1, 1) if geometry is None else (geometry.stride[0], geometry.groups)
+    variant = kernel, stride, size_class(out * into), (groups - 1).bit_length()
     return x.device, computes_in(x), x.is_contiguous(), size_class(x.numel()), variant
 
 
@@ -99,8 +107,61 @@ CPP = Implementation(
 )
 
 
+def _winograd_unsupported_reason(*inputs: Tensor | None, geometry: Geometry | None = None, **_: object) -> str | None:
+    for t in inputs:
+        if t is not None and t.dtype != torch.float32:
+            return f"it supports float32, not {str(t.dtype).removeprefix('torch.')}"
+    if len(inputs) > 1:
+        x, w = inputs[:2]
+        assert x is not None and w is not None
+        if w.shape[2:] != (3, 3):
+            return "it supports kernels of 3x3"
+        if geometry is not None:
+            if (geometry.stride, geometry.dilation, geometry.groups) != ((1, 1), (1, 1), 1):
+                return "it supports stride 1, dilation 1 and one group"
+            rows, columns = geometry.padding
+            if rows != columns or rows > 2 or min(x.shape[2:]) + 2 * rows < 3:
+                return "it supports the same padding of 0 to 2 in both directions, and images that the kernel fits into"
+    return _CPP.unsupported_reason(*inputs) or _register_fakes()
+
+
+def winograd_not_preferred_reason(
+    *inputs: Tensor | None, least: int = 2**11, most: int = 2**15, **_: object
+) -> str | None:
+    """The shipped table: crossovers on one core with AVX-512 (`benchmarks/ops/bench_conv.py`).
+
+    Args:
+        inputs: image and kernel.
+        least: pixels of the image from which on it pays.
+        most: pairs of channels up to which it does, as the cache has room for the transformed kernel.
+    """
+    if len(inputs) < 2 or inputs[0] is None or inputs[1] is None:
+        return None
+    x, w = inputs[:2]
+    assert x is not None and w is not None
+    if in_forward_mode():
+        return "in forward mode PyTorch propagates zeros without computing them"
+    if _instructions() != "avx512":
+        return "without AVX-512 oneDNN's kernels are the default"
+    if not is_channels_last(x):
+        return "it works in channels_last"
+    if min(w.shape[:2]) < 32 or w.shape[0] * w.shape[1] > most or x.shape[0] * x.shape[2] * x.shape[3] < least:
+        return f"it pays from 32 channels and {least} pixels on, and up to {most} pairs of channels"
+    return None
+
+
+WINOGRAD = Implementation(
+    unsupported_reason=_winograd_unsupported_reason,
+    not_preferred_reason=winograd_not_preferred_reason,
+    note="C++ kernels by minimal filtering",
+    device="cpu",
+)
+
+
 def dispatch_of(implementation: str, both: bool, x: Tensor, geometry: Geometry) -> Dispatch:
     """The products that the C++ kernels compute: `both` where they were requested, or measured to be faster."""
+    if implementation == "winograd":
+        return Dispatch(geometry, winograd=True)
     cpp = implementation == "cpp"
     # The shipped table: in channels_last oneDNN's forward product is the faster one for a first layer.
     return Dispatch(geometry, cpp and (both or not is_channels_last(x)), cpp)
@@ -121,29 +182,79 @@ def _register_fakes() -> None:
     def _(gy: Tensor, w: Tensor, pad_h: int, pad_w: int) -> Tensor:
         return result(gy, w.shape[1], w, (pad_h, pad_w), -1)
 
+    def last(x: Tensor, sizes: Sequence[int]) -> Tensor:
+        return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    def sized(x: Tensor, padding: int, scale: int) -> list[int]:
+        return [(s * 2 if scale > 0 else s // 2) if scale else s + 2 * padding - 2 for s in x.shape[2:]]
+
+    @torch.library.register_fake("fastgan::winograd_forward")
+    def _(x: Tensor, w: Tensor, bias: Tensor | None, padding: int, scale: int) -> Tensor:
+        return last(x, [x.shape[0], w.shape[0], *sized(x, padding, scale)])
+
+    @torch.library.register_fake("fastgan::winograd_input_gradient")
+    def _(gy: Tensor, w: Tensor, padding: int, scale: int) -> Tensor:
+        return last(gy, [gy.shape[0], w.shape[1], *sized(gy, 2 - padding, -scale)])
+
+    @torch.library.register_fake("fastgan::winograd_weight_gradient")
+    def _(gy: Tensor, x: Tensor, padding: int, scale: int) -> Tensor:
+        return last(x, [gy.shape[1], x.shape[1], 3, 3])
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
 
 def forward(x: Tensor, w: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Tensor:
+    if dispatch.winograd:
+        how = dispatch.geometry.padding[0], dispatch.scale
+        return torch.ops.fastgan.winograd_forward.default(_last(x), w, bias, *how)
     if dispatch.cpp_forward:
         return torch.ops.fastgan.conv2d_forward.default(dense(x), w, bias, *dispatch.geometry.padding)
     return torch.convolution(x, w, bias, *dispatch.geometry)
 
 
 def input_gradient(gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Tensor:
+    if dispatch.winograd:
+        how = dispatch.geometry.padding[0], dispatch.scale
+        return torch.ops.fastgan.winograd_input_gradient.default(_last(gy), w, *how)
     if dispatch.cpp_input_gradient:
         return torch.ops.fastgan.conv2d_input_gradient.default(dense_like(gy, x), w, *dispatch.geometry.padding)
     return _convolution_backward(gy, x, w, None, *dispatch.geometry, [True, False, False])[0]
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
+    if dispatch.winograd:
+        how = dispatch.geometry.padding[0], dispatch.scale
+        return torch.ops.fastgan.winograd_weight_gradient.default(_last(gy), _last(x), *how)
+    if _is_faster_in_channels_last(x, w, dispatch.geometry):
+        gy, x = (t.contiguous(memory_format=torch.channels_last) for t in (gy, x))
+        found = _convolution_backward(gy, x, w, None, *dispatch.geometry, [False, True, False])[1]
+        return found.contiguous() if w.is_contiguous() else found
     return _convolution_backward(gy, x, _allocatable(w), None, *dispatch.geometry, [False, True, False])[1]
+
+
+def _is_faster_in_channels_last(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
+    """Whether oneDNN's gradient of the weight takes up to half of the time there, with both copies.
+
+    In contiguous tensors groups of 2 to 4 channels take it up to six times as long as the convolution itself (measured
+    on an AMD EPYC with AVX-512, 64 to 256 channels at 4 to 32 px).
+    """
+    if geometry.groups == 1 or not x.is_cpu or x.dtype != torch.float32 or not x.is_contiguous():
+        return False
+    return 2 <= w.shape[1] <= 4 and w.shape[0] // geometry.groups <= 4 and w.shape[2] * w.shape[3] > 1
 
 
 def _allocatable(w: Tensor) -> Tensor:
     """w, contiguous where the gradient would be allocated in strides of w that the kernel then rejects.
 
-    On CPUs, float64 and float16 run in kernels whose requirement depends on the strides of all three tensors.
+    On CPUs, float64 and float16 run in kernels whose requirement depends on the strides of all three tensors; so do
+    float32 and bfloat16 where oneDNN does not take them, which strides of neither memory format may cause.
     """
-    return w.contiguous() if w.is_cpu and w.dtype in (torch.float64, torch.float16) else w
+    if not w.is_cpu:
+        return w
+    usual = w.dtype not in (torch.float64, torch.float16) and (w.is_contiguous() or is_channels_last(w))
+    return w if usual else w.contiguous()
 
 
 def _keep(ctx: Any, dispatch: Dispatch, *factors: Tensor) -> None:
@@ -182,17 +293,23 @@ class _Conv(Function):
         need = [needs_gradient(ctx, i) for i in range(3)]
         dispatch = _native_in_forward_mode(ctx.dispatch)
         if not torch.is_grad_enabled():
-            cpp_gx = input_gradient(gy, w, x, dispatch) if need[0] and dispatch.cpp_input_gradient else None
-            need[0] = need[0] and not dispatch.cpp_input_gradient
             # oneDNN's sum takes longer: in a transposed convolution up to three times as long as the other gradients.
-            own_sum = need[2] and (dispatch.geometry.transposed or gy.dtype == torch.float32)
-            gb = gy.sum((0, 2, 3)) if own_sum else None
-            need[2] = need[2] and not own_sum
+            own = (
+                dispatch.cpp_input_gradient or dispatch.winograd,
+                dispatch.winograd,
+                dispatch.geometry.transposed or gy.dtype == torch.float32,
+            )
+            ours = (
+                input_gradient(gy, w, x, dispatch) if need[0] and own[0] else None,
+                weight_gradient(gy, x, w, dispatch) if need[1] and own[1] else None,
+                gy.sum((0, 2, 3)) if need[2] and own[2] else None,
+            )
+            need = [n and not o for n, o in zip(need, own, strict=True)]
             if not any(need):
-                return cpp_gx, None, gb, None
+                return *ours, None
             sizes = [gy.shape[1]] if need[2] else None
-            gx, gw, native_gb = _convolution_backward(gy, x, _allocatable(w), sizes, *dispatch.geometry, need)
-            return gx if cpp_gx is None else cpp_gx, gw, gb if own_sum else native_gb, None
+            native = _convolution_backward(gy, x, _allocatable(w), sizes, *dispatch.geometry, need)
+            return *(a if b is None else b for a, b in zip(native, ours, strict=True)), None
         gx = _input_gradient(gy, w, x, ctx.dispatch) if need[0] else None
         gw = _weight_gradient(gy, x, w, ctx.dispatch) if need[1] else None
         return gx, gw, gy.sum((0, 2, 3)) if need[2] else None, None
@@ -239,7 +356,11 @@ class _WeightGradient(Function):
 
 
 def _native_in_forward_mode(dispatch: Dispatch) -> Dispatch:
-    return Dispatch(dispatch.geometry) if in_forward_mode() else dispatch
+    if not in_forward_mode():
+        return dispatch
+    if dispatch.scale:  # only a backward pass gets here; the op itself runs in PyTorch's forms in forward mode
+        raise NotImplementedError("backend 'winograd' has no tangents of gradients: use_backend('fused') has")
+    return Dispatch(dispatch.geometry)
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Tensor:
@@ -256,5 +377,5 @@ def _input_gradient(gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Ten
 
 def _weight_gradient(gy: Tensor, x: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
     if not torch.is_grad_enabled() or in_forward_mode():
-        return weight_gradient(gy, x, w, dispatch)
+        return weight_gradient(gy, x, w, _native_in_forward_mode(dispatch))
     return _WeightGradient.apply(non_leaf(gy), non_leaf(x), w.detach(), dispatch)

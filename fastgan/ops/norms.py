@@ -35,7 +35,7 @@ from fastgan.ops.autograd import (
     tracked,
 )
 from fastgan.ops.dispatch import torch_functions as F
-from fastgan.ops.dispatch.backend import Implementation, Op
+from fastgan.ops.dispatch.backend import Implementation, Op, by_size
 from fastgan.ops.dispatch.torch_private import constant_when_compiled, dispatcher_has_kernel
 from fastgan.ops.fallthrough import fall_through, foreign
 
@@ -72,7 +72,7 @@ def layer_norm(
         return fall_through(LAYER_NORM, layer_norm, F.layer_norm, (input,), *options, backend=backend)
     fits = 0 < len(shape) <= input.ndim and tuple(input.shape[input.ndim - len(shape) :]) == shape
     size = math.prod(shape) if fits and input.numel() and _have(shape, weight, bias) else 0
-    name = _choose(LAYER_NORM, backend, input, weight, bias, size)
+    name = _choose(LAYER_NORM, backend, input, weight, bias, size, shape=shape)
     if name == "torch":
         return F.layer_norm(input, shape, weight, bias, eps)
     settings = _Settings(name, input.numel() // size, size, eps, None, shape)
@@ -103,7 +103,7 @@ def group_norm(
         options = (num_groups, weight, bias, eps)
         return fall_through(GROUP_NORM, group_norm, F.group_norm, (input,), *options, backend=backend)
     size = _group_size(input, num_groups, weight, bias)
-    name = _choose(GROUP_NORM, backend, input, weight, bias, size)
+    name = _choose(GROUP_NORM, backend, input, weight, bias, size, groups=num_groups)
     if name == "torch":
         return F.group_norm(input, num_groups, weight, bias, eps)
     settings = _Settings(name, input.shape[0] * num_groups, size, eps, num_groups, ())
@@ -166,12 +166,15 @@ def _group_size(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
     return size if size > 1 and _have((x.shape[1],), weight, bias) else 0
 
 
-def _choose(op: Op, backend: str | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int) -> str:
+def _choose(
+    op: Op, backend: str | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, **options: object
+) -> str:
     """Name of the implementation; torch's own call where there is no gradient, or where arguments do not fit."""
     if not tracked(x, weight, bias) or torch.compiler.is_compiling():
         return "torch"
     mixed = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
-    return op.choose(backend, x, unusual=size == 0 or mixed or autocast_enabled(x))
+    inputs = (x,) if weight is None else (x, weight)
+    return op.choose(backend, *inputs, unusual=size == 0 or mixed or autocast_enabled(x), **options)
 
 
 class _Settings(NamedTuple):
@@ -346,11 +349,11 @@ def _shapes(u: Tensor, g: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor
     return torch.empty_like(g), torch.empty_like(x)
 
 
-def _unsupported(*inputs: Tensor, unusual: bool = False) -> str | None:
+def _unsupported(*inputs: Tensor, unusual: bool = False, **_: object) -> str | None:
     return "torch has to judge the arguments, or to choose a dtype" if unusual else None
 
 
-def _unsupported_by_cpp(*inputs: Tensor, unusual: bool = False) -> str | None:
+def _unsupported_by_cpp(*inputs: Tensor, unusual: bool = False, **_: object) -> str | None:
     for x in inputs:
         if not x.is_cpu:
             return f"it runs on cpu, not {x.device.type}"
@@ -369,6 +372,11 @@ def _not_preferred(*inputs: Tensor, **_: object) -> str | None:
     return None
 
 
+def _classify(x: Tensor, *_: Tensor, unusual: bool = False, **options: object) -> tuple[object, ...] | None:
+    """The class of a call, by its size; none where torch has to judge the arguments."""
+    return None if unusual or x.ndim < 2 else by_size(x)
+
+
 def _op(name: str) -> Op:
     note = "torch's first order; second order in "
     return Op(
@@ -377,6 +385,7 @@ def _op(name: str) -> Op:
             "cpp": Implementation(_unsupported_by_cpp, _not_preferred, note=f"{note}C++", device="cpu"),
             "fused": Implementation(_unsupported, _not_preferred, note=f"{note}PyTorch"),
         },
+        classify=_classify,
     )
 
 

@@ -19,7 +19,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgan.ops.arguments import accumulation_dtype, dense, dense_like, require_eps, require_feature_map
-from fastgan.ops.autograd import SecondBackward, add_gradients, form_tag, needs_gradient, non_leaf, placeholder, tracked
+from fastgan.ops.autograd import (
+    SecondBackward,
+    add_gradients,
+    form_tag,
+    kept,
+    needs_gradient,
+    non_leaf,
+    placeholder,
+    tracked,
+)
 from fastgan.ops.dispatch.backend import Op, by_size, in_transform
 from fastgan.ops.dispatch.kernel_registry import kernel_functions, kernel_implementations
 from fastgan.ops.fallthrough import fall_through, foreign
@@ -85,7 +94,7 @@ class _PixelNorm(Function):
         y, r = settings.kernels.pixel_norm_forward(x, settings.eps)
         origin = placeholder(x)
         ctx.mark_non_differentiable(r)
-        ctx.save_for_backward(form_tag(), origin, y, r)
+        ctx.save_for_backward(form_tag(), origin, kept(y), r)
         ctx.settings = settings
         return y, r, origin
 

@@ -19,7 +19,14 @@ from fastgan.ops.autograd import autocast_enabled, computes_in, without_autocast
 from fastgan.ops.avg_pool2d import avg_pool2d, halve, interpolate_nearest
 from fastgan.ops.bias_act import bias_act, require_bias_and_act
 from fastgan.ops.conv import CONV2D, conv2d, conv_transpose2d, require_conv_arguments
-from fastgan.ops.conv_products import Dispatch, Geometry, forward
+from fastgan.ops.conv_products import (
+    WINOGRAD,
+    Dispatch,
+    Geometry,
+    convolution,
+    forward,
+    winograd_not_preferred_reason,
+)
 from fastgan.ops.dispatch import torch_functions as F
 from fastgan.ops.dispatch.backend import Implementation, Op, in_transform, size_class
 from fastgan.ops.dispatch.torch_private import in_forward_mode, upsample_nearest2d
@@ -172,6 +179,14 @@ def _classify(x: Tensor, w: Tensor, *_: Tensor | None, act: int = 0, **options: 
     return x.device, computes_in(x), x.is_contiguous(), size_class(x.numel()), (pairs, act)
 
 
+def _winograd_unsupported_reason(*inputs: Tensor | None, **_: object) -> str | None:
+    if inputs and inputs[0] is not None and computes_in(inputs[0]) != torch.float32:
+        return "it supports float32"
+    if in_forward_mode():
+        return "it has no forward mode"
+    return WINOGRAD.unsupported_reason(*inputs)
+
+
 def _op(name: str, direction: str) -> Op:
     def form(form: str, note: str) -> Implementation:
         def not_preferred_reason(*inputs: Tensor | None, **_: object) -> str | None:
@@ -183,8 +198,18 @@ def _op(name: str, direction: str) -> Op:
         return Implementation(not_preferred_reason=not_preferred_reason, note=note)
 
     scale = "interpolate_nearest" if direction == "up" else "2x2 mean"
+
+    def pays(*inputs: Tensor | None, **_: object) -> str | None:
+        x, w = inputs[:2] if len(inputs) > 1 else (None, None)
+        if x is None or w is None:
+            return None
+        if _form_of(direction, x, w) != "fused":
+            return "two steps are faster at these shapes"
+        return winograd_not_preferred_reason(x, w, least=2**8 if direction == "up" else 2**10, most=2**16)
+
     forms = {
         "triton": triton_implementation(),
+        "winograd": Implementation(_winograd_unsupported_reason, pays, WINOGRAD.note, "cpu"),
         "fused": form("fused", f"one {'transposed ' if direction == 'up' else ''}convolution of stride 2"),
         "native": form("native", f"PyTorch's own convolution and {scale}, without an autograd Function"),
         "lean": form("lean", f"conv2d and {scale}"),
@@ -234,6 +259,10 @@ def _run(
     if name in ("torch", "native"):
         require_conv_arguments(x, w, bias, 1, transposed=False)
         return (_reference if name == "torch" else _native)(direction, x, w, bias)
+    if name == "winograd":
+        require_conv_arguments(x, w, bias, 1, transposed=False)
+        scale = 1 if direction == "up" else -1
+        return convolution(x, w, bias, Dispatch(_SAME_SIZE.geometry, winograd=True, scale=scale))
     last = is_channels_last(x)
     if direction == "up":
         if name != "fused":
@@ -267,8 +296,9 @@ def upsample_conv2d(
         act: as in `bias_act`, which runs after the convolution; "triton" runs linear, relu and lrelu in the same pass.
         negative_slope: of lrelu.
         gain: factor of the result.
-        backend: "triton", "fused" (one convolution of PyTorch's), "lean" (two steps), "native" (two steps, without
-            autograd Functions) or "torch" (PyTorch's own two functions).
+        backend: "triton", "winograd" (see `conv2d`; 9 products for a pixel of the smaller image), "fused" (one
+            convolution of PyTorch's, 16 products), "lean" (two steps), "native" (two steps, without autograd Functions)
+            or "torch" (PyTorch's own two functions).
 
     Returns:
         [N, O, 2H, 2W].

@@ -89,7 +89,8 @@ class Augmentation(nn.Module):
 
     def __init__(self, channels: int, seed: int) -> None:
         super().__init__()
-        self.channels, self.seed = channels, seed
+        self.channels = channels
+        self.seed: counter_rng.Seed = seed
         self.register_buffer("basis", color_basis(channels), persistent=False)
 
     def forward(self, images: Tensor, positions: Tensor, stream: str) -> Tensor:

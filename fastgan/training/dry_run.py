@@ -15,6 +15,9 @@ from fastgan.training.footprint import footprint
 from fastgan.training.from_config import validate_stages
 from fastgan.utils.text import readable_duration
 
+_COMPILER_BYTES = 2 * 2**30
+"""Python with torch and Inductor, and the C++ compiler: 1.2 and 1.1 GB at most for pggan at 32 px and width 64."""
+
 
 def describe(variant: str, preset: str, config: Config, ranks: int, costs: Mapping[int, float] | None = None) -> str:
     """Networks, objective, optimizer, and the batch, memory and time of each stage.
@@ -34,12 +37,19 @@ def describe(variant: str, preset: str, config: Config, ranks: int, costs: Mappi
         f"{'px':>5} {'from kimg':>10} {'fade until':>10} {'to kimg':>8} {'batch':>6} {'ranks':>6} {'per rank':>9} "
         f"{'G params':>11} {'D params':>11} {'memory/rank':>12}" + (f" {'time':>9}" if costs else ""),
     ]
+    largest = 0.0
     for batch in stage_batches(config, stages_of(config), ranks):
         fading = batch.stage.fade_end > batch.stage.start
-        row = _row(batch, footprint(config, source, batch.stage, batch.micro, ranks, fading=fading))
+        of = footprint(config, source, batch.stage, batch.micro, ranks, fading=fading)
+        largest = max(largest, of.bytes)
+        row = _row(batch, of)
         if costs:
             row += f" {readable_duration(batch.images * costs[batch.stage.resolution]):>9}"
         lines.append(row)
+    if config.system.compile != "off":
+        more = (_COMPILER_BYTES + largest) / 2**30
+        when = "where the run is long enough" if config.system.compile == "auto" else "at the start"
+        lines.append(f"compiling, {when}: a process beside training, up to {more:.1f} GiB more on each host")
     warning = short_run_warning(config)
     return "\n".join(lines if warning is None else [*lines, warning])
 

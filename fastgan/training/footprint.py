@@ -113,4 +113,6 @@ def footprint(config: Config, source: Source, stage: Stage, micro: int, ranks: i
     state = model_state_bytes(g, d, config.optimizer.optimizer, ranks if config.system.zero else 1)
     trained_g, trained_d = _parameters(generator, trained=True), _parameters(discriminator, trained=True)
     peak = max(update_d.peak_bytes, update_g.peak_bytes)
+    if config.system.capture:  # a graph has activations of its own, and is checked beside two copies of the state
+        state, peak = 3 * state, 2 * peak
     return Footprint(state + peak, g, d, trained_g, trained_d, update_g.flops, update_d.flops)

@@ -128,14 +128,21 @@ def _has_checkpoint(resume: Path) -> bool:
     return stored or not (resume / "config.yaml").is_file()
 
 
-def _last_images(metrics: Path) -> int:
-    """The images seen at the last whole row of metrics.jsonl; 0 where there is none."""
-    seen = 0
+def _images_seen(run: Path) -> int | None:
+    """The images seen by the record of a run: the last whole row of metrics.jsonl, or the newest sample sheet.
+
+    None: there are rows, and none can be read.
+    """
+    metrics, seen, whole = run / "metrics.jsonl", 0, False
     if metrics.is_file():  # and not a pipe, which would block
-        for line in metrics.read_bytes().splitlines():
+        for line in metrics.read_bytes().splitlines(keepends=True):
+            whole = whole or line.endswith(b"\n")
             with suppress(*MALFORMED):
                 seen = int(json.loads(line)["images"])
-    return seen
+    for sheet in (run / "samples").glob("kimg-*"):
+        with suppress(ValueError):
+            seen = max(seen, round(1000 * float(sheet.stem.removeprefix("kimg-"))))
+    return None if whole and not seen else seen
 
 
 def _refuse_lost_checkpoints(run: Path, config: Config) -> None:
@@ -144,13 +151,14 @@ def _refuse_lost_checkpoints(run: Path, config: Config) -> None:
     Raises:
         ArgumentError: checkpoints are missing, on a disk that is not mounted, say.
     """
-    seen = _last_images(run / "metrics.jsonl")
+    seen = _images_seen(run)
     # A row of the step that writes the first checkpoint comes before it; a kill between the two loses nothing.
     step = config.optimizer.n_critic * config.schedule.batch
     unreadable = [path.name for path in checkpoint.folder(run).glob("kimg-*")]
-    if unreadable or seen >= 1000 * checkpoint_kimg(config) + step:
+    if unreadable or seen is None or seen >= 1000 * checkpoint_kimg(config) + step:
         lost = f"{unreadable[0]} has no checkpoint.json" if unreadable else "there is none in checkpoints/"
-        problem = f"it has trained to {seen / 1000:g} kimg, but {lost}; restore it, or start a new run"
+        done = "its metrics.jsonl cannot be read" if seen is None else f"it has trained to {seen / 1000:g} kimg"
+        problem = f"{done}, and {lost}; restore it, or start a new run"
         raise ArgumentError("--resume", str(run), problem)
 
 

@@ -19,7 +19,8 @@ from fastgan.config import Config, active_ranks, batch_at, batches_for_all
 from fastgan.models.pggan import Progressive
 from fastgan.training.augmentation import ADAPT_IMAGES, Adaptive
 from fastgan.training.compiling.micro_step import MicroSteps, real_images
-from fastgan.training.compiling.programs import StagePrograms, compare
+from fastgan.training.compiling.program_check import compare
+from fastgan.training.compiling.programs import StagePrograms
 from fastgan.training.distributed.deepspeed_engine import DeepSpeedEngine, uses_own_reducer
 from fastgan.training.distributed.engine import Engine
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
@@ -233,6 +234,10 @@ class ActiveStage:
     def penalty_step(self, micro_batches: Iterable[data.Batch]) -> None:
         """One step of the discriminator by the penalty alone, on the images of its last step; see `penalty_every`."""
         for micro in micro_batches:
+            if self.programs is not None:
+                inputs = self.programs.inputs(micro.images, micro.positions, micro.labels)
+                self._run_program(self.programs, "penalty", inputs)
+                continue
             real = real_images(micro.images, self.step.discriminator, memory_format(self.config))
             loss, seen = self.step.penalty_loss(real, micro.positions, micro.labels)
             self._backward(self.discriminator_engine, "discriminator", loss, seen)
@@ -257,30 +262,32 @@ class ActiveStage:
     def use(self, programs: StagePrograms | None) -> None:
         """Compute losses and gradients by `programs` from now on; None: in eager mode.
 
-        The first micro-batch of each network is computed in both ways. If they differ, the stage stays in eager mode
+        The first micro-batch of each program is computed in both ways. If they differ, the stage stays in eager mode
         and `refusal` says so.
         """
         self.programs = programs
-        self._unchecked = set() if programs is None else {"discriminator", "generator"}
+        self._unchecked = set() if programs is None else set(programs.spec.names)
 
     def _run_program(self, programs: StagePrograms, name: str, inputs: list[Tensor]) -> None:
-        """One micro-batch of the network `name` by its program."""
+        """One micro-batch by the program `name`."""
         for engine in self.engines:  # a program reads the weights of both networks
             engine.wait()
         if name in self._unchecked:
             self._unchecked.discard(name)
             eager = MicroSteps(self.step, self.config.schedule.accumulation, memory_format(self.config))
             buffers = [x for module in self.step.modules().values() for x in module.buffers()]
-            found, difference, accepted = compare(programs, name, inputs, getattr(eager, name), buffers)
-            if not accepted:
-                self.refusal = f"the compiled {name} differs from eager by {difference:.1e} of the norm"
+            compared = compare(programs, name, inputs, getattr(eager, name), buffers)
+            if not compared.accepted:
+                self.refusal = f"the compiled {name} differs from eager by {compared.difference:.1e} of the norm"
                 self.use(None)
+            found = compared.used
         else:
-            found = getattr(programs, name)(*inputs)
-        engine = self.discriminator_engine if name == "discriminator" else self.generator_engine
+            found = programs.run(name, *inputs)
+        network = "generator" if name == "generator" else "discriminator"
+        engine = self.generator_engine if name == "generator" else self.discriminator_engine
         engine.accumulate(found.gradients)
-        self.nonfinite.gradients(name, found.largest)
-        self._finish(engine, name, found.loss, found.seen)
+        self.nonfinite.gradients(network, found.largest)
+        self._finish(engine, network, found.loss, found.seen)
 
     def _backward(self, engine: Engine, name: str, loss: Tensor, seen: dict[str, Tensor]) -> None:
         """Backward and step of one micro-batch.
@@ -307,6 +314,12 @@ class ActiveStage:
         engine.step()
         if self.world.rank < self.share.active:
             self._meters.add(seen)
+
+    def discard_step(self) -> None:
+        """Forget a step that failed half-way."""
+        self.nonfinite.discard_step()
+        for engine in self.engines:
+            engine.discard_step()
 
     def adapt_augmentation(self, before: int, after: int) -> None:
         """Adapt the strength of the augmentation, if it is due by the real images seen before and after a step.

@@ -59,7 +59,7 @@ class Step:
         penalty_sigma: float | None = None,
         drift: float = 0.0,
         num_classes: int = 0,
-        seed: int = 0,
+        seed: counter_rng.Seed = 0,
         precision: Precision = "fp32",
         augmentation: Augmentation | None = None,
     ) -> None:

@@ -19,6 +19,7 @@ from fastgan.planning.time_left import TimeLeft
 from fastgan.training import precision, torch_settings
 from fastgan.training.best import BestCheckpoint
 from fastgan.training.checkpoints import state as checkpoint_state
+from fastgan.training.compiling.capturing import Capturing
 from fastgan.training.compiling.compilation import Compilation
 from fastgan.training.distributed.process_group import ProcessGroup, broadcast_tensors
 from fastgan.training.evaluator import Evaluator, append
@@ -92,6 +93,7 @@ class Trainer:
         self._groups: dict[int, Any] = {}
         of_images = {"channels": source.channels, "num_classes": source.num_classes}
         self.compilation = Compilation(config, world, self.stages, **of_images)
+        self.capturing = Capturing(config)
         # Opened before the first step, so that missing features are reported at once.
         self._evaluator = None if config.run.evaluate_kimg is None else Evaluator.of(config, source, world.device)
         # The ops run what they ran before the stop, so that a run that is resumed computes the same bits.
@@ -143,17 +145,22 @@ class Trainer:
             self.images += n_critic * batch
             self.steps += 1
             return
+        captures = self.capturing.follow(self.stage)
         with self.stragglers.step():
             rate_g, rate_d = rates(self.config, self.images, self.stage.resolution)
             self.stage.discriminator_engine.set_rate(rate_d)
             self.stage.nonfinite.begin_step(self.steps)
-            for i in range(n_critic):
-                micro_batches = self.feed.micro_batches(self.images, batch, self.stage.share)
-                penalize = penalty_is_due(self.config, self.images, batch)
-                positions = self.stage.discriminator_step(micro_batches, generator_first=i > 0, penalize=penalize)
-                self.images += batch
-            self.stage.generator_engine.set_rate(rate_g)
-            self.stage.generator_step(positions)
+            if captures:
+                self.stage.generator_engine.set_rate(rate_g)
+                self.images = self.capturing.step(self.stage, self.feed, self.images)
+            else:
+                for i in range(n_critic):
+                    micro_batches = self.feed.micro_batches(self.images, batch, self.stage.share)
+                    penalize = penalty_is_due(self.config, self.images, batch)
+                    positions = self.stage.discriminator_step(micro_batches, generator_first=i > 0, penalize=penalize)
+                    self.images += batch
+                self.stage.generator_engine.set_rate(rate_g)
+                self.stage.generator_step(positions)
             self.stage.adapt_augmentation(self.images - n_critic * batch, self.images)
             self.steps += 1
 
@@ -222,7 +229,7 @@ class Trainer:
             if self.stage.resolution > resolution:
                 for note in (self.feed.pipeline.describe(), *self.stage.notes()):
                     log.line(note)
-            for note in self.compilation.notes():
+            for note in (*self.compilation.notes(), *self.capturing.notes(self.images)):
                 log.line(note)
             for interval in intervals:
                 if interval.due(before, self.images, self.total):
@@ -252,7 +259,7 @@ class Trainer:
                 "step": self.steps,
                 "resolution": self.stage.resolution,
                 "alpha": planned.alpha(self.images) if planned.resolution == self.stage.resolution else 1.0,
-                "form": "eager" if self.stage.programs is None else "compiled",
+                "form": self.capturing.form(self.stage),
                 "images_per_second": images_per_second,
                 "data_share": self.feed.waited / lap.seconds,  # the share of all time spent waiting for batches
                 **values,

@@ -47,9 +47,34 @@ def _key(seed: int, stream: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {stream}".encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _bits(seed: int, stream: str, index: Tensor, size: int) -> Tensor:
+class StreamKeys:
+    """A seed whose keys are tensors: what is recorded with it in place of an int runs with any seed.
+
+    Args:
+        seed: the int that it stands for.
+        device: of the keys.
+
+    Attributes:
+        tensors: int64 scalars by stream, those that have been used.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed, self._device = seed, device
+        self.tensors: dict[str, Tensor] = {}
+
+    def __getitem__(self, stream: str) -> Tensor:
+        if stream not in self.tensors:
+            self.tensors[stream] = torch.tensor(_key(self._seed, stream), dtype=torch.int64, device=self._device)
+        return self.tensors[stream]
+
+
+Seed = int | StreamKeys
+
+
+def _bits(seed: Seed, stream: str, index: Tensor, size: int) -> Tensor:
     """64 random bits for each sample and position: int64 [N, size] for `index` int64 [N]."""
-    per_sample = splitmix64(index.to(torch.int64) * GOLDEN_GAMMA + _key(seed, stream))
+    key = seed[stream] if isinstance(seed, StreamKeys) else _key(seed, stream)
+    per_sample = splitmix64(index.to(torch.int64) * GOLDEN_GAMMA + key)
     counter = torch.arange(1, size + 1, device=index.device, dtype=torch.int64) * GOLDEN_GAMMA
     return splitmix64(per_sample[:, None] + counter)
 
@@ -59,12 +84,12 @@ def _unit(bits24: Tensor) -> Tensor:
     return ((bits24 >> 1).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def uniform(seed: int, stream: str, index: Tensor, size: int) -> Tensor:
+def uniform(seed: Seed, stream: str, index: Tensor, size: int) -> Tensor:
     """Uniform on (0, 1), float32 [N, size], for sample indices `index` (int64 [N]) of the named stream."""
     return _unit(_shift_right(_bits(seed, stream, index, size), 40))
 
 
-def normal(seed: int, stream: str, index: Tensor, size: int) -> Tensor:
+def normal(seed: Seed, stream: str, index: Tensor, size: int) -> Tensor:
     """Standard normal, float32 [N, size], by the Box-Muller transform; arguments as in `uniform`."""
     bits = _bits(seed, stream, index, (size + 1) // 2)
     radius = torch.sqrt(-2.0 * torch.log(_unit(_shift_right(bits, 40))))
@@ -72,6 +97,6 @@ def normal(seed: int, stream: str, index: Tensor, size: int) -> Tensor:
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :size]
 
 
-def integers(seed: int, stream: str, index: Tensor, high: int) -> Tensor:
+def integers(seed: Seed, stream: str, index: Tensor, high: int) -> Tensor:
     """Uniform integers in [0, high), int64 [N]: one for each sample index."""
     return (_shift_right(_bits(seed, stream, index, 1)[:, 0], 32) * high) >> 32

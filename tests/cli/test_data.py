@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -290,3 +291,12 @@ def test_a_pipe_that_is_closed_is_no_error(prepared: Path) -> None:
     words = f"{sys.executable} -m fastgan data info {prepared} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_paths_reach_the_terminal_without_control_characters(prepared: Path, output: Out, tmp_path: Path) -> None:
+    copy = tmp_path / "\x1b[31mset\x07"
+    shutil.copytree(prepared, copy)
+    for flags in (["info", str(copy)], ["verify", str(copy)], ["show", str(copy), "--out", str(tmp_path / "\x1b.png")]):
+        assert main(["data", *flags]) == 0
+        said = "".join(output())
+        assert "\\x1b" in said and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", said), said

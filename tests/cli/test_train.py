@@ -84,6 +84,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str],
         (["--zero", "3"], ("--zero", "3", "second derivative")),
         (["--engine", "torch", "--zero", "1"], ("--engine", "deepspeed")),
         (["--sync-bn"], ("--sync-bn", "GPU")),
+        (["--capture", "--device", "cpu"], ("--capture", "CUDA")),
         (
             ["--variant", "dcgan", "--norm-d", "batch", "--regularizer", "zero-centered", "--sync-bn"],
             ("--sync-bn", "second derivative", "--norm-d none"),
@@ -290,6 +291,10 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
     shutil.rmtree(copy / "checkpoints")
     refused(capsys, copy, ["--resume", str(copy)], "--resume", "0.064 kimg", "there is none in checkpoints/")
     assert (copy / "metrics.jsonl").read_bytes() == record
+    (copy / "metrics.jsonl").write_bytes(b"\xff\n")
+    refused(capsys, copy, ["--resume", str(copy)], "--resume", "0.064 kimg", "there is none in checkpoints/")
+    shutil.rmtree(copy / "samples")
+    refused(capsys, copy, ["--resume", str(copy)], "--resume", "metrics.jsonl cannot be read, and there is none")
 
 
 def test_a_run_killed_while_it_replaced_its_checkpoint_goes_on_from_it(
@@ -542,6 +547,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     text = capsys.readouterr().out
     last = next(line for line in text.splitlines() if line.startswith(" 1024"))
     assert "23,086,795" in last and "23,087,249" in last and "GiB" in last
+    words = text.splitlines()[-1].split()
+    assert words[0] == "compiling," and words[-5:] == ["GiB", "more", "on", "each", "host"]
+    assert float(words[-6]) == pytest.approx(2 + float(last.split()[-2]), abs=0.06)
+    assert train.main(["--data", "synthetic", "--dry-run", "--compile", "off"]) == 0
+    assert "compiling" not in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

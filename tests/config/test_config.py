@@ -230,6 +230,7 @@ BAD: list[tuple[str, str, Any]] = [
     *[("schedule", "resolution", v) for v in (0, 1, 4, 12, 63, 2048, -8)],
     *[("networks", key, v) for key in ("latent", "width", "max_width", "fmap_base", "fmap_max") for v in (0, -1)],
     *[("optimizer", "n_critic", v) for v in (0, -1)],
+    *[(s, key, 10**30) for s, key in (("networks", "latent"), ("schedule", "batch"), ("run", "seed"), ("run", "keep"))],
     *[("schedule", key, v) for key in ("batch", "accumulation") for v in (0, -4)],
     *[("run", key, 0) for key in ("keep", "samples")],
     *[("schedule", "kimg", v) for v in (0.0, -1.0, math.nan, math.inf)],
@@ -248,7 +249,7 @@ BAD: list[tuple[str, str, Any]] = [
     *[("schedule", "grown_at", v) for v in (-0.1, 0.0, 1.1, math.nan)],
     ("run", "seed", -1),
     *[("data", "channels", v) for v in (0, 2, 5)],
-    *[("schedule", "batch_at", v) for v in ({12: 4}, {16: 0}, {32: -1}, {2048: 4})],
+    *[("schedule", "batch_at", v) for v in ({12: 4}, {16: 0}, {32: -1}, {2048: 4}, {16: 10**30})],
     *[("optimizer", "lr_factor_at", v) for v in ({12: 1.0}, {16: 0.0}, {32: math.inf}, {64: math.nan}, {2048: 1.0})],
     ("networks", "conditional", True),
 ]
@@ -481,7 +482,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["threads", "workers"])
 def test_more_threads_than_a_machine_has_are_refused(name: str) -> None:
     section = "system" if name == "threads" else "data"
-    with pytest.raises(ArgumentError, match=f"--{name} must be at most 1024, got 1000000"):
+    with pytest.raises(ArgumentError, match=f"--{name} must be at most 1,024, got 1000000"):
         validate(replace(Config(), **{section: {name: 1_000_000}}))
 
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from fastgan import models, ops
 from fastgan.models import pggan
+from fastgan.nn import EqualizedConv2d
+from fastgan.ops.arguments import is_channels_last
 from fastgan.training.networks import inherit
 
 TINY: dict[str, Any] = {"channels": 3, "latent": 6, "fmap_base": 64, "fmap_max": 8}
@@ -209,3 +211,32 @@ def test_discriminator_against_its_definition() -> None:
     expected = F.leaky_relu(expected @ w.T + b, 0.2)
     w, b = scaled("output", 1.0)
     torch.testing.assert_close(discriminator(x), (expected @ w.T + b)[:, 0])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_maps_of_a_progressive_critic_are_in_its_memory_format(channels: int) -> None:
+    """With images of one channel too, whose strides do not tell the format."""
+    critic = pggan.Discriminator(resolution=16, channels=channels, fmap_base=64, fmap_max=8).to(
+        memory_format=torch.channels_last
+    )
+    critic.set_alpha(0.5)
+    formats: list[bool] = []
+    for module in critic.modules():
+        if isinstance(module, EqualizedConv2d):
+            module.register_forward_hook(lambda _, __, y: formats.append(is_channels_last(y)))
+    torch.manual_seed(0)
+    images = torch.randn(4, channels, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    scores = critic(images)
+    assert len(formats) == 7 and all(formats)
+    plain = copy.deepcopy(critic).to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(scores, plain(images))
+    found, expected = (torch.autograd.grad(y.sum(), images, create_graph=True)[0] for y in (scores, plain(images)))
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (
+        torch.autograd.grad(g.square().sum(), [p for p in net.parameters() if p.requires_grad], allow_unused=True)
+        for g, net in ((found, critic), (expected, plain))
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -83,8 +83,8 @@ def test_default_follows_the_crossover() -> None:
     with pytest.raises(ValueError, match=r"backend 'chunked': attn_mask with a gradient, and dropout"):
         scaled_dot_product_attention(q, k, v, torch.ones(1024, 256).requires_grad_(), backend="chunked")
     if NO_CPP is None:
-        with pytest.raises(ValueError, match=r"backend 'cpp': attn_mask and dropout"):
-            scaled_dot_product_attention(q, k, v, torch.ones(1024, 256).bool(), backend="cpp")
+        with pytest.raises(ValueError, match=r"backend 'cpp': attn_mask with a gradient, and dropout"):
+            scaled_dot_product_attention(q, k, v, torch.ones(1024, 256).requires_grad_(), backend="cpp")
 
 
 def test_torch_func() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgan.ops import attention_chunked, scaled_dot_product_attention
+from fastgan.ops import attention_chunked, backends, scaled_dot_product_attention
 
 N, M, D = 20, 5, 4
 
@@ -117,3 +117,49 @@ def test_a_mask_with_a_gradient_runs_in_plain_pytorch() -> None:
     (found,) = torch.autograd.grad(output.square().sum(), bias)
     expected = (((q * 8**-0.5) @ k.mT + bias).softmax(-1) @ v).square().sum()
     torch.testing.assert_close(found, torch.autograd.grad(expected, bias)[0])
+
+
+# Shapes of masks for [2, 3, N, M]; of some queries the first keys are hidden, as on the left of a padded sentence.
+SHAPES = {
+    "keys": (2, 1, 1, 75),
+    "queries": (2, 1, 130, 1),
+    "heads": (3, 130, 75),
+    "all": (2, 3, 130, 75),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bool", "float", "half", "least"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_equal_plain_products(shape: str, kind: str, dtype: torch.dtype) -> None:
+    """To second order, within twice plain PyTorch's error; "least" hides by the least number, as transformers does."""
+    torch.manual_seed(0)
+    wide = tuple(torch.randn(2, 3, length, 24) for length in (130, 75, 75))
+    mask: Tensor = hidden(*SHAPES[shape])
+    mask[..., :40] &= SHAPES[shape][-1] == 1 or torch.rand(*SHAPES[shape][:-1], 1) > 0.5
+    if kind != "bool":
+        least = torch.finfo(torch.float32).min if kind == "least" else -torch.inf
+        mask = torch.where(mask, torch.randn(SHAPES[shape]) if kind != "least" else 0.0, least)
+        mask = mask.to(dtype) if kind == "half" else mask
+    if "cannot run" in backends("scaled_dot_product_attention", *(t.to(dtype) for t in wide))["cpp"]:
+        pytest.skip("the C++ kernels cannot run here")
+
+    def run(dtype: torch.dtype, form: str) -> list[Tensor]:
+        tensors = tuple(t.to(torch.bfloat16).to(dtype).requires_grad_() for t in wide)
+        given = mask if kind in ("bool", "least") or dtype != torch.float64 else mask.double()
+        given = given.double().clamp_min(-1e300) if kind == "least" and dtype == torch.float64 else given
+        return derivatives(lambda *x: scaled_dot_product_attention(*x, given, scale=0.3, backend=form), tensors)
+
+    exact, plain, ours = run(torch.float64, "torch"), run(dtype, "torch"), run(dtype, "cpp")
+    for found, theirs, right in zip(ours, plain, exact, strict=True):
+        errors = [((t.double() - right).norm() / right.norm()).item() for t in (found, theirs)]
+        assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(dtype).eps, errors
+
+
+def test_a_mask_that_changes_before_the_backward_of_the_kernels_raises() -> None:
+    q, k, v = (torch.randn(1, 1, 20, 8).requires_grad_() for _ in range(3))
+    mask = torch.ones(20, 20, dtype=torch.bool)
+    output = scaled_dot_product_attention(q, k, v, mask, backend="cpp")
+    mask[0, 0] = False
+    with pytest.raises(RuntimeError, match="attn_mask was changed in place"):
+        output.sum().backward()

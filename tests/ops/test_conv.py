@@ -277,7 +277,7 @@ def test_linear_needs_four_products_in_a_penalty() -> None:
         ),
         ({"stride": (1, 2, 3)}, ValueError, r"stride must be an integer or a pair of integers, got \(1, 2, 3\)"),
         ({"weight": torch.zeros(4, 3, 3, 3, device="meta")}, ValueError, "weight must be on cpu, as input, got meta"),
-        ({"backend": "cuda"}, ValueError, "backend must be cpp, lean, torch for conv2d, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be winograd, cpp, lean, torch for conv2d, got 'cuda'"),
     ],
 )
 def test_conv2d_argument_errors(how: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -314,27 +314,33 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
 
 @given(
     st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
-    st.sampled_from([(1, 3, 2, 1), (4, 3, 3, 3), (1, 3, 3, 3), (4, 3, 1, 1), (3, 1, 2, 2)]),
+    st.tuples(st.sampled_from([1, 2, 3, 4]), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
     st.lists(layouts(), min_size=6, max_size=6),
     st.booleans(),
+    st.fixed_dictionaries({"stride": st.integers(1, 2), "padding": st.integers(0, 1), "dilation": st.integers(1, 2)}),
+    st.booleans(),
 )
-@settings(max_examples=60)
+@settings(max_examples=90)
 def test_every_stride_of_every_tensor(
-    dtype: torch.dtype, shape: tuple[int, ...], how: list[tuple[tuple[int, ...], int, int]], transposed: bool
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    how: list[tuple[tuple[int, ...], int, int]],
+    transposed: bool,
+    geometry: dict[str, int],
+    biased: bool,
 ) -> None:
     """Of input, weight, and the cotangents of both orders."""
     op, plain = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
     w = random(*shape, seed=1).to(dtype)
     w = w.transpose(0, 1) if transposed else w
-    groups = 3 if shape[1] == 1 and not transposed else 1
-    if transposed and shape[1] == 1:
-        return
-    x = random(2, 3, 6, 5).to(dtype)
+    groups = 3 if shape[1] == 1 and shape[0] % 3 == 0 and not transposed else 1
+    x = random(2, groups * shape[1], 6, 5).to(dtype)
+    bias = random(shape[0], seed=9).to(dtype) if biased else None
     results = []
     for f, laid in ((op, True), (plain, False)):
         a, b = (strided(t, *how[i]) if laid else t.clone() for i, t in enumerate((x, w)))
         a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
-        y = f(a, b, groups=groups)
+        y = f(a, b, bias, groups=groups, **geometry)
         seed = random(*y.shape, seed=2).to(dtype)
         seed = (strided(seed, *how[2]) if laid else seed).detach().requires_grad_()
         first = torch.autograd.grad(y, (a, b), seed, create_graph=True)
@@ -345,3 +351,22 @@ def test_every_stride_of_every_tensor(
     for found, expected in zip(*results, strict=True):
         scale = max(1.0, expected.abs().max().item())
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("per_group", [(2, 2), (4, 4), (4, 3), (1, 4)])
+def test_groups_of_few_channels(per_group: tuple[int, int], transposed: bool) -> None:
+    """Their weight's gradient is computed in channels_last, and comes back in the weight's own strides."""
+    f, plain = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
+    groups, (i, o) = 5, per_group
+    tensors = random(3, groups * i, 7, 6), random(*((groups * i, o) if transposed else (groups * o, i)), 3, 3, seed=1)
+
+    def second(f: Any, dtype: torch.dtype) -> list[Tensor]:
+        x, w = (t.to(dtype).requires_grad_() for t in tensors)
+        y = f(x, w, stride=2, padding=1, groups=groups)
+        gradients = torch.autograd.grad(y.square().sum(), (x, w), create_graph=True)
+        return [*gradients, *torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, w))]
+
+    found, exact = second(f, torch.float32), second(plain, torch.float64)
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-2, check_dtype=False)
+    assert all(g.is_contiguous() for g in found[1::2])

@@ -18,7 +18,6 @@ from fastgan.cli.train import parse
 from fastgan.config import Config, replace
 from fastgan.config.variants import VARIANTS
 from fastgan.errors import ArgumentError
-from fastgan.training.compiling.compilation import unsupported_reason
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.from_config import penalty_is_due, rates
 from fastgan.training.observability.nonfinite import NonFiniteDetector
@@ -205,7 +204,3 @@ def test_a_log_row_without_a_penalty_step_has_no_penalty(tmp_path: Path) -> None
 def test_what_cannot_run_is_refused(flags: str, words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         parse(flags.split())
-
-
-def test_a_lazy_run_is_not_compiled() -> None:
-    assert "--penalty-every" in str(unsupported_reason(lazy(), WORLD))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastgan.cli.train import parse
+from fastgan.config import replace
 from fastgan.config.growth import stages_of
 from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
@@ -22,8 +23,11 @@ def test_footprint_against_hand_computation() -> None:
     assert eight.flops_g == 2 * four.flops_g > 0 and eight.flops_d == 2 * four.flops_d > 0
     products_g = 8 * 16 + 16 * 16 + 16 * 64
     assert four.flops_g > 3 * 2 * 4 * products_g - 2 * 4 * 8 * 16
+    captured = footprint(replace(config, system={"capture": True}), source, stage, 4, 1, fading=False)
+    state = 4 * (4 * (four.g + four.d) + four.g)
+    assert captured.bytes == 2 * four.bytes + state  # activations twice, and two copies of the state for the check
     # Parameters, gradients and two optimizer states of both networks, and the moving average of G, in float32.
-    assert four.bytes > 4 * (4 * (four.g + four.d) + four.g)
+    assert four.bytes > state
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

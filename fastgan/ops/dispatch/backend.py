@@ -39,7 +39,7 @@ from fastgan.ops.dispatch.torch_private import (
 # In place of an implementation in `_requested`: those of recordings, see `recorded_forms`.
 _RECORDED = "recorded"
 
-PREFERENCE = ("triton", "cuda", "cpp", "chunked", "fused", "native", "lean", "torch")
+PREFERENCE = ("triton", "cuda", "winograd", "cpp", "chunked", "fused", "native", "lean", "torch")
 
 # Called with the tensors of a call and, as keywords, options of it; or without any, about the machine alone.
 # Returns a reason, or None where there is none.
@@ -63,7 +63,7 @@ def _requests() -> Mapping[str, str]:
     return _open[-1]
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether the call is inside `recorded_forms`."""
     return _requests().get("*") == _RECORDED
 
@@ -213,7 +213,7 @@ class Op:
             return "torch"
         requested = self.requested(backend)
         if requested is None:
-            if _open and _is_recorded():
+            if _open and is_recorded():
                 return self.recorded(*inputs, **options)
             decision = None if _decide is None or forward_mode else self.decision(inputs, options)
             if decision is None:
@@ -282,7 +282,7 @@ class Op:
         `torch` comes after the others, and launches of Triton leave no operation in a graph.
         """
         if "lean" in self.implementations:
-            return tuple(name for name in ("fused", "lean") if name in self.implementations)
+            return tuple(name for name in ("winograd", "fused", "lean") if name in self.implementations)
         return tuple(name for name in self.implementations if name not in ("triton", "torch"))
 
     def _candidates(self, device: str | None) -> list[tuple[str, Implementation]]:
@@ -299,7 +299,7 @@ class Op:
         """
         if backend is not None or in_transform() or in_forward_mode() or _requests() or saved_tensors_are_hooked():
             return False
-        if self.classify is None or _decide is None or not is_measurable(inputs[0]) or _deterministic():
+        if _decide is None or self.classify is None or _deterministic() or not is_measurable(inputs[0]):
             return True
         key = self.classify(*inputs, **options)
         decision = None if key is None else self.decisions.get(key, _UNKNOWN)
@@ -324,7 +324,7 @@ class Op:
         decision = None
         if self.classify is not None and inputs and is_measurable(inputs[0]) and _decide and not _deterministic():
             decision = self.decisions.get(self.classify(*inputs) or ())
-        fixed = self.requested(None) is not None or _is_recorded()
+        fixed = self.requested(None) is not None or is_recorded()
         if fixed or in_transform() or in_forward_mode():
             chosen, by = self.choose(None, *inputs), "requested, or all that can run in this context"
         elif decision is None:

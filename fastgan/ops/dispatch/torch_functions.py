@@ -21,6 +21,7 @@ from torch.nn.functional import leaky_relu_ as leaky_relu_
 from torch.nn.functional import linear as linear
 from torch.nn.functional import max_pool2d as max_pool2d
 from torch.nn.functional import max_pool2d_with_indices as max_pool2d_with_indices
+from torch.nn.functional import normalize as normalize
 from torch.nn.functional import pad as pad
 from torch.nn.functional import prelu as prelu
 from torch.nn.functional import relu as relu

@@ -69,12 +69,22 @@ def saved_tensors_are_hooked() -> bool:
 # not see `use_backend`, and nothing is measured but by `fastgan doctor --qualify`.
 current_backward: Callable[[], int] | None = _private("_C._current_graph_task_id")
 
+# The gradient of leaky ReLU, without the checks of an OpOverload, an eighth of its time for a small tensor.
+# Missing: the OpOverload.
+leaky_relu_backward: Callable[..., Tensor] = (
+    _private("ops.aten.leaky_relu_backward.default._op") or torch.ops.aten.leaky_relu_backward.default
+)
+
 # The gradient of adaptive average pooling, which the public function does not give. Missing: that op is torch's own.
 adaptive_avg_pool2d_backward: Any = _private("ops.aten._adaptive_avg_pool2d_backward")
 
 # Dispatch modes that are active in this thread: make_fx, FakeTensorMode, counters of operations. Missing: as if there
 # were one, so that nothing is measured but by `fastgan doctor --qualify`.
 dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or (lambda: 1)
+
+# A tensor with the memory of another until one of the two is changed, which then gets memory of its own.
+# Missing: a result that the backward needs cannot be changed in place before it.
+lazy_clone: Callable[[Tensor], Tensor] | None = _private("_lazy_clone")
 
 _foreach_clamp_min_ = _private("_foreach_clamp_min_")
 _foreach_clamp_max_ = _private("_foreach_clamp_max_")
@@ -88,6 +98,33 @@ def clamp_all_(tensors: Sequence[Tensor], low: float, high: float) -> None:
     else:
         _foreach_clamp_min_(tensors, low)
         _foreach_clamp_max_(tensors, high)
+
+
+_foreach_norm = _private("_foreach_norm")
+_foreach_div = _private("_foreach_div")
+_foreach_copy_ = _private("_foreach_copy_")
+
+
+def unit_vectors(vectors: Sequence[Tensor], eps: float) -> list[Tensor]:
+    """Vectors divided by their length, or by eps where that is larger. Missing: some kernels for each vector."""
+    if _foreach_norm is None or _foreach_clamp_min_ is None or _foreach_div is None:
+        return [F.normalize(v, dim=0, eps=eps) for v in vectors]
+    lengths = _foreach_norm(vectors)
+    _foreach_clamp_min_(lengths, eps)
+    return list(_foreach_div(vectors, lengths))
+
+
+def copy_all_(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values to tensors, in one call. Missing: a call for each tensor."""
+    if _foreach_copy_ is None:
+        for tensor, value in zip(to, values, strict=True):
+            tensor.copy_(value)
+    else:
+        _foreach_copy_(to, values)
+
+
+# The module that `torch.nn.utils.parametrizations.spectral_norm` makes. Missing: `fastgan.nn.convert` leaves it.
+SpectralNorm: Any = _private("nn.utils.parametrizations._SpectralNorm")
 
 
 def in_forward_mode() -> bool:

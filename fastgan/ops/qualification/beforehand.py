@@ -76,8 +76,12 @@ def _all_calls(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
                 x = empty(*shape, last=last)
                 if name in ("pixel_norm", "affine_grid_sample"):
                     yield name, (x,), {}
+                elif name == "layer_norm":
+                    yield name, (x,), {"shape": shape[1:]}
                 elif name == "minibatch_stddev":
                     yield name, (x,), {"eps": 1e-8}
+                elif name in ("group_norm", "instance_norm"):
+                    yield name, (x, empty(channels)), {"groups": min(channels, 8)} if name == "group_norm" else {}
                 elif name == "avg_pool2d":
                     yield name, (x,), {"kernel_size": 2}
                 elif name in ("bias_act", "bias_act_pixel_norm"):

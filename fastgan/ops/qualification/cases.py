@@ -22,6 +22,7 @@ from fastgan.ops.conv import conv2d, conv_transpose2d
 from fastgan.ops.conv_products import Geometry
 from fastgan.ops.dispatch.backend import CallClass
 from fastgan.ops.minibatch_stddev import minibatch_stddev
+from fastgan.ops.norms import group_norm, instance_norm, layer_norm
 from fastgan.ops.pixel_norm import pixel_norm
 from fastgan.ops.scaled_conv import conv2d_downsample, upsample_conv2d
 
@@ -188,6 +189,31 @@ def _attention(shapes: Shapes, options: Mapping[str, object]) -> tuple[Any, ...]
     return sized(1, 2, 16, 16), sized(1, 1, 37, 21), sized(1, batch, q[-2], k[-2]), call
 
 
+def _norm(op: str) -> Callable[..., Any]:
+    """For an op on [N, C, ...] and perhaps a weight; layer norm's may have several dimensions."""
+
+    def cases(shapes: Shapes, options: Mapping[str, Any]) -> tuple[Any, ...]:
+        x, last, groups = shapes[0], len(options.get("shape", "C")), options.get("groups", 1)
+        assert x is not None
+
+        def sized(*sizes: int) -> Shapes:
+            of_x = sizes[: len(x)]
+            weight = of_x[len(x) - last :] if op == "layer_norm" else of_x[1:2]
+            return (of_x, weight) if len(shapes) > 1 else (of_x,)
+
+        def call(name: str, x: Tensor, weight: Tensor | None = None) -> Tensor:
+            if op == "layer_norm":
+                return layer_norm(x, x.shape[x.ndim - last :], weight, backend=name)
+            if op == "group_norm":
+                return group_norm(x, groups, weight, backend=name)
+            return instance_norm(x, weight=weight, backend=name)
+
+        more = (2,) * len(x)
+        return sized(4, 2 * groups, 4, 4, *more), sized(3, 3 * groups, 7, 5, *more), sized(*_cut(x)), call
+
+    return cases
+
+
 def _affine_grid_sample(name: str, _: Any, x: Tensor) -> Tensor:
     """The images turned, and enlarged or made smaller, each by another angle; some of them beyond their borders."""
     angles = torch.linspace(0.3, 2.0, x.shape[0], dtype=torch.float64, device="cpu")
@@ -208,6 +234,7 @@ _CASES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "upsample_conv2d": _scaled(upsample_conv2d, smaller=False),
     "conv2d_downsample": _scaled(conv2d_downsample, smaller=True),
     "scaled_dot_product_attention": _attention,
+    **{name: _norm(name) for name in ("layer_norm", "group_norm", "instance_norm")},
 }
 
 MEASURED_OPS = tuple(_CASES)

@@ -15,7 +15,8 @@ import torch
 
 from fastgan.ops import qualification
 from fastgan.training import torch_settings
-from fastgan.training.compiling.programs import ProgramSpec, build
+from fastgan.training.compiling.build import build
+from fastgan.training.compiling.programs import ProgramSpec
 from fastgan.utils.files import try_lock
 from fastgan.utils.system import cache_folder
 

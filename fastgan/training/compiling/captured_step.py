@@ -1,16 +1,18 @@
 """A whole training step as one program on static buffers: on a GPU a CUDA graph, elsewhere its recorded operations.
 
-A step of a stage is the same operations on the same tensors every time. What differs between two steps is written into
-tensors before it: images, positions and labels, the step's number, the blend of a fade, the learning rates. So one
-recording of it, both networks' backward passes, optimizers, moving average and checks included, can be repeated by a
-single call, which takes the host out of the step. `StaticStep` is that step; `capture` records it; `CapturedStep` uses
-the recording once it has done what an ordinary step does.
+A step of a stage, eager or by programs, is the same operations on the same tensors every time. What differs between two
+steps is written into tensors before it: images, positions and labels, the step's number, the blend of a fade, the
+learning rates. So one recording of it, both networks' backward passes, optimizers, moving average and checks included,
+can be repeated by a single call, which takes the host out of the step. `StaticStep` is that step; `capture` records it;
+`CapturedStep` uses the recording once it has done what an ordinary step does.
 
 The CPU's form, whose operations run one by one, exists to show without a GPU that nothing in a step depends on Python.
 """
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,7 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgan.compiled.program import difference_of
 from fastgan.data import Batch
+from fastgan.training.distributed.deepspeed_engine import uses_own_reducer
 from fastgan.training.distributed.engine import BaseEngine
+from fastgan.training.from_config import engine_settings
 from fastgan.training.stage import ActiveStage
 from fastgan.utils.text import first_line
 
@@ -34,8 +38,8 @@ def unsupported_reason(stage: ActiveStage) -> str | None:
     config, world = stage.config, stage.world
     if world.size > 1:
         return "gradients are averaged between ranks"
-    if world.engine != "torch":
-        return "DeepSpeed's engine counts steps on the host"
+    if world.engine == "deepspeed" and not uses_own_reducer(engine_settings(config, stage.resolution, world.size)):
+        return "ZeRO 1 and 2, and DeepSpeed's own reductions, decide on the host"
     if config.optimizer.optimizer == "rmsprop" and config.optimizer.lr_decay and world.device.type == "cpu":
         return "on a CPU torch's RMSprop takes its rate from the host"
     return None
@@ -66,7 +70,7 @@ class StaticStep:
     outside.
 
     Args:
-        stage: in eager mode; `unsupported_reason` is None.
+        stage: `unsupported_reason` is None.
         example: this rank's micro-batches of one step, all discriminator steps after each other; their values are not
             used.
     """
@@ -85,20 +89,18 @@ class StaticStep:
                 if buffer is not None and value is not None:
                     buffer.copy_(value, non_blocking=True)
 
-    def run(self) -> None:
-        """The step, on what `load` was last given."""
+    def run(self, penalize: tuple[bool, ...] = ()) -> None:
+        """The step, on what `load` was last given; `penalize`: see `CapturedStep.step`."""
         micro = len(self._inputs) // self._n_critic
         for i in range(self._n_critic):
             batches = self._inputs[i * micro : (i + 1) * micro]
-            taken = self.stage.discriminator_step(batches, generator_first=i > 0)
+            alone = bool(penalize) and penalize[i]
+            taken = self.stage.discriminator_step(batches, generator_first=i > 0, penalize=alone)
         self.stage.generator_step(taken)
-
-    def tensors(self) -> list[Tensor]:
-        """All that outlives a step and that a step changes."""
-        return list(_changed(self.stage))
 
 
 def _changed(stage: ActiveStage) -> Iterator[Tensor]:
+    """All that outlives a step and that a step changes."""
     modules: list[nn.Module] = [*stage.modules]
     if stage.step.augmentation is not None:
         modules.append(stage.step.augmentation)
@@ -145,54 +147,64 @@ def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]
 class CapturedStep:
     """Steps of one phase of a stage, captured after the first ones; a new phase (a growth, a fade's end) needs another.
 
+    Steps that are followed by a penalty of their own (`penalty_every`) are captured apart from those that are not.
+
     Args:
-        stage: in eager mode; `unsupported_reason` is None.
+        stage: `unsupported_reason` is None. Its form, eager or by programs, does not change.
 
     Attributes:
-        form: "eager" while steps run as usual, "captured" later.
-        refusal: why the steps stay eager, once that is known.
-        difference: of a captured step to an eager one, once that is known.
+        refusal: why steps are not captured, once that is known.
+        difference: of a captured step to one that is not, once that is known.
     """
 
     def __init__(self, stage: ActiveStage) -> None:
         self._stage = stage
         self._static: StaticStep | None = None
-        self._replay: Callable[[], None] | None = None
-        self._done = 0
+        self._replays: dict[tuple[bool, ...], Callable[[], None]] = {}
+        self._done: Counter[tuple[bool, ...]] = Counter()
+        # With 0, captured steps have the bits of others, which a run that is resumed begins with.
+        self._tolerance = 0.0 if stage.config.system.deterministic else TOLERANCE
         self.refusal: str | None = None
         self.difference: float | None = None
 
     @property
-    def form(self) -> str:
-        return "eager" if self._replay is None else "captured"
+    def captured(self) -> bool:
+        """Whether steps are replayed, after those that warm up."""
+        return bool(self._replays)
 
-    def step(self, batches: Sequence[Batch]) -> None:
-        """One step on its micro-batches; the number of the step, rates and blend have been set."""
+    def step(self, batches: Sequence[Batch], penalize: tuple[bool, ...] = ()) -> None:
+        """One step; the number of the step, rates and blend have been set.
+
+        Args:
+            batches: its micro-batches.
+            penalize: for each discriminator step, whether one of the penalty alone follows; empty: none.
+        """
         if self._static is None:
             self._static = StaticStep(self._stage, batches)
         self._static.load(batches)
-        if self._replay is None and self.refusal is None and self._done >= WARM_UP_STEPS:
-            self._capture(self._static)  # it takes this step
-        elif self._replay is None:
-            self._static.run()
+        run = functools.partial(self._static.run, penalize)
+        if penalize in self._replays:
+            self._replays[penalize]()
+        elif self.refusal is None and self._done[penalize] >= WARM_UP_STEPS:
+            self._capture(penalize, run)  # it takes this step
         else:
-            self._replay()
-        self._done += 1
+            run()
+        self._done[penalize] += 1
 
-    def _capture(self, static: StaticStep) -> None:
+    def _capture(self, penalize: tuple[bool, ...], run: Callable[[], None]) -> None:
         """Capture the step, and do it in both ways from the same state. Reads from the device."""
         device = self._stage.world.device
-        tensors = static.tensors()
+        tensors = list(_changed(self._stage))
         before = [x.clone() for x in tensors]
-
-        static.run()
+        run()
         expected = [x.clone() for x in tensors]
         _restore(tensors, before)
         try:
-            replay = capture(static.run, device)
+            replay = capture(run, device)
         except RuntimeError as error:
+            self._stage.discard_step()
             _restore(tensors, expected)
-            self.refusal = f"the step cannot be captured: {first_line(error)}"
+            self._refuse(f"the step cannot be captured: {first_line(error)}")
             return
         _restore(tensors, before)
         replay()
@@ -200,11 +212,17 @@ class CapturedStep:
         floating = [(x, y) for x, y in pairs if x.is_floating_point()]
         self.difference = difference_of([x for x, _ in floating], [y for _, y in floating])
         counts_agree = all(torch.equal(x, y) for x, y in pairs if not x.is_floating_point())
-        if self.difference <= TOLERANCE and counts_agree:
-            self._replay = replay
+        if self.difference <= self._tolerance and counts_agree:
+            self._replays[penalize] = replay
         else:
             _restore(tensors, expected)
-            self.refusal = f"a captured step differs from an eager one by {self.difference:.1e} of the norm"
+            self._refuse(f"a captured step differs from an eager one by {self.difference:.1e} of the norm")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the graph has memory of its own
+
+    def _refuse(self, reason: str) -> None:
+        self.refusal = reason
+        self._replays.clear()
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from fastgan.config import Config, active_ranks, batch_at
 from fastgan.config.growth import Stage, stage_at
+from fastgan.training.compiling.build import forget_failure
 from fastgan.training.compiling.builder import ProgramBuilder
-from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, forget_failure, load
+from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, load
 from fastgan.training.distributed.deepspeed_engine import uses_own_reducer
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.from_config import engine_settings
@@ -31,8 +32,6 @@ def unsupported_reason(config: Config, world: ProcessGroup) -> str | None:
         return "programs for mps are not made"
     if config.system.sync_bn:
         return "--sync-bn communicates inside the step"
-    if config.objective.penalty_every > 1:
-        return "--penalty-every has steps of the penalty alone"
     if config.system.precision == "fp16":
         return "--precision fp16 scales its losses by a factor that changes"
     if world.engine == "deepspeed" and not uses_own_reducer(

@@ -48,7 +48,7 @@ def _largest(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MicroSteps:
-    """Both networks' functions of a micro-batch, in eager mode.
+    """The functions of a micro-batch, in eager mode, by the names of their programs.
 
     Attributes:
         step: computes the losses.
@@ -64,6 +64,12 @@ class MicroSteps:
         """Arguments as for `Step.discriminator_loss`; `images` as the pipeline has them."""
         real = real_images(images, self.step.discriminator, self.memory_format)
         loss, seen = self.step.discriminator_loss(real, positions, labels)
+        return self._finish(self.step.discriminator, loss, seen)
+
+    def penalty(self, images: Tensor, positions: Tensor, labels: Tensor | None = None) -> MicroStep:
+        """The step of the penalty alone; arguments as for `discriminator`."""
+        real = real_images(images, self.step.discriminator, self.memory_format)
+        loss, seen = self.step.penalty_loss(real, positions, labels)
         return self._finish(self.step.discriminator, loss, seen)
 
     def generator(self, positions: Tensor, real: Tensor | None = None, labels: Tensor | None = None) -> MicroStep:

@@ -118,6 +118,10 @@ class DeepSpeedEngine(BaseEngine):
     def _update(self, last: bool) -> None:
         self._engine.step()
 
+    def discard_step(self) -> None:
+        super().discard_step()
+        self._engine.micro_steps -= self._engine.micro_steps % self._accumulation
+
     def _fragments(self) -> list[Fragment]:
         if not self._partitioned:
             return super()._fragments()

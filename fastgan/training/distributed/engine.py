@@ -51,6 +51,9 @@ class Engine(Protocol):
     def wait(self) -> None:
         """Do a deferred update now. Call it before anything but `module` itself reads the weights."""
 
+    def discard_step(self) -> None:
+        """Forget the micro-batches of an update that was not finished."""
+
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the next updates."""
 
@@ -142,6 +145,11 @@ class BaseEngine(abc.ABC):
             self._update_pending = False
             self._reducer.finish()
             self._finish(last=True)
+
+    def discard_step(self) -> None:
+        """Forget the micro-batches of an update that was not finished."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._micro_batches -= self._micro_batches % self._accumulation
 
     def _finish(self, last: bool) -> None:
         self._update(last)

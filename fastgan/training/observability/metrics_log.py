@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgan.data.sheets import save_sheet
-from fastgan.utils.files import append_regular, write_atomic
+from fastgan.utils.files import append_regular, read_regular, write_atomic
 from fastgan.utils.stored_values import MALFORMED
 from fastgan.utils.text import readable_duration
 
@@ -66,7 +66,7 @@ class MetricsLog:
             return
         self._path = run / "metrics.jsonl"
         append_regular(self._path, "")  # refuses what cannot be written now, and not after the first interval
-        self._drop_rows_after(seen)
+        self._resumed_at: int | None = seen  # until the first new row
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -86,20 +86,24 @@ class MetricsLog:
             threading.excepthook = _without_events
             self._events = SummaryWriter(str(run / "tensorboard"), purge_step=seen)
 
-    def _drop_rows_after(self, seen: int) -> None:
-        """Drop the rows after the checkpoint that is resumed: the run writes them again."""
-        if not self._path.is_file():
+    def _write_row(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl. The first one of a resumed run takes the place of those after its checkpoint.
+
+        Until then they stay: a run that stops before it has trained again loses nothing of its record.
+        """
+        line = json.dumps(row) + "\n"
+        if self._resumed_at is None:
+            append_regular(self._path, line)
             return
-        rows = self._path.read_bytes().splitlines(keepends=True)
         kept = []
-        for row in rows:
+        for old in read_regular(self._path).splitlines(keepends=True):
             try:
-                if row.endswith(b"\n") and json.loads(row)["images"] <= seen:
-                    kept.append(row)
+                if old.endswith(b"\n") and json.loads(old)["images"] <= self._resumed_at:
+                    kept.append(old)
             except MALFORMED:
                 continue  # cut short when the process was killed, or edited by hand
-        if len(kept) != len(rows):
-            write_atomic(self._path, b"".join(kept))
+        write_atomic(self._path, b"".join([*kept, line.encode()]))
+        self._resumed_at = None
 
     def _progress(self, seen: int) -> str:
         """As in `     12.8/600 kimg`; runs of less than 1 kimg have three digits."""
@@ -128,7 +132,7 @@ class MetricsLog:
         """
         if not self._active:
             return
-        append_regular(self._path, json.dumps(row) + "\n")
+        self._write_row(row)
         if self._events is not None:
             for name, value in row.items():
                 if name != "images" and isinstance(value, int | float):
@@ -154,7 +158,7 @@ class MetricsLog:
         if not self._active:
             return
         names = {f"evaluation/{name}": value for name, value in record["metrics"].items()}
-        append_regular(self._path, json.dumps({"images": seen, "features": record["features"], **names}) + "\n")
+        self._write_row({"images": seen, "features": record["features"], **names})
         if self._events is not None:
             for name, value in names.items():
                 self._events.add_scalar(name, value, seen)

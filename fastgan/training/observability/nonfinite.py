@@ -96,7 +96,11 @@ class NonFiniteDetector:
         if self._names:
             finite = torch.stack(self._largest).abs() < torch.inf  # false for a NaN
             torch.minimum(self._first, torch.where(finite, self._never, self._step), out=self._first)
-            self._largest = [self._zero] * len(self._names)
+            self.discard_step()
+
+    def discard_step(self) -> None:
+        """Forget what was recorded since the last `close_step`."""
+        self._largest = [self._zero] * len(self._names)
 
     def tensors(self) -> list[Tensor]:
         """What a step changes."""

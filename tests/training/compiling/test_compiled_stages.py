@@ -25,8 +25,11 @@ from fastgan.compiled.program import CompileError, file_of
 from fastgan.config.variants import VARIANTS
 from fastgan.ops import qualification
 from fastgan.ops.dispatch.backend import OPS
-from fastgan.training.compiling import compilation, programs
-from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, build, load
+from fastgan.training.compiling import build as build_module
+from fastgan.training.compiling import compilation, program_check, programs
+from fastgan.training.compiling.build import build
+from fastgan.training.compiling.micro_step import MicroSteps
+from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, load
 from fastgan.training.distributed import process_group as processes
 from fastgan.training.trainer import Trainer
 from fastgan.utils.system import cache_folder
@@ -55,9 +58,9 @@ def interpreted(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> dict[Path, 
             return cls(file, tuple(layouts), graphs[file])
 
     monkeypatch.setattr(programs, "Program", Interpreted)
-    monkeypatch.setattr(programs, "compile_graph", lambda graph, inputs, file: graphs.update({file: graph}))
+    monkeypatch.setattr(build_module, "compile_graph", lambda graph, inputs, file: graphs.update({file: graph}))
     monkeypatch.setattr(recording, "recorded_forms", contextlib.nullcontext)
-    monkeypatch.setattr(programs, "_TIMED", 1)
+    monkeypatch.setattr(program_check, "_TIMED", 1)
     return graphs
 
 
@@ -104,6 +107,7 @@ CASES = [(variant, "") for variant in VARIANTS] + [
     ("pggan", "--accumulation 2"),
     ("dcgan", "--augment ada --accumulation 2"),
     ("wgan-gp", "--augment diffaugment"),
+    ("wgan-gp", "--penalty-every 2 --n-critic 1 --accumulation 2"),
 ]
 
 
@@ -127,12 +131,74 @@ def test_programs_compute_the_bits_of_eager_steps(variant, flags, tmp_path, inte
     assert not torch.any(ours.stage.nonfinite.pending() != theirs.stage.nonfinite.pending())
 
 
+def test_programs_of_one_seed_run_with_another(tmp_path, interpreted):
+    """Latents, interpolation, labels and augmentation are those of the run that uses them."""
+    flags = ("--conditional", "--augment", "ada", "--regularizer", "gradient-penalty")
+    other = make("sagan", tmp_path / "other", *flags)
+    compiled(other)
+    ours, theirs = (make("sagan", tmp_path / name, *flags, "--seed", "5") for name in ("ours", "theirs"))
+    used = load(spec_of(ours), ours.stage.step)
+    assert isinstance(used, StagePrograms)
+    ours.stage.use(used)
+    for _ in range(2):
+        for trainer in (ours, theirs):
+            trainer.train_step()
+    assert ours.stage.programs is used and ours.stage.refusal is None
+    require_equal(ours, theirs)
+    for _ in range(2):
+        other.train_step()
+    assert not torch.equal(everything(other)["1.output.bias"], everything(ours)["1.output.bias"])
+
+
+# Relative errors of gradients: of a program in each of five checks, and of eager steps that are rounded otherwise.
+ROUNDED = {
+    "exact": ([0.0] * 5, [0.0] * 5, True),
+    "kinks in some steps": ([3e-3, 1e-5, 4e-3, 5e-3, 1e-5], [], True),
+    "kinks in every step, as rounding has": ([9e-4, 6e-4, 7e-4, 8e-4, 9e-4], [5e-4] * 5, True),
+    "wrong by a little": ([9e-4] * 5, [1e-6] * 5, False),
+    "wrong by more than rounding": ([9e-3] * 5, [1e-3] * 5, False),
+    "nothing is known": ([float("nan")] * 5, [float("inf")] * 5, False),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_what_rounding_explains_is_right(case: str) -> None:
+    differences, roundings, right = ROUNDED[case]
+    with contextlib.nullcontext() if right else pytest.raises(program_check.ProgramDiffers, match="rounding explains"):
+        program_check._require_right("generator", differences, roundings, 1e-4)
+
+
+@pytest.mark.parametrize("factor", [1.001, 1.01])
+def test_a_program_that_is_a_little_wrong_is_never_stored(factor, tmp_path, interpreted, monkeypatch):
+    trainer = make("wgan-gp", tmp_path)
+    run = programs.StagePrograms.run
+
+    def wrong(self: StagePrograms, name: str, *inputs: Tensor) -> Any:
+        found = run(self, name, *inputs)
+        return found._replace(gradients=[None if g is None else factor * g for g in found.gradients])
+
+    monkeypatch.setattr(programs.StagePrograms, "run", wrong)
+    assert "of the norm" in build(spec_of(trainer), CPU)["reason"]
+
+
+def test_the_effect_of_rounding_leaves_the_networks_as_they_were(tmp_path):
+    trainer = make("dcgan", tmp_path)
+    step, before = trainer.stage.step, {name: x.clone() for name, x in everything(trainer).items()}
+    eager, inputs = MicroSteps(step, 1, torch.channels_last), [torch.rand(8, 1, 8, 8), torch.arange(8)]
+    expected = eager.discriminator(*inputs)
+    for name, value in everything(trainer).items():  # running statistics of the call
+        before[name] = value.clone()
+    found = program_check.effect_of_rounding(step, inputs, eager.discriminator, expected)
+    assert 1e-8 < found < 1e-2
+    assert all(torch.equal(value, before[name]) for name, value in everything(trainer).items())
+
+
 def test_a_program_that_becomes_wrong_is_refused_at_its_first_step(tmp_path, interpreted):
     ours, theirs = make("wgan-gp", tmp_path / "ours"), make("wgan-gp", tmp_path / "theirs")
     used = compiled(ours)
-    run = used.discriminator.program._run
-    wrong = dataclasses.replace(used.discriminator.program, _run=lambda *x: [1.1 * y for y in run(*x)])
-    used = dataclasses.replace(used, discriminator=dataclasses.replace(used.discriminator, program=wrong))
+    right = used.bound["discriminator"]
+    wrong = dataclasses.replace(right.program, _run=lambda *x: [1.1 * y for y in right.program._run(*x)])
+    used = dataclasses.replace(used, bound={**used.bound, "discriminator": dataclasses.replace(right, program=wrong)})
     ours.stage.use(used)
     for _ in range(2):
         ours.train_step()
@@ -159,7 +225,7 @@ def test_why_a_stage_cannot_be_compiled_is_kept(tmp_path, interpreted, monkeypat
     def fail(*_: object) -> None:
         raise CompileError("no C++ compiler")
 
-    monkeypatch.setattr(programs, "compile_graph", fail)
+    monkeypatch.setattr(build_module, "compile_graph", fail)
     build(spec_of(trainer), CPU)
     assert load(spec_of(trainer), trainer.stage.step) == "CompileError: no C++ compiler"
 
@@ -172,16 +238,16 @@ def test_the_next_run_forgets_a_failure_of_the_machine_and_no_other(tmp_path, in
         def fail(*_: object, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(programs, "compile_graph", fail)
+        monkeypatch.setattr(build_module, "compile_graph", fail)
         build(spec, CPU)
-        programs.forget_failure(spec, CPU)
+        build_module.forget_failure(spec, CPU)
         assert spec.compiled(CPU) != forgotten
 
 
 def test_programs_that_differ_from_eager_are_never_stored(tmp_path, interpreted, monkeypatch):
     trainer = make("gan", tmp_path)
     differences = itertools.count()
-    monkeypatch.setattr(programs, "difference_of", lambda *_, **__: float(next(differences) == 9))
+    monkeypatch.setattr(program_check, "difference_of", lambda *_, **__: float(next(differences) == 9))
     assert "differs from eager by 1.0e+00" in build(spec_of(trainer), CPU)["reason"]
 
 
@@ -202,15 +268,16 @@ def test_the_name_of_a_program_has_what_it_depends_on(tmp_path, own_cache):
     for section, values in {
         "networks": {"width": 9},
         "objective": {"penalty_weight": 3.0},
-        "run": {"seed": 1},
         "schedule": {"accumulation": 2},
     }.items():
         changed = dataclasses.replace(getattr(spec.config, section), **values)
         others.append(dataclasses.replace(spec, config=dataclasses.replace(spec.config, **{section: changed})))
     keys = {one.key(CPU) for one in (spec, dataclasses.replace(spec, fade=True), *others)}
     assert len(keys) == 2 + len(others)
-    same = dataclasses.replace(spec.config, optimizer=dataclasses.replace(spec.config.optimizer, lr_g=1.0))
-    assert dataclasses.replace(spec, config=same).key(CPU) == spec.key(CPU)
+    for section, values in {"optimizer": {"lr_g": 1.0}, "run": {"seed": 1}}.items():
+        changed = dataclasses.replace(getattr(spec.config, section), **values)
+        same = dataclasses.replace(spec.config, **{section: changed})
+        assert dataclasses.replace(spec, config=same).key(CPU) == spec.key(CPU)
 
 
 def test_the_name_of_a_program_has_the_implementations_in_it(tmp_path, own_cache, monkeypatch):
@@ -228,13 +295,13 @@ def test_programs_are_recorded_and_checked_without_measuring(tmp_path, interpret
     operations = {}
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(programs, "_measure", lambda *_: {"difference": 0.0, "eager_ms": 1.0, "compiled_ms": 1.0})
-    monkeypatch.setattr(programs, "_bind", lambda *_: None)
+    monkeypatch.setattr(build_module, "measure", lambda *_: {"difference": 0.0, "eager_ms": 1.0, "compiled_ms": 1.0})
+    monkeypatch.setattr(build_module, "bind", lambda *_: None)
 
     def keep(graph: Any, inputs: Any, file: Path) -> None:
         operations[file.name.rpartition("-")[2]] = graph.code
 
-    monkeypatch.setattr(programs, "compile_graph", keep)
+    monkeypatch.setattr(build_module, "compile_graph", keep)
     spec = spec_of(trainer)
     build(spec, CPU)
     shipped, key = dict(operations), spec.key(CPU)
