@@ -122,6 +122,13 @@ def test_every_format_is_read(kind: str) -> None:
     assert (info.problem, info.format) == ("", kind)
 
 
+def test_the_documentation_lists_the_formats() -> None:
+    text = (Path(fastgan.__file__).parent.parent / "docs" / "data.md").read_text()
+    listed = text.partition("The formats that are read are ")[2].partition("; of several")[0]
+    found = re.findall(r"[A-Z]\w+(?: 2000)?", re.sub(r"\([^)]*\)", "", " ".join(listed.split())))
+    assert sorted(found) == sorted({"WEBP": "WebP", "JPEG2000": "JPEG 2000"}.get(kind, kind) for kind in images.FORMATS)
+
+
 def test_a_prepared_set_holds_its_own_encoding_only(tmp_path: Path) -> None:
     save(tmp_path / "photos" / "a.png", noise(16, 16, 3))
     path = prepare(str(tmp_path / "photos"), tmp_path / "set", Settings(cache_to=8, lossless="png"), workers=1).path
