@@ -126,17 +126,18 @@ def compile_launch(launch: Launch, architecture: str) -> Resources:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
     def type_of(value: Any, path: tuple[int, ...]) -> Any:
+        parameter = launch.kernel.params[path[0]]
         if isinstance(value, tuple):
             return tuple(type_of(it, (*path, i)) for i, it in enumerate(value))
         if isinstance(value, Tensor):
-            if value.data_ptr() % 16 == 0:
+            if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                 attributes[path] = [["tt.divisibility", 16]]
             return "*" + _TYPES[value.dtype]
-        if value is None or (isinstance(value, int) and value == 1):
+        if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
             constants[path] = value
             return "constexpr"
         if isinstance(value, int):
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[path] = [["tt.divisibility", 16]]
             return "i32" if -(2**31) <= value < 2**31 else "i64"
         assert isinstance(value, float)

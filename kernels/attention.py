@@ -23,7 +23,9 @@ or bfloat16, the same dtype for all tensors of a call. Row statistics are float3
 
 from __future__ import annotations
 
+import functools
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,32 +34,47 @@ from torch import Tensor
 from . import tiles
 from .attention_first import backward_columns_kernel, backward_rows_kernel, forward_kernel
 from .attention_second import second_columns_kernel, second_rows_kernel, second_statistics_kernel
-from .launch import ceil_div, device_guard, float32_precision, needs_int64_offsets, next_power_of_2
+from .launch import Plan, ceil_div, kind_of, needs_int64_offsets, next_power_of_2
+
+Strides = tuple[tuple[int, ...] | None, ...]
 
 
-def _sweep(kernel: Any, op: str, arrays: dict[str, Tensor | None], scale: float, causal: bool) -> None:
-    """Launch `kernel` over the tiles of its rows or columns. Four-dimensional arrays are passed with their strides."""
-    q, v = arrays["q"], arrays["v"]
-    assert q is not None and v is not None
-    (batch, heads, n, d), (m, dv) = q.shape, v.shape[2:]
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    op: str, where: tiles.Place, kind: str, precision: str, causal: bool, shape: tuple[int, ...], m: int, dv: int,
+    names: tuple[str, ...], strides: Strides,
+) -> Plan:  # fmt: skip
+    """The launch of a kernel for q of `shape`, v [B, H, m, dv] and arrays of these names and strides."""
+    batch, heads, n, d = shape
     block_d, block_dv = (max(16, next_power_of_2(size)) for size in (d, dv))
-    precision = float32_precision("matmul")
-    kind = "half" if q.dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
-    strided = {name: x for name, x in arrays.items() if name not in ("lse", "delta", "e", "r")}
-    strides = {f"{name}_strides": None if x is None else x.stride() for name, x in strided.items()}
-    odd = any(step % 16 and step != 1 for steps in strides.values() if steps for step in steps)
-    tile = tiles.lookup(op, kind, max(block_d, block_dv), q.device, odd)
+    odd = any(step % 16 and step != 1 for steps in strides if steps for step in steps)
+    tile = tiles.lookup(op, kind, max(block_d, block_dv), where, odd)
     chunk = min(tile.chunk, block_d, block_dv)
     if op.endswith("rows") and kind == "float32" and block_d != block_dv:
         chunk = min(tile.chunk, max(16, min(block_d, block_dv) // 2))  # with full chunks the smaller operands spill
     count, block = (m, tile.cols) if op.endswith("columns") else (n, tile.rows)
-    with device_guard(q.device):
-        kernel[(ceil_div(count, block) * batch * heads,)](
-            **arrays, **strides, heads=heads, n=n, m=m, scale=scale, D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            ROWS=tile.rows, COLS=tile.cols, CHUNK=chunk,
-            EVEN=n % tile.rows == 0 and m % tile.cols == 0, INT64=needs_int64_offsets(*strided.values(), dims=2),
-            CAUSAL=causal, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    largest = (max(n, m), max(d, dv))
+    return Plan((ceil_div(count, block) * batch * heads,), {
+        **{f"{name}_strides": steps for name, steps in zip(names, strides, strict=True)},
+        "heads": heads, "n": n, "m": m, "D": d, "DV": dv, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
+        "ROWS": tile.rows, "COLS": tile.cols, "CHUNK": chunk, "EVEN": n % tile.rows == 0 and m % tile.cols == 0,
+        "INT64": needs_int64_offsets(*((largest, steps) for steps in strides if steps), dims=2),
+        "CAUSAL": causal, "PRECISION": precision,
+        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
+    })  # fmt: skip
+
+
+def _sweep(
+    numbers: tuple[str, str], scale: float, causal: bool, statistics: dict[str, Tensor],
+    kernel: Any, op: str, arrays: dict[str, Tensor | None],
+) -> None:  # fmt: skip
+    """Launch `kernel` over the tiles of its rows or columns. Arrays are passed with their strides."""
+    q, v = arrays["q"], arrays["v"]
+    assert q is not None and v is not None
+    m, dv = v.shape[2:]
+    strides = tuple([None if x is None else x.stride() for x in arrays.values()])
+    plan = _plan(op, tiles.place(op, q.device), *numbers, causal, q.shape, m, dv, tuple(arrays), strides)
+    plan.launch(kernel, q.device, scale=scale, **arrays, **statistics)
 
 
 def _new_statistic(q: Tensor) -> Tensor:
@@ -87,7 +104,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: boo
     if k.shape[2] == 0:
         return o.zero_(), lse.fill_(-math.inf)
     if lse.numel():
-        _sweep(forward_kernel, "attention_forward", {"q": q, "k": k, "v": v, "o": o, "lse": lse}, scale, causal)
+        sweep = partial(_sweep, kind_of(q.dtype, "matmul"), scale, causal, {"lse": lse})
+        sweep(forward_kernel, "attention_forward", {"q": q, "k": k, "v": v, "o": o})
     return o, lse
 
 
@@ -107,9 +125,10 @@ def attention_backward(
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), _new_statistic(q)
     if lse.numel() == 0 or k.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    arrays: dict[str, Tensor | None] = {"do": do, "q": q, "k": k, "v": v, "lse": lse, "delta": delta}
-    _sweep(backward_rows_kernel, "attention_backward_rows", {**arrays, "o": o, "dq": dq}, scale, causal)
-    _sweep(backward_columns_kernel, "attention_backward_columns", {**arrays, "dk": dk, "dv": dv}, scale, causal)
+    arrays: dict[str, Tensor | None] = {"do": do, "q": q, "k": k, "v": v}
+    sweep = partial(_sweep, kind_of(q.dtype, "matmul"), scale, causal, {"lse": lse, "delta": delta})
+    sweep(backward_rows_kernel, "attention_backward_rows", {**arrays, "o": o, "dq": dq})
+    sweep(backward_columns_kernel, "attention_backward_columns", {**arrays, "dk": dk, "dv": dv})
     return dq, dk, dv
 
 
@@ -131,8 +150,9 @@ def attention_second_backward(
         return gq.zero_(), gk.zero_(), gv.zero_(), gdo.zero_()
     delta, e, r = _new_statistic(q), _new_statistic(q), _new_statistic(q)
     arrays = {"uq": uq, "uk": uk, "uv": uv, "do": do, "q": q, "k": k, "v": v}
-    arrays |= {"lse": lse, "delta": delta, "e": e, "r": r}
-    _sweep(second_statistics_kernel, "attention_second_statistics", {**arrays, "o": o}, scale, causal)
-    _sweep(second_rows_kernel, "attention_second_rows", {**arrays, "gq": gq, "gdo": gdo}, scale, causal)
-    _sweep(second_columns_kernel, "attention_second_columns", {**arrays, "gk": gk, "gv": gv}, scale, causal)
+    statistics = {"lse": lse, "delta": delta, "e": e, "r": r}
+    sweep = partial(_sweep, kind_of(q.dtype, "matmul"), scale, causal, statistics)
+    sweep(second_statistics_kernel, "attention_second_statistics", {**arrays, "o": o})
+    sweep(second_rows_kernel, "attention_second_rows", {**arrays, "gq": gq, "gdo": gdo})
+    sweep(second_columns_kernel, "attention_second_columns", {**arrays, "gk": gk, "gv": gv})
     return gq, gk, gv, gdo

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, channels_last, device_guard, next_power_of_2
+from .launch import Plan, ceil_div, channels_last, next_power_of_2
 
 # Indices as in fastgan.ops.bias_act.ACTS.
 LINEAR, RELU, LRELU, TANH, SIGMOID, SILU = (tl.constexpr(i) for i in range(6))
@@ -163,21 +163,21 @@ def _backward_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
-    rows: int, cols: int, last: bool, backward: bool, want_bias: bool, channels: int, tile: int
-) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
-    """Grid, shape of the partial sums, and the kernel's constants."""
+def _plan(rows: int, cols: int, last: bool, backward: bool, want_bias: bool, channels: int, tile: int) -> Plan:
     block_cols = min(next_power_of_2(cols), tile)
     block_rows = min(tile // block_cols, next_power_of_2(rows))
     across, down = ceil_div(cols, block_cols), ceil_div(rows, block_rows)
-    constants = {"LAST": last, "ROWS": block_rows, "COLS": block_cols, "INT64": rows * cols + 4 * tile >= 2**31}
+    constants = {
+        "rows": rows, "cols": cols, "channels": channels, "LAST": last, "ROWS": block_rows, "COLS": block_cols,
+        "INT64": rows * cols + 4 * tile >= 2**31, "num_warps": 8, "enable_fp_fusion": True,
+    }  # fmt: skip
     if not backward:
-        return (across * down,), (0,), constants
+        return Plan((across * down,), constants)
     # In channels_last each program writes a row of sums, which is cheap if it has many rows of x.
     repeat = 8 if want_bias and last and down >= 8192 else 1
     down = ceil_div(down, repeat)
     shape = (0,) if not want_bias else (down, 1, channels) if last else (across, rows // channels, channels)
-    return (across * down,), shape, {**constants, "SUM": want_bias, "REPEAT": repeat}
+    return Plan((across * down,), {**constants, "SUM": want_bias, "REPEAT": repeat}, shape)
 
 
 def _launch(kernel: Any, like: Tensor, bias: Tensor | None, want_bias: bool, **arguments: Any) -> Any:
@@ -195,15 +195,11 @@ def _launch(kernel: Any, like: Tensor, bias: Tensor | None, want_bias: bool, **a
     else:
         rows, cols = n * channels, like.numel() // (n * channels)
     backward = "dx" in arguments
-    grid, shape, constants = _plan(rows, cols, last, backward, want_bias, channels, TILE)
+    plan = _plan(rows, cols, last, backward, want_bias, channels, TILE)
     partial = None
     if backward:
-        arguments["partial"] = partial = torch.empty(shape, dtype=torch.float32, device=like.device)
-    with device_guard(like.device):
-        kernel[grid](
-            bias=bias, rows=rows, cols=cols, channels=channels, **arguments, **constants,
-            num_warps=8, enable_fp_fusion=True,
-        )  # fmt: skip
+        arguments["partial"] = partial = torch.empty(plan.partial, dtype=torch.float32, device=like.device)
+    plan.launch(kernel, like.device, bias=bias, **arguments)
     return partial.sum((0, 1)) if partial is not None and want_bias else partial
 
 

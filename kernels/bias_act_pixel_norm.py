@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bias_act import activate, slope_from_sign
-from .launch import ceil_div, channels_last, device_guard, next_power_of_2
+from .launch import Plan, ceil_div, channels_last, next_power_of_2
 
 TILE = 8192  # elements
 LARGEST = 4096  # channels that fit in registers
@@ -179,8 +179,7 @@ def _plan(
     want_bias: bool,
     elements: int,
     largest: int,
-) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
-    """Grid, shape of the partial sums, and the kernel's constants."""
+) -> Plan:
     # Neighboring pixels of one channel that fill a memory sector.
     least = min(_SECTOR // element_size, next_power_of_2(per_sample)) if pixels_are_neighbors else 1
     block = min(next_power_of_2(channels), largest)
@@ -189,16 +188,18 @@ def _plan(
         block = elements // least
     tile = min(max(elements // block, least), next_power_of_2(per_sample), 256)
     groups = samples * ceil_div(per_sample, tile)
+    step_p, step_c = (1, per_sample) if pixels_are_neighbors else (channels, 1)
     constants: dict[str, Any] = {
+        "per_sample": per_sample, "step_p": step_p, "step_c": step_c, "enable_fp_fusion": True,
         "C": channels, "BLOCK": block, "PIXELS": tile, "num_warps": 16 if block * tile > elements else 8,
         "INT64": samples * per_sample * channels + 2 * elements >= 2**31,
     }  # fmt: skip
     if not backward:
-        return (groups,), (0,), constants
+        return Plan((groups,), constants)
     repeat = 4 if want_bias and channels <= block and groups >= 8192 else 1
     groups = samples * ceil_div(per_sample, tile * repeat)
     shape = (groups, channels) if want_bias else (0,)
-    return (groups,), shape, {**constants, "SUM": want_bias, "REPEAT": repeat}
+    return Plan((groups,), {**constants, "SUM": want_bias, "REPEAT": repeat}, shape)
 
 
 def _launch(kernel: Any, like: Tensor, want_bias: bool = False, **arguments: Any) -> Any:
@@ -209,21 +210,16 @@ def _launch(kernel: Any, like: Tensor, want_bias: bool = False, **arguments: Any
     """
     n, channels = like.shape[:2]
     pixels = like.numel() // (n * channels)
-    if channels_last(like) or pixels == 1:
-        samples, per_sample, steps = 1, n * pixels, (channels, 1)
-    else:
-        samples, per_sample, steps = n, pixels, (1, pixels)
+    neighbors = not (channels_last(like) or pixels == 1)  # of one channel, in memory
+    samples, per_sample = (n, pixels) if neighbors else (1, n * pixels)
     backward, second = "dx" in arguments, arguments.get("u") is not None
-    grid, shape, constants = _plan(
-        samples, per_sample, channels, steps[0] == 1, like.element_size(), backward, second, want_bias, TILE, LARGEST
+    plan = _plan(
+        samples, per_sample, channels, neighbors, like.element_size(), backward, second, want_bias, TILE, LARGEST
     )
     partial = None
     if backward:
-        arguments["partial"] = partial = torch.empty(shape, dtype=torch.float32, device=like.device)
-    with device_guard(like.device):
-        kernel[grid](
-            per_sample=per_sample, step_p=steps[0], step_c=steps[1], **arguments, **constants, enable_fp_fusion=True
-        )
+        arguments["partial"] = partial = torch.empty(plan.partial, dtype=torch.float32, device=like.device)
+    plan.launch(kernel, like.device, **arguments)
     return partial.sum(0) if partial is not None and want_bias else partial
 
 

@@ -20,9 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, channels_last, device_guard, next_power_of_2
+from .launch import Plan, ceil_div, channels_last, next_power_of_2
 
 TILE = 4096  # elements
+
+# One kernel for all batches: registers and vector loads are the same.
+_jit = triton.jit(do_not_specialize=["tiles", "groups", "n"])
 
 
 @triton.jit
@@ -61,7 +64,7 @@ def _deviation(x, mask, eps, GROUP: tl.constexpr):
     return d, tl.sqrt(tl.sum(d * d, 0) / GROUP + eps)
 
 
-@triton.jit
+@_jit
 def _forward_kernel(
     x, y, partial, tiles, groups, n, pixels, eps,
     C: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -74,7 +77,7 @@ def _forward_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, sigma, 0.0), 0))
 
 
-@triton.jit
+@_jit
 def _maps_kernel(
     partial, y, tiles, groups, pixels, scale, C: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
 ):
@@ -94,7 +97,7 @@ def _maps_kernel(
         tl.store(base + offsets, tl.zeros([BLOCK], y.dtype.element_ty) + value, mask=pixel < pixels)
 
 
-@triton.jit
+@_jit
 def _backward_kernel(
     dy, x, t, dx, tiles, groups, n, pixels, eps,
     C: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,7 +110,7 @@ def _backward_kernel(
     tl.store(dx + narrow, result.to(dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@_jit
 def _second_kernel(
     u, x, t, gdy, gx, partial, tiles, groups, n, pixels, eps,
     C: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -142,21 +145,24 @@ class _Shape:
         self.tiles = ceil_div(self.places, block)
         self.last = last
         self.programs = self.groups * num_features * self.tiles
-        self.constants: dict[str, Any] = {
-            "C": self.channels, "F": num_features, "GROUP": group, "PADDED": padded, "BLOCK": block, "LAST": self.last,
-            "INT64": sizes.numel() // self.channels * (self.channels + num_features) + padded * block >= 2**31,
+        common = {
+            "tiles": self.tiles, "groups": self.groups, "pixels": self.pixels, "C": self.channels, "F": num_features,
+            "LAST": last, "enable_fp_fusion": True,
         }  # fmt: skip
+        self.plan = Plan((self.programs,), {
+            **common, "n": self.n, "GROUP": group, "PADDED": padded, "BLOCK": block, "num_warps": 8,
+            "INT64": sizes.numel() // self.channels * (self.channels + num_features) + padded * block >= 2**31,
+        })  # fmt: skip
+        self.plan_of_maps = Plan((self.n * num_features,), {
+            **common, "scale": 1 / self.places, "BLOCK": 1024, "num_warps": 4,
+        })  # fmt: skip
 
     @staticmethod
     def of(x: Tensor, group: int, num_features: int) -> _Shape:
         return _shape(x.shape, channels_last(x), group, num_features, TILE)
 
     def run(self, kernel: Any, x: Tensor, eps: float, **tensors: Tensor) -> None:
-        with device_guard(x.device):
-            kernel[(self.programs,)](
-                x=x, **tensors, tiles=self.tiles, groups=self.groups, n=self.n, pixels=self.pixels, eps=eps,
-                **self.constants, num_warps=8, enable_fp_fusion=True,
-            )  # fmt: skip
+        self.plan.launch(kernel, x.device, x=x, eps=eps, **tensors)
 
     def with_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Uninitialized [N, C + F, H, W] in the memory format of x, and partial sums."""
@@ -166,11 +172,7 @@ class _Shape:
         return y, torch.empty(self.programs, dtype=torch.float32, device=x.device)
 
     def fill_maps(self, y: Tensor, partial: Tensor) -> None:
-        with device_guard(y.device):
-            _maps_kernel[(self.n * self.features,)](
-                partial=partial, y=y, tiles=self.tiles, groups=self.groups, pixels=self.pixels, scale=1 / self.places,
-                C=self.channels, F=self.features, BLOCK=1024, LAST=self.last, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+        self.plan_of_maps.launch(_maps_kernel, y.device, partial=partial, y=y)
 
 
 _shape = functools.lru_cache(maxsize=4096)(_Shape)

@@ -16,6 +16,7 @@ end with act(y + bias) * gain for piecewise linear acts, as in `fastgan.ops.bias
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from . import tiles
 from .bias_act import activate
-from .launch import ceil_div, device_guard, float32_precision, needs_int64_offsets, next_power_of_2
+from .launch import Plan, ceil_div, kind_of, needs_int64_offsets, next_power_of_2
 
 LINEAR = 0  # index into fastgan.ops.bias_act.ACTS
 
@@ -182,14 +183,44 @@ def _padded(channels: int) -> int:
     return min(max(16, next_power_of_2(channels)), 256)
 
 
-def _tile(op: str, x: Tensor, results: int, summed: int) -> tuple[tiles.Tile, str]:
-    """Tile of `op` for `results` output channels, with chunks of at most `summed` channels; and `input_precision`."""
-    precision = float32_precision("conv")
-    kind = "half" if x.dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    op: str, where: tiles.Place, kind: str, precision: str, act: int,
+    sizes: tuple[int, ...], c: int, small: tuple[int, ...], large: tuple[int, ...],
+) -> Plan:  # fmt: skip
+    """The launch of a kernel for small images of these sizes [N, K, H, W], and c channels and the strides of both."""
+    n, k, height, width = sizes
+    count, weight = n * height * width, op == "scaled_conv_weight"
+    # Channels of the results, and those that are summed at a time; the strides of what is read in the inner loop.
+    results, summed, read = {
+        "scaled_conv_down": (k, c, large), "scaled_conv_up": (c, k, small),
+        "scaled_conv_weight": (max(c, k), 256, small),
+    }[op]  # fmt: skip
     # Unless the channels of a pixel are contiguous and aligned to 16, addresses need more registers.
-    odd = x.stride(1) != 1 or any(stride % 16 for stride in (x.stride(0), *x.stride()[2:]))
-    tile = tiles.lookup(op, kind, _padded(results), x.device, odd)
-    return tile._replace(chunk=min(tile.chunk, _padded(summed))), precision
+    odd = read[1] != 1 or any(stride % 16 for stride in (read[0], *read[2:]))
+    tile = tiles.lookup(op, kind, _padded(results), where, odd)
+    chunk = min(tile.chunk, _padded(summed))
+    large_sizes = (n, c, 2 * height, 2 * width)
+    constants: dict[str, Any] = {
+        "small_strides": small, "large_strides": large, "count": count, "height": height, "width": width,
+        "C": c, "K": k, "ROWS": tile.rows, "COLS": tile.cols, "CHUNK": chunk, "PRECISION": precision,
+        "INT64": needs_int64_offsets((large_sizes, large), (sizes, small), dims=4),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if not weight:
+        programs = ceil_div(count, tile.rows) * ceil_div(results, tile.cols)
+        return Plan((programs if op == "scaled_conv_down" else 4 * programs,), {**constants, "ACT": act})
+    programs = 16 * ceil_div(k, tile.rows) * ceil_div(c, tile.cols)
+    parts = min(ceil_div(_PROGRAMS, programs), ceil_div(count, 8 * chunk), max(1, _PARTIAL // (16 * k * c)))
+    part = ceil_div(ceil_div(count, parts), chunk) * chunk
+    parts = ceil_div(count, part)
+    return Plan((programs * parts,), {**constants, "part": part}, (parts, 4, 4, k, c))
+
+
+def _plan_of(op: str, small: Tensor, large: Tensor, act: int = LINEAR) -> Plan:
+    kind, precision = kind_of(small.dtype, "conv")
+    where = tiles.place(op, small.device)
+    return _plan(op, where, kind, precision, act, small.shape, large.shape[1], small.stride(), large.stride())
 
 
 def _image(like: Tensor, *shape: int) -> Tensor:
@@ -215,19 +246,12 @@ def down(
     Returns:
         [N, K, H, W], in the memory format of `large`.
     """
-    n, c, height, width = large.shape[0], large.shape[1], large.shape[2] // 2, large.shape[3] // 2
-    k = w.shape[0]
-    small = _image(large, n, k, height, width)
-    tile, precision = _tile("scaled_conv_down", large, k, c)
-    count = n * height * width
-    with device_guard(large.device):
-        down_kernel[(ceil_div(count, tile.rows) * ceil_div(k, tile.cols),)](
-            large, w.permute(2, 3, 0, 1).contiguous(), bias, small, large.stride(), small.stride(),
-            count, height, width, slope, gain,
-            C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
-            ACT=act, INT64=needs_int64_offsets(large, small, dims=4), PRECISION=precision,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    n, _, height, width = large.shape
+    small = _image(large, n, w.shape[0], height // 2, width // 2)
+    _plan_of("scaled_conv_down", small, large, act).launch(
+        down_kernel, large.device, large=large, w=w.permute(2, 3, 0, 1).contiguous(), bias=bias, small=small,
+        slope=slope, gain=gain,
+    )  # fmt: skip
     return small
 
 
@@ -245,37 +269,18 @@ def up(
     Returns:
         [N, C, 2H, 2W], in the memory format of `small`.
     """
-    n, k, height, width = small.shape
-    c = w.shape[1]
-    large = _image(small, n, c, 2 * height, 2 * width)
-    tile, precision = _tile("scaled_conv_up", small, c, k)
-    count = n * height * width
-    with device_guard(small.device):
-        up_kernel[(4 * ceil_div(count, tile.rows) * ceil_div(c, tile.cols),)](
-            small, w.permute(2, 3, 1, 0).contiguous(), bias, large, small.stride(), large.stride(),
-            count, height, width, slope, gain,
-            C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
-            ACT=act, INT64=needs_int64_offsets(large, small, dims=4), PRECISION=precision,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    n, _, height, width = small.shape
+    large = _image(small, n, w.shape[1], 2 * height, 2 * width)
+    _plan_of("scaled_conv_up", small, large, act).launch(
+        up_kernel, small.device, small=small, w=w.permute(2, 3, 1, 0).contiguous(), bias=bias, large=large,
+        slope=slope, gain=gain,
+    )  # fmt: skip
     return large
 
 
 def weight(small: Tensor, large: Tensor) -> Tensor:
     """Gradient of the weight, [K, C, 4, 4], from small [N, K, H, W] and large [N, C, 2H, 2W]."""
-    (n, k, height, width), c = small.shape, large.shape[1]
-    tile, precision = _tile("scaled_conv_weight", small, max(c, k), 256)
-    count = n * height * width
-    programs = 16 * ceil_div(k, tile.rows) * ceil_div(c, tile.cols)
-    parts = min(ceil_div(_PROGRAMS, programs), ceil_div(count, 8 * tile.chunk), max(1, _PARTIAL // (16 * k * c)))
-    part = ceil_div(ceil_div(count, parts), tile.chunk) * tile.chunk
-    parts = ceil_div(count, part)
-    partial = torch.empty(parts, 4, 4, k, c, dtype=torch.float32, device=small.device)
-    settings: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
-    with device_guard(small.device):
-        weight_kernel[(programs * parts,)](
-            small, large, partial, small.stride(), large.stride(), count, height, width, part,
-            C=c, K=k, ROWS=tile.rows, COLS=tile.cols, CHUNK=tile.chunk,
-            INT64=needs_int64_offsets(large, small, dims=4), PRECISION=precision, **settings,
-        )  # fmt: skip
-    return (partial[0] if parts == 1 else partial.sum(0)).permute(2, 3, 0, 1).to(small.dtype)
+    plan = _plan_of("scaled_conv_weight", small, large)
+    partial = torch.empty(*plan.partial, dtype=torch.float32, device=small.device)
+    plan.launch(weight_kernel, small.device, small=small, large=large, partial=partial)
+    return (partial[0] if len(partial) == 1 else partial.sum(0)).permute(2, 3, 0, 1).to(small.dtype)

@@ -43,7 +43,11 @@ def candidates(op: str, kind: str, size: int) -> Iterator[Tile]:
 
 
 def write_tiles(architecture: str, chosen: dict[str, dict[str, Tile]]) -> None:
-    """Merge `chosen` (kernel -> key -> tile) into tiles.json, with one line per kernel and kind of numbers."""
+    """Merge `chosen` (kernel -> key -> tile) into tiles.json, with one line per kernel and kind of numbers.
+
+    Under an older Triton they are entered for it alone.
+    """
+    architecture += tiles.of_version()
     ops = {op: {**tiles.table().get(architecture, {}).get(op, {}), **entries} for op, entries in chosen.items()}
     table = {**tiles.table(), architecture: {**tiles.table().get(architecture, {}), **ops}}
     blocks = []

@@ -2,7 +2,8 @@
 
 tiles.json: architecture ("sm_90", or "default") -> kernel -> kind of numbers and padded size ("half/64") -> the fields
 of `Tile`. An entry "half/64/odd" is for tensors with strides that are not multiples of 16, and for images that are not
-channels_last: their addresses need more registers, and the other tile would spill. `python -m fastgan.kernels.tune`
+channels_last: their addresses need more registers, and the other tile would spill. "sm_90, triton 3.6" and such has
+the tiles that spill under versions before 3.8 and therefore differ there. `python -m fastgan.kernels.tune`
 measures on the present GPU and writes its entries. Entries that were not measured are the largest of a few common tiles
 that compile without spills; for attention, `--ahead-of-time` finds them. The entries of "default" fit in 99 KiB of
 shared memory, which the smallest supported GPUs have.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,6 +46,7 @@ class Tile(NamedTuple):
 
 
 _overrides: dict[str, Tile] = {}
+_OLD, _SINCE = ", triton 3.6", (3, 8)
 
 
 @functools.cache
@@ -65,26 +68,42 @@ def architecture(device: torch.device) -> str:
     return "sm_100" if major == 10 else f"sm_{major}{minor}"
 
 
-def lookup(op: str, kind: str, size: int, device: torch.device, odd: bool = False) -> Tile:
+@functools.cache
+def of_version() -> str:
+    """What is added to an architecture's name for tiles of the installed Triton, if it is an older one."""
+    found = [int(it) for it in importlib.metadata.version("triton").split(".")[:2]]
+    return _OLD if tuple(found) < _SINCE else ""
+
+
+Place = tuple[str, Tile | None]
+"""What decides between the tiles of a kernel besides its numbers: the architecture, and a tile that overrides all."""
+
+
+def place(op: str, device: torch.device) -> Place:
+    """Where kernel `op` runs."""
+    return architecture(device), _overrides.get(op)
+
+
+def lookup(op: str, kind: str, size: int, where: Place, odd: bool = False) -> Tile:
     """The tile of a kernel.
 
     Args:
         op: the kernel, as named in tiles.json.
         kind: one of `KINDS`.
         size: inner dimension, padded to a power of two.
-        device: where the kernel runs.
+        where: the kernel runs, as from `place`.
         odd: whether strides are not multiples of 16.
 
     Raises:
         KeyError: There is no entry, not even for "default".
     """
-    return _overrides.get(op) or lookup_for(architecture(device), op, kind, size, odd)
+    return where[1] or lookup_for(where[0], op, kind, size, odd)
 
 
 def lookup_for(name: str, op: str, kind: str, size: int, odd: bool = False) -> Tile:
     """`lookup` for an architecture by name."""
     key = f"{kind}/{size}"
-    for it in (name, "default"):
+    for it in dict.fromkeys((name + of_version(), name, "default" + of_version(), "default")):
         entries = table().get(it, {}).get(op, {})
         tile = (entries.get(f"{key}/odd") if odd else None) or entries.get(key)
         if tile:

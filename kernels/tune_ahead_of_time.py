@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 
@@ -221,26 +222,24 @@ def entries(architectures: Iterable[str], kinds: Iterable[str], sizes: Iterable[
 
 def fit_entries(wanted: list[Entry], check_only: bool) -> int:
     """Fit `wanted`, and write each change immediately. Returns the number of entries that do not fit."""
-    from tqdm import tqdm
-
-    tqdm.monitor_interval = 0  # no monitor thread, as this process forks
     wrong = 0
-    with tqdm(wanted, unit="entry", dynamic_ncols=True, disable=None) as bar:
-        for entry in bar:
-            bar.set_postfix_str(str(entry))
-            if check_only:
-                bad = _first_misfit(entry, entry.tile(), compile_isolated)
-                wrong += bad is not None
-                if bad:
-                    tqdm.write(f"{entry}: {tuple(entry.tile())} does not fit ({bad[1]})")
-                continue
-            fitted = fit(entry, compile_isolated)
-            if not fitted.why:
-                continue
-            if fitted.tile is None:
-                wrong += 1
-                tqdm.write(f"{entry}: no tile fits, of {fitted.tried} compiled; {tuple(fitted.before)} {fitted.why}")
-                continue
-            write_tiles(entry.architecture, {entry.op: {entry.key: fitted.tile}})
-            tqdm.write(f"{entry}: {tuple(fitted.before)} -> {tuple(fitted.tile)} ({fitted.why})")
+    for i, entry in enumerate(wanted):
+        if sys.stderr.isatty():
+            print(f"\r{i} of {len(wanted)}, {entry}\033[K", end="\r", file=sys.stderr, flush=True)
+        if check_only:
+            bad = _first_misfit(entry, entry.tile(), compile_isolated)
+            wrong += bad is not None
+            if bad:
+                print(f"{entry}: {tuple(entry.tile())} does not fit ({bad[1]})", flush=True)
+            continue
+        fitted = fit(entry, compile_isolated)
+        if not fitted.why:
+            continue
+        if fitted.tile is None:
+            wrong += 1
+            what = f"of {fitted.tried} compiled; {tuple(fitted.before)} {fitted.why}"
+            print(f"{entry}: no tile fits, {what}", flush=True)
+            continue
+        write_tiles(entry.architecture, {entry.op: {entry.key: fitted.tile}})
+        print(f"{entry}: {tuple(fitted.before)} -> {tuple(fitted.tile)} ({fitted.why})", flush=True)
     return wrong

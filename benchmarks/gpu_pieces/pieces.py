@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 _KINDS = (("done", False), ("faulted", True))
 PIECES = (
     Piece(0, "machine, libraries, what runs each op", 45, "versions"),
-    Piece(1, "every op and form against float64, to second order", 60, "op_forms"),
+    Piece(1, "every op and form against float64, to second order; random numbers", 60, "op_forms"),
     Piece(2, "training steps: host, device, memory", 90, "steps"),
     Piece(3, "profiles at 64 and 1024 px", 45, "profiles"),
     Piece(4, "forms side by side; scaled convolutions beside cuDNN", 60, "step_forms"),

@@ -3,8 +3,8 @@
     python -m benchmarks.ops.launch_cost
 
 Kernels are compiled for sm_90 as usual; what is timed is all that Python does for one call, tensors are on the CPU. The
-least of nine rounds of 300 calls. "bare" is Triton's own launch with everything known, the floor of all others; an
-operation of PyTorch stands beside them.
+least of 300 rounds of 15 calls. "Triton by itself" is `kernel[grid](...)`; operations of torch (new tensors, views,
+other layouts, sums of partial sums) are in the times, and two of them stand below.
 """
 
 from __future__ import annotations
@@ -17,21 +17,37 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastgan.kernels import bias_act, bias_act_pixel_norm, minibatch_stddev, pixel_norm, scaled_conv, tiles
+from fastgan.kernels import (
+    attention,
+    bias_act,
+    bias_act_pixel_norm,
+    counter_rng,
+    minibatch_stddev,
+    pixel_norm,
+    scaled_conv,
+    tiles,
+)
+from fastgan.kernels.ahead_of_time import SHARED_MEMORY
 
 
 class _Launcher:
+    count = 0
+
     def __init__(self, *_: Any) -> None:
         pass
 
     def __call__(self, *_: Any) -> None:
-        pass
+        _Launcher.count += 1
 
 
 class _Utils:
+    def __init__(self, architecture: str) -> None:
+        self.shared = SHARED_MEMORY[architecture]
+
     def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
         return 1, 2, 32, 0, 1024
 
@@ -39,13 +55,17 @@ class _Utils:
         pass
 
     def get_device_properties(self, _: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+        return {"max_shared_mem": self.shared, "multiprocessor_count": 132}
 
 
 class StubDriver:
     """What Triton asks of a driver; it launches nothing."""
 
-    utils, launcher_cls = _Utils(), _Launcher
+    launcher_cls = _Launcher
+
+    def __init__(self, architecture: str) -> None:
+        self.utils = _Utils(architecture)
+        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -54,7 +74,7 @@ class StubDriver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def set_current_device(self, device: int) -> None:
         pass
@@ -64,33 +84,54 @@ class StubDriver:
 
 
 @contextlib.contextmanager
-def without_gpu() -> Iterator[None]:
-    """Launch Triton kernels nowhere, as on an sm_90."""
+def without_gpu(architecture: str = "sm_90") -> Iterator[None]:
+    """Launch Triton kernels nowhere, as on a GPU of that architecture."""
     before = driver._active  # what is set now, without asking for a GPU
-    driver.set_active(StubDriver())
+    driver.set_active(StubDriver(architecture))
     try:
-        with mock.patch.object(tiles, "architecture", lambda device: "sm_90"):
+        with mock.patch.object(tiles, "architecture", lambda device: architecture):
             yield
     finally:
         driver._active = before
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """One call of each launcher, on maps of 16 channels and 4 px."""
+    """One call of each launcher: maps of 16 channels and 4 px, attention over as many, numbers for 16 samples."""
     x = torch.randn(8, 16, 4, 4).to(memory_format=torch.channels_last)
     large = torch.randn(8, 16, 8, 8).to(memory_format=torch.channels_last)
-    bias, w = torch.randn(16), torch.randn(16, 16, 4, 4)
+    bias, w = torch.randn(16), torch.randn(16, 16, 4, 4).to(memory_format=torch.channels_last)
+    lrelu, silu = (2, 0.2, 1.0), (5, 0.2, 1.0)
     normed, stddev = bias_act_pixel_norm, minibatch_stddev
-    y, r = normed.bias_act_pixel_norm_forward(x, bias, 2, 0.2, 1.0, 1e-8)
-    t = torch.ones(2, 1)
+    y, r, t = torch.randn_like(x), torch.ones(8, 1, 4, 4), torch.ones(2, 1)
+    maps = torch.randn(8, 17, 4, 4).to(memory_format=torch.channels_last)
+    q, k, v, do = (torch.randn(2, 1, 16, 16) for _ in range(4))
+    lse, at = torch.ones(2, 1, 16), (0.3, False)
+    index = torch.arange(16)
     return {
-        "bias_act forward": lambda: bias_act.bias_act_forward(x, bias, 2, 0.2, 1.0),
-        "bias_act backward": lambda: bias_act.bias_act_backward(x, x, None, 2, 0.2, 1.0, False),
-        "bias_act_pixel_norm forward": lambda: normed.bias_act_pixel_norm_forward(x, bias, 2, 0.2, 1.0, 1e-8),
+        "bias_act forward": lambda: bias_act.bias_act_forward(x, bias, *lrelu),
+        "bias_act backward": lambda: bias_act.bias_act_backward(x, x, None, *lrelu, False),
+        "bias_act backward, bias": lambda: bias_act.bias_act_backward(x, x, None, *lrelu, True),
+        "bias_act second backward": lambda: bias_act.bias_act_second_backward(x, x, x, bias, *silu, False),
+        "bias_act_pixel_norm forward": lambda: normed.bias_act_pixel_norm_forward(x, bias, *lrelu, 1e-8),
+        "bias_act_pixel_norm backward": lambda: normed.bias_act_pixel_norm_backward(x, y, r, *lrelu, False),
+        "bias_act_pixel_norm second backward": lambda: normed.bias_act_pixel_norm_second_backward(
+            x, x, y, r, *lrelu, False
+        ),
+        "pixel_norm forward": lambda: pixel_norm.pixel_norm_forward(x, 1e-8),
         "pixel_norm backward": lambda: pixel_norm.pixel_norm_backward(x, y, r),
+        "pixel_norm second backward": lambda: pixel_norm.pixel_norm_second_backward(x, x, y, r),
+        "minibatch_stddev forward": lambda: stddev.minibatch_stddev_forward(x, 4, 1, 1e-8),
+        "minibatch_stddev backward": lambda: stddev.minibatch_stddev_backward(maps, x, 4, 1, 1e-8),
         "minibatch_stddev second backward": lambda: stddev.minibatch_stddev_second_backward(x, x, t, 4, 1, 1e-8),
-        "scaled_conv down": lambda: scaled_conv.down(large, w),
-        "scaled_conv up": lambda: scaled_conv.up(x, w),
+        "scaled_conv down": lambda: scaled_conv.down(large, w, bias, *lrelu),
+        "scaled_conv up": lambda: scaled_conv.up(x, w, bias, *lrelu),
+        "scaled_conv weight": lambda: scaled_conv.weight(x, large),
+        "attention forward": lambda: attention.attention_forward(q, k, v, *at),
+        "attention backward": lambda: attention.attention_backward(do, q, k, v, do, lse, *at),
+        "attention second backward": lambda: attention.attention_second_backward(q, k, v, do, q, k, v, do, lse, *at),
+        "random numbers, uniform": lambda: counter_rng.uniform(77, index, 1),
+        "random numbers, normal": lambda: counter_rng.normal(77, index, 512),
+        "random numbers, integers": lambda: counter_rng.integers(77, index, 10),
     }
 
 
@@ -104,7 +145,7 @@ def bare_launch() -> Callable[[], Any]:
     return lambda: kernel[(1,)](**arguments)
 
 
-def microseconds(call: Callable[[], Any], rounds: int = 9, repeats: int = 300) -> float:
+def microseconds(call: Callable[[], Any], rounds: int = 300, repeats: int = 15) -> float:
     call()
     least = float("inf")
     for _ in range(rounds):
@@ -115,24 +156,35 @@ def microseconds(call: Callable[[], Any], rounds: int = 9, repeats: int = 300) -
     return 1e6 * least
 
 
-def empty_results(call: Callable[[], Any]) -> int:
-    """How many tensors a call allocates, as each costs the host what `torch.empty_like` does."""
-    with (
-        mock.patch.object(torch, "empty_like", wraps=torch.empty_like) as like,
-        mock.patch.object(torch, "empty", wraps=torch.empty) as empty,
-    ):
+class _Operations(TorchDispatchMode):
+    """Counts torch's own operations in a call."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def what_it_does(call: Callable[[], Any]) -> tuple[int, int]:
+    """Launches of Triton, and torch's own operations: new tensors, views, layouts, sums."""
+    before = _Launcher.count
+    with _Operations() as operations:
         call()
-    return like.call_count + empty.call_count
+    return _Launcher.count - before, operations.count
 
 
 def main() -> None:
     x: Tensor = torch.randn(8, 16, 4, 4)
     with without_gpu():
-        print(f"{'bare':34}{microseconds(bare_launch()):8.1f} us")
+        print(f"{'':36}{'us a call':>10}{'launches':>10}{'us a launch':>12}{'operations of torch':>21}")
+        print(f"{'Triton by itself':36}{microseconds(bare_launch()):10.1f}{1:10}")
         for name, call in calls().items():
-            print(f"{name:34}{microseconds(call):8.1f} us, {empty_results(call)} of its tensors are new")
-    print(f"{'torch.empty_like':34}{microseconds(lambda: torch.empty_like(x)):8.1f} us")
-    print(f"{'torch.add':34}{microseconds(lambda: x + x):8.1f} us")
+            us = microseconds(call)
+            launches, operations = what_it_does(call)
+            print(f"{name:36}{us:10.1f}{launches:10}{us / launches:12.1f}{operations:21}", flush=True)
+    print(f"{'torch.empty_like':36}{microseconds(lambda: torch.empty_like(x)):10.1f}")
+    print(f"{'torch.add':36}{microseconds(lambda: x + x):10.1f}")
 
 
 if __name__ == "__main__":

@@ -111,8 +111,10 @@ def main(argv: list[str]) -> int:
         "--qualify",
         action="store_true",
         help="compare and time every implementation of every op on this machine, some minutes with nothing else "
-        "running; a run then finds the results in the user's cache (FASTGAN_QUALIFY=0 switches all of it off)",
+        "running; a run then finds the results in the user's cache (FASTGAN_QUALIFY=0 switches all of it off); "
+        "interrupted, it goes on where it was",
     )
+    parser.add_argument("--anew", action="store_true", help="with --qualify: measure also what is known from before")
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -121,6 +123,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.out is not None and not args.qualify:
         raise ArgumentError("--out", args.out, "it is for --qualify: add that, or remove it")
+    if args.anew and not args.qualify:
+        raise ArgumentError("--anew", True, "it is for --qualify: add that, or remove it")
     print(f"fastgan {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     missing = _print_packages()
     from fastgan.data.loading import dali
@@ -137,7 +141,7 @@ def main(argv: list[str]) -> int:
         print(f"  {name}: {state}")
     _print_kernels()
     if args.qualify:
-        qualification_table.run(args.out)
+        qualification_table.run(args.out, args.anew)
     print("missing" if missing else "nothing is missing")
     for line in missing:
         print(f"  {line}")

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastgan.errors import ArgumentError
 from fastgan.utils.files import write_atomic
 
+if TYPE_CHECKING:
+    import torch
+
+_ROUNDS = 3  # what other work has disturbed is measured again so often
+_SECONDS_BETWEEN = 30.0
 _HEADER = ("op", "dtype", "size class", "implementation", "error", "device us", "host us", "chosen")
 _FORMAT = "{:22} {:9} {:38} {:14} {:>8} {:>11} {:>9}  {}"
 
@@ -22,17 +29,18 @@ def default_file(name: str) -> Path | None:
     return results / f"qualification-{slug}.json" if results.is_dir() else None
 
 
-def run(out: str | None) -> None:
-    """Measure every op on every device here, beforehand.
+def run(out: str | None, anew: bool = False) -> None:
+    """Measure every op on every device here, beforehand. What is measured is kept at once, so that it can be continued.
 
     Args:
         out: file for the results; None: in benchmarks/results/ of a checkout, else none.
+        anew: measure also what is known from before.
 
     Raises:
         ArgumentError: measurements are switched off, or a file cannot be written.
     """
     from fastgan.ops import qualification
-    from fastgan.ops.qualification.beforehand import calls, devices, dtypes
+    from fastgan.ops.qualification.beforehand import devices
     from fastgan.ops.qualification.cache import Unwritable, machine
 
     off = qualification.mode()
@@ -42,21 +50,59 @@ def run(out: str | None) -> None:
     if parent is not None and not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ArgumentError("--out", out, "must be a file in an existing, writable folder")
     print("implementations on this machine, forward and both backward passes (with nothing else running, please)")
-    print(_FORMAT.format(*_HEADER))
-    results: list[dict[str, Any]] = []
     try:
-        for device in devices():
-            rows: dict[str, Any] = {}
-            for dtype in dtypes(device):
-                for name, inputs, options in calls(device, dtype):
-                    label, entry = qualification.qualify(name, inputs, options)
-                    rows[label] = entry
-                    for line in lines(label, entry):
-                        print(line, flush=True)
-            results.append({"machine": machine(device), "classes": rows})
+        results = [{"machine": machine(device), "classes": _measured(device, anew)} for device in devices()]
     except Unwritable as error:
         raise ArgumentError("--qualify", True, str(error)) from None
     _write(results, out)
+
+
+def _measured(device: torch.device, anew: bool) -> dict[str, Any]:
+    """The classes of a device, by label; their rows are printed. What other work disturbed is measured again."""
+    from fastgan.ops import qualification
+    from fastgan.ops.qualification.beforehand import calls, dtypes
+
+    count = sum(1 for dtype in dtypes(device) for _ in calls(device, dtype))
+    before: set[str] = set() if anew else qualification.known(device)
+    of_these = f", some known from before (--anew measures them too): {len(before)}" if before else ""
+    print(f"{device}: {count} classes of calls{of_these}")
+    print(_FORMAT.format(*_HEADER))
+    rows: dict[int, tuple[str, dict[str, Any]]] = {}
+    for _ in range(_ROUNDS):
+        progress = _Progress(count - len(rows))
+        for i, call in enumerate(call for dtype in dtypes(device) for call in calls(device, dtype)):
+            if i in rows:
+                continue
+            label, entry = qualification.qualify(*call, anew=anew)
+            if "until" not in entry:
+                rows[i] = label, entry
+                print("\n".join(lines(label, entry)), flush=True)
+            progress.advance(label not in before)
+        if len(rows) == count:
+            break
+    if len(rows) < count:
+        print(
+            f"{count - len(rows)} classes were disturbed by other work {_ROUNDS} times: call it again to measure them"
+        )
+    return dict(rows[i] for i in sorted(rows))
+
+
+class _Progress:
+    """Says on stderr, about twice a minute, how much is done and how long the rest will take."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.done, self.measured = count, 0, 0
+        self.began = self.told = time.monotonic()
+
+    def advance(self, measured: bool) -> None:
+        """One class more is done; `measured`: now, not before."""
+        self.done += 1
+        self.measured += measured
+        now = time.monotonic()
+        if self.measured and now - self.told >= _SECONDS_BETWEEN and self.done < self.count:
+            self.told = now
+            left = (now - self.began) / self.measured * (self.count - self.done) / 60
+            print(f"fastgan: {self.done} of {self.count}, about {left:.0f} min left", file=sys.stderr, flush=True)
 
 
 def lines(label: str, entry: dict[str, Any]) -> list[str]:

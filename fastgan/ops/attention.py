@@ -70,11 +70,9 @@ def scaled_dot_product_attention(
     """
     _require_flags(is_causal, enable_gqa)
     if _foreign(query, key, value, attn_mask):
-        return _fall_through(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, backend=backend
-        )
-    casting = autocast_enabled(query)
-    if casting:
+        how = {"scale": scale, "enable_gqa": enable_gqa}
+        return _fall_through(query, key, value, attn_mask, dropout_p, is_causal, **how, backend=backend)
+    if casting := autocast_enabled(query):
         query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     leading = _require_fit(query, key, value, dropout_p, enable_gqa)
     if attn_mask is not None:
@@ -82,21 +80,22 @@ def scaled_dot_product_attention(
     scale = _scale(query, scale)
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    empty = 0 in (*leading, query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1])
-    masked = attn_mask is not None
-    plain_only = dropout_p > 0 or (masked and (tracked(attn_mask) or torch.compiler.is_compiling()))
-    name = "torch" if empty else OP.choose(backend, query, key, value, plain_only=plain_only, masked=masked)
-    if name != "torch":
-        kernels = _kernels(name)
-        if attn_mask is not None:
-            masked_kernels = attention_chunked.Masked if name == "chunked" else _MaskedKernels
-            kernels = masked_kernels(attn_mask.detach(), leading)
-        return _run_kernels(kernels, query, key, value, leading, scale, is_causal)
+    if (name := _implementation(backend, query, key, value, attn_mask, dropout_p > 0)) != "torch":
+        return _run_kernels(_kernels(name, attn_mask, leading), query, key, value, leading, scale, is_causal)
     if backend is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # Compiled code is differentiated once at most: torch's fused kernels are the fastest for it.
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     with without_autocast(query) if casting else nullcontext():
         return _reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def _implementation(
+    backend: str | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: bool
+) -> str:
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        return "torch"
+    plain_only = dropout or (mask is not None and (tracked(mask) or torch.compiler.is_compiling()))
+    return OP.choose(backend, query, key, value, plain_only=plain_only, masked=mask is not None)
 
 
 def _require_flags(is_causal: bool, enable_gqa: bool) -> None:
@@ -235,8 +234,8 @@ def _softmax(logits: Tensor) -> Tensor:
     return exponentials / exponentials.sum(dim=-1, keepdim=True)
 
 
-def _kernels(name: str) -> Any:
-    """The three functions of an implementation, which autograd does not see.
+def _kernels(name: str, mask: Tensor | None = None, leading: tuple[int, ...] = ()) -> Any:
+    """The three functions of an implementation, which autograd does not see; with a mask, under it.
 
     - attention_forward(q, k, v, scale, causal) -> o, lse
     - attention_backward(do, q, k, v, o, lse, scale, causal) -> dq, dk, dv
@@ -246,6 +245,9 @@ def _kernels(name: str) -> Any:
     float32 (float64 for float64), is the log-sum-exp of a row of scale q k^T. All compute in the dtype of their inputs,
     under autocast too.
     """
+    if mask is not None:
+        under_mask = attention_chunked.Masked if name == "chunked" else _MaskedKernels
+        return under_mask(mask.detach(), leading)
     if name == "chunked":
         return attention_chunked
     if name == "cpp":

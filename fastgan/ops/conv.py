@@ -136,13 +136,7 @@ def conv2d(
         return fall_through(CONV2D, conv2d, F.conv2d, (input, weight, bias), *options, backend=backend)
     require_conv_arguments(input, weight, bias, groups, transposed=False)
     strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
-    extra = [0, 0]
-    if isinstance(padding, str):
-        total = _named_padding(padding, strides, dilations, weight)
-        paddings = tuple(t // 2 for t in total)
-        extra = [t % 2 for t in total]
-    else:
-        paddings = _pair("padding", padding)
+    paddings, extra = _paddings(padding, strides, dilations, weight)
     geometry = Geometry(strides, paddings, dilations, False, (0, 0), groups)
     _require_geometry(geometry, input, weight)
     input, weight, bias = autocast(input, weight, bias)
@@ -163,6 +157,16 @@ def conv2d(
     else:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return y[0] if input.ndim == 3 else y
+
+
+def _paddings(
+    padding: Ints | str, strides: tuple[int, ...], dilations: tuple[int, ...], weight: Tensor
+) -> tuple[tuple[int, ...], list[int]]:
+    """Rows and columns that are added on each side, and those that an odd total adds at the end alone."""
+    if not isinstance(padding, str):
+        return _pair("padding", padding), [0, 0]
+    total = _named_padding(padding, strides, dilations, weight)
+    return tuple(t // 2 for t in total), [t % 2 for t in total]
 
 
 def _named_padding(name: str, strides: tuple[int, ...], dilations: tuple[int, ...], weight: Tensor) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         qualification.configure(enabled=True)
         yield tmp_path / "cache" / "fastgan" / "qualification"
     qualification.configure(enabled=True)
+
+
+@pytest.fixture
+def patch(cache: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Undone before `cache` is, which has patched the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 def test_qualify_prints_and_writes_the_table(
@@ -57,6 +65,55 @@ def test_qualify_prints_and_writes_the_table(
     assert next(iter(ops.backends("pixel_norm", x).values())).endswith("chosen here by measurement")
 
 
+def test_qualify_goes_on_where_it_was(
+    cache: Path, patch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted, it has kept what it measured; what other work disturbed is measured again, and nothing else."""
+    words = ["--qualify", "--out", str(tmp_path / "found.json")]
+    measure, timed, calls = measurement._measure, [], 0
+
+    def interrupted(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    patch.setattr(qualification_beforehand, "MEASURED_OPS", ("pixel_norm", "avg_pool2d"))
+    patch.setattr(measurement, "_measure", interrupted)
+    assert doctor.main(words) == 130
+    assert not (tmp_path / "found.json").exists()
+
+    def disturbed_once(op: Any, key: Any, cases: Any, names: list[str]) -> dict[str, tuple[float, float]]:
+        timed.append(qualification.label_of(op, key))
+        return dict.fromkeys(names, (float("inf") if len(timed) == 1 else 100.0, 30.0))
+
+    patch.setattr(measurement, "_times", disturbed_once)
+    assert doctor.main(words) == 0
+    told = capsys.readouterr().out
+    classes = json.loads((tmp_path / "found.json").read_text())[0]["classes"]
+    assert f"cpu: {len(classes)} classes of calls, some known from before (--anew measures them too): 3" in told
+    assert len(classes) == 8 and not any("until" in entry for entry in classes.values())
+    assert timed.count(timed[0]) == 2 and len(set(timed)) == len(timed) - 1 == 5
+    assert doctor.main([*words, "--anew"]) == 0
+    assert len(timed) == 6 + 8
+
+
+def test_progress_says_how_long_the_rest_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(qualification_table.time, "monotonic", lambda: now[0])
+    progress = qualification_table._Progress(100)
+    for _ in range(40):  # known from before
+        progress.advance(False)
+    for _ in range(30):
+        now[0] += 6.0
+        progress.advance(True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "fastgan: 45 of 100, about 6 min left" and len(lines) == 6
+
+
 def test_rows_of_a_wrong_implementation() -> None:
     right = {"error": 1e-7, "device_us": 12.3, "host_us": 4.0, "wrong": None}
     wrong = {"error": None, "device_us": None, "host_us": None, "wrong": "error inf in its result"}
@@ -71,6 +128,8 @@ def test_what_qualify_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "--qualify" in (told := capsys.readouterr().err) and "nothing can be measured: FASTGAN_QUALIFY=0" in told
     assert doctor.main(["--out", str(tmp_path / "x.json")]) == 2
     assert "it is for --qualify: add that, or remove it" in capsys.readouterr().err
+    assert doctor.main(["--anew"]) == 2
+    assert "--anew True: " in (told := capsys.readouterr().err) and "it is for --qualify" in told
 
 
 def test_results_that_cannot_be_written_are_refused_before_the_work(

@@ -7,8 +7,9 @@ compiles them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,12 +39,31 @@ DTYPES = [
 ]
 
 
-# What kernels without matrix products are compiled for; those with them need sm_80.
-ARCHITECTURES = [
-    *("sm_80", "sm_90", "sm_100"),
-    *(pytest.param(it, marks=pytest.mark.slow) for it in ("sm_75", "sm_86", "sm_89", "sm_120")),
-]
-WITH_PRODUCTS = [it for it in ARCHITECTURES if getattr(it, "values", None) != ("sm_75",)]
+# What kernels without matrix products are compiled for; those with them need sm_80. Quick tests take the first three.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_86", "sm_89", "sm_120", "sm_75")
+WITH_PRODUCTS = ARCHITECTURES[:-1]
+QUICK = ARCHITECTURES[:3]
+
+
+def compiled_cases(*axes: Sequence[Any], share: int, quick: Callable[..., bool]) -> list[Any]:
+    """What a test compiles, as its parameters: of all combinations every `share`-th, in slow tests, and the quick ones.
+
+    All of them would take hours. The places of a combination's values in their axes add up to a multiple of `share`, so
+    each value meets all values of another axis of that length, in one combination or another.
+
+    Args:
+        axes: values of each parameter.
+        share: one in so many combinations is tested.
+        quick: called with a combination: whether it is tested by quick tests too.
+    """
+    cases = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = tuple(axis[i] for axis, i in zip(axes, places, strict=True))
+        if quick(*values):
+            cases.append(pytest.param(*values))
+        elif sum(places) % share == 0:
+            cases.append(pytest.param(*values, marks=pytest.mark.slow))
+    return cases
 
 
 @contextlib.contextmanager

@@ -13,10 +13,12 @@ from torch import Tensor
 from triton_offline import (
     DEVICES,
     DTYPES,
+    QUICK,
     WITH_PRODUCTS,
     assert_accurate,
     assert_compiles_without_spills,
     assert_launches_do_not_spill,
+    compiled_cases,
     random,
     running,
 )
@@ -151,18 +153,23 @@ def test_expanded_inputs(device: str) -> None:
 def test_64_bit_offsets_do_not_change_results(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = inputs(20, 8, 5, 4, device, torch.float32, heads=1)
     expected = ours(arguments, (True,) * 3, True)
-    monkeypatch.setattr(attention, "needs_int64_offsets", lambda *tensors, dims: True)
+    monkeypatch.setattr(attention, "needs_int64_offsets", lambda *layouts, dims: True)
+    monkeypatch.setattr(attention, "_plan", attention._plan.__wrapped__)  # what is cached has 32 bits
     for a, b in zip(ours(arguments, (True,) * 3, True), expected, strict=True):
         assert torch.equal(a, b)
 
 
 def test_64_bit_offsets_are_used_if_needed() -> None:
+    def layout(x: Tensor) -> launch.Layout:
+        return x.shape, x.stride()
+
     def meta(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float16, device="meta")
 
-    assert not launch.needs_int64_offsets(meta(64, 64, 2**20, 64), None, dims=2)  # heads always have 64-bit offsets
-    assert launch.needs_int64_offsets(meta(1, 1, 2**25, 64), dims=2)
-    assert launch.needs_int64_offsets(meta(8, 8), meta(1, 64, 2**25).transpose(1, 2), dims=2)
+    # Heads always have 64-bit offsets.
+    assert not launch.needs_int64_offsets(layout(meta(64, 64, 2**20, 64)), dims=2)
+    assert launch.needs_int64_offsets(layout(meta(1, 1, 2**25, 64)), dims=2)
+    assert launch.needs_int64_offsets(layout(meta(8, 8)), layout(meta(1, 64, 2**25).transpose(1, 2)), dims=2)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -189,11 +196,12 @@ def test_empty_inputs(n: int, m: int, heads: int) -> None:
 def test_odd_strides_use_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def lookup(op: str, kind: str, size: int, device: torch.device, odd: bool) -> tiles.Tile:
+    def lookup(op: str, kind: str, size: int, where: tiles.Place, odd: bool) -> tiles.Tile:
         seen.append(odd)
         return tiles.Tile(16, 16, 4, 1, 16)
 
     monkeypatch.setattr(tiles, "lookup", lookup)
+    monkeypatch.setattr(attention, "_plan", attention._plan.__wrapped__)
     for n, d, transposed in ((20, 16, False), (20, 8, False), (32, 8, True), (20, 8, True), (32, 11, True)):
         q, k, v, *_ = (x.float() for x in inputs(n, n, d, d, "cpu", torch.float32, heads=1))
         if transposed:
@@ -203,23 +211,24 @@ def test_odd_strides_use_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [False, True, False, True, False]
 
 
-SLOW = pytest.mark.slow
 FORMS = [
-    pytest.param(size, form, marks=[SLOW] * ((size, form) != (64, "even")))
+    (size, form)
     for size in tile_candidates.SIZES
     for odd in (False, True)
     for form in tune_ahead_of_time.forms(size, odd)
 ]
-KINDS = ["half", *(pytest.param(kind, marks=SLOW) for kind in ("tf32", "float32"))]
+COMPILED = compiled_cases(
+    WITH_PRODUCTS, tiles.KINDS, FORMS, share=5,
+    quick=lambda name, kind, form: name in QUICK and kind == "half" and form == (64, "even"),
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", [*WITH_PRODUCTS, pytest.param("default", marks=SLOW)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("size", "form"), FORMS)
+@pytest.mark.parametrize(("architecture", "kind", "size_and_form"), COMPILED)
 def test_compiles_without_spills(
-    architecture: str, kind: str, size: int, form: str, record_property: Callable[[str, object], None]
+    architecture: str, kind: str, size_and_form: tuple[int, str], record_property: Callable[[str, object], None]
 ) -> None:
-    """In bfloat16, TF32 and exact float32, in the forms of kernels/tune_ahead_of_time.py."""
+    """In bfloat16, TF32 and exact float32, in the forms of kernels/tune_ahead_of_time.py, which checks them all."""
+    size, form = size_and_form
     launches = tune_ahead_of_time.launches_of_form(architecture, kind, size, form)
     assert len(launches) == len(OPS)
     assert_launches_do_not_spill(architecture, launches, record_property)

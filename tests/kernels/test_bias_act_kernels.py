@@ -11,8 +11,10 @@ from torch import Tensor
 from triton_offline import (
     ARCHITECTURES,
     DTYPES,
+    QUICK,
     assert_accurate,
     assert_compiles_without_spills,
+    compiled_cases,
     random,
     running,
     values,
@@ -75,12 +77,13 @@ def test_gradient_passes_through_nan(device: str) -> None:
     torch.testing.assert_close(dx, torch.tensor([[0.0, 1.5, 1.5]], device=device))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    "act", ["lrelu", *(pytest.param(act, marks=pytest.mark.slow) for act in op.ACTS if act != "lrelu")]
-)
+COMPILED = compiled_cases(
+    ARCHITECTURES, (torch.bfloat16, torch.float32), (torch.contiguous_format, torch.channels_last), op.ACTS, share=4,
+    quick=lambda name, dtype, form, act: name in QUICK and dtype == torch.bfloat16 and act == "lrelu",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "form", "act"), COMPILED)
 def test_compiles_without_spills(
     architecture: str,
     dtype: torch.dtype,

@@ -8,7 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_offline import ARCHITECTURES, DTYPES, assert_accurate, assert_compiles_without_spills, random, running
+from triton_offline import (
+    ARCHITECTURES,
+    DTYPES,
+    QUICK,
+    assert_accurate,
+    assert_compiles_without_spills,
+    compiled_cases,
+    random,
+    running,
+)
 
 from fastgan.kernels import minibatch_stddev as kernels
 
@@ -65,18 +74,21 @@ def test_matches_composed_form(
             assert_accurate(a, e, p, f"{name} {i}", arguments)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("group", "features"), [(4, 1), pytest.param(16, 4, marks=pytest.mark.slow)])
+COMPILED = compiled_cases(
+    ARCHITECTURES, (torch.bfloat16, torch.float32), (torch.contiguous_format, torch.channels_last), ((4, 1), (16, 4)),
+    share=2, quick=lambda name, dtype, form, groups: name in QUICK and dtype == torch.bfloat16 and groups == (4, 1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "form", "groups"), COMPILED)
 def test_compiles_without_spills(
     architecture: str,
     dtype: torch.dtype,
     form: torch.memory_format,
-    group: int,
-    features: int,
+    groups: tuple[int, int],
     record_property: Callable[[str, object], None],
 ) -> None:
+    group, features = groups
     dtype = torch.float16 if architecture == "sm_75" else dtype  # it has no bfloat16
 
     def passes() -> None:

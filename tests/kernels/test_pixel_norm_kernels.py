@@ -12,8 +12,10 @@ from torch import Tensor
 from triton_offline import (
     ARCHITECTURES,
     DTYPES,
+    QUICK,
     assert_accurate,
     assert_compiles_without_spills,
+    compiled_cases,
     random,
     running,
     values,
@@ -89,10 +91,14 @@ def test_pixel_norm_matches_composed_form(device: str, dtype: torch.dtype, shape
     compare("second_backward", pixel_norm.pixel_norm_second_backward, plain_op.second_backward, (u, dy, y, r))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("channels", [256, *(pytest.param(c, marks=pytest.mark.slow) for c in (16, 512, 1024, 5000))])
+COMPILED = compiled_cases(
+    ARCHITECTURES, (torch.bfloat16, torch.float32), (torch.contiguous_format, torch.channels_last),
+    (256, 16, 512, 1024, 5000), share=4,
+    quick=lambda name, dtype, form, channels: name in QUICK and dtype == torch.bfloat16 and channels == 256,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "form", "channels"), COMPILED)
 def test_compiles_without_spills(
     architecture: str,
     dtype: torch.dtype,

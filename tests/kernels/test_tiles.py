@@ -17,12 +17,25 @@ from fastgan.kernels.ahead_of_time import Resources
 from fastgan.kernels.tiles import Tile
 
 CPU = torch.device("cpu")
+OF_VERSION = tiles.of_version
+
+
+@pytest.fixture(autouse=True)
+def newer_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are those of the newer Triton, whichever is installed."""
+    monkeypatch.setattr(tiles, "of_version", lambda: "")
+
+
 OPS = [op for ops in tile_candidates.PASSES.values() for op in ops]
+
+
+def here(op: str = "op") -> tiles.Place:
+    return tiles.place(op, CPU)
 
 
 def test_every_kernel_has_a_tile_for_every_kind_and_size() -> None:
     for op, kind, size in itertools.product(OPS, tiles.KINDS, tile_candidates.SIZES):
-        tile = tiles.lookup(op, kind, size, CPU)
+        tile = tiles.lookup(op, kind, size, here(op))
         assert min(tile.rows, tile.cols) >= 16 and tile.warps in (1, 2, 4, 8, 16) and tile.stages >= 1
         assert tile.chunk == 0 or tile.chunk >= 16
     assert {op for ops in tiles.table().values() for op in ops} == set(OPS)
@@ -33,20 +46,40 @@ def test_lookup_falls_back_to_default(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"default": {"op": {"half/16": Tile(5, 6, 7, 8), "half/32": Tile(9, 9, 9, 9)}}, "sm_90": mine}
     monkeypatch.setattr(tiles, "table", lambda: table)
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
-    assert tiles.lookup("op", "half", 16, CPU) == (1, 2, 3, 4, 0)
-    assert tiles.lookup("op", "half", 32, CPU) == (9, 9, 9, 9, 0)
+    assert tiles.lookup("op", "half", 16, here()) == (1, 2, 3, 4, 0)
+    assert tiles.lookup("op", "half", 32, here()) == (9, 9, 9, 9, 0)
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_86")
-    assert tiles.lookup("op", "half", 16, CPU) == (5, 6, 7, 8, 0)
+    assert tiles.lookup("op", "half", 16, here()) == (5, 6, 7, 8, 0)
     # Odd strides have their own entry if the other tile would spill.
     table["default"]["op"]["half/16/odd"] = Tile(4, 4, 4, 4)
-    assert tiles.lookup("op", "half", 16, CPU, odd=True) == (4, 4, 4, 4, 0)
-    assert tiles.lookup("op", "half", 32, CPU, odd=True) == (9, 9, 9, 9, 0)
+    assert tiles.lookup("op", "half", 16, here(), odd=True) == (4, 4, 4, 4, 0)
+    assert tiles.lookup("op", "half", 32, here(), odd=True) == (9, 9, 9, 9, 0)
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
-    assert tiles.lookup("op", "half", 16, CPU, odd=True) == (1, 2, 3, 4, 0)  # no entry of its own
+    assert tiles.lookup("op", "half", 16, here(), odd=True) == (1, 2, 3, 4, 0)  # no entry of its own
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_86")
     with tiles.override({"op": Tile(0, 0, 0, 0)}):
-        assert tiles.lookup("op", "half", 16, CPU) == (0, 0, 0, 0, 0)
-    assert tiles.lookup("op", "half", 16, CPU) == (5, 6, 7, 8, 0)
+        assert tiles.lookup("op", "half", 16, here()) == (0, 0, 0, 0, 0)
+    assert tiles.lookup("op", "half", 16, here()) == (5, 6, 7, 8, 0)
+
+
+def test_an_older_triton_has_tiles_of_its_own_where_the_others_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"3.6.0": ", triton 3.6", "3.7.1+git": ", triton 3.6", "3.8.0": "", "3.10.0": "", "4.0.0": ""}
+    for version, suffix in versions.items():
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        assert OF_VERSION.__wrapped__() == suffix, version
+    table = {
+        "default": {"op": {"half/16": Tile(1, 1, 1, 1)}},
+        "default, triton 3.6": {"op": {"half/16": Tile(2, 2, 2, 2)}},
+        "sm_90": {"op": {"half/16": Tile(3, 3, 3, 3), "half/32": Tile(4, 4, 4, 4)}},
+        "sm_90, triton 3.6": {"op": {"half/32": Tile(5, 5, 5, 5)}},
+    }
+    monkeypatch.setattr(tiles, "table", lambda: table)
+    found = {}
+    for suffix in ("", ", triton 3.6"):
+        monkeypatch.setattr(tiles, "of_version", lambda suffix=suffix: suffix)
+        asked = (("sm_90", 16), ("sm_90", 32), ("sm_86", 16))
+        found[suffix] = [tiles.lookup_for(name, "op", "half", size).rows for name, size in asked]
+    assert found == {"": [3, 4, 1], ", triton 3.6": [3, 5, 2]}
 
 
 def test_tuned_tiles_are_merged_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastgan import ops
 from fastgan.ops import attention_chunked, qualification
 from fastgan.ops.dispatch import backend
 from fastgan.ops.dispatch.backend import OPS, CallClass
+from fastgan.ops.qualification import measurement
 from fastgan.ops.qualification.cases import MEASURED_OPS
 from fastgan.ops.qualification.measurement import Measurement, measure
 
@@ -242,9 +244,30 @@ def test_slow_implementation_is_not_the_default(calls: list[str], monkeypatch: p
     x, w = torch.randn(2, 3, 4, 4), torch.randn(3, 5, 4, 4)
     assert OPS["conv_transpose2d"].shipped(x, w) == "lean"
     monkeypatch.setattr(module, "convolution", slow)
+    monkeypatch.setattr(measurement, "interruptions", lambda: 0)  # by other tests, which take less than these 10 ms
     ops.conv_transpose2d(x, w)
     assert next(iter(ops.backends("conv_transpose2d", x, w))) == "torch"
     assert calls == ["conv_transpose2d"] * 2  # against the shipped table: measured twice
+
+
+def test_an_interrupt_waits_for_the_measurement_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    join, calls, ended = threading.Thread.join, [], []
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        calls.append(thread.name)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+
+    def work() -> None:
+        time.sleep(0.05)
+        ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        measurement.in_thread(work)
+    assert ended == [True] and calls == ["fastgan-qualification"] * 2
 
 
 # --- where nothing is measured ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from kernelcases import random
 
 import fastgan
 from fastgan.ops.dispatch import torch_private
+from fastgan.utils import torch_modes
 
 PACKAGE = Path(fastgan.__file__).parent
 FILES = [file for room in ("ops", "nn", "objectives", "models") for file in sorted((PACKAGE / room).rglob("*.py"))]
@@ -50,28 +51,42 @@ def test_private_names_of_torch_are_in_one_file(file: Path) -> None:
         assert private_names(file.read_text()) == []
 
 
-@pytest.fixture(scope="module")
-def without() -> SimpleNamespace:
-    """`fastgan.ops.dispatch.torch_private` for a torch that has none of the names."""
-    source = Path(torch_private.__file__).read_text()
-    changed = source.replace("    for part in name.split(", "    return None\n    for part in name.split(")
-    assert changed != source
+def changed(module: ModuleType, old: str, new: str) -> SimpleNamespace:
+    """What `module` is with another text."""
+    source = Path(str(module.__file__)).read_text()
+    assert old in source
     names: dict[str, object] = {"__name__": "without"}
-    exec(compile(changed, torch_private.__file__, "exec"), names)
+    exec(compile(source.replace(old, new), str(module.__file__), "exec"), names)
     return SimpleNamespace(**names)
 
 
-def test_every_name_exists_in_this_torch(without: SimpleNamespace) -> None:
+@pytest.fixture(scope="module")
+def without() -> SimpleNamespace:
+    """`fastgan.ops.dispatch.torch_private` for a torch that has none of the names."""
+    return changed(torch_private, "import private as _private", "import private as _\n_private = lambda name: None")
+
+
+@pytest.fixture(scope="module")
+def without_modes() -> SimpleNamespace:
+    """`fastgan.utils.torch_modes` for the same."""
+    return changed(torch_modes, "    for part in name.split(", "    return None\n    for part in name.split(")
+
+
+def test_every_name_exists_in_this_torch(without: SimpleNamespace, without_modes: SimpleNamespace) -> None:
     assert torch_private.will_execute_node is not None and without.will_execute_node is None
     assert without.saved_tensors_are_hooked() and not torch_private.saved_tensors_are_hooked()
     assert torch_private.current_backward is not None and torch_private.current_backward() == -1
     assert without.current_backward is None
-    assert torch_private.dispatch_modes() == 0 and without.dispatch_modes() == 1
-    for name in ("upsample_nearest2d", "upsample_bilinear2d", "peek_interpreter_stack", "is_tracing"):
-        assert "lambda" not in getattr(getattr(torch_private, name), "__name__", ""), name
+    assert torch_modes.dispatch_modes() == 0 and without_modes.dispatch_modes() == 1
+    for module, names in (
+        (torch_private, ("upsample_nearest2d", "upsample_bilinear2d")),
+        (torch_modes, ("peek_interpreter_stack", "is_tracing")),
+    ):
+        for name in names:
+            assert "lambda" not in getattr(getattr(module, name), "__name__", ""), name
 
 
-def test_fallbacks_compute_the_same(without: SimpleNamespace) -> None:
+def test_fallbacks_compute_the_same(without: SimpleNamespace, without_modes: SimpleNamespace) -> None:
     x = random(2, 3, 4, 6)
     assert torch.equal(without.upsample_nearest2d(x, None, (2.0, 2.0)), F.interpolate(x, scale_factor=2))
     for names in (torch_private, without):
@@ -79,8 +94,9 @@ def test_fallbacks_compute_the_same(without: SimpleNamespace) -> None:
         tensors = [torch.tensor([-3.0, 0.5, 3.0]), torch.tensor([[2.0]])]
         names.clamp_all_(tensors, -1.0, 1.0)
         assert [t.tolist() for t in tensors] == [[-1.0, 0.5, 1.0], [[1.0]]]
-        assert not names.is_tracing() and names.peek_interpreter_stack() is None
         assert not names.in_forward_mode()
         with torch.autograd.forward_ad.dual_level():
             assert names.in_forward_mode()
+    for names in (torch_modes, without_modes):
+        assert not names.is_tracing() and names.peek_interpreter_stack() is None and not names.in_transform()
     assert without.dispatcher_has_kernel("fastgan::anything", "CPU")

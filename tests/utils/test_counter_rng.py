@@ -65,7 +65,7 @@ def test_bits_are_steps_of_splitmix64_from_a_state_of_the_samples_own() -> None:
     index = [0, 1, 2**40]
     states = [mix((i * golden + key) % 2**64) for i in index]
     expected = [[mix((state + k * golden) % 2**64) for k in (1, 2, 3)] for state in states]
-    found = counter_rng._bits(3, "latent", torch.tensor(index), 3)
+    found = counter_rng._bits(counter_rng._key(3, "latent"), torch.tensor(index), 3)
     assert [[x % 2**64 for x in row] for row in found.tolist()] == expected
 
 

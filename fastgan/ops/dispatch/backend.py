@@ -31,10 +31,12 @@ from torch import Tensor
 from fastgan.ops.dispatch.torch_private import (
     current_backward,
     in_forward_mode,
-    is_tracing,
-    peek_interpreter_stack,
     saved_tensors_are_hooked,
 )
+
+# A compiler fuses plain PyTorch itself and takes no second derivative; an exported or traced program runs where the
+# kernels are not installed; a transform cannot enter autograd Functions without a rule for it. All get plain PyTorch.
+from fastgan.utils.torch_modes import in_transform as in_transform
 
 # In place of an implementation in `_requested`: those of recordings, see `recorded_forms`.
 _RECORDED = "recorded"
@@ -349,19 +351,6 @@ def is_measurable(x: Tensor | None) -> bool:
     """Whether calls on x can be measured: it is a dense tensor itself, not of a subclass, on a device that we know."""
     plain = x.__class__ is Tensor or x.__class__ is torch.nn.Parameter
     return plain and x.layout is torch.strided and (x.is_cpu or x.is_cuda)  # type: ignore[union-attr]
-
-
-_is_compiling = torch.compiler.is_compiling
-
-
-def in_transform() -> bool:
-    """Whether the caller is being compiled, exported or traced, or is inside torch.func.grad, vmap or jvp.
-
-    A compiler fuses plain PyTorch itself and takes no second derivative; an exported or traced program runs where the
-    kernels are not installed; a transform cannot enter autograd Functions that have no rule for it. All get plain
-    PyTorch.
-    """
-    return _is_compiling() or is_tracing() or peek_interpreter_stack() is not None
 
 
 def backends(op: str, *inputs: Tensor | None) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The private names of torch that this package uses: why, and what happens where torch no longer has them.
 
-`fastgan.ops`, `nn`, `objectives` and `models` use no other private name of torch (tests/ops/test_torch_private.py).
+`fastgan.ops`, `nn`, `objectives` and `models` use no other private name of torch (tests/ops/test_torch_private.py), but
+for those of `fastgan.utils.torch_modes`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastgan.ops.dispatch import torch_functions as F
+from fastgan.utils.torch_modes import dispatch_modes as dispatch_modes
+from fastgan.utils.torch_modes import private as _private
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _private(name: str) -> Any:
-    """The object `torch.NAME`, or None where torch does not have it."""
-    found: Any = torch
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
 
 
 def _interpolate(mode: str, **options: bool) -> Callable[..., Tensor]:
@@ -40,13 +35,6 @@ upsample_bilinear2d: Callable[..., Tensor] = _private("_C._nn.upsample_bilinear2
 # Whether the running backward pass computes the gradient of a node (see `autograd.needs_gradient`). torch.autograd has
 # no public function for it. Missing: every gradient that could be needed is computed.
 will_execute_node: Callable[[Any], bool] | None = _private("_C._will_engine_execute_node")
-
-# Not None inside torch.func.grad, vmap, jvp, ... No public function tells. Missing: no transform is detected, and an
-# autograd Function without a rule for it raises there.
-peek_interpreter_stack: Callable[[], Any] = _private("_C._functorch.peek_interpreter_stack") or (lambda: None)
-
-# torch.jit.is_tracing asks whether it is being compiled first, which takes longer. Missing: torch.jit.is_tracing.
-is_tracing: Callable[[], bool] = _private("_C._is_tracing") or torch.jit.is_tracing
 
 # Whether the dispatcher has a kernel ("fastgan::NAME", "CPU" or "CUDA"). No public function tells.
 # Missing: a library that is loaded counts as complete.
@@ -77,10 +65,6 @@ leaky_relu_backward: Callable[..., Tensor] = (
 
 # The gradient of adaptive average pooling, which the public function does not give. Missing: that op is torch's own.
 adaptive_avg_pool2d_backward: Any = _private("ops.aten._adaptive_avg_pool2d_backward")
-
-# Dispatch modes that are active in this thread: make_fx, FakeTensorMode, counters of operations. Missing: as if there
-# were one, so that nothing is measured but by `fastgan doctor --qualify`.
-dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or (lambda: 1)
 
 # A tensor with the memory of another until one of the two is changed, which then gets memory of its own.
 # Missing: a result that the backward needs cannot be changed in place before it.

@@ -319,8 +319,20 @@ def _exclude_and_report(label: str, entry: Mapping[str, Any]) -> None:
         )
 
 
-def qualify(name: str, inputs: tuple[Tensor | None, ...], options: Mapping[str, object]) -> tuple[str, dict[str, Any]]:
-    """Measure the class of a call, also where it is known, and use it from now on.
+def known(device: torch.device) -> set[str]:
+    """Labels of the classes that were measured on this machine, all their timings undisturbed."""
+    return {label for label, entry in _store(device).classes.items() if "until" not in entry}
+
+
+def qualify(
+    name: str, inputs: tuple[Tensor | None, ...], options: Mapping[str, object], anew: bool = True
+) -> tuple[str, dict[str, Any]]:
+    """Measure the class of a call, and use it from now on.
+
+    Args:
+        name: of the op.
+        inputs, options: of the call, as `Op.choose` gets them.
+        anew: also where the class is known and its timings were undisturbed.
 
     Returns:
         Label of the class, and its entry in the cache: "order", "why", "shape" and "forms", as `Measurement`.
@@ -333,9 +345,12 @@ def qualify(name: str, inputs: tuple[Tensor | None, ...], options: Mapping[str, 
     assert key is not None
     label, store = label_of(op, key), _store(key.device)
     with _lock, store.locked():
-        entry = _entry(store, op, key, inputs, options, _candidates(op, key, inputs, options))
-        _exclude_and_report(label, entry)
-        store.add(label, entry)
+        names = _candidates(op, key, inputs, options)
+        entry = None if anew else _usable(store, label, names)
+        if entry is None or "until" in entry:
+            entry = _entry(store, op, key, inputs, options, names)
+            _exclude_and_report(label, entry)
+            store.add(label, entry)
         op.decisions[key] = _decision(op, entry["order"], entry["forms"], entry["why"])
     _require_device(op, entry)
     return label, entry

@@ -72,7 +72,11 @@ def in_thread(work: Callable[[], _T]) -> _T:
 
     thread = threading.Thread(target=run, name="fastgan-qualification", daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:  # an interrupt: a process that ends while torch computes in a thread is aborted
+        thread.join()
+        raise
     result, error = results[0]
     if error is not None:
         raise error

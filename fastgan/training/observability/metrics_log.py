@@ -106,8 +106,8 @@ class MetricsLog:
         self._resumed_at = None
 
     def _progress(self, seen: int) -> str:
-        """As in `     12.8/600 kimg`; runs of less than 1 kimg have three digits."""
-        return f"{seen / 1000:9.{1 if self._total >= 1000 else 3}f}/{self._total / 1000:g} kimg"
+        """As in `     12.8/600 kimg`; runs of less than 10 kimg have three digits."""
+        return f"{seen / 1000:9.{1 if self._total >= 10_000 else 3}f}/{self._total / 1000:g} kimg"
 
     def line(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""

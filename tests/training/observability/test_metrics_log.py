@@ -19,7 +19,7 @@ def test_a_last_batch_beyond_the_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     log.metrics({**row, "loss_g": 0.5, "loss_d": 1.5}, 0.0)
     log.close()
     output = capsys.readouterr().out
-    assert "1.0/1 kimg" in output and output.rstrip().endswith("  0.0 s left"), output
+    assert "1.024/1 kimg" in output and output.rstrip().endswith("  0.0 s left"), output
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["images"] == 1024
 
 
