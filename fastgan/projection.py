@@ -74,7 +74,7 @@ def read_picture(path: Path, resolution: int, channels: int, fit: Fit = "crop", 
         require_size(path.stat().st_size)
         pixels = decode(read_regular(path), resolution, channels, framing=framing)
     except Exception as error:  # Pillow's readers raise nearly any exception on a damaged file
-        if path.is_file():
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise_if_machine(error, "IMAGE", str(path))
         raise ArgumentError("IMAGE", str(path), f"must be an image file ({decode_problem(error)})") from None
     return torch.from_numpy(pixels)[None].float() / 127.5 - 1

@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgan.data.faults import raise_if_machine
+from fastgan.data.images import load_image
 from fastgan.data.sheets import labeled, sheet
 from fastgan.errors import ArgumentError
 from fastgan.generator import TrainedGenerator, device_of, generate
 from fastgan.utils import counter_rng
+from fastgan.utils.files import read_regular
 
 FPS = 30
 _LEAST_SIDE = 384  # px; smaller frames are enlarged by repetition, without blur
@@ -105,9 +108,10 @@ def _timelapse_frames(grids: list[Path], each: int) -> Iterator[np.ndarray]:
     size: tuple[int, int] | None = None
     for grid in grids:
         try:
-            with Image.open(grid) as image:
+            with load_image(read_regular(grid), formats=("PNG",)) as (image, _):
                 picture = image.convert("RGBA")
         except Exception as error:  # Pillow's decoders raise nearly any exception on a damaged file
+            raise_if_machine(error, "RUN", str(grid))
             raise ArgumentError("RUN", str(grid), f"the grid cannot be read ({error}); remove it") from error
         size = size or picture.size
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

@@ -9,14 +9,16 @@ import functools
 import io
 import logging
 import os
+import re
+import threading
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
-from fastgan.data.faults import raise_if_machine
+from fastgan.data.faults import is_machine_fault, raise_if_machine
 from fastgan.data.framing import CROP, Framing
 from fastgan.errors import printable
 from fastgan.utils.text import readable_size
@@ -29,6 +31,22 @@ logger = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 2**29
 """Largest image file that is read: the pixels of the largest image that Pillow opens without a warning, 16-bit RGB."""
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "QOI"),
+    *("ICO", "ICNS", "DDS", "PSD", "SGI", "PCX", "TGA"),
+)
+"""The formats of Pillow that are read, each by its content and whatever its name; TGA, which has no signature, last.
+
+None of them starts a program or opens another file. Of Pillow's others EPS starts Ghostscript, IPTC opens what is in it
+in any format, WMF is drawn by Windows, and FITS, FPX, MIC and the rest are not what sets of images are made of.
+"""
+UNREAD = "no image in a format that is read"
+PIXELS_AT_ONCE = 2**25
+"""Pixels that the threads of a process decode at once; a larger image is decoded alone."""
+_BLOCK = 2**26  # bytes of an image that Pillow allocates at once
+_BAND = 2**20  # pixels that are converted at once
+_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # of a JPEG, without stuffed zeros and restarts (T.81, B.1)
+_QOI_END = bytes(7) + b"\1"
 
 
 class ImageInfo(NamedTuple):
@@ -82,10 +100,9 @@ def inspect_image(open_file: Callable[[], BinaryIO], name: str, flag: str = "--d
     from PIL import Image
 
     try:
-        with open_file() as stream:
-            image, info = load_image(read_whole(stream), shrink_to=1)
-        if info.mode == "I":
-            convert(image, "L")  # refuses what is out of range
+        with open_file() as stream, load_image(read_whole(stream), shrink_to=1) as (image, info):
+            if info.mode == "I":
+                convert(image, "L")  # refuses what is out of range
     except Exception as error:  # Pillow's readers raise nearly any exception on a damaged file
         raise_if_machine(error, flag, name)
         logger.debug("%s is skipped", name, exc_info=True)
@@ -97,50 +114,122 @@ def inspect_image(open_file: Callable[[], BinaryIO], name: str, flag: str = "--d
     return info
 
 
-def load_image(content: bytes, shrink_to: int | None = None, framing: Framing = CROP) -> tuple[Image.Image, ImageInfo]:
-    """Decode an image file whole.
+@contextmanager
+def load_image(
+    content: bytes, shrink_to: int | None = None, framing: Framing = CROP, formats: tuple[str, ...] = FORMATS
+) -> Iterator[tuple[Image.Image, ImageInfo]]:
+    """Context of a decoded image; it waits while other threads decode `PIXELS_AT_ONCE`.
 
     Args:
         content: of the file.
         shrink_to: a JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8, not below this extent, px.
         framing: says what the extent of an image is.
+        formats: see `open_image`.
 
-    Returns:
-        The image, and what its header says.
+    Yields:
+        The image, which is closed at the end, and what its header says.
 
     Raises:
         Exception: nearly any, if the file is damaged.
     """
-    try:
-        return _load(content, shrink_to, framing)
-    except ValueError:
-        # Texts and color profiles of more than 1 MB are refused by Pillow, and are no part of the pixels.
-        pixels = _without_text(content)
-        if len(pixels) == len(content):
-            raise
-        return _load(pixels, shrink_to, framing)
+    with ExitStack() as held:
+        try:
+            loaded = _load(content, shrink_to, framing, formats, held)
+        except ValueError:
+            # Texts and color profiles of more than 1 MB are refused by Pillow, and are no part of the pixels.
+            pixels = _without_text(content)
+            if len(pixels) == len(content):
+                raise
+            held.close()
+            loaded = _load(pixels, shrink_to, framing, formats, held)
+        yield loaded
 
 
-def _load(content: bytes, shrink_to: int | None, framing: Framing) -> tuple[Image.Image, ImageInfo]:
-    from PIL import Image
-
-    _silence_pillow()
-    image: Image.Image = Image.open(io.BytesIO(content))
+def _load(
+    content: bytes, shrink_to: int | None, framing: Framing, formats: tuple[str, ...], held: ExitStack
+) -> tuple[Image.Image, ImageInfo]:
+    image = open_image(content, formats)
     info = ImageInfo("", image.mode, image.size, image.format or "", "transparency" in image.info)
     extent = framing.extent(image.size)
     if shrink_to is not None and extent >= 2 * shrink_to:
         width, height = (max(1, shrink_to * length // extent) for length in image.size)
         image.draft(None, (width, height))
+    icon = info.format in ("ICO", "ICNS")  # holds a picture of any size, whatever size it states
+    held.enter_context(_ROOM.taken(PIXELS_AT_ONCE if icon else image.width * image.height))
+    held.callback(image.close)
     image.load()
+    if _lacks_end(content, info.format):
+        raise OSError(f"the end of the {info.format} is missing")
     return image, info
 
 
-@functools.cache
-def _silence_pillow() -> None:
-    """Ignore Pillow's warning about large images, which does not name the file; that of `inspect_image` does."""
+def open_image(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image file without decoding it. This is the only place that does: files of others come through it.
+
+    Args:
+        content: of the file.
+        formats: names of Pillow; only these are tried.
+
+    Raises:
+        Exception: nearly any, if the file is damaged or has another format.
+    """
     from PIL import Image
 
+    return Image.open(io.BytesIO(content), formats=[name for name in formats if name in _readable()])
+
+
+@functools.cache
+def _readable() -> frozenset[str]:
+    """Those of `FORMATS` that this Pillow has. The first call sets Pillow up."""
+    from PIL import Image
+
+    # It does not name the image; `inspect_image` does.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    # The C library keeps freed blocks of up to 32 MB for the thread that had them: eight threads, eight times.
+    Image.core.set_block_size(max(_BLOCK, Image.core.get_block_size()))
+    Image.init()
+    return frozenset(FORMATS) & Image.OPEN.keys()
+
+
+class _Room:
+    """Bounds what threads take at once."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Context that waits until `count` is free; more than all is all."""
+        count = min(count, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
+_ROOM = _Room(PIXELS_AT_ONCE)
+
+
+def _lacks_end(content: bytes, kind: str) -> bool:
+    """Return whether a file of a format whose decoder does not tell is without its end, as one that ends in zeros."""
+    if kind == "QOI":
+        return not content.endswith(_QOI_END)
+    if kind not in ("JPEG", "MPO"):
+        return False
+    at = 2
+    while (marker := _MARKER.search(content, at)) is not None:
+        code, at = marker[1][0], marker.end()
+        if code == 0xD9:  # end of image
+            return False
+        if code not in (0x01, 0xD8):  # the others have a length, and may hold a thumbnail with an end of its own
+            at += int.from_bytes(content[at : at + 2], "big")
+    return True
 
 
 def _without_text(content: bytes) -> bytes:
@@ -171,17 +260,25 @@ def decode(
     Returns:
         uint8 [channels, side, side]; 4 channels are RGBA, the colors multiplied by alpha.
     """
-    from PIL import ImageOps
-
     # A JPEG far larger than needed is decoded smaller; the filter does the last halving.
-    image, _ = load_image(content, 2 * side, framing)
-    with suppress(Exception):  # a damaged EXIF block does not damage the pixels
-        ImageOps.exif_transpose(image, in_place=True)
-    image = convert(image, {1: "L", 3: "RGB", 4: "RGBa"}[channels], framing.background)
-    pixels = np.array(framing.square(image, side, shrink))
+    with load_image(content, 2 * side, framing) as (image, _):
+        _turn_upright(image)
+        converted = convert(image, {1: "L", 3: "RGB", 4: "RGBa"}[channels], framing.background)
+        pixels = np.array(framing.square(converted, side, shrink))
     if channels == 4:  # the filter overshoots in each channel by itself
         np.minimum(pixels[..., :3], pixels[..., 3:], out=pixels[..., :3])
     return channels_first(pixels)
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Rotate an image as its EXIF data say. A damaged EXIF block does not damage the pixels."""
+    from PIL import ImageOps
+
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # Pillow's readers raise nearly any exception on damaged data
+        if is_machine_fault(error):
+            raise
 
 
 def channels_first(pixels: np.ndarray) -> np.ndarray:
@@ -207,14 +304,30 @@ def convert(image: Image.Image, mode: str, background: str = "white") -> Image.I
     """
     from PIL import Image
 
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF
+    if image.mode == "I":
+        least, most = image.getextrema()
+        if not (least >= 0 and most <= 65535):  # type: ignore[operator]
+            raise ValueError(f"its integers are {least} to {most}; 0 to 65,535 are read")
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    if rows >= height or (image.mode == mode and "transparency" not in image.info):
+        return _convert(image, mode, background, bits)
+    # In bands, because a conversion takes up to 20 bytes a pixel.
+    out = Image.new(mode, image.size)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        out.paste(_convert(band, mode, background, bits), (0, top))
+    return out
+
+
+def _convert(image: Image.Image, mode: str, background: str, bits: int) -> Image.Image:
+    """See `convert`; `bits` of a sample in a TIFF."""
+    from PIL import Image
+
     if image.mode[0] in "IF":  # I;16 and its variants, I, F: Pillow's own convert clips at 255
         values, clear = np.asarray(image, dtype=np.float32), image.info.get("transparency")
-        white = 255 if image.mode == "F" else 65535
-        if image.mode == "I" and not (values.min() >= 0 and values.max() <= white):
-            raise ValueError(f"its integers are {values.min():.0f} to {values.max():.0f}; 0 to 65,535 are read")
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF
-        if image.mode != "F" and bits < 16:
-            white = 2**bits - 1
+        white = 255 if image.mode == "F" else 2**bits - 1 if bits < 16 else 65535
         levels = np.rint(np.clip(np.nan_to_num(values) / white, 0, 1) * 255).astype(np.uint8)
         image = Image.fromarray(levels)
         if isinstance(clear, int):  # one value is transparent
@@ -228,6 +341,25 @@ def convert(image: Image.Image, mode: str, background: str = "white") -> Image.I
     if image.mode == "LAB" and mode == "L":  # Pillow converts it to RGB only
         image = image.convert("RGB")
     return image if image.mode == mode else image.convert(mode)
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of files in `FORMATS`, in lower case, without the dot."""
+    from PIL import Image
+
+    readable = {*_readable(), "MPO"}  # a JPEG with several images
+    return frozenset(ending[1:] for ending, kind in Image.registered_extensions().items() if kind in readable)
+
+
+def suffix(name: str) -> str:
+    """Return the suffix of a name in lower case, without the dot."""
+    return name.rpartition("/")[2].rpartition(".")[2].lower()
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a name is that of an image; files with other names may be images too."""
+    return suffix(name) in image_suffixes()
 
 
 def has_alpha(info: ImageInfo) -> bool:
@@ -278,7 +410,7 @@ def decode_problem(error: Exception) -> str:
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return "no image format Pillow knows"
+        return UNREAD
     # Without the path, which differs between copies of a set.
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 

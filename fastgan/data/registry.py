@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fastgan.data.faults import raise_if_machine
+from fastgan.data.faults import exists, raise_if_machine
 from fastgan.data.framing import CROP, Fit, Framing
 from fastgan.data.prepared.manifest import is_prepared, read_manifest, unfinished_problem
 from fastgan.data.prepared.reader import PreparedSource
@@ -178,7 +178,7 @@ def folder_kind(path: Path) -> str:
         "celeba": ("celeba/img_align_celeba",),
     }
     for kind, contents in roots.items():
-        if any((path / name).exists() for name in contents):
+        if any(exists(path / name, "--data") for name in contents):
             return kind
     if is_idx_folder(path):  # the files of both sets have the same names
         return "fashion-mnist" if "fashion" in path.resolve().name.lower() else "mnist"

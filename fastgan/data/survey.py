@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from dataclasses import dataclass
 
 import numpy as np
 
-from fastgan.data.images import load_image
+from fastgan.data.images import load_image, open_image
 from fastgan.data.prepared.reader import PreparedSource
 from fastgan.data.source_types import ArraySource, Encoded, Source
 
@@ -89,12 +88,11 @@ def _sizes(source: Source, chosen: list[int]) -> tuple[list[tuple[int, int]], fl
 
 
 def _header(files: Encoded, index: int) -> tuple[tuple[int, int], bool]:
-    from PIL import Image
-
     content = files.read(index)
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(content) as image:
         size = image.size
         if not ("A" in image.mode or "a" in image.mode or "transparency" in image.info):
             return size, False
-    alpha = np.asarray(load_image(content)[0].convert("RGBA"))[..., 3]
-    return size, bool(alpha.min() < 255)
+    with load_image(content) as (image, _):
+        alpha = np.asarray(image.convert("RGBA"))[..., 3]
+        return size, bool(alpha.min() < 255)

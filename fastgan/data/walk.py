@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastgan.data.faults import raise_if_machine
+from fastgan.data.faults import exists, raise_if_machine
 
 
 def walk(path: Path, everything: bool = False, flag: str = "--data") -> Iterator[tuple[str, str]]:
@@ -33,14 +33,14 @@ def walk(path: Path, everything: bool = False, flag: str = "--data") -> Iterator
         if real in visited:
             return
         visited.add(real)
-        if folder and not everything and is_run(path / folder):
+        if folder and not everything and is_run(path / folder, flag):
             yield folder, "the folder of a run, whose pictures are no data"
             return
         try:
             # Folders are sorted as "a/", so that the order is that of the whole relative names.
             with os.scandir(path / folder) as entries:
                 shown = (entry for entry in entries if everything or entry.name[0] != ".")
-                names = sorted(entry.name + "/" * is_folder(entry) for entry in shown)
+                names = sorted(entry.name + "/" * is_folder(entry, flag) for entry in shown)
         except OSError as error:
             raise_if_machine(error, flag, str(path / folder))
             yield folder, error.strerror or str(error)
@@ -54,16 +54,20 @@ def walk(path: Path, everything: bool = False, flag: str = "--data") -> Iterator
     return below("")
 
 
-def is_run(path: Path) -> bool:
+def is_run(path: Path, flag: str = "--data") -> bool:
     """Return whether a folder is that of a run of fastgan."""
-    if not os.path.isfile(path / "config.yaml"):
+    try:
+        if not exists(path / "config.yaml", flag):
+            return False
+        return any(exists(path / name, flag) for name in (".lock", "checkpoints", "samples", "metrics.jsonl"))
+    except PermissionError:  # then nothing in it can be read
         return False
-    return any(os.path.exists(path / name) for name in (".lock", "checkpoints", "samples", "metrics.jsonl"))
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str], flag: str) -> bool:
     """Return False also for a link to itself, or to a folder that may not be read."""
     try:
         return entry.is_dir()
-    except OSError:
+    except OSError as error:
+        raise_if_machine(error, flag, entry.path)
         return False

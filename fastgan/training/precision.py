@@ -53,10 +53,10 @@ def choose(facts: DeviceFacts, variant: str, qualified: frozenset[str] = QUALIFI
         return "fp32", "on mps nothing else is offered"
     device = "GPU" if facts.kind == "cuda" else "CPU"
     if facts.bf16 and variant in qualified:
-        return "bf16", f"this {device} multiplies bfloat16, and {variant} ends as good with it"
-    why_not = (
-        f"that {variant} ends as well in bf16 is not shown yet" if facts.bf16 else f"this {device} has no bfloat16"
-    )
+        return "bf16", f"this {device} multiplies bfloat16, and {variant} ends as well with it"
+    why_not = f"that {variant} ends as well in bf16 is not shown yet"
+    if not facts.bf16:
+        why_not = f"this {device} has no bfloat16"
     if facts.tf32:
         return "tf32", f"this GPU has TF32, and {why_not}"
     return "fp32", f"{why_not}, nor TF32" if facts.kind == "cuda" and not facts.bf16 else why_not

@@ -132,7 +132,7 @@ def test_show_names_a_damaged_image(copy: Path, output: Out) -> None:
     tar.write_bytes(bytes(tar.stat().st_size))
     show = ["data", "show", str(copy), "--seed", "None", "--resolution", "16", "--out", str(copy / "x.png")]
     assert main(show) == 2
-    named = f"DATA '{tar}, member 000000000.png': the image cannot be decoded (no image format Pillow knows); "
+    named = f"DATA '{tar}, member 000000000.png': the image cannot be decoded (no image in a format that is read); "
     assert named in output()[1]
     assert not (copy / "x.png").exists()
 

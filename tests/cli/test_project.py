@@ -138,7 +138,7 @@ def test_faults_are_one_line(
     name, photo = str(run), str(image)
     assert "RUN must be a run with a checkpoint" in refused(str(tmp_path / "none"), photo)
     assert "IMAGE must be an image file (No such file or directory), got" in refused(name, str(tmp_path / "none.png"))
-    assert "IMAGE must be an image file (no image format Pillow knows), got" in refused(
+    assert "IMAGE must be an image file (no image in a format that is read), got" in refused(
         name, str(tmp_path / "text.png")
     )
     assert "IMAGE must be an image file (" in refused(name, str(tmp_path))

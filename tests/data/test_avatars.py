@@ -128,10 +128,11 @@ def test_a_cache_that_cannot_be_read_now_is_kept(drawn: list[str], monkeypatch: 
     def failing(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(avatars.zipfile, "ZipFile", failing)
-        with pytest.raises(ArgumentError, match="cannot be read now"):
-            open_source("avatars?n=3", 16)
+    for name in ("ZipFile", "_EndRecData"):
+        with monkeypatch.context() as patch:
+            patch.setattr(avatars.zipfile, name, failing)
+            with pytest.raises(ArgumentError, match="cannot be read now"):
+                open_source("avatars?n=3", 16)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", failing)
         with pytest.raises(ArgumentError, match="cannot be read now"):

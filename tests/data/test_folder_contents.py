@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from published import save
 
-from fastgan.data import open_source, prepare
+from fastgan.data import folder_labels, open_source, prepare
 from fastgan.data.preparation.archives import ZipCollection
 from fastgan.data.preparation.collection import InputImage
 from fastgan.data.preparation.settings import Settings
@@ -112,6 +113,100 @@ def test_prepare_knows_storage_folders(tmp_path: Path) -> None:
     stylegan(tmp_path / "in", None)
     (tmp_path / "in" / "dataset.json").unlink()
     assert prepare(str(tmp_path / "in"), str(tmp_path / "set"), Settings(resolution=8), workers=1).num_classes == 0
+
+
+@pytest.mark.parametrize("beside", [(), ("README.txt", "NOTES")])
+@pytest.mark.parametrize("wrapper", ["", "set/"])
+@pytest.mark.parametrize("content", ["classes", "storage", "labels"])
+@pytest.mark.parametrize("kind", ["folder", "prepare", "zip", "tar"])
+def test_other_files_change_no_label(
+    tmp_path: Path, kind: str, content: str, wrapper: str, beside: tuple[str, ...]
+) -> None:
+    """Folders of classes, StyleGAN's storage folders, and its labels; in an archive also within one folder."""
+    folder = tmp_path / "in" / wrapper
+    if content == "classes":
+        for name in ("a/0.png", "b/1.png", "b/2.png"):
+            save(folder / name)
+    else:
+        names = stylegan(folder, [])
+        (folder / "dataset.json").unlink()
+        if content == "labels":
+            stylegan(folder, [[name, label] for name, label in zip(names, (2, 0, 4), strict=True)])
+    for name in beside:  # beside the folder that holds everything
+        (tmp_path / "in" / name).write_text("x")
+    if kind == "folder":
+        source = open_source(str(folder), 8)
+        found, classes = source.labels, list(source.classes)
+    else:
+        root = tmp_path / "in"
+        src = str(folder) if kind == "prepare" else shutil.make_archive(str(tmp_path / "packed"), kind, root)
+        manifest = prepare(src, str(tmp_path / "set"), Settings(resolution=8), workers=1)
+        found, classes = manifest.labels(), manifest.classes() or []
+    expected = {"classes": [0, 1, 1], "storage": None, "labels": [2, 0, 4]}[content]
+    assert (None if found is None else found.tolist()) == expected
+    assert classes == (["a", "b"] if content == "classes" else [])
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_single_class_is_told(tmp_path: Path, kind: str) -> None:
+    """A damaged image beside the folder that holds everything makes that folder a class."""
+    for name in ("set/a/0.png", "set/b/1.png"):
+        save(tmp_path / "in" / name)
+    (tmp_path / "in" / "damaged.png").write_bytes(b"x")
+    if kind == "folder":
+        assert open_source(str(tmp_path / "in"), 8).notes == ["1 class: every image is in the folder set"]
+    src = str(tmp_path / "in") if kind == "folder" else shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path / "in")
+    told: list[str] = []
+    prepare(src, str(tmp_path / "set"), Settings(resolution=8), workers=1, report=told.append)
+    assert "1 class: every image has the label set" in told
+
+
+def test_a_zipped_dataset_json_takes_no_more_memory_than_labels_do(tmp_path: Path) -> None:
+    """15 MB of empty lists, 15 kB in the zip, were 400 MB as Python's values."""
+    with zipfile.ZipFile(tmp_path / "in.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dataset.json", '{"labels": [' + "[]," * 5_000_000 + "[]]}")
+        archive.write(save(tmp_path / "a.png"), "a.png")
+    tracemalloc.start()
+    with pytest.raises(ArgumentError, match=r"dataset\.json'"):
+        list(ZipCollection(tmp_path / "in.zip").images())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+def test_a_dataset_json_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stylegan(tmp_path, [[f"{i}.png", 0] for i in range(10)])
+    monkeypatch.setattr(folder_labels, "MAX_LABELS", 9)
+    assert "must have at most 9 labels" in refusal(str(tmp_path))
+    monkeypatch.setattr(folder_labels, "MAX_BYTES", 20)
+    assert "must have at most 20" in refusal(str(tmp_path))
+    for kind in ("zip", "tar"):
+        src = shutil.make_archive(str(tmp_path.with_name("packed")), kind, tmp_path)
+        with pytest.raises(ArgumentError, match=r"SRC must have at most 20 .*, got '.*/dataset\.json'"):
+            prepare(src, str(tmp_path.with_name("set")), Settings(resolution=8), workers=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ('{"labels": [["a\\"b.png", 1], [".\\\\x\\u00e9.png",2]]}', {'a"b.png': 1, "xé.png": 2}),
+        ('\ufeff[\n ["a.png", 3]\n,["a.png"\t,4]] ', {"a.png": 4}),
+        ('{"labels": [ ] }', {}),
+        ('{ "labels" : null }', None),
+        ('{"labels": [["a.png", 1]]', ""),
+        ('{"labels": [["a.png", 1]]} x', ""),
+        ('{"labels": [["a.png", 1],]}', ""),
+        ('{"labels": [["a.png" 1]]}', ""),
+        ('{"labels": [["\\x", 1]]}', ""),
+        ("null", ""),
+    ],
+)
+def test_dataset_json_as_text(text: str, labels: dict[str, int] | str | None) -> None:
+    if labels == "":
+        with pytest.raises(ArgumentError, match="must hold"):
+            folder_labels.parse_dataset_json(text.encode(), "--data", "x")
+    else:
+        assert folder_labels.parse_dataset_json(text.encode(), "--data", "x") == labels
 
 
 @pytest.mark.parametrize(

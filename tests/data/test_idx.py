@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,7 @@ IMAGES = struct.pack(">4i", 0x803, 6, 28, 28)
         (IMAGES[:11], "truncated"),
         (struct.pack(">4i", 0xD03, 6, 28, 28), "no idx file of bytes with 3 dimensions"),
         (struct.pack(">4I", 0x803, 2**31, 2**31, 28), "announces"),
+        (struct.pack(">4I", 0x803, 350_000, 28, 28), "above 268,435,456"),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
@@ -127,6 +129,16 @@ def test_a_file_that_cannot_be_read_now(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(idx, "read_idx", failing)
     assert "cannot be read now (Input/output error)" in refusal(f"mnist:{tmp_path}")
+
+
+def test_unpacked_values_are_held_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.gz"
+    file.write_bytes(gzip.compress(struct.pack(">2I", 0x801, 10**7) + bytes(10**7)))
+    tracemalloc.start()
+    assert len(idx.read_idx(file, 1)) == 10**7
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5e7
 
 
 def test_labels_must_match(tmp_path: Path) -> None:

@@ -1,29 +1,33 @@
-"""Image files of others: what is whole, which sample means which gray, and which errors are the machine's."""
+"""Image files of others: which are opened, what is whole, and which sample means which gray."""
 
 from __future__ import annotations
 
-import builtins
-import errno
+import ast
+import contextlib
+import inspect
 import io
 import os
+import re
+import shutil
 import struct
+import subprocess
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
-from published import cifar10, noise, save
+from PIL import EpsImagePlugin, Image, PngImagePlugin, features
+from published import noise, save
 
+import fastgan
 from fastgan.data import images, open_source
-from fastgan.data.faults import is_machine_fault, machine_error
-from fastgan.data.preparation.inputs import PreparedCollection
 from fastgan.data.preparation.prepare import prepare
 from fastgan.data.preparation.settings import Settings
-from fastgan.data.prepared.manifest import is_prepared
 from fastgan.errors import ArgumentError
+from fastgan.projection import read_picture
 
 
 def photo(**options: Any) -> bytes:
@@ -51,6 +55,93 @@ def with_thumbnail_only() -> bytes:
     return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:300]
 
 
+def starts_ghostscript() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(out, "EPS")
+    return out.getvalue()
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A program `gs` in front of any other; it must not be started."""
+    log = tmp_path / "started"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f'#!/bin/sh\necho "$@" >> {log}\n[ "$1" = --version ]\n')
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it once
+    yield
+    assert not log.exists(), log.read_text()
+
+
+@pytest.mark.usefixtures("ghostscript")
+def test_no_way_in_starts_a_program(tmp_path: Path) -> None:
+    """Pillow goes by the content, so that a picture of any name may be EPS."""
+    content, photos = starts_ghostscript(), tmp_path / "photos"
+    save(photos / "a.png", noise(16, 16, 3))
+    (photos / "b.png").write_bytes(content)
+    assert dict(open_source(str(photos), 16).skipped) == {"b.png": images.UNREAD}
+    for kind in ("folder", "zip", "tar"):
+        src = shutil.make_archive(str(tmp_path / "in"), kind, photos) if kind != "folder" else str(photos)
+        made = prepare(src, tmp_path / kind, Settings(cache_to=8), workers=1)
+        assert (made.count, made.skipped) == (1, 1)
+    with pytest.raises(ArgumentError, match=images.UNREAD):
+        read_picture(photos / "b.png", 16, 3)
+
+    offset, length = np.load(tmp_path / "folder" / "encoded" / "0016" / "offsets.npy")[0]
+    with (tmp_path / "folder" / "encoded" / "0016" / "00000.tar").open("r+b") as tar:
+        tar.seek(offset)
+        tar.write(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n".ljust(length, b"\n"))
+    with pytest.raises(ArgumentError, match=images.UNREAD):
+        open_source(str(tmp_path / "folder"), 16).read(0, 16)
+
+
+def test_images_are_opened_in_one_place() -> None:
+    """Pillow's `open` is called once in the package, with formats."""
+    calls = []
+    for file in Path(fastgan.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
+                calls.append((file.name, [keyword.arg for keyword in node.keywords]))
+    assert calls == [("images.py", ["formats"])]
+
+
+def test_the_formats_that_are_read_start_nothing_and_open_nothing() -> None:
+    """Their modules in Pillow neither start programs nor open an image in any format when they read."""
+    Image.init()
+    for kind in images._readable():
+        if kind in ("JPEG", "GIF"):  # programs in functions that are not called: load_djpeg and _save_netpbm
+            continue
+        text = Path(inspect.getfile(Image.OPEN[kind][0])).read_text().partition("if __name__")[0]
+        assert not re.search(r"subprocess|os\.system|Image\.open\(", text), kind
+
+
+@pytest.mark.parametrize("kind", [kind for kind in images.FORMATS if kind not in ("PSD", "AVIF")])
+def test_every_format_is_read(kind: str) -> None:
+    info = images.inspect_image(lambda: io.BytesIO(encoded(kind)), "x")
+    assert (info.problem, info.format) == ("", kind)
+
+
+def test_the_documentation_lists_the_formats() -> None:
+    text = (Path(fastgan.__file__).parent.parent / "docs" / "data.md").read_text()
+    listed = text.partition("The formats that are read are ")[2].partition("; of several")[0]
+    found = re.findall(r"[A-Z]\w+(?: 2000)?", re.sub(r"\([^)]*\)", "", " ".join(listed.split())))
+    assert sorted(found) == sorted({"WEBP": "WebP", "JPEG2000": "JPEG 2000"}.get(kind, kind) for kind in images.FORMATS)
+
+
+def test_a_prepared_set_holds_its_own_encoding_only(tmp_path: Path) -> None:
+    save(tmp_path / "photos" / "a.png", noise(16, 16, 3))
+    path = prepare(str(tmp_path / "photos"), tmp_path / "set", Settings(cache_to=8, lossless="png"), workers=1).path
+    offset, length = np.load(path / "encoded" / "0016" / "offsets.npy")[0]
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(out, "GIF")
+    with (path / "encoded" / "0016" / "00000.tar").open("r+b") as tar:
+        tar.seek(offset)
+        tar.write(out.getvalue().ljust(length, b"\0"))
+    with pytest.raises(ArgumentError, match=images.UNREAD):
+        open_source(str(path), 16).read(0, 16)
+
+
 DAMAGED: dict[str, Callable[[], bytes]] = {
     "began anew.jpg": lambda: photo()[:2000] + photo(),
     "thumbnail.jpg": with_thumbnail_only,
@@ -76,16 +167,39 @@ def test_what_cannot_be_decoded_whole_is_skipped_by_folder_and_prepare_alike(tmp
         source.read(index, 16)  # nothing that passed stops a run
 
 
-@pytest.mark.parametrize("kind", ["WEBP", "AVIF", "ICO", "QOI"])
-def test_inspection_and_decoding_say_the_same_of_zeros(kind: str) -> None:
-    """Some decoders fill in what is missing: then the image is used, and does not stop a run."""
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "QOI", "PNG", "ICO", "ICNS", "GIF", "JPEG2000"])
+def test_a_file_that_ends_in_zeros_is_refused(kind: str) -> None:
+    """Its format has checksums or a mark at its end."""
     content = zeros_from_the_middle(encoded(kind))
-    info = images.inspect_image(lambda: io.BytesIO(content), "x")
-    if info.problem:
-        with pytest.raises(Exception):  # noqa: B017  (Pillow's readers raise nearly any exception)
-            images.decode(content, 16, 3)
-    else:
+    assert images.inspect_image(lambda: io.BytesIO(content), "x").problem
+    with pytest.raises(Exception):  # noqa: B017  (Pillow's readers raise nearly any exception)
         images.decode(content, 16, 3)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "TIFF", "BMP", "TGA", "PPM", "SGI", "PCX", "DDS"])
+def test_zeros_that_may_be_pixels_are_used(kind: str) -> None:
+    """These formats have neither: zeros decode to something, as any other bytes do."""
+    content = zeros_from_the_middle(encoded(kind))
+    assert images.inspect_image(lambda: io.BytesIO(content), "x").problem == ""
+    images.decode(content, 16, 3)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow is built without AVIF")
+def test_zeros_in_avif_are_used_or_refused_alike() -> None:
+    """Its decoder tells of some."""
+    content = zeros_from_the_middle(encoded("AVIF"))
+    info = images.inspect_image(lambda: io.BytesIO(content), "x")
+    with contextlib.nullcontext() if not info.problem else pytest.raises(Exception):
+        images.decode(content, 16, 3)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("behind", [b"", bytes(100), b"\xff\xda\xff\xc0 a video of the camera", photo()])
+def test_what_is_behind_the_end_of_a_jpeg_does_not_matter(progressive: bool, behind: bytes) -> None:
+    content = photo(progressive=progressive, exif=b"Exif\0\0" + photo()) + behind
+    assert images.inspect_image(lambda: io.BytesIO(content), "x").problem == ""
+    cut = content[: len(photo()) + 2000] + bytes(5000)  # behind the thumbnail, which has an end of its own
+    assert images.inspect_image(lambda: io.BytesIO(cut), "x").problem
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -166,107 +280,40 @@ def test_a_file_larger_than_an_image_may_be_is_not_read(tmp_path: Path) -> None:
     assert dict(open_source(f"folder:{tmp_path}", 16).skipped) == {"b.png": "too large: 537 MB, above 537 MB"}
 
 
-# --- the machine ------------------------------------------------------------------------------------------------------
-
-FAULTS = [
-    OSError(errno.EIO, "Input/output error"),
-    OSError(errno.EMFILE, "Too many open files"),
-    OSError(errno.ENOMEM, "Cannot allocate memory"),
-    OSError(errno.ESTALE, "Stale file handle"),
-    FileNotFoundError(errno.ENOENT, "No such file or directory"),
-    MemoryError(),
-]
-
-
-def photos_that_fail(folder: Path, fault: BaseException, monkeypatch: pytest.MonkeyPatch, place: str) -> Path:
-    """Six images, of which the fifth meets `fault`, while it is opened or while it is decoded."""
-    for i in range(6):
-        save(folder / f"{i}.png", noise(16, 16, 3, seed=i))
-    if place == "opening":
-        real_open = Path.open
-
-        def failing_open(self: Path, *args: Any, **options: Any) -> Any:
-            if self.name == "4.png":
-                raise fault
-            return real_open(self, *args, **options)
-
-        monkeypatch.setattr(Path, "open", failing_open)
-    else:
-        real_load, content = images._load, (folder / "4.png").read_bytes()
-
-        def failing_load(given: bytes, *args: Any) -> Any:
-            if given == content:
-                raise fault
-            return real_load(given, *args)
-
-        monkeypatch.setattr(images, "_load", failing_load)
-    return folder
+def test_threads_decode_large_images_one_after_the_other(tmp_path: Path) -> None:
+    """Four small files of 134 MB of pixels each, in a process of its own, whose peak is told."""
+    content = save(tmp_path / "0.png", np.zeros((5600, 6000, 3), np.uint8)).read_bytes()
+    for i in range(1, 4):
+        (tmp_path / f"{i}.png").write_bytes(content)
+    assert len(content) < 200_000 and images.PIXELS_AT_ONCE < 5600 * 6000
+    code = (
+        "import resource, sys; from fastgan.data import images, open_source; images._readable();"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
+        "assert len(open_source(sys.argv[1], 16)) == 4; print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) < 250e6
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: getattr(fault, "strerror", None) or "MemoryError")
-@pytest.mark.parametrize("place", ["opening", "decoding"])
-def test_a_fault_of_the_machine_costs_no_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException, place: str
-) -> None:
-    photos = photos_that_fail(tmp_path / "photos", fault, monkeypatch, place)
-    with pytest.raises(ArgumentError, match=r"4\.png.* cannot be read now") as error:
-        open_source(f"folder:{photos}", 16)
-    assert "\n" not in str(error.value)
-    with pytest.raises(ArgumentError, match=r"4\.png.* cannot be read now"):
-        prepare(str(photos), tmp_path / "set", workers=1)
-    assert not is_prepared(tmp_path / "set")
+@pytest.mark.parametrize(("kind", "left"), [("PNG", images.PIXELS_AT_ONCE - 128 * 128), ("ICO", 0), ("ICNS", 0)])
+def test_an_icon_counts_as_the_largest_image(kind: str, left: int) -> None:
+    """Its picture may be of 81 million pixels where it states 16 x 16."""
+    with images.load_image(encoded(kind)):
+        assert images._ROOM._free == left
+    assert images._ROOM._free == images.PIXELS_AT_ONCE
 
 
-def test_a_published_set_that_cannot_be_read_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cifar10(tmp_path / "root")
-
-    def failing(*_: Any, **__: Any) -> np.ndarray:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(np, "fromfile", failing)
-    with pytest.raises(ArgumentError, match=r"--data 'cifar10:.*' *: it cannot be read now .Input/output error"):
-        open_source(f"cifar10:{tmp_path / 'root'}", 32)
-
-
-def test_a_folder_that_cannot_be_listed_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a/1.png", "b/2.png"):
-        save(tmp_path / "photos" / name, noise(16, 16, 3))
-    real = os.scandir
-
-    def failing(path: Any) -> Any:
-        if Path(path).name == "b":
-            raise OSError(errno.EIO, "Input/output error")
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", failing)
-    with pytest.raises(ArgumentError, match=r"b.* cannot be read now .Input/output error"):
-        open_source(f"folder:{tmp_path / 'photos'}", 16)
-
-
-def test_a_prepared_set_that_vanishes_costs_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for i in range(4):
-        save(tmp_path / "photos" / f"{i}.png", noise(16, 16, 3, seed=i))
-    first = prepare(str(tmp_path / "photos"), tmp_path / "first", Settings(per_shard=1), workers=1).path
-    real = PreparedCollection.pixels
-
-    def vanishing(self: PreparedCollection, image: Any, *args: Any) -> np.ndarray:
-        if image.location[0] == 2 and (first / "cache").exists():
-            (first / "cache").rename(first / "gone")
-        return real(self, image, *args)
-
-    monkeypatch.setattr(PreparedCollection, "pixels", vanishing)
-    with pytest.raises(ArgumentError, match="cannot be read now"):
-        prepare(str(first), tmp_path / "second", Settings(resolution=8), workers=1)
-    assert not is_prepared(tmp_path / "second")
-
-
-def test_too_many_open_files_says_so() -> None:
-    text = str(machine_error("--data", "a.png", OSError(errno.EMFILE, "Too many open files")))
-    assert "Too many open files" in text and "ulimit -n" in text
-
-
-def test_damage_is_no_fault_of_the_machine() -> None:
-    for error in (OSError("image file is truncated"), ValueError("x"), builtins.EOFError(), PermissionError(13, "no")):
-        assert not is_machine_fault(error)
-    for error in (OSError(-9), OSError("out of memory error when reading image file"), MemoryError()):
-        assert is_machine_fault(error)
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBa"])
+@pytest.mark.parametrize("stored", ["I;16", "F", "P", "LA", "RGBA", "CMYK"])
+def test_a_large_image_is_converted_as_a_small_one(monkeypatch: pytest.MonkeyPatch, stored: str, mode: str) -> None:
+    image = Image.fromarray(noise(16, 16, 3))
+    image = Image.fromarray(noise(16, 16, 1)[..., 0].astype(np.uint16) * 200) if stored == "I;16" else image
+    image = image.convert("L").convert("F") if stored == "F" else image
+    image = image if stored == "I;16" else image.convert(stored)
+    if stored == "P":
+        image.info["transparency"] = 3
+    if "A" in stored:
+        image.putalpha(Image.fromarray(noise(16, 16, 1)[..., 0]))
+    whole = np.asarray(images.convert(image.copy(), mode))
+    monkeypatch.setattr(images, "_BAND", 16 * 5)
+    np.testing.assert_array_equal(np.asarray(images.convert(image, mode)), whole)

@@ -232,7 +232,7 @@ def test_size_problems_of_a_file(tmp_path: Path, prepared_set: Writer) -> None:
     assert manifest.size_problem("labels.npy") == ""
     shutil.rmtree(tmp_path / "encoded" / "0016")
     (tmp_path / "encoded" / "0016").touch()
-    assert manifest.size_problem("encoded/0016/00000.tar") == "cannot be read (Not a directory)"
+    assert manifest.size_problem("encoded/0016/00000.tar") == "is missing"
     (tmp_path / "labels.npy").unlink()
     with pytest.raises(ArgumentError, match=r"labels\.npy is missing; run `fastgan data verify`"):
         Level(manifest, 8)

@@ -198,7 +198,7 @@ def test_a_broken_link_is_listed_and_no_other_file_is_skipped(tmp_path: Path) ->
     save(tmp_path / "data" / "b" / "y.png")
     (tmp_path / "data" / "a" / "itself.png").symlink_to("itself.png")
     source = open_source(f"folder:{tmp_path / 'data'}", 16)
-    assert (len(source), source.num_classes, source.skipped) == (2, 2, [("a/itself.png", "not a regular file")])
+    assert (len(source), source.num_classes, source.skipped) == (2, 2, [("a/itself.png", "a link that leads nowhere")])
 
 
 def test_unusable_folders(tmp_path: Path) -> None:

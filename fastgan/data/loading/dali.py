@@ -7,7 +7,6 @@ order.
 from __future__ import annotations
 
 import importlib
-import io
 import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,20 +17,20 @@ import torch
 import torch.nn.functional as F
 
 from fastgan.data.faults import machine_error, raise_if_machine
-from fastgan.data.images import area_average, decode, decode_problem, first_line
+from fastgan.data.images import area_average, decode, decode_problem, first_line, open_image
 from fastgan.data.loading.image_store import BatchRequest, DecodingStore, counted
 from fastgan.data.source_types import Encoded, Source
 from fastgan.errors import ArgumentError
 
 # Pillow's formats -> modes that DALI decodes to the same pixels. Not among them: 16 bits, transparency, CMYK (whose
 # inversion is told by a marker that DALI does not read), BMP (5 or 6 bits a channel), PGM and PPM (other white values),
-# and black and white, which Pillow resizes after it has become gray.
+# TIFF (at 2 or 4 bits a sample, which the mode does not tell, DALI stops), and black and white, which Pillow resizes
+# after it has become gray.
 SAME_AS_PILLOW = {
     "JPEG": ("L", "RGB"),
     "MPO": ("RGB",),
     "PNG": ("L", "P", "RGB"),
     "WEBP": ("RGB",),
-    "TIFF": ("L", "RGB"),
 }
 
 
@@ -142,11 +141,9 @@ class DaliStore(DecodingStore):
         except (OSError, MemoryError) as error:
             raise machine_error("--data", self._files.name(index), error) from error
         if not self._opened[index]:
-            from PIL import Image
-
             # DALI 2.4 ends the process with a segmentation fault if two files of a batch are not images.
             try:
-                with Image.open(io.BytesIO(content)):
+                with open_image(content):
                     self._opened[index] = True
             except Exception as error:  # Pillow's readers raise nearly any exception on a damaged file
                 raise_if_machine(error, "--data", self._files.name(index))

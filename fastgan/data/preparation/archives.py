@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import functools
 import glob
 import io
 import json
@@ -13,16 +12,16 @@ import tarfile
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from fastgan.data.faults import is_machine_fault, machine_error
-from fastgan.data.folder_labels import DATASET_JSON, MAX_BYTES, is_storage, label_of, parse_dataset_json
-from fastgan.data.images import first_line, require_size
-from fastgan.data.preparation.collection import FileCollection, InputImage, first_folder, is_hidden, unpacked_name
+from fastgan.data.faults import is_machine_fault, machine_error, raise_if_machine
+from fastgan.data.folder_labels import DATASET_JSON, label_of, layout, parse_dataset_json, require_bounded
+from fastgan.data.images import UNREAD, first_line, is_image_name, require_size, suffix
+from fastgan.data.preparation.collection import FileCollection, InputImage, is_hidden, unpacked_name
 from fastgan.data.source_types import MAX_CLASSES
 from fastgan.errors import ArgumentError
 from fastgan.utils.stored_values import MALFORMED
@@ -46,8 +45,10 @@ class ZipCollection(FileCollection):
 
     def images(self) -> Iterator[InputImage]:
         members = self._members()
-        wrapper = common_folder(members)
-        stored, storage = self._stored_labels(members, wrapper)
+        wrapper, storage = layout(members, unwrap=DATASET_JSON not in members)
+        table = members.get(wrapper + DATASET_JSON)
+        stored = None if table is None else self._stored_labels(table)
+        storage = storage or table is not None
         for name, member in members.items():
             inner = name[len(wrapper) :]
             if inner == DATASET_JSON:
@@ -60,13 +61,11 @@ class ZipCollection(FileCollection):
             label = label_of(inner, stored, storage)
             yield InputImage(name, member.file_size, member.CRC, _location(member), label, problem)
 
-    def _stored_labels(self, members: dict[str, zipfile.ZipInfo], wrapper: str) -> tuple[dict[str, int] | None, bool]:
-        """The labels of a dataset.json, and whether folders are no classes."""
-        table = members.get(wrapper + DATASET_JSON)
-        if table is None:
-            return None, is_storage(name[len(wrapper) :] for name in members)
+    def _stored_labels(self, table: zipfile.ZipInfo) -> dict[str, int] | None:
+        """The labels of a dataset.json."""
         place = f"{self.path}/{table.filename}"
-        image = InputImage(table.filename, min(table.file_size, MAX_BYTES), table.CRC, _location(table))
+        require_bounded(table.file_size, "SRC", place)
+        image = InputImage(table.filename, table.file_size, table.CRC, _location(table))
         try:
             with self.open(image) as stream:
                 content = stream.read()
@@ -74,7 +73,7 @@ class ZipCollection(FileCollection):
             raise ArgumentError("SRC", place, str(error)) from error
         except (OSError, MemoryError) as error:
             raise machine_error("SRC", place, error) from error
-        return parse_dataset_json(content, "SRC", place), True
+        return parse_dataset_json(content, "SRC", place)
 
     def _members(self) -> dict[str, zipfile.ZipInfo]:
         """The files that unpacking would leave, by name, sorted: of files with one name the last."""
@@ -84,6 +83,8 @@ class ZipCollection(FileCollection):
             if any(member.header_offset < 0 for member in members.values()):
                 raise zipfile.BadZipFile("Bad offset")
         except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+            if error.__context__ is not None:  # zipfile makes "File is not a zip file" of any OSError
+                raise_if_machine(error.__context__, "SRC", str(self.path))
             raise ArgumentError("SRC", str(self.path), f"must be a whole zip file; {first_line(error)}") from error
         return {name: members[name] for name in sorted(members) if name and not is_hidden(name)}
 
@@ -140,14 +141,14 @@ class TarCollection(FileCollection):
         self.files = files
 
     def images(self) -> Iterator[InputImage]:
-        wrapper: str | None = None  # computed when it is first needed, because it takes a pass over all files
+        read: tuple[str, bool, dict[str, int] | None] | None = None  # when it is needed: it takes a pass over all files
         for number, file in enumerate(self.files):
             for sample in self._samples(file):
                 sample_label = self._label(file, sample)
                 has_image = False
                 for member in sample:
                     name = f"{file.name}/{member.name}" if len(self.files) > 1 else member.name
-                    if suffix(member.name) not in image_suffixes():
+                    if not is_image_name(member.name):
                         continue
                     has_image = True
                     if not member.isreg():
@@ -155,13 +156,42 @@ class TarCollection(FileCollection):
                         continue
                     label = sample_label
                     if label is None:
-                        if wrapper is None:
-                            wrapper = common_folder(one.name for each in self.files for one in self._members(each))
-                        label = first_folder(member.name[len(wrapper) :])
+                        read = read or self._folders()
+                        wrapper, storage, stored = read
+                        label = label_of(member.name[len(wrapper) :], stored, storage)
                     stamp, location = int(member.mtime), (number, member.offset_data)
                     yield InputImage(name, member.size, stamp, location, label, too_large(member.size))
-                if not has_image:
-                    yield InputImage(f"{file.name}/{sample[0].name}", problem="no image format Pillow knows")
+                if not has_image and not _is_table(sample[0].name):
+                    yield InputImage(f"{file.name}/{sample[0].name}", problem=UNREAD)
+
+    def _folders(self) -> tuple[str, bool, dict[str, int] | None]:
+        """The folder that holds everything, whether those below it are no classes, and the labels of a dataset.json."""
+        tables: dict[str, tuple[Path, tarfile.TarInfo]] = {}
+
+        def names() -> Iterator[str]:
+            for file in self.files:
+                for member in self._members(file):
+                    if _is_table(member.name) and member.isreg():
+                        tables[member.name] = file, member
+                    yield member.name
+
+        wrapper, storage = layout(names(), unwrap=True)
+        if DATASET_JSON in tables:
+            wrapper = ""
+        if wrapper + DATASET_JSON not in tables:
+            return wrapper, storage, None
+        file, member = tables[wrapper + DATASET_JSON]
+        place = f"{file}/{member.name}"
+        require_bounded(member.size, "SRC", place)
+        return wrapper, True, parse_dataset_json(self._content(file, member), "SRC", place)
+
+    def _content(self, file: Path, member: tarfile.TarInfo) -> bytes:
+        try:
+            with file.open("rb") as stream:
+                stream.seek(member.offset_data)
+                return stream.read(member.size)
+        except (OSError, MemoryError) as error:
+            raise machine_error("SRC", f"{file}/{member.name}", error) from error
 
     def open(self, image: InputImage) -> BinaryIO:
         number, offset = image.location
@@ -218,18 +248,18 @@ class TarCollection(FileCollection):
         except tarfile.ReadError as error:
             hint = "; decompress it first" if _is_compressed(file) else ""
             raise ArgumentError("SRC", str(file), f"must be a whole tar file; {error} after {last}{hint}") from error
-        except OSError as error:
+        except (OSError, MemoryError) as error:
+            raise_if_machine(error, "SRC", str(file))
+            assert isinstance(error, OSError)
             raise ArgumentError("SRC", str(file), f"must be a readable tar file; {error.strerror}") from error
 
     def _label(self, file: Path, sample: list[tarfile.TarInfo]) -> int | str | None:
         """The label in the .cls or .json of a sample: a number, or the name of a class."""
         for member in sample:
             kind = suffix(member.name)
-            if kind not in ("cls", "json") or not member.isreg() or member.size > 2**20:
+            if kind not in ("cls", "json") or not member.isreg() or member.size > 2**20 or _is_table(member.name):
                 continue
-            with file.open("rb") as stream:
-                stream.seek(member.offset_data)
-                content = stream.read(member.size)
+            content = self._content(file, member)
             try:
                 value = json.loads(content) if kind == "json" else content.decode().strip()
                 if isinstance(value, dict):
@@ -288,26 +318,9 @@ def _expand_braces(pattern: str) -> Iterator[str]:
         yield from _expand_braces(f"{head}{number:0{len(first)}}{tail}")
 
 
-def common_folder(names: Iterable[str]) -> str:
-    """Return the first folder, with its "/", if all names are in one; otherwise ""."""
-    names = iter(names)
-    first = first_folder(next(names, ""))
-    if first is None or any(first_folder(name) != first for name in names):
-        return ""
-    return f"{first}/"
-
-
-@functools.cache
-def image_suffixes() -> set[str]:
-    """Return the suffixes of image files that Pillow reads or writes, in lower case, without the dot."""
-    from PIL import Image
-
-    return {suffix[1:] for suffix in Image.registered_extensions()}
-
-
-def suffix(name: str) -> str:
-    """Return the suffix of a name in lower case, without the dot."""
-    return name.rpartition("/")[2].rpartition(".")[2].lower()
+def _is_table(name: str) -> bool:
+    """Return whether a member may be the dataset.json of a set."""
+    return name.rpartition("/")[2] == DATASET_JSON
 
 
 def _sample_key(name: str) -> str:

@@ -5,7 +5,6 @@ Images are listed one by one, sorted by name, which is also the order of trainin
 
 from __future__ import annotations
 
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from fastgan.data.faults import raise_if_machine
-from fastgan.data.folder_labels import DATASET_JSON, is_storage, label_of, read_dataset_json
+from fastgan.data.faults import regular_status
+from fastgan.data.folder_labels import DATASET_JSON, label_of, layout, read_dataset_json
 from fastgan.data.framing import CROP, Framing
-from fastgan.data.images import ImageInfo, decode, decode_problem, inspect_image, read_whole
+from fastgan.data.images import ImageInfo, decode, inspect_image, read_whole
 from fastgan.data.walk import walk
 
 
@@ -125,7 +124,7 @@ class FolderCollection(FileCollection):
     def images(self) -> Iterator[InputImage]:
         storage, stored = read_dataset_json(self.path, "SRC")
         if not storage:
-            storage = is_storage(name for name, problem in walk(self.path, flag="SRC") if not problem)
+            _, storage = layout(name for name, problem in walk(self.path, flag="SRC") if not problem)
         for name, problem in walk(self.path, flag="SRC"):
             if problem:
                 yield InputImage(name, problem=problem)
@@ -134,23 +133,14 @@ class FolderCollection(FileCollection):
 
     def image(self, name: str) -> InputImage:
         """Return the entry of one file, without its label."""
-        try:
-            status = (self.path / name).stat()
-        except OSError as error:
-            if not (self.path / name).is_symlink():  # one that leads nowhere
-                raise_if_machine(error, "SRC", name)
-            return InputImage(name, problem=error.strerror or str(error))
+        status, problem = regular_status(self.path / name, "SRC", name)
+        if status is None:
+            return InputImage(name, problem=problem)
         return InputImage(name, status.st_size, status.st_mtime_ns)
 
     def inspect(self, image: InputImage) -> ImageInfo:
-        try:
-            regular = stat.S_ISREG((self.path / image.name).stat().st_mode)
-        except OSError as error:
-            raise_if_machine(error, "SRC", image.name)
-            return ImageInfo(decode_problem(error))
-        if not regular:  # opening a named pipe would block forever
-            return ImageInfo("not a regular file")
-        return super().inspect(image)
+        _, problem = regular_status(self.path / image.name, "SRC", image.name)  # it may be listed hours before
+        return ImageInfo(problem) if problem else super().inspect(image)
 
     def open(self, image: InputImage) -> BinaryIO:
         return (self.path / image.name).open("rb")
@@ -159,12 +149,6 @@ class FolderCollection(FileCollection):
 def framing_of(fit: bool) -> Framing:
     """Return how `fastgan prepare` frames images, with and without --fit."""
     return Framing("pad", "black") if fit else CROP
-
-
-def first_folder(name: str) -> str | None:
-    """Return the first folder of a name, or None for a file without a folder."""
-    folder, slash, _ = name.partition("/")
-    return folder if slash else None
 
 
 def unpacked_name(name: str) -> str:

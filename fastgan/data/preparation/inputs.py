@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgan.data.images import ImageInfo, channels_first, channels_last
-from fastgan.data.preparation.archives import TarCollection, ZipCollection, image_suffixes, suffix, tar_files
+from fastgan.data.images import ImageInfo, channels_first, channels_last, is_image_name
+from fastgan.data.preparation.archives import TarCollection, ZipCollection, tar_files
 from fastgan.data.preparation.collection import FolderCollection, InputCollection, InputImage, framing_of
 from fastgan.data.prepared.manifest import read_manifest
 from fastgan.data.prepared.reader import Level
@@ -166,7 +166,7 @@ def _holds_only_tars(path: Path) -> bool:
     tars = 0
     with os.scandir(path) as entries:
         for entry in entries:
-            if not entry.name.startswith(".") and (is_folder(entry) or suffix(entry.name) in image_suffixes()):
+            if not entry.name.startswith(".") and (is_folder(entry, "SRC") or is_image_name(entry.name)):
                 return False
             tars += entry.name.endswith(".tar")
     return tars > 0

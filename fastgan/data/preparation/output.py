@@ -85,6 +85,8 @@ def choose_output(context: Context, shards: int) -> OutputFormat:
         raise context.unusable(f"none of its files is an image (first: {first_problem})")
     if len(kinds) > 1:
         context.report(_why_no_labels(kinds))
+    elif len(classes) == 1:
+        context.report(f"1 class: every image has the label {printable(*classes)}")
     resolution = settings.resolution or collection.default_resolution or _common_resolution(reach)
     resolutions = tuple(2**i for i in range(2, resolution.bit_length()))
     return OutputFormat(

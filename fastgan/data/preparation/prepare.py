@@ -81,7 +81,7 @@ def prepare(
     dst = Path(dst).expanduser()
     if collection.path is not None:
         _require_separate(collection.path, dst)
-    if is_prepared(dst):
+    if is_prepared(dst, "DST"):
         return _existing(collection, dst, settings, report)
     with lock_destination(dst) as state, WorkerPool(workers or cpu_count(), (collection, dst)) as pool:
         try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from fastgan.data.faults import raise_if_machine
 from fastgan.data.preparation.context import progress_bar
 from fastgan.data.prepared.manifest import MANIFEST, UNFINISHED, Manifest, fingerprint
 from fastgan.data.walk import walk
@@ -33,16 +34,19 @@ def verify(manifest: Manifest, *, workers: int = 0, progress: bool = False) -> I
         manifest: of the set.
         workers: threads; 0 for one per core. Hashing releases the GIL.
         progress: show a progress bar on stderr, if it is a terminal.
+
+    Raises:
+        ArgumentError: the machine cannot read a file now, which says nothing about the set.
     """
     if fingerprint(manifest.files, manifest.settings) != manifest.fingerprint:
         yield Fault(MANIFEST, "has been changed: its fingerprint is not that of its files and settings")
     total = sum(file.bytes for file in manifest.files.values())
     with progress_bar(progress, "verifying", total, unit="B", unit_scale=True) as bar:
-        for name, problem in _problems(manifest, list(manifest.files), workers):
+        for name, problem in _problems(manifest, list(manifest.files), "DST", workers):
             bar.update(manifest.files[name].bytes)
             if problem:
                 yield Fault(name, problem)
-    for name, problem in walk(manifest.path, everything=True):
+    for name, problem in walk(manifest.path, everything=True, flag="DST"):
         if problem:
             yield Fault(name, f"cannot be read ({problem})")
         elif name.startswith(f"{UNFINISHED}/"):
@@ -52,7 +56,11 @@ def verify(manifest: Manifest, *, workers: int = 0, progress: bool = False) -> I
 
 
 def spot_check(manifest: Manifest, resolution: int, limit: int = 2**30) -> Fault | None:
-    """Return a wrong file among those that a run up to `resolution` reads, or None; checks `limit` bytes at most."""
+    """Return a wrong file among those that a run up to `resolution` reads, or None; checks `limit` bytes at most.
+
+    Raises:
+        ArgumentError: the machine cannot read a file now.
+    """
     names = [name for at in manifest.resolutions if at <= resolution for name in manifest.files_of(at)]
     names += manifest.tables
     random.Random().shuffle(names)  # not the global generator, which a run may have seeded
@@ -61,22 +69,23 @@ def spot_check(manifest: Manifest, resolution: int, limit: int = 2**30) -> Fault
         if size + manifest.files[name].bytes <= limit:
             chosen.append(name)
             size += manifest.files[name].bytes
-    return next((Fault(name, problem) for name, problem in _problems(manifest, chosen) if problem), None)
+    return next((Fault(name, problem) for name, problem in _problems(manifest, chosen, "--data") if problem), None)
 
 
-def _problems(manifest: Manifest, names: list[str], workers: int = 0) -> Iterator[tuple[str, str]]:
+def _problems(manifest: Manifest, names: list[str], flag: str, workers: int = 0) -> Iterator[tuple[str, str]]:
     with ThreadPoolExecutor(workers or cpu_count()) as pool:
-        yield from zip(names, pool.map(lambda name: _problem(manifest, name), names), strict=True)
+        yield from zip(names, pool.map(lambda name: _problem(manifest, name, flag), names), strict=True)
 
 
-def _problem(manifest: Manifest, name: str) -> str:
-    problem = manifest.size_problem(name)
+def _problem(manifest: Manifest, name: str, flag: str) -> str:
+    problem = manifest.size_problem(name, flag)
     if problem:
         return problem
     try:
         with (manifest.path / name).open("rb") as stream:
             actual = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
+        raise_if_machine(error, flag, str(manifest.path / name))
         return f"cannot be read ({error.strerror})"
     expected = manifest.files[name].sha256
     return "" if actual == expected else f"has been changed: its sha256 is {actual[:16]}..., not {expected[:16]}..."

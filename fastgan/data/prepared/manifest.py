@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgan.data.faults import raise_if_machine
+from fastgan.data.faults import exists, raise_if_machine
 from fastgan.data.images import first_line
 from fastgan.data.prepared.mapping import load_npy, map_npy
 from fastgan.errors import ArgumentError
@@ -111,18 +111,23 @@ class Manifest:
             self._require_file(name, flag)
 
     def _require_file(self, name: str, flag: str) -> None:
-        problem = self.size_problem(name)
+        problem = self.size_problem(name, flag)
         if problem:
             raise ArgumentError(flag, str(self.path), f"{name} {problem}; {_VERIFY}")
 
-    def size_problem(self, name: str) -> str:
-        """Return what is wrong with a file as far as its size tells, as in "is missing"; "" if nothing is."""
+    def size_problem(self, name: str, flag: str = "--data") -> str:
+        """Return what is wrong with a file as far as its size tells, as in "is missing"; "" if nothing is.
+
+        Raises:
+            ArgumentError: the machine cannot tell now.
+        """
         expected = self.files[name].bytes
         try:
             size = (self.path / name).stat().st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return "is missing"
         except OSError as error:
+            raise_if_machine(error, flag, str(self.path / name))
             return f"cannot be read ({error.strerror})"
         if size < expected:
             return f"is truncated: {size:,} of {expected:,} bytes"
@@ -206,17 +211,24 @@ def offsets_file(resolution: int) -> str:
     return f"encoded/{resolution:04}/offsets.npy"
 
 
-def is_prepared(path: str | Path) -> bool:
-    """Return whether `path` is a folder with a manifest of this format, which may be damaged."""
+def is_prepared(path: str | Path, flag: str = "--data") -> bool:
+    """Return whether `path` is a folder with a manifest of this format, which may be damaged.
+
+    Raises:
+        ArgumentError: it has a manifest.json, which cannot be read now.
+    """
+    file = Path(path) / MANIFEST
     try:
-        return f'"format": "{FORMAT}"'.encode() in read_regular(Path(path) / MANIFEST)
-    except OSError:
+        return f'"format": "{FORMAT}"'.encode() in read_regular(file)
+    except (OSError, MemoryError) as error:
+        if not isinstance(error, PermissionError) and exists(file, flag):
+            raise_if_machine(error, flag, str(file))
         return False
 
 
-def unfinished_problem(path: Path) -> str:
+def unfinished_problem(path: Path, flag: str = "--data") -> str:
     """Return the error message for a set that `prepare` has not finished, or "" for any other folder."""
-    if not (path / UNFINISHED).is_dir():
+    if not exists(path / UNFINISHED, flag):
         return ""
     return "the prepared set is not finished; run the same `fastgan prepare` command again to finish it"
 
@@ -236,7 +248,7 @@ def read_manifest(path: str | Path, flag: str = "--data") -> Manifest:
     try:
         content = json.loads(read_regular(file))
     except FileNotFoundError:
-        problem = unfinished_problem(path) or f"must be a prepared set; {file} is missing"
+        problem = unfinished_problem(path, flag) or f"must be a prepared set; {file} is missing"
         raise ArgumentError(flag, str(path), problem) from None
     except OSError as error:
         raise ArgumentError(flag, str(path), f"{file} cannot be read ({error.strerror})") from None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import io
 
 import numpy as np
 
 from fastgan.data.faults import raise_if_machine
-from fastgan.data.images import channels_first, decode_problem
+from fastgan.data.images import channels_first, decode_problem, load_image
 from fastgan.data.prepared.manifest import SUFFIXES, Manifest, cache_file, offsets_file, tar_file
 from fastgan.data.source_types import MAX_CLASSES, Encoded, Source, require_channels
 from fastgan.errors import ArgumentError
@@ -55,12 +54,10 @@ class Level:
         if self.cached:
             shard = self._shard(index)
             return np.array(self.array(shard)[index - self.manifest.shards[shard].first])
-        from PIL import Image
-
         # WebP has no gray mode: a gray image is stored as three equal planes.
         mode = "L" if self.manifest.channels == 1 else "RGB"
         try:
-            with Image.open(io.BytesIO(self.encoded(index))) as image:
+            with load_image(self.encoded(index), formats=(self.manifest.encoding.upper(),)) as (image, _):
                 return channels_first(np.array(image.convert(mode)))
         except Exception as error:  # Pillow's decoders raise nearly any exception on damaged bytes
             raise_if_machine(error, self._flag, self.name(index))

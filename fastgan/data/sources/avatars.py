@@ -122,11 +122,10 @@ def _is_whole(file: Path, count: int) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
             return len(archive.infolist()) == count
-    except zipfile.BadZipFile:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise_if_machine(error, "--data", str(file))  # rendering again takes minutes, and would not help
+    except (OSError, zipfile.BadZipFile) as error:
+        cause = error.__context__ if isinstance(error, zipfile.BadZipFile) else error  # zipfile hides an OSError in it
+        if cause is not None and getattr(cause, "errno", None) not in (errno.ENOENT, errno.ENOTDIR):
+            raise_if_machine(cause, "--data", str(file))  # rendering again takes minutes, and would not help
         return False
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgan.data.faults import machine_error, raise_if_machine
-from fastgan.data.folder_labels import DATASET_JSON, is_storage, read_dataset_json, without_label
+from fastgan.data.faults import machine_error, regular_status
+from fastgan.data.folder_labels import DATASET_JSON, layout, read_dataset_json, without_label
 from fastgan.data.framing import CROP, Framing
 from fastgan.data.images import ImageInfo, has_alpha, inspect_image, is_gray
 from fastgan.data.source_types import FileSource, Source
@@ -50,7 +49,7 @@ def open_folder(spec: str, path: Path, resolution: int, channels: int | None, fr
     if channels is None:
         channels = 1 if all(is_gray(info.mode) for info in images.values()) else 3
     names = list(images)
-    labels, num_classes, classes, label_notes = _labels(path, names)
+    labels, num_classes, classes, label_notes = _labels(path, names, files)
     kinds = {(info.format, info.mode, info.transparent): file for file, info in images.items()}
     checksums = {file: inspected[file][1] for file in names}
     return FileSource(
@@ -99,8 +98,12 @@ def _transparency(images: dict[str, ImageInfo], channels: int, framing: Framing)
     return [f"{count:,} of {len(images):,} images have alpha: {ground}; --channels 4 trains transparency"]
 
 
-def _labels(path: Path, names: list[str]) -> tuple[np.ndarray | None, int, list[str], list[str]]:
+def _labels(path: Path, names: list[str], files: list[str]) -> tuple[np.ndarray | None, int, list[str], list[str]]:
     """Labels, number of classes, their names, and notes about them.
+
+    Args:
+        names: of the images.
+        files: all, with those that are no images, as `fastgan prepare` sees them before it opens any.
 
     Raises:
         ArgumentError: dataset.json is damaged or lacks a file.
@@ -115,7 +118,7 @@ def _labels(path: Path, names: list[str]) -> tuple[np.ndarray | None, int, list[
         labels = np.array([found[name] for name in names], dtype=np.int64)
         return labels, int(labels.max()) + 1, [], []
     loose = [name for name in names if "/" not in name]
-    if len(loose) == len(names) or is_storage(names):
+    if len(loose) == len(names) or layout(files)[1]:
         return None, 0, [], []
     if loose:
         where = f"{loose[0]} and {len(loose) - 1:,} others are" if len(loose) > 1 else f"{loose[0]} is"
@@ -126,18 +129,14 @@ def _labels(path: Path, names: list[str]) -> tuple[np.ndarray | None, int, list[
             [f"no labels: {where} in no subfolder; without loose images, the subfolders are classes"],
         )
     classes, ranks = np.unique([name.partition("/")[0] for name in names], return_inverse=True)
-    return ranks.astype(np.int64), len(classes), classes.tolist(), []
+    notes = [f"1 class: every image is in the folder {classes[0]}"] if len(classes) == 1 else []
+    return ranks.astype(np.int64), len(classes), classes.tolist(), notes
 
 
 def _inspect(file: Path) -> tuple[ImageInfo, int]:
-    try:
-        regular = stat.S_ISREG(file.stat().st_mode)  # opening a named pipe would block forever
-    except OSError as error:
-        regular = False
-        if not file.is_symlink():  # one that leads nowhere
-            raise_if_machine(error, "--data", str(file))
-    if not regular:
-        return ImageInfo("not a regular file"), 0
+    _, problem = regular_status(file, "--data", str(file))
+    if problem:
+        return ImageInfo(problem), 0
     info = inspect_image(lambda: file.open("rb"), str(file))
     return info, 0 if info.problem else _checksum(file)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgan.data.faults import raise_if_machine
+from fastgan.data.faults import exists, raise_if_machine
 from fastgan.data.source_types import ArraySource, Source, require_channels
 from fastgan.errors import ArgumentError
 
@@ -22,7 +22,8 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
 PREFIXES = {"train": "train", "test": "t10k"}
 _INNER = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
-_LARGEST = 2**31  # bytes of a file: 45 times MNIST's images
+_LARGEST = 2**28  # bytes of a file, unpacked: five times MNIST's images
+_PIECE = 2**20  # bytes
 
 
 def open_mnist(spec: str, root: Path, resolution: int, channels: int | None, split: str = "train") -> Source:
@@ -45,7 +46,7 @@ def open_fashion_mnist(
 
 def is_idx_folder(path: Path) -> bool:
     """Return whether a folder holds the images of a split."""
-    return any((path / name).is_file() for prefix in PREFIXES.values() for name in _names(prefix, "images", 3))
+    return any(exists(path / name, "--data") for prefix in PREFIXES.values() for name in _names(prefix, "images", 3))
 
 
 def _open(kind: str, spec: str, root: Path, resolution: int, channels: int | None, split: str) -> Source:
@@ -82,7 +83,7 @@ def _read(spec: str, path: Path, prefix: str, what: str, dimensions: int) -> np.
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
     """Read an idx file of bytes (LeCun): big-endian 0x0000 08 DIMENSIONS, the sizes, the values.
 
-    No more memory is taken than the header announces, and at most 2 GiB, whatever a .gz would unpack to.
+    No more memory is taken than the header announces, and at most 268 MB, whatever a .gz would unpack to.
 
     Returns:
         uint8, with `dimensions` dimensions.
@@ -101,7 +102,11 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
         size = math.prod(shape)
         if size > _LARGEST:
             raise ValueError(f"its header announces {size:,} bytes, above {_LARGEST:,}")
-        values = stream.read(size + 1)
-    if len(values) != size:
-        raise ValueError(f"it has {'more' if len(values) > size else 'fewer'} values than its header announces")
-    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+        values = np.empty(size, dtype=np.uint8)  # filled in pieces: reading would hold it several times
+        view, got = values.data, 0
+        while got < size and (count := stream.readinto(view[got : got + _PIECE])):
+            got += count
+        more = stream.read(1)
+    if got < size or more:
+        raise ValueError(f"it has {'more' if more else 'fewer'} values than its header announces")
+    return values.reshape(shape)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastgan.data.faults import raise_if_machine
 from fastgan.data.framing import CROP, Framing
 from fastgan.data.images import first_line
 from fastgan.data.source_types import ArraySource, FileSource, Source, import_for, require_channels
@@ -45,6 +46,8 @@ def open_celeba(spec: str, root: Path, resolution: int, channels: int | None, fr
             "celeba", path, names, framing=framing, resolution=resolution, channels=3, labels=None, num_classes=0
         )
     except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise_if_machine(error, "--data", str(path))
         raise ArgumentError("--data", spec, f"not all of its {len(names)} images are there ({error})") from error
 
 
@@ -58,6 +61,8 @@ def celeba_files(spec: str, root: Path) -> tuple[Path, list[str]]:
     try:
         names = list(celeba(str(root), split="all", target_type=[], download=False).filename)
     except Exception as error:  # RuntimeError for missing files, ValueError and others for damaged ones
+        if not isinstance(error, FileNotFoundError):
+            raise_if_machine(error, "--data", str(path))
         lists = [name for _, _, name in celeba.file_list if not name.endswith((".zip", ".7z"))]
         missing = [name for name in ("img_align_celeba", *lists) if not (path / name).exists()]
         problem = f"{path} must hold the folder img_align_celeba and {', '.join(lists)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,8 +92,7 @@ def save_all(path: Path) -> None:
     for kind, suffix in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")):
         image.save(path / f"rgb.{suffix}", kind)
     image.save(path / "rgb.mpo", save_all=True, append_images=[image])
-    image.save(path / "rgb.tif")
-    for kind, suffix in (("JPEG", "jpg"), ("PNG", "png"), ("TIFF", "tif")):
+    for kind, suffix in (("JPEG", "jpg"), ("PNG", "png")):
         image.convert("L").save(path / f"gray.{suffix}", kind)
     image.convert("P").save(path / "palette.png")
     image.save(path / "progressive.jpg", progressive=True)
@@ -120,6 +121,7 @@ def test_formats(tmp_path: Path) -> None:
         ("CMYK", "a.jpg", "a JPEG image of mode CMYK"),
         ("RGB", "a.bmp", "a BMP image of mode RGB"),
         ("L", "a.pgm", "a PPM image of mode L"),
+        ("RGB", "a.tif", "a TIFF image of mode RGB"),
         ("1", "a.png", "a PNG image of mode 1"),
         ("transparent", "a.png", "with transparency"),
     ],
@@ -137,6 +139,42 @@ def test_files_dali_decodes_differently_are_left_to_pillow(tmp_path: Path, mode:
     assert words in str(error.value)
     with fastgan.data.open(source, 16, resident_bytes=0) as pipeline:
         assert pipeline.kind[0] == "torch" and words in pipeline.describe()
+
+
+def test_a_gray_tiff_of_4_bits_is_left_to_pillow(tmp_path: Path) -> None:
+    """Its mode is L, as at 8 bits, and DALI stops at it."""
+    tags = [(256, 4, 16), (257, 4, 16), (258, 3, 4), (259, 3, 1), (262, 3, 1), (273, 4, 0), (277, 3, 1), (278, 4, 16)]
+    tags.append((279, 4, 128))
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, start if tag == 273 else value) for tag, kind, value in tags)
+    file = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + bytes([0x0F] * 128)
+    (tmp_path / "a.tif").write_bytes(file)
+    picture(16, 16).save(tmp_path / "b.jpg")
+    source = open_source(f"folder:{tmp_path}", 16, 1)
+    with fastgan.data.open(source, 16, batch=2, resident_bytes=0, workers=1) as pipeline:
+        assert pipeline.kind[0] == "torch"
+        assert sorted(np.unique(next(pipeline).images.numpy()))[0] == -1
+    assert set(np.unique(source.read(0, 16))) == {0, 255}
+
+
+def test_small_pngs_of_2_and_4_bits_are_decoded_as_pillow_does(tmp_path: Path) -> None:
+    for bits in (2, 4):
+        Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) % 2**bits).convert("P").save(
+            tmp_path / f"{bits}.png", bits=bits
+        )
+        rows = b"".join(b"\0" + bytes([0x1B] * (2 * bits)) for _ in range(16))
+        chunks = [
+            (b"IHDR", struct.pack(">IIBBBBB", 16, 16, bits, 0, 0, 0, 0)),
+            (b"IDAT", zlib.compress(rows)),
+            (b"IEND", b""),
+        ]
+        parts = [
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+            for name, body in chunks
+        ]
+        (tmp_path / f"gray{bits}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    ours, pillow = both(f"folder:{tmp_path}", 16, 16, 3)
+    assert np.abs(ours - pillow).mean(axis=(1, 2, 3)).max() < LIMIT
 
 
 def test_an_output_stays_while_later_batches_are_decoded(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from published import celeba, cifar10, contents, miss_broken, mnist, noise, save, save_broken
 
 import fastgan.data
-from fastgan.data import open_source
+from fastgan.data import open_source, registry
 from fastgan.data.images import area_average
 from fastgan.data.preparation.collection import FolderCollection
 from fastgan.data.preparation.prepare import prepare
@@ -302,7 +302,7 @@ def test_a_link_to_itself_is_skipped_and_no_other_file(photos: Path, tmp_path: P
     for folder in (photos, photos / "a"):
         (folder / "0.png").symlink_to("0.png")
     made = make(photos, tmp_path / "set")
-    lines = [f"{name}\tToo many levels of symbolic links" for name in ("0.png", "a/0.png")]
+    lines = [f"{name}\ta link that leads nowhere" for name in ("0.png", "a/0.png")]
     assert (made.count, (tmp_path / "set" / "skipped.txt").read_text().splitlines()) == (10, lines)
 
 
@@ -313,7 +313,7 @@ def test_a_file_without_permission_is_skipped(photos: Path, tmp_path: Path, monk
         raise PermissionError(13, "Permission denied", str(file))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "exists", refuse)
+        patched.setattr(registry, "exists", refuse)
         assert "cannot be read" in (text := refusal(photos, tmp_path / "set")) and "Permission denied" in text
     real = FolderCollection.open
     monkeypatch.setattr(
