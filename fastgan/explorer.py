@@ -9,7 +9,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,11 @@ from torch import Tensor
 from fastgan.data.sheets import sheet
 from fastgan.errors import ArgumentError
 from fastgan.generator import TrainedGenerator, device_of, generate, great_circle
+from fastgan.page_requests import Argument, LocalOnly
 from fastgan.utils import counter_rng
 
 MIN_SIDE = 512  # pixels of the picture's side; small images are enlarged by repetition, without blur
 MAX_SEED = 9999
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-_UPLOAD_ROUTES = ("upload", "process_recording")
 
 
 def picture(
@@ -155,54 +155,30 @@ def page(trained: TrainedGenerator) -> Any:
     return blocks
 
 
-Scope = MutableMapping[str, Any]
-Channel = Callable[..., Awaitable[Any]]
-
-
-class LocalOnly:
-    """ASGI middleware that answers 403 to requests of other sites, and to uploads, before the application sees them.
-
-    A page of another site can make the user's browser send requests to this machine: then Origin names that site, or,
-    after DNS rebinding, Host does.
-    """
-
-    def __init__(self, app: Callable[[Scope, Channel, Channel], Awaitable[None]], port: int) -> None:
-        self.app = app
-        self.hosts = {f"{name}:{port}" for name in _LOCAL_NAMES} | (set(_LOCAL_NAMES) if port == 80 else set())
-
-    async def __call__(self, scope: Scope, receive: Channel, send: Channel) -> None:
-        if scope["type"] == "lifespan" or self._refusal(scope) is None:
-            await self.app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            headers = [(b"content-type", b"text/plain; charset=utf-8")]
-            await send({"type": "http.response.start", "status": 403, "headers": headers})
-            await send({"type": "http.response.body", "body": f"{self._refusal(scope)}\n".encode()})
-
-    def _refusal(self, scope: Scope) -> str | None:
-        hosts = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
-        origins = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"origin"]
-        if len(hosts) != 1 or hosts[0] not in self.hosts:
-            return "the Host header must name this machine and this port"
-        if not {origin.removeprefix("http://") for origin in origins} <= self.hosts:
-            return "requests of other sites are refused"
-        if scope["path"].rstrip("/").rpartition("/")[2] in _UPLOAD_ROUTES:
-            return "uploads are refused"
-        return None
-
-
 def application(trained: TrainedGenerator, port: int) -> LocalOnly:
     """The ASGI application of the page, for a server on 127.0.0.1:`port`."""
     gradio = _gradio()
     import fastapi
 
+    blocks = page(trained)
+    pictures = Path(os.path.abspath(os.environ["GRADIO_TEMP_DIR"]))
+
     # gradio's own theme loads its fonts from another host.
     theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])
     app = fastapi.FastAPI(openapi_url=None)
-    gradio.mount_gradio_app(app, page(trained), "/", "127.0.0.1", port, ssr_mode=False, theme=theme)
-    return LocalOnly(app, port)
+    gradio.mount_gradio_app(app, blocks, "/", "127.0.0.1", port, ssr_mode=False, theme=theme)
+    return LocalOnly(app, port, pictures, _functions(blocks))
+
+
+def _functions(blocks: Any) -> dict[str | int, list[Argument]]:
+    """Arguments of each function of the page, by its name and by its number: all are sliders."""
+    functions: dict[str | int, list[Argument]] = {}
+    for number, function in blocks.fns.items():
+        arguments = [
+            Argument(it.label.partition(":")[0], it.minimum, it.maximum, it.step == 1) for it in function.inputs
+        ]
+        functions[number] = functions[function.api_name] = arguments
+    return functions
 
 
 class Server:

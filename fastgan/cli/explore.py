@@ -6,6 +6,7 @@ import contextlib
 import signal
 import socket
 import webbrowser
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -44,22 +45,37 @@ def _free_port(requested: int | None) -> int:
     raise ArgumentError("--port", requested, "must be a free port; it is in use")
 
 
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP unless `nohup` ignores it, end the command as Ctrl-C does: its pictures are removed."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no HUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @command
 def main(argv: list[str]) -> int:
     args = tyro.cli(Explore, args=argv, prog="fastgan explore")
     if args.port is not None and not 1 <= args.port <= 65535:
         raise ArgumentError("--port", args.port, "must be 1 to 65535")
     check_device(args.device)
-    from fastgan.explorer import Server
-    from fastgan.generator import load
+    with _interrupted_by_signals():
+        from fastgan.explorer import Server
+        from fastgan.generator import load
 
-    trained = load(args.run, args.device)
-    server = Server(trained, _free_port(args.port))
-    say(f"{trained}: {server.url} (stop with Ctrl-C)")
-    if args.open:
-        webbrowser.open(server.url)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files are removed
-    with contextlib.suppress(KeyboardInterrupt):
-        server.wait()
-    server.close()
+        trained = load(args.run, args.device)
+        server = Server(trained, _free_port(args.port))
+        say(f"{trained}: {server.url} (stop with Ctrl-C)")
+        if args.open:
+            webbrowser.open(server.url)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.wait()
+        server.close()
     return 0

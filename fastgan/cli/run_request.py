@@ -233,7 +233,9 @@ def _start(
     if variant not in (None, *VARIANTS):
         raise ArgumentError("--variant", variant, _NAMES["variant"])
     if preset is None:
-        preset = _PRESET_OF_DATA.get(data, "auto")
+        preset = (
+            _PRESET_OF_DATA.get(data, "auto") if isinstance(data, str) else "auto"
+        )  # data of a file may be anything
     if preset not in ("auto", *get_args(Preset)):
         raise ArgumentError("--preset", preset, _NAMES["preset"])
     return variant, preset, data

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ from torch.nn.utils import parametrize
 
 from fastgan import models
 from fastgan.errors import ArgumentError
+from fastgan.export.onnx_memory import Footprint, UnboundedGraph
+from fastgan.utils.files import read_regular
 from fastgan.utils.old_names import current_names
 from fastgan.utils.stored_values import MALFORMED, export_problem
 from fastgan.utils.text import first_line
@@ -39,6 +42,7 @@ from fastgan.utils.text import first_line
 Meta = dict[str, Any]
 KEY = "fastgan"
 _MAX_META_BYTES = 2**20  # the metadata take a few hundred
+_ONNX_BYTES, _ONNX_RATIO = 2**28, 16  # memory that a graph may take, and how much more for each byte of its file
 # Operations that torch.onnx.export emits for our networks, and similar ones: all depend on their inputs only.
 _ONNX_OPERATIONS = frozenset(
     """
@@ -110,7 +114,7 @@ def example_inputs(meta: Meta, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
 def inference_copy(generator: nn.Module, meta: Meta) -> nn.Module:
     """A copy for inference: spectral norm is divided into the weights once instead of in every call."""
     # Not deepcopy: a parametrized module shares its class with its copy, and removal would break the original.
-    copy, _ = models.build(**meta["networks"])
+    copy = models.build_one(False, **meta["networks"])
     copy.load_state_dict(generator.state_dict())
     for module in list(copy.modules()):
         if parametrize.is_parametrized(module, "weight"):
@@ -263,17 +267,51 @@ def _open_onnx(content: bytes, device: str) -> nn.Module:
 
     if device != "cpu":
         raise ArgumentError("--device", device, "must be cpu for an ONNX file; other formats run on a GPU")
-    _require_known_onnx(_onnx_model(content))
+    model = _onnx_model(content)
+    _require_known_onnx(model)
+    most = _ONNX_BYTES + _ONNX_RATIO * len(content)
+    with _as_untrusted():
+        footprint = Footprint(model)
+        one = footprint.peak(footprint.batch or 1)
+    if one > most:
+        words = f"a batch of {footprint.batch}" if footprint.batch else "an image"
+        raise UntrustedFile(f"{words} takes {one // 2**20} MB; a file of its size may take {most // 2**20} MB")
+    meta = _onnx_meta(content)
+    _require_images(footprint, meta)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: Tensor) -> Tensor:
+        count = len(inputs[0])
+        if count > 1 and footprint.batch is None and not footprint.fits(count, most):
+            return torch.cat([run(*(x[: count // 2] for x in inputs)), run(*(x[count // 2 :] for x in inputs))])
         given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(["images"], given)[0])
 
-    return ExportedModule(run, device, _onnx_meta(content).get("batch"))
+    return ExportedModule(run, device, footprint.batch)
+
+
+def _require_images(footprint: Footprint, meta: Meta) -> None:
+    """Refuse a graph whose inputs and images have other shapes than its metadata say."""
+    networks, batch = meta["networks"], footprint.batch or 1
+    inputs = {"latent": [batch, networks["latent"]]} | ({"labels": [batch]} if networks["num_classes"] else {})
+    if footprint.inputs != list(inputs) or footprint.batch != meta.get("batch"):
+        raise UntrustedFile("its inputs or its batch are not those of its metadata")
+    size = networks["resolution"]
+    for name, expected in {**inputs, "images": [batch, networks["channels"], size, size]}.items():
+        shape = footprint.shape(name, batch)
+        if shape != expected:
+            raise UntrustedFile(f"its {name} have shape {shape}, its metadata need {expected}")
+
+
+@contextlib.contextmanager
+def _as_untrusted() -> Iterator[None]:
+    try:
+        yield
+    except UnboundedGraph as error:
+        raise UntrustedFile(str(error)) from None
 
 
 # --- TorchScript ------------------------------------------------------------------------------------------------------
@@ -363,11 +401,11 @@ def read(file: Path, device: str = "cpu") -> tuple[nn.Module, Meta]:
         )
         raise ArgumentError("RUN", str(file), problem)
     with _described_errors(file):
-        content = file.read_bytes()
+        content = read_regular(file)
         config = file.with_name("config.json")
         if format.suffix == ".safetensors" and KEY.encode() not in content[: 8 + int.from_bytes(content[:8], "little")]:
-            if config.is_file():  # written by save_pretrained
-                meta = _checked(_meta_of_config(json.loads(config.read_text())))
+            if os.path.lexists(config):  # written by save_pretrained
+                meta = _checked(_meta_of_config(json.loads(read_regular(config))))
                 return _build_network(content, meta, device), meta
             if file.with_name("checkpoint.json").is_file():
                 raise ArgumentError("RUN", str(file), f"must be the checkpoint, {file.parent}, not a file in it")
@@ -384,7 +422,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     with _described_errors(file):
-        weights = load(file.read_bytes())
+        weights = load(read_regular(file))
         for name, tensor in weights.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UntrustedFile(f"{name[:80]} is not finite")
@@ -398,7 +436,7 @@ def read_meta(file: Path) -> Meta:
         ArgumentError: the file is damaged or was not written by fastgan.
     """
     with _described_errors(file):
-        return _checked(_format_of(file).meta(file.read_bytes()))
+        return _checked(_format_of(file).meta(read_regular(file)))
 
 
 def _checked(meta: Meta) -> Meta:
@@ -434,10 +472,10 @@ def _described_errors(file: Path) -> Iterator[None]:
 
 def may_replace_config(file: Path) -> bool:
     """Whether config.json `file` is missing, or describes a generator as `fastgan export` and `save_pretrained` do."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return True
     try:
-        config = json.loads(file.read_bytes())
+        config = json.loads(read_regular(file))
     except (OSError, *MALFORMED):
         return False
     if not isinstance(config, dict) or not {"resolution", "latent"} <= config.keys():

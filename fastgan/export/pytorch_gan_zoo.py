@@ -11,7 +11,9 @@ object of settings. The generator differs from `fastgan.models.pggan.Generator` 
 
 from __future__ import annotations
 
+import io
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from fastgan import models
 from fastgan.errors import ArgumentError
+from fastgan.utils.files import read_regular
 
 
 class Settings:
@@ -34,14 +37,10 @@ def read(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     stored = _read_checkpoint(path)
     networks, state = convert(stored, str(path))
-    generator = models.MODELS["pggan"].Generator(
-        **{key: value for key, value in networks.items() if key not in ("model", "num_classes")}
-    )
     try:
-        generator.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ArgumentError("FILE", str(path), f"must be a progressive generator ({reason[:150]})") from None
+        generator = models.load_generator(networks, state)
+    except ValueError as error:
+        raise ArgumentError("FILE", str(path), f"must be a progressive generator ({str(error)[:150]})") from None
     meta = {"variant": "pggan", "networks": networks, "data": f"not recorded; imported from {path.name}"}
     if "avgG" not in stored:
         meta["weights"] = "last weights: the checkpoint has no moving average"
@@ -51,8 +50,12 @@ def read(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """The dictionary of a checkpoint. The only class that it may name is that of its settings (see `Settings`)."""
     try:
+        content = read_regular(path)
+        archive = (
+            _own_archive(content) if zipfile.is_zipfile(io.BytesIO(content)) else content
+        )  # before torch 1.6: none
         with torch.serialization.safe_globals([(Settings, "models.utils.config.BaseConfig")]):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            stored = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except OSError as error:
         raise ArgumentError("FILE", str(path), f"must be a readable file ({error.strerror})") from None
     except Exception as error:  # torch documents no exceptions for files of another kind
@@ -61,7 +64,27 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise ArgumentError("FILE", str(path), f"must be a checkpoint of pytorch_GAN_zoo; {reason}") from None
     if not isinstance(stored, dict) or not isinstance(stored.get("avgG", stored.get("netG")), dict):
         raise ArgumentError("FILE", str(path), "must be a checkpoint of pytorch_GAN_zoo, with avgG or netG in it")
+    weights: dict[str, Any] = stored.get("avgG", stored.get("netG"))  # type: ignore[assignment]
+    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > len(content):  # one storage, used many times
+        raise ArgumentError("FILE", str(path), "must hold all its weights: they have more numbers than the file")
     return stored
+
+
+def _own_archive(content: bytes) -> bytes:
+    """The members of a zip archive in one of our own: torch's reader sees nothing that Python's does not.
+
+    Raises:
+        ValueError: they are compressed, which torch.save never does, or overlap: they take more memory than the file.
+    """
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as theirs, zipfile.ZipFile(made, "w") as ours:
+        members = theirs.infolist()
+        if sum(member.file_size for member in members) > len(content):
+            raise ValueError("a compressed archive")
+        for member in members:
+            ours.writestr(member.filename, theirs.read(member))
+    return made.getvalue()
 
 
 def convert(stored: dict[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -78,7 +101,7 @@ def convert(stored: dict[str, Any], file: str) -> tuple[dict[str, Any], dict[str
     source = _without_wrappers(stored["avgG"] if "avgG" in stored else stored["netG"])
     try:
         levels = sum(name.startswith("toRGBLayers.") and name.endswith(".weight") for name in source)
-        sizes = [4 * 2**i for i in range(levels)]
+        sizes = [4 * 2**i for i in range(max(levels, 1))]
         networks = {
             "model": "pggan",
             "resolution": sizes[-1],

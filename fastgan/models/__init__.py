@@ -7,12 +7,11 @@ import re
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastgan.models import dcgan, mlp, pggan, r3gan, sagan
+from fastgan.models.fitting import difference
 from fastgan.utils.stored_values import networks_problem
-from fastgan.utils.text import first_line
 
 __all__ = ["MODELS", "build", "register"]
 
@@ -64,7 +63,7 @@ def load_generator(networks: dict[str, Any], weights: dict[str, Tensor]) -> nn.M
     problem = networks_problem(networks) or misfit(networks, weights, discriminator=False)
     if problem:
         raise ValueError(problem)
-    generator, _ = build(**networks)
+    generator = build_one(False, **networks)
     generator.load_state_dict(weights)
     return generator
 
@@ -74,17 +73,7 @@ def misfit(networks: dict[str, Any], weights: dict[str, Tensor], *, discriminato
     if networks["model"] not in MODELS:
         known = ", ".join(MODELS)
         return f"its model is {networks['model']!r}, which is none of {known}; fastgan.models.register adds your own"
-    try:
-        with torch.device("meta"):
-            network = build(**networks)[int(discriminator)]
-    except (TypeError, ValueError, RuntimeError, AssertionError, OverflowError, MemoryError) as error:
-        return f"networks cannot be built: {first_line(error)}"
-    expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    for name in sorted(expected.keys() | weights.keys()):
-        shape = list(weights[name].shape) if name in weights else None
-        if shape != expected.get(name):
-            return f"weight {name[:60]!r} has shape {shape}, its network needs {expected.get(name)}"
-    return ""
+    return difference(lambda: build_one(discriminator, **networks), weights)
 
 
 def build(model: str, *, norm_g: str = "batch", norm_d: str = "batch", **values: Any) -> tuple[nn.Module, nn.Module]:
@@ -102,7 +91,15 @@ def build(model: str, *, norm_g: str = "batch", norm_d: str = "batch", **values:
     Raises:
         KeyError: an unknown model.
     """
+    values = {"model": model, "norm_g": norm_g, "norm_d": norm_d, **values}
+    return build_one(False, **values), build_one(True, **values)
+
+
+def build_one(
+    discriminator: bool, *, model: str, norm_g: str = "batch", norm_d: str = "batch", **values: Any
+) -> nn.Module:
+    """The discriminator or the generator of `build`, without the other one."""
     module = MODELS[model]
-    generator = _build(module.Generator, {**values, "norm": norm_g})
-    discriminator = _build(module.Discriminator, {**values, "norm": norm_d})
-    return generator, discriminator
+    if discriminator:
+        return _build(module.Discriminator, {**values, "norm": norm_d})
+    return _build(module.Generator, {**values, "norm": norm_g})

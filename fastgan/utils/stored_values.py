@@ -70,7 +70,7 @@ _WIDTH = whole(1, 2**20)
 NETWORKS: Mapping[str, Rule] = {
     "model": text(60),
     "resolution": _RESOLUTION,
-    "channels": whole(1, 1024),
+    "channels": whole(1, 4),
     "latent": _WIDTH,
     "width": _WIDTH,
     "max_width": _WIDTH,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -19,7 +21,7 @@ from PIL import Image
 from runs import make_run
 
 import fastgan
-from fastgan import explorer
+from fastgan import explorer, page_requests
 from fastgan.cli import explore
 
 pytest.importorskip("gradio", reason="extra explore: pip install 'fastgan[explore]'")
@@ -154,18 +156,134 @@ def test_two_host_headers_are_refused(client: Any) -> None:
         assert client.get("/", headers=headers).status_code == 403
 
 
+def saved() -> list[Path]:
+    return sorted(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"))
+
+
 @pytest.mark.parametrize("path", ["/upload", "/upload/", "/gradio_api/upload", "/gradio_api/upload?upload_id=x"])
 def test_uploads_are_refused(path: str, client: Any) -> None:
-    before = sorted(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"))
+    before = saved()
     answer = client.post(path, files={"files": ("x.png", b"content")})
-    assert answer.status_code == 403 and answer.text == "uploads are refused\n"
+    assert answer.status_code == 403 and "uploads are refused" in answer.text
     assert client.get(path).status_code == 403
-    assert sorted(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*")) == before
+    assert saved() == before
     assert client.post("/gradio_api/process_recording", files={"file": b"content"}).status_code == 403
 
 
+CALLS = {"picture": [2, 0, 1, 0.5, 1.0, -1], "neighbors": [2, 0, 0, 0.1, 1.0, -1], "walk": [2, 0, 0, 1.0, -1]}
+
+
+def call(client: Any, name: str, body: object) -> Any:
+    return client.post(f"/gradio_api/call/{name}", json=body)
+
+
+@pytest.mark.parametrize("key", ["path", "url"])
+@pytest.mark.parametrize("name", CALLS)
+def test_no_file_is_copied_and_no_address_fetched(name: str, key: str, client: Any, tmp_path: Path) -> None:
+    """gradio copies the file that such a value names into its folder, and serves it from there."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("my secret")
+    before = saved()
+    file = {"path": str(secret), key: str(secret), "meta": {"_type": "gradio.FileData"}}
+    for position in range(len(CALLS[name])):
+        for value in (file, [file], {"x": file}):
+            data = [*CALLS[name][:position], value, *CALLS[name][position + 1 :]]
+            answer = call(client, name, {"data": data})
+            assert answer.status_code == 422 and len(answer.text.splitlines()) == 1, answer.text
+            joined = {"data": data, "fn_index": list(CALLS).index(name), "session_hash": "x", "event_data": file}
+            assert client.post("/gradio_api/queue/join", json=joined).status_code == 422
+    assert call(client, name, {"data": CALLS[name], "event_data": file}).status_code == 200  # not passed on
+    assert not [one for one in saved() if one.is_file() and one.name == secret.name] and set(before) <= set(saved())
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "{folder}/../x.png", "{folder}/x.txt", "http://127.0.0.1/x.png", ""])
+def test_only_pictures_of_the_page_are_served(path: str, client: Any) -> None:
+    path = path.format(folder=os.environ["GRADIO_TEMP_DIR"])
+    assert client.get(f"/gradio_api/file={path}").status_code == 403
+    (picture, *_) = [one for one in saved() if one.suffix == ".png"]
+    assert client.get(f"/gradio_api/file={picture}", headers={"Range": "bytes=1-2"}).content == picture.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        *((value, "must be a whole number from 0 to 9999") for value in (-1, 10_000, 10**30, 0.5, True, None, "1", [])),
+        *((value, "must be a whole number from 0 to 9999") for value in (1e308, float("nan"), float("inf"))),
+        *(("\x1b[31m\ud800", words) for words in ("\\x1b", "\\ud800")),
+    ],
+    ids=repr,
+)
+def test_numbers_out_of_range_are_refused_in_one_line(
+    value: object, words: str, client: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = json.dumps({"data": [2, value, 1, 0.5, 1.0, -1]})
+    answer = client.post("/gradio_api/call/picture", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422 and answer.text.startswith("seed must be a whole number") and words in answer.text
+    assert answer.text.strip().isprintable() and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "status"),
+    [
+        ("call/picture", b"", 422),
+        ("call/picture", b"[" * 5000, 422),
+        ("call/picture", b"[]", 422),
+        ("call/picture", b"\xff", 422),
+        ("call/picture", b'{"data": 1}', 422),
+        ("call/picture", b'{"data": [1]}', 422),
+        ("call/picture", b'{"data": [2, 0, 1, 0.5, 1.0, -1], "session_hash": "../x"}', 422),
+        ("call/other", b'{"data": []}', 404),
+        ("queue/join", b'{"data": [2, 0, 1, 0.5, 1.0, -1], "fn_index": 0}', 422),
+        ("queue/join", b'{"data": [], "fn_index": "picture", "session_hash": "x"}', 404),
+        ("queue/join", b'{"data": [], "fn_index": [], "session_hash": "x"}', 404),
+        ("queue/join", b'{"data": [], "fn_index": true, "session_hash": "x"}', 404),
+        ("queue/join", b'{"data": [], "session_hash": "x"}', 404),
+        ("call/picture", b" " * 20_000, 413),
+        ("call/v2/picture", b'{"data": {}}', 403),
+        ("run/picture", b'{"data": []}', 403),
+        ("api/picture", b'{"data": []}', 403),
+        ("cancel", b"{}", 403),
+        ("component_server", b"{}", 403),
+    ],
+    ids=lambda value: f"{value!r:.40}",
+)
+def test_requests_that_the_page_does_not_make(path: str, content: bytes, status: int, client: Any) -> None:
+    answer = client.post(f"/gradio_api/{path}", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status and len(answer.text.splitlines()) == 1
+
+
+def test_the_library_sees_of_a_request_what_is_known_of_it() -> None:
+    """No query, header or key beyond those, and a body made anew."""
+    seen: list[Any] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope, (await receive())["body"]))
+
+    body = b'{"data": [1], "data": [2], "event_data": {"path": "/x"}, "trigger_id": 3, "session_hash": "s"}'
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(_: object) -> None:
+        raise AssertionError
+
+    headers = [(b"host", b"localhost:7861"), (b"x-forwarded-host", b"other"), (b"content-encoding", b"gzip")]
+    path = "/gradio_api/call/f"
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"deep_link=x&session_hash=y"}
+    functions = {"f": [page_requests.Argument("n", 0, 9, True)]}
+    layer = page_requests.LocalOnly(inner, PORT, Path("/none"), functions)
+    asyncio.run(layer({**scope, "headers": headers}, receive, send))
+    ((scope, body),) = seen
+    assert json.loads(body) == {"data": [2], "session_hash": "s"} and scope["query_string"] == b"session_hash=y"
+    assert scope["headers"] == [
+        *headers[:1],
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+
+
 def test_refused_requests_do_not_reach_the_application() -> None:
-    """Neither HTTP requests nor websockets. Lifespan messages, from the server, do."""
+    """Neither HTTP requests nor any websocket. Lifespan messages, from the server, do."""
     seen: list[str] = []
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
@@ -180,18 +298,37 @@ def test_refused_requests_do_not_reach_the_application() -> None:
         async def send(message: dict[str, Any]) -> None:
             messages.append(message)
 
-        asyncio.run(explorer.LocalOnly(inner, PORT)({"headers": [], "path": "/", **scope}, receive, send))
+        scope = {"headers": [], "path": "/", "method": "GET", "query_string": b"", **scope}
+        asyncio.run(page_requests.LocalOnly(inner, PORT, Path("/none"), {})(scope, receive, send))
         return messages
 
-    assert sent(type="websocket", headers=[(b"host", b"attacker.example")]) == [
-        {"type": "websocket.close", "code": 1008}
-    ]
+    for headers in ([(b"host", b"attacker.example")], [(b"host", b"localhost:7861")]):
+        assert sent(type="websocket", headers=headers) == [{"type": "websocket.close", "code": 1008}]
     assert sent(type="http")[0]["status"] == 403 and not seen
-    for kind in ("lifespan", "websocket", "http"):
+    for kind in ("lifespan", "http"):
         assert not sent(type=kind, headers=[(b"host", b"localhost:7861")])
-    assert seen == ["lifespan", "websocket", "http"]
-    port_80 = explorer.LocalOnly(inner, 80)
+    assert seen == ["lifespan", "http"]
+    port_80 = page_requests.LocalOnly(inner, 80, Path("/none"), {})
     assert "localhost" in port_80.hosts and "localhost:80" in port_80.hosts
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_a_signal_at_any_time_ends_the_command_as_ctrl_c_does(
+    name: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the page is made too, and `nohup` is respected: an interrupted process removes its folder of pictures."""
+    number = getattr(signal, name)
+    monkeypatch.setattr("fastgan.explorer.application", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    assert explore.main([str(run)]) == 130 and signal.getsignal(number) == before
+    assert capsys.readouterr().err == "fastgan: interrupted\n"
+    ignored = signal.signal(number, signal.SIG_IGN)
+    try:
+        with explore._interrupted_by_signals():
+            assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, ignored)
 
 
 def test_temporary_pictures_are_private_and_removed_at_exit(run: Path, client: Any) -> None:

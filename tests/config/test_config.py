@@ -490,3 +490,14 @@ def test_an_error_has_no_control_characters() -> None:
     """A terminal would obey them; names of files may have any."""
     text = str(ArgumentError("--data", "x", "a\x1b[31mb\x07\r\n\u202ec\udcff is missing"))
     assert text == "--data 'x': a\\x1b[31mb\\x07\\x0d\\x0a\\u202ec\\udcff is missing"
+
+
+@pytest.mark.parametrize("value", [{}, [], ["digits"], 3], ids=repr)
+def test_data_that_is_no_text_is_refused(value: object, tmp_path: Path) -> None:
+    import json
+
+    from fastgan.cli import train
+
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": {"data": value}}))
+    with pytest.raises(ArgumentError, match="data"):
+        train.parse(["--variant", "dcgan", "--config", str(tmp_path / "config.yaml")])

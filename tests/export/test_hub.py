@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +51,47 @@ def test_from_pretrained_reads_an_export_and_requires_all_weights(tmp_path: Path
     weights = load_file(file)
     del weights["conv.bias"]
     save_file(weights, file)
-    with pytest.raises(RuntimeError, match=r"conv\.bias"):
+    with pytest.raises(ValueError, match=r"conv\.bias"):
         models.pggan.Generator.from_pretrained(run / "export")
+
+
+def test_from_pretrained_compares_shapes_before_memory(tmp_path: Path) -> None:
+    """Terabytes that config.json asks for, other channels than an image has, and pipes in place of files."""
+    run = make_run(tmp_path / "run", "dcgan")
+    assert export.main([str(run)]) == 0
+    folder = run / "export"
+    good = json.loads((folder / "config.json").read_text())
+    cls: Any = models.dcgan.Generator
+    for key, value, words in (
+        ("latent", 2**20, "its network needs"),
+        ("latent", 2**40, "latent must be"),
+        ("max_width", 2**20, "its network needs"),
+        ("channels", 128, "channels must be a whole number from 1 to 4"),
+        ("resolution", 2**20, "resolution must be"),
+    ):
+        width = {"width": value} if key == "max_width" else {}
+        (folder / "config.json").write_text(json.dumps({**good, **width, key: value}))
+        with pytest.raises(ValueError, match=words) as error:
+            cls.from_pretrained(folder)
+        assert len(str(error.value).splitlines()) == 1
+    (folder / "config.json").write_text(json.dumps(good))
+    assert cls.from_pretrained(folder, strict=False).latent == 6
+    if hasattr(os, "mkfifo"):
+        for name in ("model.safetensors", "config.json"):
+            (folder / name).unlink()
+            os.mkfifo(folder / name)
+            with pytest.raises(OSError, match="not a regular file"):
+                cls.from_pretrained(folder)
+
+
+def test_a_generator_is_loaded_without_its_discriminator() -> None:
+    """Widths that only the discriminator has are not compared with any weights."""
+    generator, networks = build("pggan")
+    widths = {str(size): generator.to_rgb[str(size)].weight.shape[1] for size in (4, 8, 16, 32)}
+    hostile = {**networks, "fmaps_at": widths, "fmap_base": 2**20, "fmap_max": 2**20}
+    loaded = models.load_generator(hostile, dict(generator.state_dict()))
+    with torch.no_grad():
+        assert torch.equal(loaded(torch.ones(1, 6)), generator(torch.ones(1, 6)))
 
 
 def test_push_to_hub_sends_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import os
 import pickle
 import sys
 import types
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +169,52 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert import_.main([str(tmp_path / "0.pth"), "--out", str(tmp_path / "x.onnx")]) == 2
     assert "--out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def recompressed(path: Path, method: int, copies: int = 0) -> None:
+    """Pack the members of a checkpoint again; `copies`: list the largest as many times more, each without bytes."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+        for number in range(copies):
+            again = copy.copy(largest)
+            again.filename = f"{largest.filename}{number}"
+            archive.filelist.append(again)
+
+
+def test_a_small_checkpoint_asks_for_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by compression, members that share their bytes, strides of 0, nor the widths of layers that are not there."""
+    good = zoo_state(WIDTHS, 2)
+    big = torch.zeros(1).expand(2**20, 2**10)
+    wide = {**good, **{f"toRGBLayers.{i}.module.weight": torch.zeros(3, 2**16, 1, 1) for i in range(len(WIDTHS))}}
+    cases: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, str]] = {
+        "deflated": (
+            {"more": torch.zeros(2**16)},
+            lambda path: recompressed(path, zipfile.ZIP_DEFLATED),
+            "pytorch_GAN",
+        ),
+        "overlap": ({"more": torch.ones(2**16)}, lambda path: recompressed(path, zipfile.ZIP_STORED, 9), "pytorch_GAN"),
+        "stride": ({"avgG": {**good, "formatLayer.module.weight": big}}, None, "must hold all its weights"),
+        "shared": ({"avgG": {f"{i}": good["formatLayer.module.weight"] for i in range(999)}}, None, "must hold all"),
+        "widths": ({"avgG": wide}, None, "its network needs"),
+        "nothing": ({"avgG": {}}, None, "toRGBLayers"),
+    }
+    for name, (parts, change, words) in cases.items():
+        file = save(tmp_path / f"{name}.pth", monkeypatch, **{"avgG": good, **parts})
+        if change is not None:
+            change(file)
+        with pytest.raises(ArgumentError, match=words):
+            pytorch_gan_zoo.read(file)
+    stored = save(tmp_path / "stored.pth", monkeypatch, avgG=good)
+    recompressed(stored, zipfile.ZIP_STORED)
+    assert pytorch_gan_zoo.read(stored)[1]["networks"]["resolution"] == 32
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.pth")
+        with pytest.raises(ArgumentError, match="not a regular file"):
+            pytorch_gan_zoo.read(tmp_path / "pipe.pth")
 
 
 def test_a_config_of_another_tool_is_not_replaced(

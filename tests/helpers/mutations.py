@@ -46,8 +46,14 @@ EVIL: tuple[Any, ...] = (
 _WORDS = (b"\0" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"\0\0\1\0", b"\n", b"{", b"[" * 2000, b"PK\1\2")
 
 
+class Unchanged(random.Random):
+    """A generator with which `mutated` and `forged` change nothing."""
+
+
 def mutated(content: bytes, rng: random.Random) -> bytes:
     """Change some bytes of `content`: flipped, overwritten, removed, repeated, cut off."""
+    if isinstance(rng, Unchanged):
+        return content
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
         if not changed:
@@ -75,6 +81,8 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 def forged(values: Any, rng: random.Random) -> Any:
     """Change one value of JSON, at any depth: replaced, removed, renamed, or another one's."""
     values = copy.deepcopy(values)
+    if isinstance(rng, Unchanged):
+        return values
     places: list[tuple[Any, Any]] = []
 
     def walk(node: Any) -> None:

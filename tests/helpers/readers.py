@@ -1,6 +1,7 @@
 """What fuzzing.py reads: for each reader a function that makes a good file and returns one that reads others.
 
 The returned function writes a mutated or forged file, made from a random generator, and reads it as a command would.
+With a generator `mutations.Unchanged` the file is good.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import unittest.mock
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
 import yaml
-from mutations import EVIL, as_json, forged, mutated
+from mutations import EVIL, Unchanged, as_json, forged, mutated
 from PIL import Image
+from torch import Tensor
 
 import fastgan
 from fastgan import checkpoint
@@ -51,6 +55,8 @@ def _restored(folder: Path, work: Path) -> None:
 
 def _safetensors(content: bytes, rng: random.Random) -> bytes:
     """A file whose header, tensors or bytes are changed."""
+    if isinstance(rng, Unchanged):
+        return content
     way, length = rng.randrange(3), int.from_bytes(content[:8], "little")
     if way == 0:
         return mutated(content, rng)
@@ -202,8 +208,19 @@ NETWORKS = {"model": "dcgan", "resolution": 8, "channels": 1, "latent": 4, "num_
 # --- exported files ---------------------------------------------------------------------------------------------------
 
 
+def zoo_state() -> dict[str, Tensor]:
+    """Weights of a generator of 8 px, under the names that pytorch_GAN_zoo has."""
+    shapes = {"formatLayer": (64, 4), "groupScale0.0": (4, 4, 3, 3)}
+    shapes |= {f"scaleLayers.0.{i}": (4, 4, 3, 3) for i in range(2)}
+    shapes |= {f"toRGBLayers.{i}": (3, 4, 1, 1) for i in range(2)}
+    state = {f"{name}.module.weight": torch.ones(shape) for name, shape in shapes.items()}
+    return state | {f"{name}.module.bias": torch.ones(shape[0]) for name, shape in shapes.items()}
+
+
 def exports(folder: Path) -> Read:
     """Exported files of all formats, and pickles in the layout of pytorch_GAN_zoo."""
+    import onnx
+
     from fastgan.export import formats, pytorch_gan_zoo
     from fastgan.models import build
 
@@ -213,12 +230,14 @@ def exports(folder: Path) -> Read:
     meta = {"networks": values, "variant": "dcgan", "images": 1000}
     good = {name: one.write(generator, meta, None) for name, one in formats.FORMATS.items()}
     pickle = io.BytesIO()
-    torch.save({"config": {}, "netG": generator.state_dict()}, pickle)
+    torch.save({"config": {}, "netG": zoo_state()}, pickle)
 
     def onnx_forged(content: bytes, rng: random.Random) -> bytes:
+        if isinstance(rng, Unchanged):
+            return content
         model = formats._onnx_model(content)
         node = model.graph.node[rng.randrange(len(model.graph.node))]
-        way = rng.randrange(4)
+        way = rng.randrange(7)
         if way == 0:
             node.op_type = rng.choice(("If", "Loop", "Scan", "Custom", "", "RandomNormal", "x" * 500))
         elif way == 1:
@@ -227,6 +246,18 @@ def exports(folder: Path) -> Read:
             tensor = model.graph.initializer[0]
             tensor.data_location = 1
             tensor.external_data.add(key="location", value="/etc/passwd")
+        elif way == 3:  # large tensors of few bytes
+            shape = np.array([rng.choice((1, 2**10, 2**28, 2**40))], np.int64)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(shape, "much"))
+            model.graph.node.insert(0, onnx.helper.make_node("ConstantOfShape", ["much"], ["large"]))
+        elif way == 4:
+            for attribute in node.attribute:
+                attribute.ints[:] = [rng.choice((0, 1, 2, 1000, 2**20, 2**62)) for _ in attribute.ints]
+        elif way == 5:
+            for tensor in model.graph.initializer:
+                if tensor.data_type == 7 and rng.random() < 0.5:
+                    values = onnx.numpy_helper.to_array(tensor) * rng.choice((-1, 0, 2, 1000, 2**40))
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
         else:
             model.metadata_props[0].value = as_json(forged(meta, rng)).decode()
         return model.SerializeToString()
@@ -253,7 +284,9 @@ def exports(folder: Path) -> Read:
         file.write_bytes(content)
         with contextlib.suppress(ArgumentError):
             formats.read_meta(file)
-        str(fastgan.load(file))
+        trained = fastgan.load(file)
+        str(trained)
+        trained.sample(1)
 
     return read
 
@@ -368,7 +401,7 @@ def configurations(folder: Path) -> Read:
             read_hostfile(file)
             return
         values = forged(good, rng)
-        if isinstance(values, dict) and rng.random() < 0.3:
+        if isinstance(values, dict) and rng.random() < 0.3 and not isinstance(rng, Unchanged):
             values[rng.choice(("variant", "preset", "schema"))] = rng.choice(EVIL)
         content = yaml.safe_dump(values, allow_unicode=True).encode(errors="replace")
         file.write_bytes(content if rng.random() < 0.6 else mutated(content, rng))
@@ -381,7 +414,7 @@ def configurations(folder: Path) -> Read:
 
 
 def page(folder: Path) -> Read:
-    """Requests to the page of `fastgan explore`: forged arguments of its function, other paths, methods, headers."""
+    """Requests to the page of `fastgan explore`: forged calls of each of its functions, other paths and headers."""
     from starlette.testclient import TestClient
 
     from fastgan import explorer
@@ -390,29 +423,53 @@ def page(folder: Path) -> Read:
     app = explorer.application(fastgan.load(_run(folder)), port)
     client = TestClient(app, base_url=f"http://127.0.0.1:{port}", raise_server_exceptions=False)
     client.__enter__()
-    good = [2, 0, 1, 0.5, 1.0, -1]
-    paths = (
-        *("/config", "/gradio_api/info", "/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/predict"),
-        *("/gradio_api/file=/etc/passwd", "/file=../../etc/passwd", "/gradio_api/proxy=http://evil.example/"),
-    )
+    file = {"path": str(folder / "run" / "config.yaml"), "meta": {"_type": "gradio.FileData"}}
+    good = {"picture": [2, 0, 1, 0.5, 1.0, -1], "neighbors": [2, 0, 0, 0.1, 1.0, -1], "walk": [2, 0, 0, 1.0, -1]}
+    addresses = ("/", "/config", "/gradio_api/info", "/theme.css", "/assets/../../x", "/static/img/logo.svg")
+    addresses += ("/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/picture", "/gradio_api/call/v2/walk")
+    addresses += ("/gradio_api/file=/etc/passwd", "/file=../../etc/passwd", "/gradio_api/proxy=http://evil.example/")
+    addresses += ("/gradio_api/file=http://evil.example/x.png", "/?deep_link=../../etc", "/gradio_api/deep_link")
+
+    def refuse(answer: Any) -> None:
+        """ArgumentError with the line of an answer that refuses a request."""
+        assert answer.status_code < 500, answer.text[:300]
+        if answer.status_code >= 400:
+            raise ArgumentError("request", answer.status_code, answer.text.strip())
+
+    def called(rng: random.Random) -> None:
+        name = rng.choice(list(good))
+        body = {"data": forged(good[name], rng), "session_hash": f"s{rng.random()}"[:12].replace(".", "")}
+        if not isinstance(rng, Unchanged) and isinstance(body["data"], list) and body["data"] and rng.random() < 0.2:
+            body["data"][rng.randrange(len(body["data"]))] = file
+        body = forged(body, rng) if rng.random() < 0.3 else body
+        join = rng.random() < 0.3
+        if join and isinstance(body, dict):
+            body["fn_index"] = list(good).index(name)
+            if rng.random() < 0.2 and not isinstance(rng, Unchanged):
+                body["fn_index"] = rng.choice(EVIL)
+        content = mutated(as_json(body), rng) if rng.random() < 0.2 else as_json(body)
+        address = f"/gradio_api/{'queue/join' if join else f'call/{name}'}"
+        answer = client.post(address, content=content, headers={"Content-Type": "application/json"})
+        refuse(answer)
+        session = json.loads(content).get("session_hash") or answer.json()["event_id"]
+        text = client.get("/gradio_api/queue/data", params={"session_hash": session}).text
+        assert '"success":true' in text.replace(" ", ""), (body, text[-300:])
 
     def read(rng: random.Random) -> None:
-        if rng.random() < 0.6:
-            values = forged(good, rng)
-            answer = client.post("/gradio_api/call/picture", content=as_json({"data": values}))
-            assert answer.status_code < 500, (values, answer.text[:300])
-            event = answer.json().get("event_id") if answer.status_code == 200 else None
-            if event is not None:
-                text = client.get(f"/gradio_api/call/picture/{event}").text
-                assert "Traceback" not in text and "/etc/passwd" not in text, (values, text[:300])
-            return
-        body = mutated(as_json({"data": good, "fn_index": 0, "session_hash": "x"}), rng)
-        headers = {} if rng.random() < 0.7 else {"Origin": "http://evil.example"}
-        answer = client.request(
-            rng.choice(("GET", "POST", "PUT", "DELETE")), rng.choice(paths), content=body, headers=headers
-        )
-        assert "root:" not in answer.text
-        assert not headers or answer.status_code == 403
+        if rng.random() < 0.7:
+            called(rng)
+        elif isinstance(rng, Unchanged):
+            for address in ("/", "/config", "/gradio_api/info", "/theme.css", "/static/img/logo.svg"):
+                refuse(client.get(address))
+        else:
+            method, address = rng.choice(("GET", "POST", "PUT", "DELETE")), rng.choice(addresses)
+            headers = {} if rng.random() < 0.7 else {"Origin": "http://evil.example"}
+            body = mutated(as_json({"data": good["walk"], "fn_index": 2, "session_hash": "x"}), rng)
+            address = mutated(address.encode(), rng).decode("latin-1") if rng.random() < 0.5 else address
+            answer = client.request(method, quote(f"/{address.lstrip('/')}", "/=?:"), content=body, headers=headers)
+            assert "root:" not in answer.text
+            assert not headers or answer.status_code == 403
+            refuse(answer)
 
     return read
 
