@@ -154,10 +154,7 @@ void spread_pixels(const T* dy, T* dx, const Planes& p) {
 // An uninitialized image with x's dtype, channels and memory format.
 template <class T>
 Tensor sized(const Tensor& x, bool last, int64_t height, int64_t width) {
-  const int64_t n = x.size(0), c = x.size(1);
-  if (!last) return fresh<T>(torch::stable::new_empty(x, std::vector<int64_t>{n, c, height, width}));
-  const Tensor result = torch::stable::new_empty(x, std::vector<int64_t>{n, height, width, c});
-  return torch::stable::transpose(torch::stable::transpose(fresh<T>(result), 2, 3), 1, 2);
+  return fresh_map<T>(x, x.scalar_type(), x.size(0), x.size(1), height, width, last);
 }
 
 void check_planes(const Tensor& x, const char* name, int64_t kernel_size) {

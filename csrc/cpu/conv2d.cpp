@@ -229,9 +229,7 @@ void check_weight(const Tensor& w) {
 }
 
 Tensor image_like(const Tensor& x, const Shape& s, int64_t c, int64_t h, int64_t w) {
-  if (!s.last) return fresh<float>(torch::stable::new_empty(x, std::vector<int64_t>{s.n, c, h, w}));
-  const Tensor result = torch::stable::new_empty(x, std::vector<int64_t>{s.n, h, w, c});
-  return torch::stable::transpose(torch::stable::transpose(fresh<float>(result), 2, 3), 1, 2);
+  return fresh_map<float>(x, ScalarType::Float, s.n, c, h, w, s.last);
 }
 
 }  // namespace

@@ -3,7 +3,10 @@
 
 #include <sys/mman.h>
 
+#include <optional>
 #include <vector>
+
+#include <torch/headeronly/core/MemoryFormat.h>
 
 #include "common.h"
 #include "op.h"
@@ -41,6 +44,15 @@ template <class T>
 Tensor fresh(Tensor result) {
   prefer_huge_pages(result.mutable_data_ptr(), result.numel() * static_cast<int64_t>(sizeof(T)));
   return result;
+}
+
+// An uninitialized map on the device of `like`. Not a transposed view of other memory: autograd refuses to let the result
+// of an op be changed in place if it is a view.
+template <class T>
+Tensor fresh_map(const Tensor& like, ScalarType dtype, int64_t n, int64_t c, int64_t h, int64_t w, bool last) {
+  const auto format = last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  const std::vector<int64_t> sizes{n, c, h, w};
+  return fresh<T>(torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format));
 }
 
 // An uninitialized tensor with the shape, dtype and memory format of x.

@@ -115,8 +115,7 @@ Tensor finish_images(const Tensor& images, const std::optional<Tensor>& flips) {
                   "flips must be contiguous with ", f.n, " elements, one for each image");
   const uint8_t* x = data<uint8_t>(images);
   const int64_t* flip = data<int64_t>(flips);
-  const auto sizes = f.last ? std::vector<int64_t>{f.n, h, w, f.c} : std::vector<int64_t>{f.n, f.c, h, w};
-  const Tensor result = fresh<float>(torch::stable::new_empty(images, sizes, ScalarType::Float));
+  const Tensor result = fresh_map<float>(images, ScalarType::Float, f.n, f.c, h, w, f.last);
   float* y = output<float>(result);
   const int64_t step = f.last ? f.c : 1, rows = f.last ? h : f.c * h, size = rows * w * step;
   for (int64_t first = 0, next = 0; first < f.n; first = next) {
@@ -129,7 +128,7 @@ Tensor finish_images(const Tensor& images, const std::optional<Tensor>& flips) {
       finish_bytes(x + first * size, y + first * size, (next - first) * size);
     }
   }
-  return f.last ? torch::stable::transpose(torch::stable::transpose(result, 2, 3), 1, 2) : result;
+  return result;
 }
 
 }  // namespace fastgan

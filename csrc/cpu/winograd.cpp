@@ -334,8 +334,7 @@ void transform_weight_gradient(const float* u, int64_t parts, const Shape<Filter
 }
 
 Tensor channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const Tensor result = torch::stable::new_empty(like, std::vector<int64_t>{n, h, w, c});
-  return torch::stable::transpose(torch::stable::transpose(fresh<float>(result), 2, 3), 1, 2);
+  return fresh_map<float>(like, ScalarType::Float, n, c, h, w, true);
 }
 
 void check_map(const Tensor& x, const char* name) {

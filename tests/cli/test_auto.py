@@ -127,7 +127,7 @@ def test_hours_with_another_preset(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--hours", "0"], "--hours must be above 0"),
         (["--hours", "nan"], "--hours must be above 0"),
         (["--hours", "2", "--kimg", "5"], "cannot be combined with --kimg"),
-        (["--preset", "tiny"], "--preset must be auto, paper or digits"),
+        (["--preset", "tiny"], "--preset must be auto, paper, paper-8-gpus or digits"),
     ],
 )
 def test_refusals(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

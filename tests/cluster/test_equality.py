@@ -38,6 +38,7 @@ def _in_one_process(out: Path, cases: list[dict]) -> Results:
     return {case["name"]: load_file(out / f"{case['name']}.safetensors") for case in cases}
 
 
+@pytest.mark.slow
 def test_two_hosts_equal_one_process(make_hosts: Callable[..., Hosts], tmp_path: Path) -> None:
     """A growing run under ZeRO 2; the slow test has all cases."""
     hosts = make_hosts(2)

@@ -61,7 +61,9 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("case", ["dcgan", "sagan-classes", "pggan-fading", *SLOW])
+@pytest.mark.parametrize(
+    "case", ["dcgan", pytest.param("sagan-classes", marks=pytest.mark.slow), "pggan-fading", *SLOW]
+)
 def test_every_format_gives_the_images_of_every_model(case: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", case)
     generator, networks = build(case)

@@ -43,10 +43,11 @@ def derivatives(f: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
 def test_a_result_may_be_changed_in_place(name: str) -> None:
     """As a copy of it, in all forms; where torch's own function raises as well, as of relu, this one works too."""
     call, ran = CASES[name], []
-    for shape, form in itertools.product((LEAST, LARGE), (None, *PREFERENCE)):
+    formats = (torch.contiguous_format, torch.channels_last)
+    for shape, form, memory_format in itertools.product((LEAST, LARGE), (None, *PREFERENCE), formats):
         if form == "torch":
             continue
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=memory_format)
         with ops.use_backend(form):
             try:
                 expected = derivatives(lambda x: call(x).clone().mul_(0.5).add_(1), x)
@@ -56,7 +57,7 @@ def test_a_result_may_be_changed_in_place(name: str) -> None:
             found = derivatives(lambda x: call(x).mul_(0.5).add_(1), x)
         torch.testing.assert_close(found, expected)
         ran.append(form)
-    assert ran.count(None) == 2
+    assert ran.count(None) == 4
 
 
 @pytest.mark.parametrize("shape", [LEAST, SMALL, LARGE])

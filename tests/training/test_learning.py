@@ -28,7 +28,12 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
+SLOW = ("r3gan", "sagan")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
+)
 def test_distance_to_the_data_halves(variant: str, tmp_path: Path) -> None:
     request = parse(
         ["--variant", variant, "--resolution", "8", "--latent", "16", "--batch", "32", *FLAGS[variant].split()]

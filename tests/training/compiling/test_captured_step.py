@@ -188,6 +188,7 @@ def test_a_run_captures_each_phase_and_says_so(tmp_path: Path, monkeypatch: pyte
     assert {row["resolution"] for row in rows if row["form"] == "eager, captured"} == {4, 8}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_captures_has_the_bits_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,7 +102,9 @@ def require_equal(ours: Trainer, theirs: Trainer) -> None:
         assert torch.equal(found[name], value), name
 
 
-CASES = [(variant, "") for variant in VARIANTS] + [
+CASES = [
+    pytest.param(variant, "", marks=[pytest.mark.slow] if variant in ("sagan", "r3gan") else []) for variant in VARIANTS
+] + [
     ("wgan-gp", "--accumulation 2"),
     ("pggan", "--accumulation 2"),
     ("dcgan", "--augment ada --accumulation 2"),

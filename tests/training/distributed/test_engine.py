@@ -210,6 +210,7 @@ def test_zero_stage_of_the_flag_completes_the_file(tmp_path: Path) -> None:
     assert deepspeed_config(str(file), zero=1, **SIZES)["zero_optimization"] == {"overlap_comm": True, "stage": 1}
 
 
+@pytest.mark.slow
 def test_file_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
