@@ -10,9 +10,11 @@ BIN := .venv/bin
 # Two workers of one thread each: threads of several processes on the same cores slow each other down tenfold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test suite test-all docs gpu lint clean
+.PHONY: install train test suite test-all docs gpu lint clean
 
 # DeepSpeed's launcher uses every GPU of this host; it is installed on Linux alone.
+install: .venv/installed
+
 train: .venv/installed
 	@if [ -x $(BIN)/deepspeed ]; then set -x; $(BIN)/deepspeed fastgan/train.py --variant $(VARIANT) $(ARGS); \
 	else set -x; $(BIN)/fastgan train --variant $(VARIANT) $(ARGS); fi

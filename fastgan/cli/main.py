@@ -6,8 +6,10 @@ import contextlib
 import functools
 import importlib
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,6 +54,39 @@ def module_of(name: str) -> str:
     return MODULES.get(name, name)
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """Ctrl-C: KeyboardInterrupt, but the end of the process while torch is imported, whose C++ parts it would abort."""
+    for name in ("torch", "torch._dynamo"):
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        if getattr(spec, "_initializing", False):
+            os.write(2, b"fastgan: interrupted\n")
+            os._exit(130)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _handled_interrupts() -> Iterator[None]:
+    """`_interrupt` in place of Python's own handler, where that one is in place."""
+    mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    mine = mine and threading.current_thread() is threading.main_thread()
+    if mine:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        if mine and signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C fell into code that raises something else then, as an import may."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     """Turn an `ArgumentError` into one line on stderr, by the first rank of each host, and exit code 2.
 
@@ -64,8 +99,9 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         with contextlib.suppress(AttributeError):  # a stream that a caller has replaced
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may not be text
         try:
-            status = main(current_flags(argv))
-            sys.stdout.flush()
+            with _handled_interrupts():
+                status = main(current_flags(argv))
+                sys.stdout.flush()
             return status
         except ArgumentError as error:
             rank = os.environ.get("RANK", "0")
@@ -88,6 +124,11 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except Exception as error:
+            if not _was_interrupted(error):
+                raise
+            print("fastgan: interrupted", file=sys.stderr, flush=True)
+            return 130
 
     return wrapped
 

@@ -20,6 +20,7 @@ from fastgan.errors import ArgumentError
 from fastgan.training import run_directory
 from fastgan.training.resilience import supervisor
 from fastgan.training.resilience.heartbeat import EXIT_RANK_FAULT
+from fastgan.utils.text import readable_duration
 
 if TYPE_CHECKING:
     from fastgan.training.distributed.process_group import ProcessGroup
@@ -178,14 +179,16 @@ def _announce(trainer: Trainer, request: RunRequest, *, resumed: bool) -> None:
         say(line)
     if request.resume is not None and not resumed:
         say(f"{run} has no checkpoint: it starts from the beginning")
+    if trainer.images >= trainer.total:
+        say(f"the run is complete; --kimg {2 * trainer.total / 1000:g} would make it longer")
 
 
 def _report(trainer: Trainer, stopped: int | None, seconds: float) -> None:
     """Print how the run ended, and the next command."""
     run, quoted = trainer.run_path, shlex.quote(str(trainer.run_path))
-    images, minutes = f"{trainer.images / 1000:g} kimg", f"{seconds / 60:.1f} minutes"
+    images, took = f"{trainer.images / 1000:g} kimg", readable_duration(seconds)
     if stopped:
         name = signal.Signals(stopped).name
-        say(f"stopped by {name} at {images} after {minutes}; resume with: fastgan train --resume {quoted}")
+        say(f"stopped by {name} at {images} after {took}; resume with: fastgan train --resume {quoted}")
     else:
-        say(f"done: {images} in {minutes}; samples in {run / 'samples'}, more with: fastgan sample {quoted}")
+        say(f"done: {images} in {took}; samples in {run / 'samples'}, more with: fastgan sample {quoted}")

@@ -42,7 +42,7 @@ class Conversion:
 
         return (
             f"replaced {line(self.replaced)}; left as they are: {line(self.left)}; "
-            "functional calls inside forward: see fastgan.nn.report(critic, x)"
+            "calls of torch's functions inside a forward are not converted: fastgan.nn.report(critic, x) lists them"
         )
 
 

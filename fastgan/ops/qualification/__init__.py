@@ -237,7 +237,10 @@ def _entry(
     entry: dict[str, Any] = {"order": order, "why": why, "shape": list(first.shape), "forms": forms}
     if any(it.device_us == math.inf or it.host_us == math.inf for it in found.values()):
         entry["until"] = time.time() + _BUSY_SECONDS
-        _say("some timings were disturbed by other work: those ops run by the shipped table, for an hour")
+        _say(
+            "other programs disturbed the timing of some ops, which take their usual forms for an hour (no fault; "
+            "--no-qualify does that for all)"
+        )
     return entry
 
 

@@ -121,6 +121,7 @@ class MetricsLog:
     def advance(self, images: int) -> None:
         """Move the progress bar to `images` seen; cheap enough for every step."""
         if self._bar is not None:
+            self._bar.total = max(self._total, images) / 1000  # the last batch may go beyond the end
             self._bar.update(images / 1000 - self._bar.n)
 
     def metrics(self, row: dict[str, Any], seconds_left: float) -> None:
