@@ -62,6 +62,7 @@ def test_a_run_of_its_time(photos: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert again == stored
 
 
+@pytest.mark.slow
 def test_the_same_settings_train_the_same_run(photos: Path, tmp_path: Path) -> None:
     """What was measured is in config.yaml alone: a run of that file ends with the same weights."""
     argv = ["--data", f"folder:{photos}", "--hours", "0.0005", "--resolution", "8", *SMALL, "--deterministic"]

@@ -28,7 +28,7 @@ FLAGS = {
 }
 
 
-SLOW = ("r3gan", "sagan")
+SLOW = ("r3gan", "sagan", "gan", "lsgan", "wgan-div")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ FLAGS = "--variant sagan --loss wasserstein --regularizer gradient-penalty --res
 SIZE = "--width 8 --max-width 16 --kimg 4 --lr-g 1e-3 --lr-d 1e-3"
 
 
+@pytest.mark.slow
 def test_distance_to_the_data_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
     original = attention_chunked.attention_second_backward

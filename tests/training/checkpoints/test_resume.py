@@ -104,7 +104,9 @@ def test_spectral_norm_labels_and_accumulation_resume(tmp_path: Path) -> None:
     assert_same_end(whole, run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP))]
+)
 def test_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     flags = [*PGGAN, "--kimg", "200", "--checkpoint-kimg", "0.1", "--out", str(run)]

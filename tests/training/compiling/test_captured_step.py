@@ -75,10 +75,8 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     return found | {"meters": trainer.meters.totals(stage.step.metrics, torch.device("cpu"))}
 
 
-QUICK = ("accumulation",)  # a run that grows and fades is below
-
-
-@pytest.mark.parametrize("case", [pytest.param(it, marks=[] if it in QUICK else pytest.mark.slow) for it in CASES])
+@pytest.mark.slow  # a run that grows and fades is below
+@pytest.mark.parametrize("case", CASES)
 def test_replay_is_eager_to_the_bit(case: str, tmp_path: Path) -> None:
     """From a step's state on: other images, positions, rates and blend than when it was recorded."""
     ours, theirs = (make(case, tmp_path / name) for name in ("ours", "theirs"))

@@ -17,10 +17,8 @@ FLAGS = "--variant pggan --fmap-base 32 --fmap-max 8 --latent 8 --resolution 8 -
 FLAGS += "--fade-kimg 0.016 --stable-kimg 0.016 --kimg 0.064".split()
 
 
-@pytest.mark.parametrize(
-    ("late", "engine"),
-    [(0, "deepspeed"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "torch"), (1, "deepspeed")))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("late", "engine"), [(0, "deepspeed"), (0, "torch"), (1, "deepspeed")])
 def test_every_rank_of_a_finished_run_exits_with_success(tmp_path: Path, late: int, engine: str) -> None:
     """Also if one rank still works when the other has left: rank 0 saves and evaluates alone."""
     ranks.launch(Path(__file__), {"late": late}, tmp_path, 2, engine)

@@ -35,6 +35,7 @@ def test_torchrun_trains_with_plain_torch(tmp_path: Path, flags: list[str]) -> N
     assert saved.meta["images"] == 64 and saved.meta["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_zero_needs_deepspeed(tmp_path: Path) -> None:
     done = _torchrun(tmp_path / "run", "--zero", "1")
     assert (

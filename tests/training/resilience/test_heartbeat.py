@@ -139,7 +139,7 @@ def test_rank_outside_the_collective_is_named(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("mute", [0, 1])
+@pytest.mark.parametrize("mute", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_collectives_count_as_heartbeats(tmp_path: Path, mute: int) -> None:
     """Collectives may work while the heartbeat's connection has not yet recovered from a break of the link."""
     actions = ["meet", "meet", "meet"]
