@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         raise ArgumentError("--port", args.port, "must be 1 to 65535")
     check_device(args.device)
     with _interrupted_by_signals():
-        from fastgan.explorer import Server
+        from fastgan.explorer.page import Server
         from fastgan.generator import load
 
         trained = load(args.run, args.device)

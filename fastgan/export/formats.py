@@ -33,7 +33,7 @@ from torch.nn.utils import parametrize
 
 from fastgan import models
 from fastgan.errors import ArgumentError
-from fastgan.export.onnx_memory import Footprint, UnboundedGraph
+from fastgan.export.onnx_memory import GraphMemory, UnboundedGraph
 from fastgan.utils.files import read_regular
 from fastgan.utils.old_names import current_names
 from fastgan.utils.stored_values import MALFORMED, export_problem
@@ -271,7 +271,7 @@ def _open_onnx(content: bytes, device: str) -> nn.Module:
     _require_known_onnx(model)
     most = _ONNX_BYTES + _ONNX_RATIO * len(content)
     with _as_untrusted():
-        footprint = Footprint(model)
+        footprint = GraphMemory(model)
         one = footprint.peak(footprint.batch or 1)
     if one > most:
         words = f"a batch of {footprint.batch}" if footprint.batch else "an image"
@@ -293,7 +293,7 @@ def _open_onnx(content: bytes, device: str) -> nn.Module:
     return ExportedModule(run, device, footprint.batch)
 
 
-def _require_images(footprint: Footprint, meta: Meta) -> None:
+def _require_images(footprint: GraphMemory, meta: Meta) -> None:
     """Refuse a graph whose inputs and images have other shapes than its metadata say."""
     networks, batch = meta["networks"], footprint.batch or 1
     inputs = {"latent": [batch, networks["latent"]]} | ({"labels": [batch]} if networks["num_classes"] else {})

@@ -17,7 +17,7 @@ class UnboundedGraph(Exception):
     """A graph whose memory is not known before it is run."""
 
 
-class Footprint:
+class GraphMemory:
     """The memory of a graph by its batch size.
 
     Args:

@@ -52,15 +52,22 @@ class Dispatch(NamedTuple):
 _CPP = kernel_implementations("conv2d")["cpp"]
 
 
-def _cpp_unsupported_reason(*inputs: Tensor | None, geometry: Geometry | None = None, **_: object) -> str | None:
+def _not_plain(inputs: Sequence[Tensor | None], geometry: Geometry | None) -> str | None:
+    """Why a call is not one in float32 with stride 1, dilation 1 and one group, which the C++ kernels compute."""
     for t in inputs:
         if t is not None and t.dtype != torch.float32:
             return f"it supports float32, not {str(t.dtype).removeprefix('torch.')}"
+    if geometry is not None and (geometry.stride, geometry.dilation, geometry.groups) != ((1, 1), (1, 1), 1):
+        return "it supports stride 1, dilation 1 and one group"
+    return None
+
+
+def _cpp_unsupported_reason(*inputs: Tensor | None, geometry: Geometry | None = None, **_: object) -> str | None:
+    if reason := _not_plain(inputs, geometry):
+        return reason
     if geometry is not None and len(inputs) > 1:
         x, w = inputs[:2]
         assert x is not None and w is not None
-        if (geometry.stride, geometry.dilation, geometry.groups) != ((1, 1), (1, 1), 1):
-            return "it supports stride 1, dilation 1 and one group"
         for size, padding, kernel in zip(x.shape[2:], geometry.padding, w.shape[2:], strict=True):
             if not 0 <= padding < kernel <= size + 2 * padding:
                 return "it supports paddings below the kernel's size and no kernel larger than the image"
@@ -73,14 +80,19 @@ def _cpp_not_preferred_reason(*inputs: Tensor | None, **_: object) -> str | None
         return None
     x, w = inputs[:2]
     assert x is not None and w is not None
-    if in_forward_mode():
-        return "in forward mode PyTorch propagates zeros without computing them"
-    if _instructions() != "avx512":
-        return "without AVX-512 oneDNN's kernels are the default"
+    if reason := _slow_anywhere():
+        return reason
     if is_channels_last(x):
         few = x.shape[1] <= 4 and w.shape[2] > 1
         return None if few else "oneDNN's kernels need no reordering in channels_last"
     return None if w.shape[0] * w.shape[1] <= 2304 else "beyond 2304 pairs of channels oneDNN's kernels are faster"
+
+
+def _slow_anywhere() -> str | None:
+    """Why the C++ kernels are not the default now, whatever the shapes are."""
+    if in_forward_mode():
+        return "in forward mode PyTorch propagates zeros without computing them"
+    return None if _instructions() == "avx512" else "without AVX-512 oneDNN's kernels are the default"
 
 
 @cache
@@ -108,17 +120,14 @@ CPP = Implementation(
 
 
 def _winograd_unsupported_reason(*inputs: Tensor | None, geometry: Geometry | None = None, **_: object) -> str | None:
-    for t in inputs:
-        if t is not None and t.dtype != torch.float32:
-            return f"it supports float32, not {str(t.dtype).removeprefix('torch.')}"
+    if reason := _not_plain(inputs, geometry):
+        return reason
     if len(inputs) > 1:
         x, w = inputs[:2]
         assert x is not None and w is not None
         if w.shape[2:] != (3, 3):
             return "it supports kernels of 3x3"
         if geometry is not None:
-            if (geometry.stride, geometry.dilation, geometry.groups) != ((1, 1), (1, 1), 1):
-                return "it supports stride 1, dilation 1 and one group"
             rows, columns = geometry.padding
             if rows != columns or rows > 2 or min(x.shape[2:]) + 2 * rows < 3:
                 return "it supports the same padding of 0 to 2 in both directions, and images that the kernel fits into"
@@ -139,10 +148,8 @@ def winograd_not_preferred_reason(
         return None
     x, w = inputs[:2]
     assert x is not None and w is not None
-    if in_forward_mode():
-        return "in forward mode PyTorch propagates zeros without computing them"
-    if _instructions() != "avx512":
-        return "without AVX-512 oneDNN's kernels are the default"
+    if reason := _slow_anywhere():
+        return reason
     if not is_channels_last(x):
         return "it works in channels_last"
     if min(w.shape[:2]) < 32 or w.shape[0] * w.shape[1] > most or x.shape[0] * x.shape[2] * x.shape[3] < least:

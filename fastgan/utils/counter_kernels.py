@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan.utils.splitmix import GOLDEN_GAMMA, inverse64, unmix64
 from fastgan.utils.system import device_name
 from fastgan.utils.text import first_line
 from fastgan.utils.torch_modes import is_plain
@@ -98,25 +99,7 @@ def _draws(device: torch.device, step: int) -> Iterator[tuple[str, int, Tensor, 
 
 # --- which sample gets which bits ------------------------------------------------------------------------------------
 
-# Inverses modulo 2^64 of the factors in `counter_rng.splitmix64` and of its step.
-_GAMMA = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64
-_INVERSES = tuple(
-    (it - 2**64 if it >> 63 else it)
-    for it in (pow(factor, -1, 2**64) for factor in (0x94D049BB133111EB, 0xBF58476D1CE4E5B9, 0x9E3779B97F4A7C15))
-)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _unmix(x: Tensor) -> Tensor:
-    """The int64 words that `counter_rng.splitmix64` maps to x."""
-    x = (x ^ _shift_right(x, 31) ^ _shift_right(x, 62)) * _INVERSES[0]
-    x = (x ^ _shift_right(x, 27) ^ _shift_right(x, 54)) * _INVERSES[1]
-    return x ^ _shift_right(x, 30) ^ _shift_right(x, 60)
-
 
 def index_of(bits: Tensor, key: int) -> Tensor:
     """The indices of the samples whose first 64 random bits are `bits`: int64 [N] for int64 [N]."""
-    return (_unmix(_unmix(bits) - _GAMMA) - key) * _INVERSES[2]
+    return (unmix64(unmix64(bits) - GOLDEN_GAMMA) - key) * inverse64(GOLDEN_GAMMA)

@@ -2,9 +2,8 @@
 
 A latent, an interpolation weight or a fake label must not depend on the rank that draws it, on the number of
 ranks or on what was drawn before: the same run on one process or on eight, stopped and resumed or not, sees the
-same numbers. A counter-based generator gives that: the 64-bit finalizer of SplitMix64 (Steele, Lea and Flood,
-"Fast splittable pseudorandom number generators", 2014) over the counter, in int64 tensor arithmetic, so that it
-runs on the samples' device and reads nothing back to the host.
+same numbers. A counter-based generator gives that: the 64-bit finalizer of SplitMix64 (`splitmix`) over the counter, in
+int64 tensor arithmetic, so that it runs on the samples' device and reads nothing back to the host.
 
 These operations define the numbers. A GPU draws them in one kernel, where it has the same bits (`counter_kernels`).
 """
@@ -13,37 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastgan.utils import counter_kernels
-
-Words = TypeVar("Words", Tensor, np.ndarray)  # int64: torch has no uint64 arithmetic
-
-
-def signed64(value: int) -> int:
-    """Return the int64 with the same bits as the low 64 bits of `value`."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-GOLDEN_GAMMA = signed64(0x9E3779B97F4A7C15)
-_MULTIPLIER_1, _MULTIPLIER_2 = signed64(0xBF58476D1CE4E5B9), signed64(0x94D049BB133111EB)
-
-
-def _shift_right(x: Words, bits: int) -> Words:
-    """Logical shift: `>>` on int64 copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def splitmix64(x: Words) -> Words:
-    """Apply the finalizer of SplitMix64 to int64 words, in torch or NumPy."""
-    x = (x ^ _shift_right(x, 30)) * _MULTIPLIER_1
-    x = (x ^ _shift_right(x, 27)) * _MULTIPLIER_2
-    return x ^ _shift_right(x, 31)
+from fastgan.utils.splitmix import GOLDEN_GAMMA, shift_right, splitmix64
 
 
 def _key(seed: int, stream: str) -> int:
@@ -89,18 +64,18 @@ def _unit(bits24: Tensor) -> Tensor:
 
 
 def _uniform(key: Key, index: Tensor, size: int) -> Tensor:
-    return _unit(_shift_right(_bits(key, index, size), 40))
+    return _unit(shift_right(_bits(key, index, size), 40))
 
 
 def _normal(key: Key, index: Tensor, size: int) -> Tensor:
     bits = _bits(key, index, (size + 1) // 2)
-    radius = torch.sqrt(-2.0 * torch.log(_unit(_shift_right(bits, 40))))
+    radius = torch.sqrt(-2.0 * torch.log(_unit(shift_right(bits, 40))))
     angle = (2.0 * math.pi) * _unit(bits & 0xFFFFFF)
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :size]
 
 
 def _integers(key: Key, index: Tensor, high: int) -> Tensor:
-    return (_shift_right(_bits(key, index, 1)[:, 0], 32) * high) >> 32
+    return (shift_right(_bits(key, index, 1)[:, 0], 32) * high) >> 32
 
 
 DEFINITION = {"uniform": _uniform, "normal": _normal, "integers": _integers}

@@ -21,8 +21,9 @@ from PIL import Image
 from runs import make_run
 
 import fastgan
-from fastgan import explorer, page_requests
 from fastgan.cli import explore
+from fastgan.explorer import page as explorer
+from fastgan.explorer import requests as page_requests
 
 pytest.importorskip("gradio", reason="extra explore: pip install 'fastgan[explore]'")
 
@@ -319,7 +320,7 @@ def test_a_signal_at_any_time_ends_the_command_as_ctrl_c_does(
 ) -> None:
     """While the page is made too, and `nohup` is respected: an interrupted process removes its folder of pictures."""
     number = getattr(signal, name)
-    monkeypatch.setattr("fastgan.explorer.application", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr("fastgan.explorer.page.application", lambda *_: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
     assert explore.main([str(run)]) == 130 and signal.getsignal(number) == before
     assert capsys.readouterr().err == "fastgan: interrupted\n"
@@ -337,7 +338,7 @@ def test_temporary_pictures_are_private_and_removed_at_exit(run: Path, client: A
     code = f"""
 import os
 import fastgan
-from fastgan import explorer
+from fastgan.explorer import page as explorer
 explorer.page(fastgan.load({str(run)!r}))
 folder = os.environ["GRADIO_TEMP_DIR"]
 assert [name for _, _, files in os.walk(folder) for name in files]

@@ -10,8 +10,8 @@ from PIL import Image
 from published import save
 
 import fastgan
-from fastgan import explorer
 from fastgan.cli.main import main
+from fastgan.explorer import page as explorer
 
 FLAGS = (
     "--variant dcgan --preset digits --resolution 16 --width 8 --max-width 16 --latent 8 --batch 8 --kimg 0.032 "

@@ -14,7 +14,7 @@ import torch
 
 import fastgan
 from fastgan.errors import ArgumentError
-from fastgan.export.onnx_memory import Footprint
+from fastgan.export.onnx_memory import GraphMemory
 
 onnx = pytest.importorskip("onnx", reason="extra export: pip install 'fastgan[export]'")
 pytest.importorskip("onnxruntime", reason="extra export: pip install 'fastgan[export]'")
@@ -126,7 +126,7 @@ def test_a_batch_that_takes_too_much_is_split(tmp_path: Path) -> None:
     nodes += [node("ReduceMax", "big", "m", keepdims=0, axes=[2])]
     constants = {"one": ints(1), "none": np.zeros(0, np.float32), "scales": np.array([1, 1, 2**15], np.float32)}
     file = write(tmp_path / "x.onnx", nodes, constants, tail=False)
-    footprint = Footprint(onnx.load(file))
+    footprint = GraphMemory(onnx.load(file))
     assert 2**23 <= footprint.peak(1) < 2**25 and footprint.peak(100) > 7 * 2**26 and footprint.batch is None
     module, latent = fastgan.load(file).module, torch.randn(100, 64)
     assert torch.equal(module(latent).flatten(1), latent + latent.amax(1, keepdim=True))

@@ -417,7 +417,7 @@ def page(folder: Path) -> Read:
     """Requests to the page of `fastgan explore`: forged calls of each of its functions, other paths and headers."""
     from starlette.testclient import TestClient
 
-    from fastgan import explorer
+    from fastgan.explorer import page as explorer
 
     port = 7861
     app = explorer.application(fastgan.load(_run(folder)), port)

@@ -22,7 +22,7 @@ from fastgan.data.loading.threads import ThreadedStore
 from fastgan.data.registry import open_source
 from fastgan.data.source_types import Source
 from fastgan.errors import ArgumentError, printable
-from fastgan.utils.counter_rng import GOLDEN_GAMMA, signed64, splitmix64
+from fastgan.utils.splitmix import GOLDEN_GAMMA, signed64, splitmix64
 from fastgan.utils.system import MAX_THREADS, cpu_count
 from fastgan.utils.text import readable_size
 

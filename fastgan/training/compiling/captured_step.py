@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgan.compiled.program import difference_of
 from fastgan.data import Batch
+from fastgan.training.compiling.program_check import restore
 from fastgan.training.distributed.deepspeed_engine import uses_own_reducer
 from fastgan.training.distributed.engine import BaseEngine
 from fastgan.training.from_config import engine_settings
@@ -198,15 +199,15 @@ class CapturedStep:
         before = [x.clone() for x in tensors]
         run()
         expected = [x.clone() for x in tensors]
-        _restore(tensors, before)
+        restore(tensors, before)
         try:
             replay = capture(run, device)
         except RuntimeError as error:
             self._stage.discard_step()
-            _restore(tensors, expected)
+            restore(tensors, expected)
             self._refuse(f"the step cannot be captured: {first_line(error)}")
             return
-        _restore(tensors, before)
+        restore(tensors, before)
         replay()
         pairs = list(zip(tensors, expected, strict=True))
         floating = [(x, y) for x, y in pairs if x.is_floating_point()]
@@ -215,7 +216,7 @@ class CapturedStep:
         if self.difference <= self._tolerance and counts_agree:
             self._replays[penalize] = replay
         else:
-            _restore(tensors, expected)
+            restore(tensors, expected)
             self._refuse(f"a captured step differs from an eager one by {self.difference:.1e} of the norm")
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the graph has memory of its own
@@ -223,9 +224,3 @@ class CapturedStep:
     def _refuse(self, reason: str) -> None:
         self.refusal = reason
         self._replays.clear()
-
-
-@torch.no_grad()
-def _restore(tensors: list[Tensor], values: list[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fastgan.config import Config, active_ranks, batch_at
 from fastgan.config.growth import Stage, stage_at
 from fastgan.training.compiling.build import forget_failure
-from fastgan.training.compiling.builder import ProgramBuilder
+from fastgan.training.compiling.build_process import ProgramBuilder
 from fastgan.training.compiling.programs import ProgramSpec, StagePrograms, load
 from fastgan.training.distributed.deepspeed_engine import uses_own_reducer
 from fastgan.training.distributed.process_group import ProcessGroup

@@ -81,7 +81,7 @@ def compare(
     before = [x.clone() for x in buffers]
     expected = eager(*inputs)
     theirs = [x.clone() for x in buffers]
-    _restore(buffers, before)
+    restore(buffers, before)
     found = programs.run(name, *inputs)
     written = [i for i, x in enumerate(theirs) if not torch.equal(x, before[i])]
     gradients = difference_of(found.gradients, expected.gradients)
@@ -92,12 +92,13 @@ def compare(
     )
     accepted = may_be_right(gradients, others, programs.tolerance)
     if not accepted:
-        _restore(buffers, theirs)
+        restore(buffers, theirs)
     return Comparison(found, expected, gradients, others, accepted)
 
 
 @torch.no_grad()
-def _restore(tensors: list[Tensor], values: list[Tensor]) -> None:
+def restore(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Give tensors earlier values, in place."""
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
 
@@ -131,7 +132,7 @@ def effect_of_rounding(
     for x in moved:
         x.copy_(move(x))
     found = eager(*(move(x) if x.is_floating_point() else x for x in inputs))
-    _restore(kept, before)
+    restore(kept, before)
     return difference_of(found.gradients, expected.gradients)
 
 

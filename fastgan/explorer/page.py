@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastgan.data.sheets import sheet
 from fastgan.errors import ArgumentError
+from fastgan.explorer.requests import Argument, LocalOnly
 from fastgan.generator import TrainedGenerator, device_of, generate, great_circle
-from fastgan.page_requests import Argument, LocalOnly
 from fastgan.utils import counter_rng
 
 MIN_SIDE = 512  # pixels of the picture's side; small images are enlarged by repetition, without blur
