@@ -202,6 +202,8 @@ def _announce(
     name: str, resolution: int, n: int, real: int | None, source: Source, extractor: Extractor | None
 ) -> None:
     """Print what is compared."""
+    for line in source.remarks():
+        say(line, error=True)
     total = f"{len(source):,} real ones"
     against = total if real is None or real >= len(source) else f"{real:,} of {total}"
     used = "none" if extractor is None else f"{extractor.name}, images resized {extractor.resize}"

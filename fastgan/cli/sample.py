@@ -152,7 +152,6 @@ def _picture(args: Sample, trained: TrainedGenerator) -> int:
         # Sample i has class i mod the number of classes, and a row of an interpolation one class.
         labels = [names[(i if columns is None else i // columns) % len(names)] for i in range(len(images)) if names]
         with writing(out):
-            # With labels, images are enlarged to a width that shows some letters.
-            save_grid(images, out, columns=columns, size=64 if labels else None, labels=labels)
+            save_grid(images, out, columns=columns, labels=labels)
     say(f"{len(images)} images of {images.shape[-1]} px, {trained}: {out}")
     return 0
