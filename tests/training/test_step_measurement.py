@@ -40,7 +40,7 @@ def test_a_measurement_notes_how_its_steps_scatter(monkeypatch: pytest.MonkeyPat
     ("scatter", "load", "device", "said"),
     [
         (0.4, 0.0, "cpu", "steps scatter by 40%, the load is 0.0 on 2 cores"),
-        (0.0, 1.6, "cpu", "scatter by 0%, the load is 1.6"),
+        (0.0, 1.6, "cpu", "scatter by 10%, the load is 1.6"),
         (0.2, 0.9, "cpu", None),  # what this process itself adds
         (0.0, 9.0, "cuda", None),
         (0.4, 0.0, "cuda", "scatter by 40%"),
