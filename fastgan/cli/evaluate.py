@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Evaluate:
     """Compare a trained generator's images with real ones."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run directory (its newest checkpoint), one checkpoint folder, an exported file, or a name: avatars,
     fashion-mnist (they come with fastgan)."""
     data: str | None = None

@@ -26,10 +26,10 @@ class Project:
     Writes the picture beside its projection, a grid of the projection's neighbors, and the latent.
     """
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run directory, one checkpoint in it, a .safetensors export, or a name: avatars, fashion-mnist (they come with
     fastgan)."""
-    image: Annotated[str, tyro.conf.Positional]
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """Picture of any size."""
     out: str | None = None
     """Folder for STEM-projection.png, STEM-neighbors.png and STEM-projection.safetensors, STEM from the name of the

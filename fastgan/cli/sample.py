@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Sample:
     """Draw images from a trained generator into one PNG, or a video."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run directory, one checkpoint in it, an exported file, or a name: avatars, fashion-mnist (they come with
     fastgan)."""
     n: int | None = None

@@ -599,7 +599,10 @@ def test_fastgan_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
     assert main.main(["trian"]) == 2
-    assert "trian" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("got 'trian'; did you mean train?\n")
+    assert main.main(["sample"]) == 2
+    told = capsys.readouterr().err
+    assert "RUN" in told and "STR" not in told
     assert main.main(["train", "--variant", "x"]) == 2
 
 
