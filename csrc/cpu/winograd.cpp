@@ -193,34 +193,42 @@ void transform_output_gradient(const T* gy, const Shape<Filter, T>& s, int64_t b
   }
 }
 
-// `factor` G g G' of w [o, i, 3, 3], to u[point][panel of o][word of i][o]. For the gradient of the input, `adjoint`
-// swaps o and i and turns the kernel.
+// `factor` G g G' of w [o, i, 3, 3], to u[point][panel of outputs][word of inputs][output]. For the gradient of the input,
+// `adjoint` takes o for inputs and i for outputs, and turns the kernel.
 template <class Filter, class T>
 Tensor transformed_weight(const Tensor& w, bool adjoint, float factor, const Shape<Filter, T>& s) {
   constexpr int64_t points = Filter::kPoints, panel = kColumns * kVector;
-  const int64_t point = s.kernel_words() * s.pack, inputs = s.input_words() * s.pack;
-  const Tensor u = torch::stable::new_empty(w, std::vector<int64_t>{s.points * point});
-  const int64_t so = w.stride(adjoint ? 1 : 0), si = w.stride(adjoint ? 0 : 1), sy = w.stride(2), sx = w.stride(3);
+  const int64_t rows = w.size(0), columns = w.size(1), inputs = s.input_words();
+  const int64_t so = w.stride(0), si = w.stride(1), sy = w.stride(2), sx = w.stride(3);
+  const Tensor u = fresh_floats(w, {s.points * s.kernel_words()});
   const T* from = data<T>(w);
-  T* to = output<T>(u);
-  parallel(inputs, s.op() * 100, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t o = 0; o < s.op(); ++o) {
-        const int64_t column = o / panel * panel, width = std::min(panel, s.op() - column);
-        T* place = to + column * inputs + (i / s.pack * width + o - column) * s.pack + i % s.pack;
-        float t[3][points] = {};  // columns of G g
-        for (int64_t x = 0; o < s.o && i < s.i && x < 3; ++x) {
-          float g[3];
+  float* to = output<float>(u);
+  if (s.op() != s.o) std::fill(to, to + u.numel(), 0.0f);
+  parallel((rows + s.pack - 1) / s.pack, s.pack * columns * 16, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin * s.pack; o < std::min(rows, end * s.pack); ++o) {
+      for (int64_t i = 0; i < columns; i += kVector) {
+        Vec t[3][points];  // columns of G g
+        for (int64_t x = 0; x < 3; ++x) {
+          Vec g[3];
           for (int64_t y = 0; y < 3; ++y) {
-            g[y] = factor * load(from + o * so + i * si + (adjoint ? 2 - y : y) * sy + (adjoint ? 2 - x : x) * sx);
+            const T* taps = from + o * so + i * si + (adjoint ? 2 - y : y) * sy + (adjoint ? 2 - x : x) * sx;
+            g[y] = factor * read_strided(taps, si, columns - i);
           }
           Filter::kernel(g, t[x]);
         }
+        const int64_t out = adjoint ? i : o, first = out / panel * panel, width = std::min(panel, s.op() - first);
+        float* place = to + first * inputs + (adjoint ? 0 : i / s.pack * width) + out - first;
         for (int64_t r = 0; r < points; ++r) {
-          const float row[3] = {t[0][r], t[1][r], t[2][r]};
-          float wide[points];
+          const Vec row[3] = {t[0][r], t[1][r], t[2][r]};
+          Vec wide[points];
           Filter::kernel(row, wide);
-          for (int64_t c = 0; c < points; ++c) store(place + (points * r + c) * point, wide[c]);
+          for (int64_t c = 0; c < points; ++c, place += s.kernel_words()) {
+            if (adjoint) {
+              Line<T, true>(place, o, width).put(0, 0, wide[c]);
+            } else {
+              put_strided<T>(place, width, wide[c], inputs - i / s.pack);
+            }
+          }
         }
       }
     }
@@ -310,7 +318,8 @@ Tensor convolve(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b
   std::vector<float> start = bias_values(bias, x, s.o);
   start.resize(static_cast<size_t>(s.op()), 0.0f);
   const Tensor y = channels_last<T>(x, s.n, s.o, s.oh(), s.ow()), u = transformed_weight(w, adjoint, factor, s);
-  const T *from = data<T>(x), *kernel = data<T>(u);
+  const T* from = data<T>(x);
+  const float* kernel = data<float>(u);
   T* to = output<T>(y);
   const auto range = [&](int64_t begin, int64_t end, float* scratch) {
     float *v = scratch, *m = scratch + s.points * s.input_step();
@@ -318,9 +327,9 @@ Tensor convolve(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b
       const int64_t first = block * s.block(), last = std::min(first + s.block(), s.tiles());
       transform_input<false>(from, s, first, last, v);
       for (int64_t point = 0; point < s.points; ++point) {
-        const auto* u_point = reinterpret_cast<const float*>(kernel + point * s.kernel_words() * s.pack);
-        multiply<T>(Filter::kOnePoint && point > 0, v + point * s.input_step(), s.ip() / s.pack, 1, u_point, true,
-                    last - first, s.op(), s.input_words(), m + point * s.output_step());
+        multiply<T>(Filter::kOnePoint && point > 0, v + point * s.input_step(), s.ip() / s.pack, 1,
+                    kernel + point * s.kernel_words(), true, last - first, s.op(), s.input_words(),
+                    m + point * s.output_step());
       }
       transform_output(m, s, first, last, start.data(), to);
     }

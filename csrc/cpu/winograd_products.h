@@ -41,6 +41,23 @@ FASTGAN_INLINE void write_some(T* p, Vec v, int64_t count) {
   }
 }
 
+// Up to `count` values that are `stride` apart; zeros after them.
+template <class T>
+FASTGAN_INLINE Vec read_strided(const T* p, int64_t stride, int64_t count) {
+  if (stride == 1) return read_some(p, count);
+  float some[kVector] = {};
+  for (int64_t lane = 0; lane < std::min(kVector, count); ++lane) some[lane] = load(p + lane * stride);
+  return read(some);
+}
+
+// Writes up to `count` words of values that are neighbors in the sum, `stride` words apart.
+template <class T>
+FASTGAN_INLINE void put_strided(float* to, int64_t stride, Vec v, int64_t count) {
+  alignas(64) float words[kVector];
+  write(reinterpret_cast<T*>(words), v);
+  for (int64_t word = 0; word < std::min(kVector / kPack<T>, count); ++word) to[word * stride] = words[word];
+}
+
 // Where the transformed channels of a tile are written, as a factor of a product that sums over channels, or, with
 // OverTiles, over tiles. Tiles must come in order.
 template <class T, bool OverTiles>
