@@ -143,7 +143,7 @@ def _winograd_unsupported_reason(*inputs: Tensor | None, geometry: Geometry | No
 
 
 def winograd_not_preferred_reason(
-    *inputs: Tensor | None, least: int = 2**11, most: int = 2**15, **_: object
+    *inputs: Tensor | None, least: int = 2**10, most: int = 2**15, **_: object
 ) -> str | None:
     """The shipped table: crossovers on one core with AVX-512 (`benchmarks/ops/bench_conv.py`).
 
