@@ -111,7 +111,8 @@ def test_instruction_set_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension.platform, "machine", lambda: "x86_64")
     for flags, avx512 in ({"avx512f"}, "avx512"), ({"avx512f", "avx512_bf16"}, "avx512_bf16"):
         monkeypatch.setattr("fastgan.utils.system.cpu_flags", lambda it=flags: frozenset(it))
-        for capability, level in {"AVX512": avx512, "AVX2": "avx2", "DEFAULT": "baseline", "NO AVX": "baseline"}.items():
+        levels = {"AVX512": avx512, "AVX2": "avx2", "DEFAULT": "baseline", "NO AVX": "baseline"}
+        for capability, level in levels.items():
             monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda it=capability: it)
             assert extension.level() == level
     monkeypatch.setattr(extension.platform, "machine", lambda: "aarch64")
