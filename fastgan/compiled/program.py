@@ -36,25 +36,15 @@ class CompileError(RuntimeError):
 
 def layout(x: Tensor) -> Layout:
     """What a program assumes of an input without looking: shape, strides, dtype, device."""
-    return tuple(x.shape), _strides(x), x.dtype, x.device
+    # A dimension of one element addresses nothing by its stride, but a convolution decides by it whether its input is
+    # channels_last, and so which strides its result has.
+    return tuple(x.shape), x.stride(), x.dtype, x.device
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of `x`, where dimensions of one element have those of a contiguous tensor.
-
-    They address nothing, but a convolution decides by them whether a tensor is channels_last, and its result has other
-    strides then.
-    """
-    strides = list(x.stride())
-    for i in reversed(range(x.dim())):
-        if x.shape[i] == 1:
-            strides[i] = strides[i + 1] * x.shape[i + 1] if i + 1 < x.dim() else 1
-    return tuple(strides)
-
-
-def _placed(x: Tensor) -> Tensor:
-    """`x` with the strides of its `layout`."""
-    return x if x.stride() == _strides(x) else x.as_strided(x.shape, _strides(x))
+def placed(x: Tensor, expected: Layout) -> Tensor:
+    """`x`, or a copy of it with the strides that a program expects."""
+    shape, strides, dtype, device = expected
+    return x if x.stride() == strides else torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(x)
 
 
 @functools.cache
@@ -115,7 +105,7 @@ class Program:
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            found = self._run(*(_placed(x) if 1 in x.shape else x for x in tensors))
+            found = self._run(*tensors)
         return [found] if isinstance(found, Tensor) else list(found)
 
     def mismatch(self, tensors: Sequence[Tensor]) -> int | None:
@@ -178,7 +168,7 @@ def compile_graph(
             warnings.simplefilter("ignore")
             with torch.no_grad():
                 exported = torch.export.export(
-                    _with_counters_computed(graph), tuple(_placed(x.detach()) for x in inputs), strict=False
+                    _with_counters_computed(graph), tuple(x.detach() for x in inputs), strict=False
                 )
                 package = str(Path(folder) / "program.pt2")
                 _inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
