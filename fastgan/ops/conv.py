@@ -93,6 +93,9 @@ def _require_geometry(geometry: Geometry, x: Tensor, w: Tensor) -> None:
             if not 0 <= output_padding[i] < max(stride[i], dilation[i]):
                 limit = f"below stride {stride} or dilation {dilation}"
                 raise ValueError(f"output_padding must be at least 0 and {limit}, got {output_padding}")
+            reach = dilation[i] * (w.shape[2 + i] - 1) + output_padding[i]
+            if (x.shape[i - 2] - 1) * stride[i] + reach < 2 * padding[i]:
+                raise ValueError(f"padding must leave an output of at least one pixel, got {padding}")
         elif dilation[i] * (w.shape[2 + i] - 1) >= x.shape[i - 2] + 2 * padding[i]:
             padded = tuple(s + 2 * p for s, p in zip(x.shape[-2:], padding, strict=True))
             raise ValueError(f"weight must fit into the padded image of size {padded}, got shape {tuple(w.shape)}")
