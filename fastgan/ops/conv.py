@@ -29,6 +29,7 @@ from fastgan.ops.conv_products import (
     convolution,
     dispatch_of,
     forward,
+    multiplied_in_float32,
 )
 from fastgan.ops.dispatch import torch_functions as F
 from fastgan.ops.dispatch.backend import LEAN, Op, in_transform
@@ -155,7 +156,7 @@ def conv2d(
     dispatch = dispatch_of(name, as_measured, batch, geometry)
     if tracked(input, weight, bias):
         y = convolution(batch, weight, bias, dispatch)
-    elif dispatch.cpp_forward or dispatch.winograd:
+    elif dispatch.cpp_forward or dispatch.winograd or multiplied_in_float32(batch):
         y = forward(batch, weight, bias, dispatch)
     else:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -214,12 +215,13 @@ def conv_transpose2d(
         groups,
     )
     _require_geometry(geometry, input, weight)
+    input, weight, bias = autocast(input, weight, bias)
     name = CONV_TRANSPOSE2D.choose(backend, input, weight, geometry=geometry)
-    if name == "torch" or torch.compiler.is_compiling() or not tracked(input, weight, bias):
+    plain = not tracked(input, weight, bias) and not multiplied_in_float32(input)
+    if name == "torch" or torch.compiler.is_compiling() or plain:
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    x, w, bias = autocast(input, weight, bias)
-    y = convolution(x[None] if x.ndim == 3 else x, w, bias, Dispatch(geometry))
-    return y[0] if x.ndim == 3 else y
+    y = convolution(input[None] if input.ndim == 3 else input, weight, bias, Dispatch(geometry))
+    return y[0] if input.ndim == 3 else y
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
