@@ -217,8 +217,8 @@ def conv_transpose2d(
     _require_geometry(geometry, input, weight)
     input, weight, bias = autocast(input, weight, bias)
     name = CONV_TRANSPOSE2D.choose(backend, input, weight, geometry=geometry)
-    plain = not tracked(input, weight, bias) and not multiplied_in_float32(input)
-    if name == "torch" or torch.compiler.is_compiling() or plain:
+    lean = tracked(input, weight, bias) or multiplied_in_float32(input)
+    if name == "torch" or torch.compiler.is_compiling() or not lean:
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     y = convolution(input[None] if input.ndim == 3 else input, weight, bias, Dispatch(geometry))
     return y[0] if input.ndim == 3 else y

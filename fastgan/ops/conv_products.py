@@ -37,24 +37,21 @@ def multiplied_in_float32(x: Tensor) -> bool:
     return x.dtype == torch.float16 and x.is_cpu and not _multiplies_float16()
 
 
-def _float32(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.float() for t in tensors]
-
-
 def _convolution(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """PyTorch's kernel."""
     if multiplied_in_float32(x):
-        return torch.convolution(*_float32(x, w, bias), *geometry).to(x.dtype)
+        wide = None if bias is None else bias.float()
+        return torch.convolution(x.float(), w.float(), wide, *geometry).to(x.dtype)
     return torch.convolution(x, w, bias, *geometry)
 
 
 def _convolution_backward(
     gy: Tensor, x: Tensor, w: Tensor, bias_sizes: list[int] | None, geometry: Geometry, need: list[bool]
-) -> Sequence[Tensor | None]:
+) -> Sequence[Any]:
     """PyTorch's kernels of the gradients of x, w and the bias that are needed."""
     backward = torch.ops.aten.convolution_backward.default
     if multiplied_in_float32(x):
-        found = backward(*_float32(gy, x, w), bias_sizes, *geometry, need)
+        found = backward(gy.float(), x.float(), w.float(), bias_sizes, *geometry, need)
         return [None if t is None else t.to(x.dtype) for t in found]
     return backward(gy, x, w, bias_sizes, *geometry, need)
 
