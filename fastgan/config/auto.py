@@ -83,11 +83,13 @@ class StageCost:
         seconds: of all ranks together.
         bytes: of memory on one rank.
         measured: whether `seconds` was measured, and not estimated.
+        scatter: of the measured steps, relative: the distance of their quartiles over the median.
     """
 
     seconds: float
     bytes: float = 0.0
     measured: bool = True
+    scatter: float = 0.0
 
 
 Costs = Mapping[Width, Mapping[int, StageCost]]
