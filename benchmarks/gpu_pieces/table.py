@@ -23,7 +23,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _number(value: Any, digits: int = 3) -> str:
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "-"
     places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{places}f}"

@@ -29,6 +29,7 @@ from fastgan.ops.conv_products import (
     convolution,
     dispatch_of,
     forward,
+    multiplied_in_float32,
 )
 from fastgan.ops.dispatch import torch_functions as F
 from fastgan.ops.dispatch.backend import LEAN, Op, in_transform
@@ -93,6 +94,9 @@ def _require_geometry(geometry: Geometry, x: Tensor, w: Tensor) -> None:
             if not 0 <= output_padding[i] < max(stride[i], dilation[i]):
                 limit = f"below stride {stride} or dilation {dilation}"
                 raise ValueError(f"output_padding must be at least 0 and {limit}, got {output_padding}")
+            reach = dilation[i] * (w.shape[2 + i] - 1) + output_padding[i]
+            if (x.shape[i - 2] - 1) * stride[i] + reach < 2 * padding[i]:
+                raise ValueError(f"padding must leave an output of at least one pixel, got {padding}")
         elif dilation[i] * (w.shape[2 + i] - 1) >= x.shape[i - 2] + 2 * padding[i]:
             padded = tuple(s + 2 * p for s, p in zip(x.shape[-2:], padding, strict=True))
             raise ValueError(f"weight must fit into the padded image of size {padded}, got shape {tuple(w.shape)}")
@@ -152,7 +156,7 @@ def conv2d(
     dispatch = dispatch_of(name, as_measured, batch, geometry)
     if tracked(input, weight, bias):
         y = convolution(batch, weight, bias, dispatch)
-    elif dispatch.cpp_forward or dispatch.winograd:
+    elif dispatch.cpp_forward or dispatch.winograd or multiplied_in_float32(batch):
         y = forward(batch, weight, bias, dispatch)
     else:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -211,12 +215,13 @@ def conv_transpose2d(
         groups,
     )
     _require_geometry(geometry, input, weight)
+    input, weight, bias = autocast(input, weight, bias)
     name = CONV_TRANSPOSE2D.choose(backend, input, weight, geometry=geometry)
-    if name == "torch" or torch.compiler.is_compiling() or not tracked(input, weight, bias):
+    lean = tracked(input, weight, bias) or multiplied_in_float32(input)
+    if name == "torch" or torch.compiler.is_compiling() or not lean:
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    x, w, bias = autocast(input, weight, bias)
-    y = convolution(x[None] if x.ndim == 3 else x, w, bias, Dispatch(geometry))
-    return y[0] if x.ndim == 3 else y
+    y = convolution(input[None] if input.ndim == 3 else input, weight, bias, Dispatch(geometry))
+    return y[0] if input.ndim == 3 else y
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

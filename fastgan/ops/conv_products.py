@@ -23,7 +23,38 @@ from fastgan.ops.dispatch.kernel_registry import kernel_implementations
 from fastgan.ops.dispatch.torch_private import in_forward_mode
 from fastgan.utils.system import cpu_flags
 
-_convolution_backward = torch.ops.aten.convolution_backward.default
+
+@cache
+def _multiplies_float16() -> bool:
+    """Whether oneDNN has float16 products on this CPU; else PyTorch's own take 17 times as long as those of float32."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except (AttributeError, RuntimeError):  # a PyTorch without oneDNN or without the question
+        return False
+
+
+def multiplied_in_float32(x: Tensor) -> bool:
+    """Whether products of x are computed in float32 and rounded, as tensor cores do: float16 on most CPUs."""
+    return x.dtype == torch.float16 and x.is_cpu and not _multiplies_float16()
+
+
+def _convolution(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """PyTorch's kernel."""
+    if multiplied_in_float32(x):
+        wide = None if bias is None else bias.float()
+        return torch.convolution(x.float(), w.float(), wide, *geometry).to(x.dtype)
+    return torch.convolution(x, w, bias, *geometry)
+
+
+def _convolution_backward(
+    gy: Tensor, x: Tensor, w: Tensor, bias_sizes: list[int] | None, geometry: Geometry, need: list[bool]
+) -> Sequence[Any]:
+    """PyTorch's kernels of the gradients of x, w and the bias that are needed."""
+    backward = torch.ops.aten.convolution_backward.default
+    if multiplied_in_float32(x):
+        found = backward(gy.float(), x.float(), w.float(), bias_sizes, *geometry, need)
+        return [None if t is None else t.to(x.dtype) for t in found]
+    return backward(gy, x, w, bias_sizes, *geometry, need)
 
 
 class Geometry(NamedTuple):
@@ -228,7 +259,7 @@ def forward(x: Tensor, w: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Te
         return torch.ops.fastgan.winograd_forward.default(_last(x), w, bias, *how)
     if dispatch.cpp_forward:
         return torch.ops.fastgan.conv2d_forward.default(dense(x), w, bias, *dispatch.geometry.padding)
-    return torch.convolution(x, w, bias, *dispatch.geometry)
+    return _convolution(x, w, bias, dispatch.geometry)
 
 
 def input_gradient(gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Tensor:
@@ -237,7 +268,7 @@ def input_gradient(gy: Tensor, w: Tensor, x: Tensor, dispatch: Dispatch) -> Tens
         return torch.ops.fastgan.winograd_input_gradient.default(_last(gy), w, *how)
     if dispatch.cpp_input_gradient:
         return torch.ops.fastgan.conv2d_input_gradient.default(dense_like(gy, x), w, *dispatch.geometry.padding)
-    return _convolution_backward(gy, x, w, None, *dispatch.geometry, [True, False, False])[0]
+    return _convolution_backward(gy, x, w, None, dispatch.geometry, [True, False, False])[0]
 
 
 def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, dispatch: Dispatch) -> Tensor:
@@ -246,9 +277,9 @@ def weight_gradient(gy: Tensor, x: Tensor, w: Tensor, dispatch: Dispatch) -> Ten
         return torch.ops.fastgan.winograd_weight_gradient.default(_last(gy), _last(x), *how)
     if _is_faster_in_channels_last(x, w, dispatch.geometry):
         gy, x = (t.contiguous(memory_format=torch.channels_last) for t in (gy, x))
-        found = _convolution_backward(gy, x, w, None, *dispatch.geometry, [False, True, False])[1]
+        found = _convolution_backward(gy, x, w, None, dispatch.geometry, [False, True, False])[1]
         return found.contiguous() if w.is_contiguous() else found
-    return _convolution_backward(gy, x, _allocatable(w), None, *dispatch.geometry, [False, True, False])[1]
+    return _convolution_backward(gy, x, _allocatable(w), None, dispatch.geometry, [False, True, False])[1]
 
 
 def _is_faster_in_channels_last(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
@@ -325,7 +356,7 @@ class _Conv(Function):
             if not any(need):
                 return *ours, None
             sizes = [gy.shape[1]] if need[2] else None
-            native = _convolution_backward(gy, x, _allocatable(w), sizes, *dispatch.geometry, need)
+            native = _convolution_backward(gy, x, _allocatable(w), sizes, dispatch.geometry, need)
             return *(a if b is None else b for a, b in zip(native, ours, strict=True)), None
         gx = _input_gradient(gy, w, x, ctx.dispatch) if need[0] else None
         gw = _weight_gradient(gy, x, w, ctx.dispatch) if need[1] else None

@@ -121,6 +121,13 @@ def test_quick_half_of_the_kernels_tests(bare: Path) -> None:
     assert " passed" in found and "skipped" not in found.splitlines()[-1]
 
 
+def test_tiles_of_exact_attention_fit_under_triton_3_6(bare: Path) -> None:
+    """On the architectures whose GPUs people have; tiles.json has others there than under Triton 3.8."""
+    words = [word for it in ("sm_80", "sm_90", "sm_100", "sm_120") for word in ("--ahead-of-time", it)]
+    found = run(bare, "-m", "fastgan.kernels.tune", *words, "--kind", "float32", "--size", "64", "--check")
+    assert found.splitlines()[-1].startswith("48 of 48 entries fit, compiled with triton 3.6")
+
+
 def test_training_without_deepspeed(bare: Path, packages: Path, tmp_path: Path) -> None:
     words = (
         "train --data digits --variant pggan --resolution 8 --fmap-base 32 --fmap-max 8 --latent 8 --batch 8 --kimg 0.4"

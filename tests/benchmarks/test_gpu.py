@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_pieces import pieces, table
+from benchmarks.gpu_pieces import op_forms, pieces, table
 from benchmarks.gpu_pieces.context import Context
 from benchmarks.gpu_pieces.pieces import PIECES, Piece, run_piece
+from fastgan.ops.qualification.cases import MEASURED_OPS
+from fastgan.ops.qualification.measurement import Measurement
 
 # What a piece may do, as a program of (rows, before).
 WRITE = """
@@ -167,6 +170,19 @@ def test_a_row_that_is_not_as_expected_ends_nothing() -> None:
     assert "cannot be shown: KeyError: 'errors'" in text and text.rstrip().endswith("none")
 
 
+def test_a_time_that_was_disturbed_and_an_error_of_nan_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "lean": Measurement(math.inf, device_us=math.inf, host_us=2.0),
+        "torch": Measurement(1e-7, device_us=4.0, host_us=math.inf),
+    }
+    monkeypatch.setattr(op_forms, "measure", lambda *_: found)
+    row = {"label": "pixel_norm", **op_forms._compare("pixel_norm", (torch.ones(2, 3),), {})}
+    json.dumps(row, allow_nan=False)
+    text = table.text({"pieces": {"1": {"rows": [row]}}})
+    assert "| pixel_norm | lean | inf | - | 2.00 |" in text and "| pixel_norm | torch | 1.0e-07 | 4.00 | - |" in text
+    assert table._number(math.inf) == "-"
+
+
 def test_rates_lie_between_measured_ones() -> None:
     rates = {4: 1000.0, 64: 100.0, 1024: 1.0}
     assert table._rate_at(64, rates) == pytest.approx(100.0)
@@ -216,6 +232,7 @@ def test_first_piece_runs_on_the_cpu(tmp_path: Path) -> None:
 def test_every_piece_runs_on_the_cpu(tmp_path: Path) -> None:
     found = rehearse(tmp_path, *(piece.number for piece in PIECES))
     assert len(found) == len(PIECES)
+    assert {row["label"].split(" ")[0] for row in found["1"]["rows"]} == {"random", *MEASURED_OPS}
     text = (tmp_path / "table.md").read_text()
     assert not any(word in text for word in ("not measured", "not run", "cannot be shown"))
     assert text.rstrip().endswith("none")

@@ -82,6 +82,29 @@ def test_an_older_triton_has_tiles_of_its_own_where_the_others_spill(monkeypatch
     assert found == {"": [3, 4, 1], ", triton 3.6": [3, 5, 2]}
 
 
+def test_tiles_for_an_older_triton_can_be_launched_and_each_changes_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "of_version", lambda: ", triton 3.6")
+    table = json.loads(tiles.TABLE.read_text())
+    older = {name.split(",")[0]: ops for name, ops in tiles.table().items() if name.endswith(", triton 3.6")}
+    assert older.keys() == {"default", "sm_80", "sm_90", "sm_100", "sm_120"}
+    monkeypatch.setattr(
+        tiles, "table", lambda: {name: {op: _tiles(it) for op, it in ops.items()} for name, ops in table.items()}
+    )
+    for name, ops in older.items():
+        for op, entries in ops.items():
+            for key, tile in entries.items():
+                kind, size, *odd = key.split("/")
+                assert kind == "float32" and tile in set(tile_candidates.candidates(op, kind, int(size)))
+                mine = table[f"{name}, triton 3.6"][op]
+                values = mine.pop(key)
+                assert tile != tiles.lookup_for(name, op, kind, int(size), bool(odd)), f"{name} {op} {key}"
+                mine[key] = values
+
+
+def _tiles(entries: dict[str, list[int]]) -> dict[str, Tile]:
+    return {key: Tile(*it) for key, it in entries.items()}
+
+
 def test_tuned_tiles_are_merged_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tiles.table()
     monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")

@@ -18,11 +18,13 @@ from fastgan.ops import (
     avg_pool2d,
     conv2d,
     conv2d_downsample,
+    conv_products,
     conv_transpose2d,
     interpolate_nearest,
     linear,
     upsample_conv2d,
 )
+from fastgan.ops.qualification import measurement
 
 
 @st.composite
@@ -370,3 +372,29 @@ def test_groups_of_few_channels(per_group: tuple[int, int], transposed: bool) ->
     found, exact = second(f, torch.float32), second(plain, torch.float64)
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-2, check_dtype=False)
     assert all(g.is_contiguous() for g in found[1::2])
+
+
+@pytest.mark.parametrize("op", [conv2d, conv_transpose2d])
+def test_float16_on_a_cpu_is_multiplied_in_float32(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU has no products of float16, as PyTorch's kernels then take many times as long."""
+    monkeypatch.setattr(conv_products, "_multiplies_float16", lambda: False)
+    products: set[torch.dtype] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "convolution" in str(f):
+                products.update(t.dtype for t in args if isinstance(t, Tensor))
+            return f(*args, **(kwargs or {}))
+
+    x, w = random(2, 4, 6, 5).half(), random(4, 4, 3, 3, seed=1).half()
+    with Products():
+        plain, found = op(x, w, backend="lean"), measurement.derivatives(op, [x, w])
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert op(x.float(), w.float(), backend="lean").dtype == torch.float16
+    assert products == {torch.float32} and {t.dtype for t in (plain, *found) if t is not None} == {torch.float16}
+    assert torch.equal(plain, op(x.float(), w.float()).half())
+    for half, exact in zip(found, measurement.derivatives(op, [x.double(), w.double()]), strict=True):
+        assert half is not None and exact is not None
+        torch.testing.assert_close(half.double(), exact, rtol=1e-2, atol=1e-2 * float(exact.detach().abs().max()))
+    huge = torch.full_like(x, 6e4)
+    assert not op(huge, torch.ones_like(w), backend="lean").isfinite().any()  # too large a result is infinite

@@ -26,7 +26,7 @@ from fastgan.ops import attention_chunked, qualification
 from fastgan.ops.dispatch import backend
 from fastgan.ops.dispatch.backend import OPS, CallClass
 from fastgan.ops.qualification import measurement
-from fastgan.ops.qualification.cases import MEASURED_OPS
+from fastgan.ops.qualification.cases import MEASURED_OPS, Cases
 from fastgan.ops.qualification.drawing import drawing
 from fastgan.ops.qualification.measurement import Measurement, measure
 
@@ -90,6 +90,44 @@ def test_every_implementation_is_right_here(
     for form, it in found.items():
         assert it.wrong is None, f"{form}: {it}"
         assert 0 < it.error < 100 * torch.finfo(dtype).eps
+
+
+_X = (2, 3, 19, 19)
+UNUSUAL: dict[str, Callable[[], Tensor]] = {
+    "padding cuts off more than a kernel adds": lambda: ops.conv_transpose2d(
+        torch.randn(_X), torch.randn(3, 4, 3, 3), padding=5
+    ),
+    "of 1x1": lambda: ops.conv_transpose2d(torch.randn(_X), torch.randn(3, 4, 1, 1), padding=1),
+    "of a stride": lambda: ops.conv_transpose2d(torch.randn(_X), torch.randn(3, 4, 3, 3), stride=2, padding=4),
+    "padding beyond a kernel": lambda: ops.conv2d(torch.randn(_X), torch.randn(4, 3, 1, 1), padding=3),
+    "a kernel of half the image": lambda: ops.conv2d(torch.randn(1, 16, 64, 64), torch.randn(128, 16, 34, 34)),
+    "a kernel as large as the image": lambda: ops.conv2d(torch.randn(1, 64, 64, 64), torch.randn(2, 64, 64, 64)),
+    "a mean over the image": lambda: ops.avg_pool2d(torch.randn(1, 1024, 64, 64), 64),
+    "dilation": lambda: ops.conv2d(torch.randn(_X), torch.randn(4, 3, 3, 3), stride=2, dilation=9),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_unusual_call_is_measured_on_calls_that_exist(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def once(_: Any, key: CallClass, cases: Cases, names: list[str]) -> dict[str, tuple[float, float]]:
+        cases.timed.call("torch", *cases.tensors(cases.timed, key.dtype, key.device))
+        return dict.fromkeys(names, (1.0, 1.0))
+
+    monkeypatch.setattr(measurement, "_times", once)
+    UNUSUAL[name]()
+    assert capfd.readouterr().err == ""
+    assert entry(folder)["forms"].keys() >= {"lean", "torch"}
+
+
+def test_a_convolution_without_an_output_is_refused_and_not_measured(calls: list[str]) -> None:
+    x, w = torch.randn(2, 3, 2, 2), torch.randn(3, 4, 3, 3)
+    with pytest.raises(ValueError, match=r"^padding must leave an output of at least one pixel, got \(3, 3\)$"):
+        ops.conv_transpose2d(x, w, padding=3)
+    assert calls == []
+    assert ops.conv_transpose2d(x, w, padding=1, output_padding=0).shape == (2, 4, 2, 2)
+    assert ops.conv_transpose2d(torch.randn(2, 3, 3, 3), w, padding=2).shape == (2, 4, 1, 1)
 
 
 def test_ops_that_have_classes_are_those_that_are_measured() -> None:

@@ -92,11 +92,11 @@ def cases_of(op: str, key: CallClass, inputs: tuple[Tensor | None, ...], options
     return Cases(cases[0], cases[1], cases[2], first.ndim == 4 and is_channels_last(first))
 
 
-def _cut(shape: Shape, work_of_pixel: float = 0.0) -> Shape:
-    """The shape with a batch, and then sides, so small that it keeps the limits."""
+def _cut(shape: Shape, work_of_pixel: float = 0.0, least: int = 16) -> Shape:
+    """The shape with a batch, and then sides of at least `least`, so small that it keeps the limits."""
     pixels = min(LARGEST_NUMEL // max(shape[1], 1), LARGEST_WORK // max(int(work_of_pixel), 1))
     batch, channels, *sides = shape
-    while len(sides) == 2 and math.prod(sides) > pixels and min(sides) >= 32:
+    while len(sides) == 2 and math.prod(sides) > pixels and min(sides) // 4 * 2 >= least:
         sides = [side // 4 * 2 for side in sides]  # even ones stay even
     return (min(batch, max(pixels // max(math.prod(sides), 1), 1)), channels, *sides)
 
@@ -115,7 +115,7 @@ def _maps(call: Callable[..., Tensor]) -> Callable[..., Any]:
         assert isinstance(k, int)
         small = with_bias((4, 4, *[4 * k] * (len(x) - 2)))
         odd = with_bias((3, 5, *[7 * k, 3 * k + 1, 3][: len(x) - 2]))
-        return small, odd, with_bias(_cut(x)), lambda name, *tensors: call(name, options, *tensors)
+        return small, odd, with_bias(_cut(x, least=max(16, k))), lambda name, *tensors: call(name, options, *tensors)
 
     return cases
 
@@ -138,10 +138,12 @@ def _conv(transposed: bool) -> Callable[..., Any]:
             geometry = Geometry((1, 1), (w[2] // 2, w[3] // 2), (1, 1), transposed, (0, 0), 1)
         g, taps = geometry.groups, w[2:]
         reach = [d * (k - 1) for d, k in zip(geometry.dilation, taps, strict=True)]
+        # The kernel must fit in; from the result of a transposed convolution, padding must leave something.
+        least = [max(r, -((r - 2 * p) // s)) for r, p, s in zip(reach, geometry.padding, geometry.stride, strict=True)]
 
         def sized(n: int, i: int, o: int, height: int, width: int) -> Shapes:
             weight = (g * i, o, *taps) if transposed else (g * o, i, *taps)
-            return (n, g * i, height + reach[0], width + reach[1]), weight
+            return (n, g * i, height + least[0], width + least[1]), weight
 
         def call(name: str, x: Tensor, w: Tensor) -> Tensor:
             if transposed:
@@ -152,7 +154,8 @@ def _conv(transposed: bool) -> Callable[..., Any]:
         if len(x) == 3:
             x = (1, *x)
         of_pixel = math.prod(w) / g / (1 if transposed else math.prod(geometry.stride))
-        return sized(2, 2, 4, 4, 4), sized(3, 3, 5, 7, 2), (_cut(x, of_pixel), w), call
+        timed = _cut(x, of_pixel, max(16, *(it + 1 for it in least))), w
+        return sized(2, 2, 4, 4, 4), sized(3, 3, 5, 7, 2), timed, call
 
     return cases
 
