@@ -18,7 +18,6 @@
 #include <vector>
 
 #include "features.h"
-#include "ops.h"
 #include "vector.h"
 #include "winograd_filters.h"
 
@@ -442,5 +441,9 @@ Tensor winograd_weight_gradient(const Tensor& gy, const Tensor& x, int64_t paddi
   const auto of = scale == 0 ? weight_gradient<Same> : scale < 0 ? weight_gradient<Down> : weight_gradient<Up>;
   return of(gy, x, padding);
 }
+
+FASTGAN_OP(winograd_forward, "(Tensor x, Tensor w, Tensor? bias, int padding, int scale) -> Tensor");
+FASTGAN_OP(winograd_input_gradient, "(Tensor gy, Tensor w, int padding, int scale) -> Tensor");
+FASTGAN_OP(winograd_weight_gradient, "(Tensor gy, Tensor x, int padding, int scale) -> Tensor");
 
 }  // namespace fastgan
