@@ -132,7 +132,7 @@ def bias_act(
     """
     if negative_slope.__class__ is not float or gain.__class__ is not float:
         negative_slope, gain = require_number("negative_slope", negative_slope), require_number("gain", gain)
-    if act == "lrelu" and _is_small(x, bias) and OP.allows_fast_path(backend, x):
+    if act == "lrelu" and _is_small(x, bias) and OP.allows_fast_path(backend, x, known=(x.shape, x.is_contiguous())):
         differentiated = x.requires_grad or (bias is not None and bias.requires_grad)
         small = _small if differentiated and torch.is_grad_enabled() else reference
         return small(x, bias, LRELU, negative_slope, gain)

@@ -50,7 +50,7 @@ def _reason(tensors: tuple[Any, ...]) -> str:
     return "arguments"
 
 
-def traced(function: Callable[..., Any], x: Any, *arguments: Any, **keywords: Any) -> Any:
+def traced(function: Callable[..., Any], x: Any, /, *arguments: Any, **keywords: Any) -> Any:
     """A call of `function` as one node of a symbolic trace (torch.fx): an argument is a proxy, not a tensor.
 
     Raises:
