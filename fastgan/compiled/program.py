@@ -36,9 +36,15 @@ class CompileError(RuntimeError):
 
 def layout(x: Tensor) -> Layout:
     """What a program assumes of an input without looking: shape, strides, dtype, device."""
-    # The stride of a dimension of one element has no meaning.
-    strides = tuple(stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True))
-    return tuple(x.shape), strides, x.dtype, x.device
+    # A dimension of one element addresses nothing by its stride, but a convolution decides by it whether its input is
+    # channels_last, and so which strides its result has.
+    return tuple(x.shape), x.stride(), x.dtype, x.device
+
+
+def placed(x: Tensor, expected: Layout) -> Tensor:
+    """`x`, or a copy of it with the strides that a program expects."""
+    shape, strides, dtype, device = expected
+    return x if x.stride() == strides else torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(x)
 
 
 @functools.cache

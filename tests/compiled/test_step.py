@@ -345,6 +345,22 @@ def test_a_wrong_program_is_never_used(monkeypatch):
     assert torch.equal(loss, critic(x).square().mean())
 
 
+def test_strides_that_address_nothing_do_not_change_the_result():
+    """Images of one channel are contiguous and channels_last at once, and a convolution looks at the strides."""
+    critic = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 1))
+    critic.to(memory_format=torch.channels_last)
+    step = fastgan.compile_step(lambda x: critic(x).square().mean(), critic.parameters())
+    x = torch.randn(4, 1, 8, 8)
+    for images in (x, x.to(memory_format=torch.channels_last), x.transpose(0, 1).contiguous().transpose(0, 1)):
+        loss, gradients = step(images)
+        expected = critic(images).square().mean()
+        torch.testing.assert_close(loss, expected.detach())
+        for gradient, reference in zip(gradients, torch.autograd.grad(expected, critic.parameters()), strict=True):
+            torch.testing.assert_close(gradient, reference)
+        assert [g.stride() for g in gradients] == [p.stride() for p in critic.parameters()]
+    assert not step.notes
+
+
 def test_a_program_is_compiled_once_and_then_found_in_the_cache(monkeypatch):
     torch.manual_seed(0)
     _, step = linear_step()

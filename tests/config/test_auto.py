@@ -80,7 +80,7 @@ FOLDERS = {
     "60,000 of 28 px, twenty minutes": Folder(
         Pictures(60_000, 28, channels=1, num_classes=10),
         Wish(hours=1 / 3),
-        {"variant": "wgan-gp", "resolution": 32, "augment": "none", "mirror": False, "batch": 64, "grown_at": None},
+        {"variant": "dcgan", "resolution": 32, "augment": "none", "mirror": False, "batch": 64, "grown_at": None},
         speed=20.0,
     ),
     "50,000 of 32 px in ten classes, sagan": Folder(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.compiled.program import CompileError, Program, file_of, key_of, layout, machine_facts
+from fastgan.compiled.program import CompileError, Program, file_of, key_of, layout, machine_facts, placed
 from fastgan.compiled.recording import Holder
 from fastgan.config import Config
 from fastgan.config.rules import SECOND_ORDER
@@ -89,7 +89,8 @@ class BoundProgram:
     seen: tuple[str, ...]
 
     def __call__(self, *inputs: Tensor) -> MicroStep:
-        found = iter(self.program([*inputs, *(holder.fetch().detach() for holder in self.state)]))
+        given = [placed(x, expected) for x, expected in zip(inputs, self.program.layouts, strict=False)]
+        found = iter(self.program([*given, *(holder.fetch().detach() for holder in self.state)]))
         return unflat([next(found) if there else None for there in self.present], self.seen)
 
 

@@ -363,6 +363,16 @@ def test_a_deterministic_run_waits_for_its_program_and_resumes_to_the_bit(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_runs_of_every_variant_are_compiled_and_stay_so(variant, tmp_path, own_cache):
+    sizes = SMALL[VARIANTS[variant].config("digits").networks.model].split()
+    flags = ("--variant", variant, "--n-critic", "1", *sizes, "--batch", "8", "--kimg", "0.1", "--log-kimg", "0.02")
+    text = train(tmp_path / "run", *flags, "--resolution", "8", "--compile", "on", "--deterministic")
+    assert "compiled from" in text and " eager, " not in text
+    assert {row["form"] for row in rows(tmp_path / "run")} == {"compiled"}
+
+
+@pytest.mark.slow
 def test_a_run_may_start_in_one_form_and_resume_in_the_other(tmp_path, own_cache):
     train(tmp_path, "--compile", "off", "--kimg", "0.1")
     text = train(tmp_path, "--compile", "on", "--deterministic", "--kimg", "0.2", resume=True)
