@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.errors import ArgumentError, printable
+from fastgan.ops.qualification.drawing import drawing
 from fastgan.utils import counter_rng
 from fastgan.utils.system import missing_device
 
@@ -118,9 +119,10 @@ def generate(generator: nn.Module, latent: Tensor, labels: Tensor | None, resolu
     """Images of latents [N, latent], float32 [N, C, R, R] in [-1, 1] on the CPU, in batches that fit their size."""
     batch = max(1, min(64, 2**20 // resolution**2))
     parts = []
-    for i in range(0, len(latent), batch):
-        images = generator(latent[i : i + batch], None if labels is None else labels[i : i + batch])
-        parts.append(images.float().clamp(-1, 1).cpu())
+    with drawing(latent.device):
+        for i in range(0, len(latent), batch):
+            images = generator(latent[i : i + batch], None if labels is None else labels[i : i + batch])
+            parts.append(images.float().clamp(-1, 1).cpu())
     return torch.cat(parts)
 
 

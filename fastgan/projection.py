@@ -23,6 +23,7 @@ from fastgan.errors import ArgumentError
 from fastgan.evaluation import lite0
 from fastgan.evaluation.features import load_lite0
 from fastgan.generator import TrainedGenerator, device_of, generate, great_circle
+from fastgan.ops.qualification.drawing import drawing
 from fastgan.utils import counter_rng
 from fastgan.utils.files import read_regular
 
@@ -184,7 +185,7 @@ def _descend(
     z = latents.clone().requires_grad_()
     optimizer = torch.optim.Adam([z], lr=RATE, betas=(0.9, 0.99))
     best, nearest = latents.clone(), torch.full((len(latents),), math.inf, device=latents.device)
-    with torch.enable_grad():
+    with torch.enable_grad(), drawing(latents.device):
         for step in range(steps + 1):  # the last one only looks
             optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
             loss = distance(trained.module(z, labels).float())

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             if not flags:
                 grids = ROOT / "docs" / "samples"
                 grids.mkdir(parents=True, exist_ok=True)
-                save_grid(trained.sample(100), grids / f"{variant}.png", size=32)
+                save_grid(trained.sample(100), grids / f"{variant}.png")
     return 0
 
 

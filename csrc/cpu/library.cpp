@@ -7,7 +7,9 @@ namespace fastgan {
 
 // The instruction set that this library was compiled for.
 std::string cpu_instructions() {
-#if defined(FASTGAN_AVX512)
+#if defined(FASTGAN_BF16)
+  return "avx512_bf16";
+#elif defined(FASTGAN_AVX512)
   return "avx512";
 #elif defined(FASTGAN_AVX2)
   return "avx2";

@@ -20,6 +20,9 @@
 // An op is ordinary C++: loops under `#pragma omp simd`, and intrinsics behind these macros.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define FASTGAN_AVX512 1
+#if defined(__AVX512BF16__)
+#define FASTGAN_BF16 1  // products of bfloat16
+#endif
 #elif defined(__AVX2__) && defined(__FMA__)
 #define FASTGAN_AVX2 1
 #endif

@@ -86,10 +86,19 @@ void norm_forward_rows(const Features& f, const A act, const float* bias, float 
     for (int64_t pixel = begin; pixel < end; ++pixel) {
       const T* const from = x + pixel * f.c;
       T* const to = y + pixel * f.c;
-      float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < f.c; ++c) {
-        const float z = act.value(load(from + c) + bias[c]);
+      // Sums of whole vectors: GCC does not vectorize a reduction over the act's condition.
+      float part[kVector] = {}, sum = 0.0f;
+      int64_t first = 0;
+      for (; first + kVector <= f.c; first += kVector) {
+#pragma omp simd
+        for (int64_t lane = 0; lane < kVector; ++lane) {
+          const float z = act.value(load(from + first + lane) + bias[first + lane]);
+          part[lane] += z * z;
+        }
+      }
+      for (const float of_lane : part) sum += of_lane;
+      for (; first < f.c; ++first) {
+        const float z = act.value(load(from + first) + bias[first]);
         sum += z * z;
       }
       const float scale = 1.0f / std::sqrt(sum * share + eps);

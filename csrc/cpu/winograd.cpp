@@ -1,6 +1,6 @@
-// float32 convolution with a 3x3 kernel and stride 1 in channels_last, and its gradients, by minimal filtering
-// (Winograd; Lavin and Gray 2015, "Fast algorithms for convolutional neural networks"): 16 products of channels for four
-// pixels where the direct sum takes 36. oneDNN has no such kernel any more.
+// Convolution with a 3x3 kernel and stride 1 in channels_last, and its gradients, by minimal filtering (Winograd; Lavin
+// and Gray 2015, "Fast algorithms for convolutional neural networks"): 16 products of channels for four pixels where the
+// direct sum takes 36. oneDNN has no such kernel any more.
 //
 //   y = A'[(G g G') * (B' d B)] A
 //
@@ -13,37 +13,30 @@
 // has the weight or the value 0: 9 products are left for each pixel of the smaller image, where one convolution of
 // stride 2 takes 16.
 //
-// Tiles are taken in blocks whose transforms stay in a core's cache.
-#include <utility>
+// Tiles are taken in blocks whose transforms stay in a core's cache. Transforms and sums are float32; with bfloat16 maps
+// the transformed values are rounded to bfloat16, two of which a product takes at once (winograd_products.h).
 #include <vector>
 
 #include "features.h"
-#include "vector.h"
 #include "winograd_filters.h"
+#include "winograd_products.h"
 
 namespace fastgan {
 
 namespace {
 
-// Accumulators of a product: rows by vectors of outputs, as many as fit in registers.
-#if defined(FASTGAN_AVX512)
-inline constexpr int64_t kRows = 6;
-inline constexpr int64_t kColumns = 4;
-#else
-inline constexpr int64_t kRows = 4;
-inline constexpr int64_t kColumns = 2;
-#endif
-// Floats of the transforms of a block of tiles: half of a second-level cache of 1 MB; the kernel is in the other half.
-inline constexpr int64_t kBlockFloats = int64_t{100} << 10;
+// Words of the transforms of a block of tiles: half of a second-level cache of 1 MB; the kernel is in the other half.
+inline constexpr int64_t kBlockWords = int64_t{100} << 10;
 // Parts of the tiles whose contributions to the kernel's gradient are summed apart; it does not depend on threads.
 inline constexpr int64_t kGradientParts = 8;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Channels i and o of x [n, i, h, w] and y [n, o, oh, ow]; p: rows and columns of zero padding on each side.
-template <class Filter>
+template <class Filter, class T>
 struct Shape {
   int64_t n, i, o, h, w, p;
+  static constexpr int64_t pack = kPack<T>;
   static constexpr int64_t points = Filter::kPoints * Filter::kPoints;
   static int64_t scaled(int64_t size, int64_t padding) {
     if (Filter::kTaps == 3) return 2 * size;
@@ -58,50 +51,38 @@ struct Shape {
   int64_t op() const { return round_up(o, kVector); }
   // Tiles of a block.
   int64_t block() const {
-    const int64_t fit = kBlockFloats / (points * (ip() + op()));
+    const int64_t fit = kBlockWords / (points * (ip() / pack + op()));
     return std::min(std::max<int64_t>(fit / kRows, 1) * kRows, round_up(tiles(), kRows));
   }
   int64_t blocks() const { return (tiles() + block() - 1) / block(); }
-  // Floats from one point to the next, a cache line more than needed: at a multiple of a page all would share a set.
-  int64_t input_step() const { return block() * ip() + 16; }
+  // Words that hold the channels of x, and those of the transformed kernel at one point.
+  int64_t input_words() const { return (i + pack - 1) / pack; }
+  int64_t kernel_words() const { return input_words() * op(); }
+  // Words from one point to the next, a cache line more than needed: at a multiple of a page all would share a set.
+  int64_t input_step() const { return block() * ip() / pack + 16; }
   int64_t output_step() const { return Filter::kOnePoint ? 0 : block() * op() + 16; }
   int64_t scratch() const { return points * (input_step() + output_step()) + block() * op(); }
   int64_t work() const { return block() * points * ip() * op(); }
 };
 
-FASTGAN_INLINE Vec read_some(const float* p, int64_t count) {
-  if (count >= kVector) return read(p);
-  Vec v{};
-  std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(float));
-  return v;
-}
-
-FASTGAN_INLINE void write_some(float* p, Vec v, int64_t count) {
-  if (count >= kVector) {
-    write(p, v);
-  } else {
-    std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(float));
-  }
-}
-
 struct Place {
   int64_t n, row, column;  // image, and the number of the tile in each direction
 };
 
-template <class Filter>
-Place place(const Shape<Filter>& s, int64_t tile) {
+template <class Filter, class T>
+Place place(const Shape<Filter, T>& s, int64_t tile) {
   const int64_t in_image = s.rows() * s.columns(), rest = tile % in_image;
   return {tile / in_image, rest / s.columns(), rest % s.columns()};
 }
 
 // B' d B of tiles [begin, end) of x, to v[point][tile][channel].
-template <class Filter>
-void transform_input(const float* x, const Shape<Filter>& s, int64_t begin, int64_t end, float* v) {
+template <bool OverTiles, class Filter, class T>
+void transform_input(const T* x, const Shape<Filter, T>& s, int64_t begin, int64_t end, float* v) {
   constexpr int64_t taps = Filter::kTaps, points = Filter::kPoints;
   const int64_t step = s.input_step();
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place at = place(s, tile);
-    const float* from[taps][taps];
+    const T* from[taps][taps];
     for (int64_t r = 0; r < taps; ++r) {
       for (int64_t c = 0; c < taps; ++c) {
         const int64_t y = at.row * Filter::kStride - s.p + r, col = at.column * Filter::kStride - s.p + c;
@@ -109,7 +90,7 @@ void transform_input(const float* x, const Shape<Filter>& s, int64_t begin, int6
         from[r][c] = inside ? x + ((at.n * s.h + y) * s.w + col) * s.i : nullptr;
       }
     }
-    float* to = v + (tile - begin) * s.ip();
+    const Line<T, OverTiles> to(v, tile - begin, s.ip());
     for (int64_t channel = 0; channel < s.ip(); channel += kVector) {
       const int64_t count = s.i - channel;
       Vec t[points][taps];
@@ -127,22 +108,22 @@ void transform_input(const float* x, const Shape<Filter>& s, int64_t begin, int6
         Vec row[points];
         Filter::input(t[r], row);
 #pragma GCC unroll 4
-        for (int64_t c = 0; c < points; ++c) write(to + channel + (points * r + c) * step, row[c]);
+        for (int64_t c = 0; c < points; ++c) to.put((points * r + c) * step, channel, row[c]);
       }
     }
   }
 }
 
 // A' m A of tiles [begin, end), plus bias, to y.
-template <class Filter>
-void transform_output(const float* m, const Shape<Filter>& s, int64_t begin, int64_t end, const float* bias, float* y) {
+template <class Filter, class T>
+void transform_output(const float* m, const Shape<Filter, T>& s, int64_t begin, int64_t end, const float* bias, T* y) {
   constexpr int64_t outputs = Filter::kOutputs, points = Filter::kPoints;
   const int64_t step = s.output_step();
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place at = place(s, tile);
     const float* from = m + (tile - begin) * s.op();
     const bool second_row = outputs * at.row + 1 < s.oh(), second_column = outputs * at.column + 1 < s.ow();
-    float* to = y + ((at.n * s.oh() + outputs * at.row) * s.ow() + outputs * at.column) * s.o;
+    T* to = y + ((at.n * s.oh() + outputs * at.row) * s.ow() + outputs * at.column) * s.o;
     for (int64_t channel = 0; channel < s.o; channel += kVector) {
       const int64_t count = s.o - channel;
       const Vec start = read(bias + channel);
@@ -162,7 +143,7 @@ void transform_output(const float* m, const Shape<Filter>& s, int64_t begin, int
 #pragma GCC unroll 2
         for (int64_t r = 0; r < 2; ++r) {
           if (r == 1 && !second_row) break;
-          float* pixel = to + r * s.ow() * s.o + channel;
+          T* pixel = to + r * s.ow() * s.o + channel;
           Vec pixels[2];
           Filter::output(t[r], pixels);
           write_some(pixel, start + pixels[0], count);
@@ -174,19 +155,19 @@ void transform_output(const float* m, const Shape<Filter>& s, int64_t begin, int
 }
 
 // A y A' of tiles [begin, end) of the output's gradient, to d[point][tile][channel].
-template <class Filter>
-void transform_output_gradient(const float* gy, const Shape<Filter>& s, int64_t begin, int64_t end, float* d) {
+template <class Filter, class T>
+void transform_output_gradient(const T* gy, const Shape<Filter, T>& s, int64_t begin, int64_t end, float* d) {
   constexpr int64_t outputs = Filter::kOutputs, points = Filter::kPoints;
   const int64_t step = s.output_step();
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place at = place(s, tile);
     const bool second_row = outputs * at.row + 1 < s.oh(), second_column = outputs * at.column + 1 < s.ow();
-    const float* from = gy + ((at.n * s.oh() + outputs * at.row) * s.ow() + outputs * at.column) * s.o;
-    float* to = d + (tile - begin) * s.op();
+    const T* from = gy + ((at.n * s.oh() + outputs * at.row) * s.ow() + outputs * at.column) * s.o;
+    const Line<T, true> to(d, tile - begin, s.op());
     for (int64_t channel = 0; channel < s.op(); channel += kVector) {
       const int64_t count = s.o - channel;
       if constexpr (Filter::kOnePoint) {
-        write(to + channel, read_some(from + channel, count));
+        to.put(0, channel, read_some(from + channel, count));
       } else {
         Vec t[points][2];
 #pragma GCC unroll 2
@@ -204,95 +185,49 @@ void transform_output_gradient(const float* gy, const Shape<Filter>& s, int64_t 
           Vec row[points];
           Filter::output_gradient(t[r], row);
 #pragma GCC unroll 4
-          for (int64_t c = 0; c < points; ++c) write(to + channel + (points * r + c) * step, row[c]);
+          for (int64_t c = 0; c < points; ++c) to.put((points * r + c) * step, channel, row[c]);
         }
       }
     }
   }
 }
 
-// R rows and V vectors of c = a b, or c += a b. a: rows `row` apart, the elements of the sum `next` apart; b: V vectors
-// for each element, `width` apart.
-template <int64_t R, int64_t V, bool Add>
-void product(const float* a, int64_t row, int64_t next, const float* b, int64_t width, int64_t count, float* c,
-             int64_t pitch) {
-  Vec sum[R][V];
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < V; ++v) sum[r][v] = Add ? read(c + r * pitch + v * kVector) : Vec{};
-  }
-  for (int64_t k = 0; k < count; ++k, a += next, b += width) {
-    Vec columns[V];
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < V; ++v) columns[v] = read(b + v * kVector);
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int64_t v = 0; v < V; ++v) sum[r][v] += a[r * row] * columns[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < V; ++v) write(c + r * pitch + v * kVector, sum[r][v]);
-  }
-}
-
-using Product = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
-
-template <bool Add, size_t... Index>
-Product product_of(int64_t index, std::index_sequence<Index...>) {
-  constexpr Product products[] = {product<static_cast<int64_t>(Index) / kColumns + 1,
-                                          static_cast<int64_t>(Index) % kColumns + 1, Add>...};
-  return products[index];
-}
-
-// The matrix c [rows, columns] = or, with `add`, += a b over `count` elements; columns is a multiple of kVector. With
-// `packed`, b is in panels of kColumns vectors, one after the other; else its rows are `columns` long.
-void multiply(bool add, const float* a, int64_t row, int64_t next, const float* b, bool packed, int64_t rows,
-              int64_t columns, int64_t count, float* c) {
-  constexpr int64_t panel = kColumns * kVector;
-  constexpr auto all = std::make_index_sequence<kRows * kColumns>();
-  for (int64_t column = 0; column < columns; column += panel) {
-    const int64_t vectors = std::min(panel, columns - column) / kVector;
-    const float* from = packed ? b + column * count : b + column;
-    const int64_t width = packed ? vectors * kVector : columns;
-    for (int64_t first = 0; first < rows; first += kRows) {
-      const int64_t index = (std::min(kRows, rows - first) - 1) * kColumns + vectors - 1;
-      const Product of_tile = add ? product_of<true>(index, all) : product_of<false>(index, all);
-      of_tile(a + first * row, row, next, from, width, count, c + first * columns + column, columns);
-    }
-  }
-}
-
-// `factor` G g G' of w [o, i, 3, 3], to u[point][panel of o][i][o]. For the gradient of the input, `adjoint` swaps o and
-// i and turns the kernel.
-template <class Filter>
-Tensor transformed_weight(const Tensor& w, bool adjoint, float factor, const Shape<Filter>& s) {
+// `factor` G g G' of w [o, i, 3, 3], to u[point][panel of outputs][word of inputs][output]. For the gradient of the input,
+// `adjoint` takes o for inputs and i for outputs, and turns the kernel.
+template <class Filter, class T>
+Tensor transformed_weight(const Tensor& w, bool adjoint, float factor, const Shape<Filter, T>& s) {
   constexpr int64_t points = Filter::kPoints, panel = kColumns * kVector;
-  const Tensor u = torch::stable::new_empty(w, std::vector<int64_t>{s.points * s.i * s.op()});
-  const int64_t so = w.stride(adjoint ? 1 : 0), si = w.stride(adjoint ? 0 : 1), sy = w.stride(2), sx = w.stride(3);
-  const float* from = data<float>(w);
+  const int64_t rows = w.size(0), columns = w.size(1), inputs = s.input_words();
+  const int64_t so = w.stride(0), si = w.stride(1), sy = w.stride(2), sx = w.stride(3);
+  const Tensor u = fresh_floats(w, {s.points * s.kernel_words()});
+  const T* from = data<T>(w);
   float* to = output<float>(u);
-  parallel(s.i, s.op() * 100, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t o = 0; o < s.op(); ++o) {
-        const int64_t column = o / panel * panel, width = std::min(panel, s.op() - column);
-        float* place = to + column * s.i + i * width + o - column;
-        float t[3][points] = {};  // columns of G g
-        for (int64_t x = 0; o < s.o && x < 3; ++x) {
-          float g[3];
+  if (s.op() != s.o) std::fill(to, to + u.numel(), 0.0f);
+  parallel((rows + s.pack - 1) / s.pack, s.pack * columns * 16, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin * s.pack; o < std::min(rows, end * s.pack); ++o) {
+      for (int64_t i = 0; i < columns; i += kVector) {
+        Vec t[3][points];  // columns of G g
+        for (int64_t x = 0; x < 3; ++x) {
+          Vec g[3];
           for (int64_t y = 0; y < 3; ++y) {
-            g[y] = factor * from[o * so + i * si + (adjoint ? 2 - y : y) * sy + (adjoint ? 2 - x : x) * sx];
+            const T* taps = from + o * so + i * si + (adjoint ? 2 - y : y) * sy + (adjoint ? 2 - x : x) * sx;
+            g[y] = factor * read_strided(taps, si, columns - i);
           }
           Filter::kernel(g, t[x]);
         }
+        const int64_t out = adjoint ? i : o, first = out / panel * panel, width = std::min(panel, s.op() - first);
+        float* place = to + first * inputs + (adjoint ? 0 : i / s.pack * width) + out - first;
         for (int64_t r = 0; r < points; ++r) {
-          const float row[3] = {t[0][r], t[1][r], t[2][r]};
-          float wide[points];
+          const Vec row[3] = {t[0][r], t[1][r], t[2][r]};
+          Vec wide[points];
           Filter::kernel(row, wide);
-          for (int64_t c = 0; c < points; ++c) place[(points * r + c) * s.i * s.op()] = wide[c];
+          for (int64_t c = 0; c < points; ++c, place += s.kernel_words()) {
+            if (adjoint) {
+              Line<T, true>(place, o, width).put(0, 0, wide[c]);
+            } else {
+              put_strided<T>(place, width, wide[c], inputs - i / s.pack);
+            }
+          }
         }
       }
     }
@@ -301,8 +236,8 @@ Tensor transformed_weight(const Tensor& w, bool adjoint, float factor, const Sha
 }
 
 // G' (sum of the parts of u) G, to gw [o, i, 3, 3] in channels_last; u[part][point][i][o].
-template <class Filter>
-void transform_weight_gradient(const float* u, int64_t parts, const Shape<Filter>& s, float* gw) {
+template <class Filter, class T>
+void transform_weight_gradient(const float* u, int64_t parts, const Shape<Filter, T>& s, T* gw) {
   constexpr int64_t points = Filter::kPoints;
   const int64_t point = s.i * s.op();
   parallel(s.i, s.op() * parts * s.points, [&](int64_t begin, int64_t end) {
@@ -325,19 +260,33 @@ void transform_weight_gradient(const float* u, int64_t parts, const Shape<Filter
           for (int64_t x = 0; x < 3; ++x) write(lanes[3 * y + x], g[x]);
         }
         for (int64_t lane = 0; lane < std::min(kVector, s.o - o); ++lane) {
-          for (int64_t tap = 0; tap < 9; ++tap) gw[((o + lane) * 9 + tap) * s.i + i] = lanes[tap][lane];
+          for (int64_t tap = 0; tap < 9; ++tap) store(gw + ((o + lane) * 9 + tap) * s.i + i, lanes[tap][lane]);
         }
       }
     }
   });
 }
 
+template <class T>
 Tensor channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return fresh_map<float>(like, ScalarType::Float, n, c, h, w, true);
+  return fresh_map<T>(like, like.scalar_type(), n, c, h, w, true);
 }
 
-void check_map(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_cpu(), name, " must be Float, on the CPU");
+// f with a value of the element type, as `dispatch`; bfloat16 where the library was compiled for its instructions.
+template <class F>
+Tensor of_type(const Tensor& x, const F& f) {
+#if defined(FASTGAN_BF16)
+  return dispatch(x, "input", f);
+#else
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "input must be Float, got ",
+                  torch::headeronly::toString(x.scalar_type()));
+  return f(float{});
+#endif
+}
+
+void check_map(const Tensor& x, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_cpu(), name, " must be ", torch::headeronly::toString(dtype),
+                  ", on the CPU");
   STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, name, " must be [N, C, H, W] and not empty");
   STD_TORCH_CHECK(is_dense(x, true), name, " must be dense, in channels_last");
 }
@@ -348,36 +297,38 @@ void check_scale(int64_t padding, int64_t scale) {
   STD_TORCH_CHECK(scale == 0 || padding == 1, "padding must be 1 where the scale changes, got ", padding);
 }
 
-template <class Filter>
-void check_size(const Shape<Filter>& s) {
+template <class Filter, class T>
+void check_size(const Shape<Filter, T>& s) {
   STD_TORCH_CHECK(s.oh() > 0 && s.ow() > 0, "input must not be smaller than the kernel");
   STD_TORCH_CHECK(!Filter::kOnePoint || (s.h % 2 == 0 && s.w % 2 == 0), "input must have an even height and width");
 }
 
 // The convolution of x with w, or with `adjoint` that whose input gradient it is, times `factor`, plus bias.
-template <class Filter>
+template <class Filter, class T>
 Tensor convolve(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, int64_t padding, bool adjoint,
                 float factor) {
-  check_map(x, "input");
-  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float && w.is_cpu() && w.dim() == 4 && w.size(2) == 3 && w.size(3) == 3,
-                  "weight must be [O, I, 3, 3], Float, on the CPU");
+  check_map(x, "input", x.scalar_type());
+  STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.is_cpu() && w.dim() == 4 && w.size(2) == 3 && w.size(3) == 3,
+                  "weight must be [O, I, 3, 3], of the input's dtype, on the CPU");
   const int64_t channels = w.size(adjoint ? 0 : 1);
   STD_TORCH_CHECK(channels == x.size(1), "weight must have ", x.size(1), " channels, as input, got ", channels);
-  const Shape<Filter> s{x.size(0), x.size(1), w.size(adjoint ? 1 : 0), x.size(2), x.size(3), padding};
+  const Shape<Filter, T> s{x.size(0), x.size(1), w.size(adjoint ? 1 : 0), x.size(2), x.size(3), padding};
   check_size(s);
   std::vector<float> start = bias_values(bias, x, s.o);
   start.resize(static_cast<size_t>(s.op()), 0.0f);
-  const Tensor y = channels_last(x, s.n, s.o, s.oh(), s.ow()), u = transformed_weight(w, adjoint, factor, s);
-  const float *from = data<float>(x), *kernel = data<float>(u);
-  float* to = output<float>(y);
+  const Tensor y = channels_last<T>(x, s.n, s.o, s.oh(), s.ow()), u = transformed_weight(w, adjoint, factor, s);
+  const T* from = data<T>(x);
+  const float* kernel = data<float>(u);
+  T* to = output<T>(y);
   const auto range = [&](int64_t begin, int64_t end, float* scratch) {
     float *v = scratch, *m = scratch + s.points * s.input_step();
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * s.block(), last = std::min(first + s.block(), s.tiles());
-      transform_input(from, s, first, last, v);
+      transform_input<false>(from, s, first, last, v);
       for (int64_t point = 0; point < s.points; ++point) {
-        multiply(Filter::kOnePoint && point > 0, v + point * s.input_step(), s.ip(), 1, kernel + point * s.i * s.op(),
-                 true, last - first, s.op(), s.i, m + point * s.output_step());
+        multiply<T>(Filter::kOnePoint && point > 0, v + point * s.input_step(), s.ip() / s.pack, 1,
+                    kernel + point * s.kernel_words(), true, last - first, s.op(), s.input_words(),
+                    m + point * s.output_step());
       }
       transform_output(m, s, first, last, start.data(), to);
     }
@@ -386,18 +337,18 @@ Tensor convolve(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b
   return y;
 }
 
-template <class Filter>
+template <class Filter, class T>
 Tensor weight_gradient(const Tensor& gy, const Tensor& x, int64_t padding) {
-  check_map(gy, "gy");
-  check_map(x, "x");
-  const Shape<Filter> s{x.size(0), x.size(1), gy.size(1), x.size(2), x.size(3), padding};
+  check_map(x, "x", x.scalar_type());
+  check_map(gy, "gy", x.scalar_type());
+  const Shape<Filter, T> s{x.size(0), x.size(1), gy.size(1), x.size(2), x.size(3), padding};
   check_size(s);
   STD_TORCH_CHECK(gy.size(0) == s.n && gy.size(2) == s.oh() && gy.size(3) == s.ow(),
                   "gy must have the size of the convolution of x");
-  const float *from_x = data<float>(x), *from_y = data<float>(gy);
+  const T *from_x = data<T>(x), *from_y = data<T>(gy);
   const Parts parts(s.blocks(), 1, kGradientParts);
   const int64_t numel = s.points * s.i * s.op();
-  const Tensor partial = torch::stable::new_empty(x, std::vector<int64_t>{parts.number * numel});
+  const Tensor partial = fresh_floats(x, std::vector<int64_t>{parts.number * numel});
   float* sums = output<float>(partial);
   const auto range = [&](int64_t begin, int64_t end, float* scratch) {
     float *v = scratch, *d = scratch + s.points * s.input_step();
@@ -405,18 +356,18 @@ Tensor weight_gradient(const Tensor& gy, const Tensor& x, int64_t padding) {
       float* sum = sums + part * numel;
       for (int64_t block = parts.begin(part); block < parts.end(part); ++block) {
         const int64_t first = block * s.block(), last = std::min(first + s.block(), s.tiles());
-        transform_input(from_x, s, first, last, v);
+        transform_input<true>(from_x, s, first, last, v);
         transform_output_gradient(from_y, s, first, last, d);
         for (int64_t point = 0; point < s.points; ++point) {
-          multiply(block > parts.begin(part), v + point * s.input_step(), 1, s.ip(), d + point * s.output_step(), false,
-                   s.i, s.op(), last - first, sum + point * s.i * s.op());
+          multiply<T>(block > parts.begin(part), v + point * s.input_step(), 1, s.ip(), d + point * s.output_step(),
+                      false, s.i, s.op(), (last - first + s.pack - 1) / s.pack, sum + point * s.i * s.op());
         }
       }
     }
   };
   parallel_with_scratch(x, parts.number, parts.size * s.work(), s.scratch(), range);
-  const Tensor gw = channels_last(x, s.o, s.i, 3, 3);
-  transform_weight_gradient(sums, parts.number, s, output<float>(gw));
+  const Tensor gw = channels_last<T>(x, s.o, s.i, 3, 3);
+  transform_weight_gradient(sums, parts.number, s, output<T>(gw));
   return gw;
 }
 
@@ -425,21 +376,30 @@ Tensor weight_gradient(const Tensor& gy, const Tensor& x, int64_t padding) {
 Tensor winograd_forward(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, int64_t padding,
                         int64_t scale) {
   check_scale(padding, scale);
-  const auto of = scale == 0 ? convolve<Same> : scale < 0 ? convolve<Down> : convolve<Up>;
-  return of(x, w, bias, padding, false, 1.0f);
+  return of_type(x, [&](auto element) {
+    using T = decltype(element);
+    const auto of = scale == 0 ? convolve<Same, T> : scale < 0 ? convolve<Down, T> : convolve<Up, T>;
+    return of(x, w, bias, padding, false, 1.0f);
+  });
 }
 
 Tensor winograd_input_gradient(const Tensor& gy, const Tensor& w, int64_t padding, int64_t scale) {
   check_scale(padding, scale);
-  // The gradient of averaging is a quarter of upsampling, and that of upsampling is four times averaging.
-  const auto of = scale == 0 ? convolve<Same> : scale < 0 ? convolve<Up> : convolve<Down>;
-  return of(gy, w, std::nullopt, 2 - padding, true, scale == 0 ? 1.0f : scale < 0 ? 0.25f : 4.0f);
+  return of_type(gy, [&](auto element) {
+    using T = decltype(element);
+    // The gradient of averaging is a quarter of upsampling, and that of upsampling is four times averaging.
+    const auto of = scale == 0 ? convolve<Same, T> : scale < 0 ? convolve<Up, T> : convolve<Down, T>;
+    return of(gy, w, std::nullopt, 2 - padding, true, scale == 0 ? 1.0f : scale < 0 ? 0.25f : 4.0f);
+  });
 }
 
 Tensor winograd_weight_gradient(const Tensor& gy, const Tensor& x, int64_t padding, int64_t scale) {
   check_scale(padding, scale);
-  const auto of = scale == 0 ? weight_gradient<Same> : scale < 0 ? weight_gradient<Down> : weight_gradient<Up>;
-  return of(gy, x, padding);
+  return of_type(x, [&](auto element) {
+    using T = decltype(element);
+    if (scale == 0) return weight_gradient<Same, T>(gy, x, padding);
+    return scale < 0 ? weight_gradient<Down, T>(gy, x, padding) : weight_gradient<Up, T>(gy, x, padding);
+  });
 }
 
 FASTGAN_OP(winograd_forward, "(Tensor x, Tensor w, Tensor? bias, int padding, int scale) -> Tensor");

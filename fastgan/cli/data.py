@@ -154,8 +154,8 @@ def _show(request: Show) -> int:
     name = source.path.resolve().name if source.path is not None and source.path.is_dir() else source.name
     out = Path(request.out or f"{name}-{resolution}px.png").expanduser()
     check_picture(out)
-    for note in source.notes:
-        say(note, error=True)
+    for line in source.remarks():
+        say(line, error=True)
     order = np.arange(len(source)) if request.seed is None else Sampler(len(source), request.seed).order(0)
     chosen = order[request.start : request.start + request.n]
     images = np.stack([source.read(int(index), resolution) for index in chosen])
@@ -164,7 +164,7 @@ def _show(request: Show) -> int:
         numbers = source.labels[chosen].tolist()
         labels = [source.classes[number] if number < len(source.classes) else str(number) for number in numbers]
     with writing(out):
-        save_sheet(images, out, size=64, labels=labels)
+        save_sheet(images, out, labels=labels)
     say(f"{len(chosen)} of {len(source):,} images, {resolution} px: {out}")
     return 0
 

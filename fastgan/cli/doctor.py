@@ -60,12 +60,13 @@ def _torchvision_error() -> str | None:
 
 
 def _print_packages() -> list[str]:
-    """Print the version of each package; the missing ones with the commands that install them."""
+    """Print the version of each package that is here; return a line for each other one, with what installs it."""
     missing = []
     for name, (purpose, install) in _PACKAGES.items():
         version = _version(name)
-        print(f"  {name:32} {version or 'missing':14} {purpose}")
-        if version is None and not (name == "triton" and platform.system() != "Linux"):
+        if version is not None:
+            print(f"  {name:32} {version:14} {purpose}")
+        elif name != "triton" or platform.system() == "Linux":
             missing.append(f"{name} ({purpose}): {install}")
     error = _torchvision_error() if _version("torchvision") else None
     if error:
@@ -94,11 +95,15 @@ def _print_kernels() -> None:
     from fastgan import ops
     from fastgan.ops.dispatch import extension
     from fastgan.ops.dispatch.backend import OPS
+    from fastgan.ops.qualification import wording
+    from fastgan.ops.qualification.beforehand import devices
 
     print("compiled kernels")
     for library, problem in (("cpu", extension.cpu()), ("cuda", extension.cuda())):
         print(f"  {library}: {problem or extension.file(library)}")
     print("ops")
+    for device in devices():
+        print(f"  {device}: {wording.of_machine(device)}")
     for op in OPS:
         name, reason = next(iter(ops.backends(op).items()))
         print(f"  {op:29} {name}: {reason}")
@@ -130,11 +135,13 @@ def main(argv: list[str]) -> int:
     from fastgan.data.loading import dali
 
     no_dali = dali.missing()
+    state = no_dali or f"DALI {dali.version()}"
     if no_dali and platform.system() == "Linux":
         missing.append(f"DALI (--pipeline dali, faster decoding of image files): {no_dali}")
+        state = "missing, see below"
     print("data pipelines")
     print("  cache, torch: everywhere")
-    print(f"  dali: {no_dali or f'DALI {dali.version()}'}")
+    print(f"  dali: {state}")
     _print_devices()
     print("process")
     for name, state in configure_process().items():

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Evaluate:
     """Compare a trained generator's images with real ones."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run directory (its newest checkpoint), one checkpoint folder, an exported file, or a name: avatars,
     fashion-mnist (they come with fastgan)."""
     data: str | None = None
@@ -202,6 +202,8 @@ def _announce(
     name: str, resolution: int, n: int, real: int | None, source: Source, extractor: Extractor | None
 ) -> None:
     """Print what is compared."""
+    for line in source.remarks():
+        say(line, error=True)
     total = f"{len(source):,} real ones"
     against = total if real is None or real >= len(source) else f"{real:,} of {total}"
     used = "none" if extractor is None else f"{extractor.name}, images resized {extractor.resize}"

@@ -21,7 +21,7 @@ from fastgan.errors import ArgumentError
 class Explore:
     """Serve a local page with sliders for seed, interpolation, truncation and class."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run directory, one checkpoint in it, an exported file, or a name: avatars, fashion-mnist (they come with
     fastgan)."""
     port: int | None = None

@@ -23,7 +23,7 @@ class Export:
     The file is opened and its images are compared with the generator's before it is written.
     """
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run directory, one checkpoint in it, a .safetensors export, or a name: avatars, fashion-mnist (they come with
     fastgan)."""
     format: Literal["safetensors", "torch-export", "onnx", "torchscript"] = "safetensors"

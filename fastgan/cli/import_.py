@@ -20,7 +20,7 @@ class Import:
     The result can be sampled, explored and exported. The discriminator is not converted.
     """
 
-    file: Annotated[str, tyro.conf.Positional]
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """Checkpoint, as torch.hub downloads it (celebaHQ, DTD, celebaCropped ... .pth)."""
     out: str
     """Folder or .safetensors file to write, as fastgan export does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import importlib
 import os
@@ -24,7 +25,7 @@ COMMANDS = {
     "sample": "draw images from a trained generator",
     "evaluate": "measure how good the images of a trained generator are",
     "prepare": "convert images to the format that training reads fastest",
-    "data": "describe, verify or show a prepared set",
+    "data": "describe or verify a prepared set, or show images as training sees them",
     "export": "write a trained generator for other tools: safetensors, torch.export, ONNX, TorchScript",
     "explore": "explore a trained generator on a local web page",
     "project": "find the latent whose image is nearest to a picture",
@@ -175,5 +176,6 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("--help", "-h"):
         print(usage)
         return 0
-    print(f"fastgan: COMMAND must be {', '.join(COMMANDS)}, got {argv[0]!r}", file=sys.stderr)
+    near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(argv[0], COMMANDS, 1))
+    print(f"fastgan: COMMAND must be {', '.join(COMMANDS)}, got {argv[0]!r}{near}", file=sys.stderr)
     return 2

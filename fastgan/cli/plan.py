@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastgan.cli.main import command
+from fastgan.cli.output import say
 from fastgan.cli.run_request import RunFlags, parse
 from fastgan.config import Config, batches_for_all
 from fastgan.config.growth import stages_of
@@ -130,7 +131,7 @@ def _measure(forecaster: Forecaster, config: Config, channels: int, flags: StepT
     import torch
     from tqdm import tqdm
 
-    from fastgan.training.step_measurement import Bench, free_bytes
+    from fastgan.training.step_measurement import Bench, busy, free_bytes
     from fastgan.utils.system import device_name
 
     device = _this_process(config).device
@@ -150,6 +151,9 @@ def _measure(forecaster: Forecaster, config: Config, channels: int, flags: StepT
                     step_times.write(times, flags.write_step_times)
                 bar.set_postfix_str(f"{timing.resolution} px, {timing.micro} per rank")
             bar.update()
+    line = busy(bench.scatters, device)
+    if line is not None:
+        say(line, error=True)
     return times
 
 

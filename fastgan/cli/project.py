@@ -26,10 +26,10 @@ class Project:
     Writes the picture beside its projection, a grid of the projection's neighbors, and the latent.
     """
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run directory, one checkpoint in it, a .safetensors export, or a name: avatars, fashion-mnist (they come with
     fastgan)."""
-    image: Annotated[str, tyro.conf.Positional]
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """Picture of any size."""
     out: str | None = None
     """Folder for STEM-projection.png, STEM-neighbors.png and STEM-projection.safetensors, STEM from the name of the
@@ -97,7 +97,6 @@ def _write(args: Project, trained: TrainedGenerator, found: Projection, folder: 
     from fastgan.utils.files import write_atomic
 
     stem = f"{prefix_for(args.run)}{Path(args.image).stem}"
-    side = max(64, found.image.shape[-1])
     tensors = {"latent": found.latent} | ({} if found.label is None else {"label": found.label})
     facts = {"generator": str(trained), "picture": Path(args.image).name, "error": found.error, "seed": args.seed}
     try:
@@ -105,8 +104,8 @@ def _write(args: Project, trained: TrainedGenerator, found: Projection, folder: 
         content = save({name: x.contiguous() for name, x in tensors.items()}, {"fastgan": json.dumps(facts)})
         write_atomic(folder / f"{stem}-projection.safetensors", content)
         pair = torch.cat([found.target, found.image])
-        save_grid(pair, folder / f"{stem}-projection.png", columns=2, size=side)
-        save_grid(neighbors(trained, found, seed=args.seed), folder / f"{stem}-neighbors.png", columns=8, size=side)
+        save_grid(pair, folder / f"{stem}-projection.png", columns=2)
+        save_grid(neighbors(trained, found, seed=args.seed), folder / f"{stem}-neighbors.png", columns=8)
     except OSError as error:
         problem = f"must be a folder that can be written; {error.strerror}"
         raise ArgumentError("--out", str(folder), problem) from None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Sample:
     """Draw images from a trained generator into one PNG, or a video."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run directory, one checkpoint in it, an exported file, or a name: avatars, fashion-mnist (they come with
     fastgan)."""
     n: int | None = None
@@ -152,7 +152,6 @@ def _picture(args: Sample, trained: TrainedGenerator) -> int:
         # Sample i has class i mod the number of classes, and a row of an interpolation one class.
         labels = [names[(i if columns is None else i // columns) % len(names)] for i in range(len(images)) if names]
         with writing(out):
-            # With labels, images are enlarged to a width that shows some letters.
-            save_grid(images, out, columns=columns, size=64 if labels else None, labels=labels)
+            save_grid(images, out, columns=columns, labels=labels)
     say(f"{len(images)} images of {images.shape[-1]} px, {trained}: {out}")
     return 0

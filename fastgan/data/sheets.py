@@ -15,6 +15,8 @@ from fastgan.utils.files import write_atomic
 if TYPE_CHECKING:
     from PIL import Image
 
+LEAST_SIDE = 64
+"""px of an image in a sheet: smaller ones are enlarged by a whole factor, without blur."""
 _TEXT_HEIGHT = 14  # px
 _FONT_SIZE = 11
 
@@ -59,7 +61,7 @@ def save_sheet(
     Args:
         pixels: uint8 [N, C, R, R], C 1, 3, or 4 (RGBA, premultiplied).
         path: of the PNG.
-        size: enlarges each image to that many pixels by repetition.
+        size: an image is at least so large, px, and at least `LEAST_SIDE`: smaller ones are enlarged by repetition.
         columns: of the sheet; None: nearly square.
         labels: a text below each image, cut to its width; empty: none.
     """
@@ -67,7 +69,7 @@ def save_sheet(
 
     n, _, r, _ = pixels.shape
     columns = columns or math.ceil(math.sqrt(n))
-    scale = max(1, (size or r) // r)
+    scale = math.ceil(max(size or r, LEAST_SIDE) / r)
     whole = sheet(pixels, columns=columns, scale=scale)
     image = Image.fromarray(whole[:, :, 0] if whole.shape[2] == 1 else whole)
     if labels:

@@ -15,10 +15,11 @@ import numpy as np
 from fastgan.data.faults import raise_if_machine
 from fastgan.data.framing import CROP, Framing
 from fastgan.data.images import area_average, decode, decode_problem, first_line, read_whole
-from fastgan.errors import ArgumentError
+from fastgan.errors import ArgumentError, printable
 
 MAX_CLASSES = 2**20
 """Most classes of a source: a network has a vector for each."""
+_MOST_NAMED = 10  # of files that are skipped
 
 
 class Encoded(NamedTuple):
@@ -70,6 +71,14 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    def remarks(self) -> list[str]:
+        """Return lines for a user: the first of the files that are skipped, their number, and the notes."""
+        lines = [f"skipped {file}: {reason}" for file, reason in self.skipped[:_MOST_NAMED]]
+        if self.skipped:
+            what = "file or folder" if len(self.skipped) == 1 else "files or folders"
+            lines.append(f"skipped {len(self.skipped):,} {what}; {len(self):,} images remain")
+        return [printable(line) for line in (*lines, *self.notes)]
 
     @abstractmethod
     def _target(self, index: int) -> np.ndarray:

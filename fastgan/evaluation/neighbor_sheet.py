@@ -12,7 +12,6 @@ from fastgan.data.sheets import save_sheet
 from fastgan.evaluation.neighbors import nearest_real, own_distances
 
 ROWS, COLUMNS, NEAREST = 16, 2, 3
-_SIDE = 64  # px of an image in the picture, at least
 
 
 def save_neighbors(
@@ -39,5 +38,4 @@ def save_neighbors(
     chosen = torch.stack([torch.arange(rows), ratio.argsort()[:rows]], dim=1).flatten()
     images = torch.cat([draw(chosen)[:, None], read(index[chosen].flatten()).unflatten(0, (-1, nearest))], dim=1)
     labels = [text for i in chosen.tolist() for text in (f"{i}: {ratio[i]:.2f}", *["real"] * nearest)]
-    size, columns = max(_SIDE, images.shape[-1]), COLUMNS * (1 + nearest)
-    save_sheet(images.flatten(0, 1).numpy(), path, size=size, columns=columns, labels=labels)
+    save_sheet(images.flatten(0, 1).numpy(), path, columns=COLUMNS * (1 + nearest), labels=labels)

@@ -14,6 +14,7 @@ from fastgan import __version__
 from fastgan.config.files import read_yaml
 from fastgan.errors import ArgumentError
 from fastgan.export import formats, model_card
+from fastgan.ops.qualification.drawing import drawing
 from fastgan.utils.files import AtomicFile
 from fastgan.utils.text import first_line
 
@@ -83,7 +84,7 @@ def largest_difference(content: bytes, format: str, trained: TrainedGenerator, m
     largest = 0.0
     for batch in (1, 2, 5):
         inputs = formats.example_inputs(meta, batch, seed=batch)
-        with torch.no_grad():
+        with torch.no_grad(), drawing(inputs[0].device):
             expected, got = trained.module(*inputs), opened(*inputs)
         scale = max(1.0, expected.abs().max().item())  # pggan's images are not bounded
         difference = (got - expected).abs().max().item() / scale if got.shape == expected.shape else float("inf")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -37,13 +38,15 @@ class Conversion:
     left: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        def line(counts: Counter[str]) -> str:
-            return ", ".join(f"{name} {n}" for name, n in counts.most_common()) or "nothing"
-
         return (
-            f"replaced {line(self.replaced)}; left as they are: {line(self.left)}; "
+            f"replaced {listed(self.replaced)}; left as they are: {listed(self.left)}; "
             "calls of torch's functions inside a forward are not converted: fastgan.nn.report(critic, x) lists them"
         )
+
+
+def listed(counts: Counter[str]) -> str:
+    """As in `Conv2d 3, ReLU 2`."""
+    return ", ".join(f"{name} {n}" for name, n in counts.most_common()) or "nothing"
 
 
 def convert(model: nn.Module, *, zeros: bool = False) -> Conversion:
@@ -85,6 +88,12 @@ def revert(model: nn.Module) -> Conversion:
     return done
 
 
+def replaceable(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """What `convert` would replace, and changes nothing: modules, each with the class that is counted for it."""
+    planned = _planned(model, _lean_class, _lean_activation, power_iteration.LEAN)
+    return [(module, name) for module, name, change in planned if change is not None]
+
+
 def _change(
     model: nn.Module,
     class_of: Callable[[type[nn.Module]], type[nn.Module] | None],
@@ -92,24 +101,38 @@ def _change(
     hooks: dict[Any, Any],
 ) -> Conversion:
     done = Conversion()
-    for name, module in model.named_modules():
-        done.replaced += Counter(SpectralNorm=power_iteration.change_hooks(module, hooks))
-        kind = class_of(type(module))
-        if kind is not None:
-            module.__class__ = kind
-            done.replaced[_name(module)] += 1
-        elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            activation = activation_of(module.activation)
-            if activation is not module.activation:
-                module.activation = activation
-                done.replaced[type(module).__name__] += 1
-        elif "parametrizations" not in name.split(".") and not any(True for _ in module.children()):
-            done.left[_name(module)] += 1
+    for _, name, change in _planned(model, class_of, activation_of, hooks):
+        if change is None:
+            done.left[name] += 1
+        else:
+            change()
+            done.replaced[name] += 1
     return done
 
 
-def _name(module: nn.Module) -> str:
-    name = type(module).__name__.lstrip("_")
+def _planned(
+    model: nn.Module,
+    class_of: Callable[[type[nn.Module]], type[nn.Module] | None],
+    activation_of: Callable[[Any], Any],
+    hooks: dict[Any, Any],
+) -> Iterator[tuple[nn.Module, str, Callable[[], None] | None]]:
+    """Each module that is counted, the class for which it counts, and what changes it; None: it stays as it is."""
+    for name, module in model.named_modules():
+        for hook in power_iteration.hooks_of(module, hooks):
+            yield module, "SpectralNorm", partial(setattr, hook, "__class__", hooks[type(hook)])
+        kind = class_of(type(module))
+        if kind is not None:
+            yield module, _name(module, kind), partial(setattr, module, "__class__", kind)
+        elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            activation = activation_of(module.activation)
+            if activation is not module.activation:
+                yield module, type(module).__name__, partial(setattr, module, "activation", activation)
+        elif "parametrizations" not in name.split(".") and not any(True for _ in module.children()):
+            yield module, _name(module, type(module)), None
+
+
+def _name(module: nn.Module, kind: type[nn.Module]) -> str:
+    name = kind.__name__.lstrip("_")
     return f"{name}(inplace)" if getattr(module, "inplace", False) is True else name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.nn.lean import LEAN
+from fastgan.nn.conversion import listed, replaceable
 from fastgan.ops.fallthrough import FELL_THROUGH
 
 # Double-backward nodes of torch whose second derivative is zero -> what sends nothing instead.
@@ -30,6 +31,10 @@ _LEAN_FORMS = {
 }
 
 
+_LEAST_SHARE = 0.005  # of the penalty: layers that take less, and send nothing, are not printed
+_FEWEST_RUNS, _MOST_RUNS, _SECONDS = 3, 15, 1.0
+
+
 @dataclass
 class Layer:
     """One layer of a dry run.
@@ -40,6 +45,7 @@ class Layer:
         curves: operations that send a second derivative which is not zero.
         seconds: of the penalty, in this layer.
         wasted: the part of `seconds` in which only zeros were computed.
+        convertible: whether `convert` replaces it.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Layer:
     curves: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     wasted: float = 0.0
+    convertible: bool = False
 
 
 @dataclass
@@ -55,36 +62,59 @@ class PenaltyReport:
     """Result of `report`; print it.
 
     Attributes:
-        layers: in the order of the forward pass.
+        layers: in the order of the forward pass; those that take most are printed first.
         fell_through: what an op left to torch's own function, and why -> calls.
-        seconds: of one penalty and its weight gradients.
+        seconds: of one penalty and its weight gradients, median of `runs`.
         wasted: the part in which only zeros were computed.
+        replaceable: what `convert` would replace, as it counts it: class -> modules.
+        runs: that were timed.
     """
 
     layers: list[Layer]
     fell_through: Counter[tuple[str, str]]
     seconds: float
     wasted: float
+    replaceable: Counter[str] = field(default_factory=Counter)
+    runs: int = 1
 
     def __str__(self) -> str:
-        width = max([len(self._label(layer)) for layer in self.layers], default=5)
+        shown = [it for it in self.layers if it.zeros or it.curves or it.seconds >= _LEAST_SHARE * self.seconds]
+        width = max([len(self._label(layer)) for layer in shown], default=5)
         lines = [f"{'layer':{width}}  share  zeros  in second order"]
-        for layer in self.layers:
+        for layer in sorted(shown, key=lambda it: -it.seconds):
             share, wasted = (100 * t / self.seconds if self.seconds else 0.0 for t in (layer.seconds, layer.wasted))
             lines.append(f"{self._label(layer):{width}}  {share:4.0f}%  {wasted:4.0f}%  {self._verdict(layer)}")
+        if len(shown) < len(self.layers):
+            rest = len(self.layers) - len(shown)
+            lines.append(f"and {rest} more, each below {_LEAST_SHARE:.1%}")
         share = 100 * self.wasted / self.seconds if self.seconds else 0.0
         lines.append(
-            f"one penalty with its weight gradients: {1000 * self.seconds:.1f} ms, {share:.0f}% of it on zeros"
+            f"one penalty with its weight gradients: {1000 * self.seconds:.1f} ms (median of {self.runs} runs), "
+            f"{share:.0f}% of it on zeros"
         )
-        convertible = [layer for layer in self.layers if layer.kind in _CONVERTIBLE and layer.zeros]
-        elsewhere = [layer for layer in self.layers if layer.kind not in _CONVERTIBLE and layer.zeros]
-        if convertible:
-            lines.append(f"fastgan.nn.convert(critic) replaces {len(convertible)} of the layers that send zeros")
-        for layer in elsewhere:
+        for layer in self._senders(convertible=False):
             lines.append(f"{self._label(layer)}: {_remedy(layer)}")
         for (op, reason), calls in self.fell_through.items():
             lines.append(f"{op}: {calls} calls left to torch's own function ({reason})")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._next()])
+
+    def _senders(self, convertible: bool) -> list[Layer]:
+        return [layer for layer in self.layers if layer.zeros and layer.convertible == convertible]
+
+    def _next(self) -> list[str]:
+        """What there is to gain, and what to do."""
+        here, elsewhere = len(self._senders(convertible=True)), len(self._senders(convertible=False))
+        if not here and not elsewhere:
+            return ["next: nothing; no layer sends zeros"]
+        lines, steps, left = [], [], self.seconds - self.wasted
+        if here:
+            replaced = f"{listed(self.replaceable)}: {here} that send zeros, and what computes less where none arrive"
+            lines.append(f"fastgan.nn.convert(critic) replaces {replaced}")
+            steps.append("fastgan.nn.convert(critic)")
+        if elsewhere:
+            steps.append("change the calls named above (one that is left undoes most of it)")
+        gain = f"without zeros a penalty takes about {1000 * left:.1f} ms, {self.seconds / left:.2f} times as fast"
+        return [*lines, f"next: {' and '.join(steps)}, then report again; {gain}"]
 
     @staticmethod
     def _label(layer: Layer) -> str:
@@ -94,17 +124,14 @@ class PenaltyReport:
     def _verdict(layer: Layer) -> str:
         parts = []
         if layer.zeros:
-            parts.append("sends zeros: " + _listed(layer.zeros))
+            parts.append("sends zeros: " + _lean_names(layer.zeros))
         if layer.curves:
-            parts.append("curves: " + _listed(layer.curves))
+            parts.append("curves: " + _lean_names(layer.curves))
         return "; ".join(parts) or "sends nothing"
 
 
-def _listed(nodes: Counter[str]) -> str:
+def _lean_names(nodes: Counter[str]) -> str:
     return ", ".join(f"{_LEAN_FORMS.get(name, name)} {n}" for name, n in nodes.items())
-
-
-_CONVERTIBLE = {kind.__name__ for kind in LEAN}
 
 
 def _remedy(layer: Layer) -> str:
@@ -128,16 +155,34 @@ def report(critic: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> PenaltyRe
 
     Returns:
         Which layers send zeros backward, which really curve, and what share of the penalty's time each takes. Times are
-        of one run, after one to warm up.
+        medians of 3 to 15 runs, as many as fit into a second, after one to warm up.
     """
-    run = _Run(critic)
+    replaced = replaceable(critic)
     with _restored(critic, x), torch.enable_grad():
         before = Counter(FELL_THROUGH)
-        run.penalty(x, args, kwargs)  # allocates memory and chooses kernels
-        run = _Run(critic)
-        run.penalty(x, args, kwargs)
-        fell_through = Counter({key: (n - before[key]) // 2 for key, n in FELL_THROUGH.items() if n > before[key]})
-    return run.result(fell_through)
+        _Run(critic).penalty(x, args, kwargs)  # allocates memory and chooses kernels
+        fell_through = Counter({key: n - before[key] for key, n in FELL_THROUGH.items() if n > before[key]})
+        runs: list[_Run] = []
+        end = time.perf_counter() + _SECONDS
+        while len(runs) < _FEWEST_RUNS or (len(runs) < _MOST_RUNS and time.perf_counter() < end):
+            runs.append(_Run(critic))
+            runs[-1].penalty(x, args, kwargs)
+    return _median(runs, {id(module) for module, _ in replaced}, fell_through, Counter(name for _, name in replaced))
+
+
+def _median(
+    runs: list[_Run], convertible: set[int], fell_through: Counter[tuple[str, str]], replaced: Counter[str]
+) -> PenaltyReport:
+    """One report of several runs."""
+    seconds, wasted = (statistics.median(run.total(t) for run in runs) for t in ("seconds", "wasted"))
+    modules = {name: module for module, name in runs[-1].names.items()}
+    for name, layer in runs[-1].layers.items():
+        layer.convertible = id(modules[name]) in convertible
+        layer.seconds, layer.wasted = (
+            statistics.median(getattr(run.layers[name], t) for run in runs if name in run.layers)
+            for t in ("seconds", "wasted")
+        )
+    return PenaltyReport(list(runs[-1].layers.values()), fell_through, seconds, wasted, replaced, len(runs))
 
 
 @contextmanager
@@ -187,9 +232,8 @@ class _Run:
         self.behind_x: set[Any] = set()  # nodes of the forward graph that lead to x, and not to weights alone
         self.second_order = False
 
-    def result(self, fell_through: Counter[tuple[str, str]]) -> PenaltyReport:
-        layers = list(self.layers.values())
-        return PenaltyReport(layers, fell_through, *(sum(getattr(a, t) for a in layers) for t in ("seconds", "wasted")))
+    def total(self, time: str) -> float:
+        return float(sum(getattr(layer, time) for layer in self.layers.values()))
 
     def penalty(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = x.detach().requires_grad_()

@@ -264,13 +264,10 @@ def norms_of(model: nn.Module) -> list[tuple[Any, Any]]:
     return found
 
 
-def change_hooks(module: nn.Module, classes: dict[Any, Any]) -> int:
-    """Give spectral norm's hooks of a module another class; how many had one of these."""
+def hooks_of(module: nn.Module, classes: dict[Any, Any]) -> list[Any]:
+    """Spectral norm's hooks of a module that are of one of these classes."""
     hooks: Iterable[Any] = module._forward_pre_hooks.values()
-    changed = [hook for hook in hooks if type(hook) in classes]
-    for hook in changed:
-        hook.__class__ = classes[type(hook)]
-    return len(changed)
+    return [hook for hook in hooks if type(hook) in classes]
 
 
 def compute_ahead(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from fastgan.ops.autograd import computes_in, needs_gradient, non_leaf
 from fastgan.ops.dispatch.backend import Implementation, size_class
 from fastgan.ops.dispatch.kernel_registry import kernel_implementations
 from fastgan.ops.dispatch.torch_private import in_forward_mode
+from fastgan.utils.system import cpu_flags
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
@@ -52,11 +53,15 @@ class Dispatch(NamedTuple):
 _CPP = kernel_implementations("conv2d")["cpp"]
 
 
-def _not_plain(inputs: Sequence[Tensor | None], geometry: Geometry | None) -> str | None:
-    """Why a call is not one in float32 with stride 1, dilation 1 and one group, which the C++ kernels compute."""
+def _not_plain(inputs: Sequence[Tensor | None], geometry: Geometry | None, *others: torch.dtype) -> str | None:
+    """Why a call is not one in float32 with stride 1, dilation 1 and one group, which the C++ kernels compute.
+
+    `others`: further dtypes that the kernel supports.
+    """
     for t in inputs:
-        if t is not None and t.dtype != torch.float32:
-            return f"it supports float32, not {str(t.dtype).removeprefix('torch.')}"
+        if t is not None and computes_in(t) not in (torch.float32, *others):
+            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in (torch.float32, *others))
+            return f"it supports {names}, not {str(computes_in(t)).removeprefix('torch.')}"
     if geometry is not None and (geometry.stride, geometry.dilation, geometry.groups) != ((1, 1), (1, 1), 1):
         return "it supports stride 1, dilation 1 and one group"
     return None
@@ -92,7 +97,7 @@ def _slow_anywhere() -> str | None:
     """Why the C++ kernels are not the default now, whatever the shapes are."""
     if in_forward_mode():
         return "in forward mode PyTorch propagates zeros without computing them"
-    return None if _instructions() == "avx512" else "without AVX-512 oneDNN's kernels are the default"
+    return None if _instructions().startswith("avx512") else "without AVX-512 oneDNN's kernels are the default"
 
 
 @cache
@@ -120,7 +125,7 @@ CPP = Implementation(
 
 
 def _winograd_unsupported_reason(*inputs: Tensor | None, geometry: Geometry | None = None, **_: object) -> str | None:
-    if reason := _not_plain(inputs, geometry):
+    if reason := _not_plain(inputs, geometry, torch.bfloat16):
         return reason
     if len(inputs) > 1:
         x, w = inputs[:2]
@@ -131,11 +136,14 @@ def _winograd_unsupported_reason(*inputs: Tensor | None, geometry: Geometry | No
             rows, columns = geometry.padding
             if rows != columns or rows > 2 or min(x.shape[2:]) + 2 * rows < 3:
                 return "it supports the same padding of 0 to 2 in both directions, and images that the kernel fits into"
-    return _CPP.unsupported_reason(*inputs) or _register_fakes()
+    if reason := _CPP.unsupported_reason(*inputs) or _register_fakes():
+        return reason
+    bf16 = bool(inputs) and inputs[0] is not None and computes_in(inputs[0]) == torch.bfloat16
+    return "bfloat16 needs a CPU with avx512_bf16" if bf16 and _instructions() != "avx512_bf16" else None
 
 
 def winograd_not_preferred_reason(
-    *inputs: Tensor | None, least: int = 2**11, most: int = 2**15, **_: object
+    *inputs: Tensor | None, least: int = 2**10, most: int = 2**15, **_: object
 ) -> str | None:
     """The shipped table: crossovers on one core with AVX-512 (`benchmarks/ops/bench_conv.py`).
 
@@ -150,6 +158,8 @@ def winograd_not_preferred_reason(
     assert x is not None and w is not None
     if reason := _slow_anywhere():
         return reason
+    if computes_in(x) == torch.bfloat16 and "amx_bf16" in cpu_flags():
+        return "oneDNN's kernels have AMX"
     if not is_channels_last(x):
         return "it works in channels_last"
     if min(w.shape[:2]) < 32 or w.shape[0] * w.shape[1] > most or x.shape[0] * x.shape[2] * x.shape[3] < least:
@@ -304,7 +314,7 @@ class _Conv(Function):
             own = (
                 dispatch.cpp_input_gradient or dispatch.winograd,
                 dispatch.winograd,
-                dispatch.geometry.transposed or gy.dtype == torch.float32,
+                dispatch.winograd or dispatch.geometry.transposed or gy.dtype == torch.float32,
             )
             ours = (
                 input_gradient(gy, w, x, dispatch) if need[0] and own[0] else None,

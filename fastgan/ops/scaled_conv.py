@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.arguments import SMALL_NUMEL, is_channels_last, is_plain_tensor, require_number
-from fastgan.ops.autograd import autocast_enabled, computes_in, without_autocast
+from fastgan.ops.autograd import autocast, autocast_enabled, computes_in, without_autocast
 from fastgan.ops.avg_pool2d import avg_pool2d, halve, interpolate_nearest
 from fastgan.ops.bias_act import bias_act, require_bias_and_act
 from fastgan.ops.conv import CONV2D, conv2d, conv_transpose2d, require_conv_arguments
@@ -181,8 +181,6 @@ def _classify(x: Tensor, w: Tensor, *_: Tensor | None, act: int = 0, **options: 
 
 
 def _winograd_unsupported_reason(*inputs: Tensor | None, **_: object) -> str | None:
-    if inputs and inputs[0] is not None and computes_in(inputs[0]) != torch.float32:
-        return "it supports float32"
     if in_forward_mode():
         return "it has no forward mode"
     return WINOGRAD.unsupported_reason(*inputs)
@@ -263,6 +261,7 @@ def _run(
     if name == "winograd":
         require_conv_arguments(x, w, bias, 1, transposed=False)
         scale = 1 if direction == "up" else -1
+        x, w, bias = autocast(x, w, bias)
         return convolution(x, w, bias, Dispatch(_SAME_SIZE.geometry, winograd=True, scale=scale))
     last = is_channels_last(x)
     if direction == "up":

@@ -49,8 +49,9 @@ def resolve(path: str | Path, flag: str = "RUN") -> Path:
         return FOLDER / f"{name}{SUFFIX}"
     if os.path.lexists(path):
         return Path(path)
-    own = f", or a name of {', '.join(names())}" if names() else ""
-    raise ArgumentError(flag, str(path), f"must be a run with a checkpoint or an exported file{own}; there is no path")
+    own = f", or {' or '.join(names())}" if names() else ""
+    problem = f"must be a run with a checkpoint or an exported file{own}; there is no such file or folder"
+    raise ArgumentError(flag, str(path), problem)
 
 
 def hint(error: ArgumentError) -> ArgumentError:

@@ -32,7 +32,7 @@ from fastgan.errors import ArgumentError
 from fastgan.training import precision
 from fastgan.training.distributed.process_group import ProcessGroup
 from fastgan.training.stage_costs import stage_costs
-from fastgan.training.step_measurement import free_bytes
+from fastgan.training.step_measurement import busy, free_bytes
 from fastgan.utils.text import readable_duration
 
 _WORTH_MEASURING = 20.0
@@ -119,7 +119,7 @@ def _auto(config: Config, resolved: Config, variant: str, wish: Wish, world: Pro
     while costs and decision.width not in costs:  # a wider one was estimated: measure it, and decide again
         _measure(costs, decision.width, variant, pictures, machine, wish, resolved, source, world)
         decision = choose(pictures, machine, wish, costs)
-    return _outcome(decision, config, costs.get(decision.width, {}))
+    return _outcome(decision, config, costs.get(decision.width, {}), world)
 
 
 def _measure(
@@ -147,7 +147,13 @@ def _measure(
         raise ArgumentError("--preset", "auto", f"nothing could be measured: {error}") from None
 
 
-def _outcome(decision: Decision, config: Config, costs: Mapping[int, StageCost]) -> Outcome:
+def _busy(costs: Mapping[int, StageCost], world: ProcessGroup) -> list[str]:
+    """The line about other programs, where there is one."""
+    line = busy([cost.scatter for cost in costs.values()], world.device) if costs else None
+    return [] if line is None else [line]
+
+
+def _outcome(decision: Decision, config: Config, costs: Mapping[int, StageCost], world: ProcessGroup) -> Outcome:
     """The decision over the parts of `config` that it leaves alone: the run, the machine and the data."""
     chosen = decision.config
     data = {name: getattr(chosen.data, name) for name in ("channels", "mirror", "augment")}
@@ -155,7 +161,8 @@ def _outcome(decision: Decision, config: Config, costs: Mapping[int, StageCost])
         chosen.networks, chosen.objective, chosen.optimizer, chosen.schedule, config.data, config.run, config.system
     )
     seconds = {resolution: cost.seconds for resolution, cost in costs.items()}
-    return Outcome(decision.variant, replace(final, data=data), [f"auto: {line}" for line in decision.reasons], seconds)
+    lines = [*(f"auto: {line}" for line in decision.reasons), *_busy(costs, world)]
+    return Outcome(decision.variant, replace(final, data=data), lines, seconds)
 
 
 def _hours(config: Config, resolved: Config, variant: str, wish: Wish, world: ProcessGroup) -> Outcome:
@@ -173,7 +180,7 @@ def _hours(config: Config, resolved: Config, variant: str, wish: Wish, world: Pr
     lines = [f"hours: {kimg:g} kimg to {resolution} px take {time}, by steps measured here"]
     if kimg < NEEDED_KIMG[resolution]:
         lines.append(f"warning: {resolution} px needs about {NEEDED_KIMG[resolution]} kimg: images stay rough")
-    return Outcome(variant, config, lines, {r: cost.seconds for r, cost in costs.items()})
+    return Outcome(variant, config, [*lines, *_busy(costs, world)], {r: cost.seconds for r, cost in costs.items()})
 
 
 def _all_resolutions(config: Config) -> list[int]:

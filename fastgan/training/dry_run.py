@@ -8,7 +8,6 @@ from fastgan.config import Config
 from fastgan.config.growth import short_run_warning, stages_of
 from fastgan.config.images import source_arguments
 from fastgan.data import Source, open_source
-from fastgan.errors import printable
 from fastgan.planning.forecast import StageBatch, stage_batches
 from fastgan.planning.memory import Footprint
 from fastgan.training.footprint import footprint
@@ -60,7 +59,7 @@ def _settings(variant: str, preset: str, config: Config, source: Source, ranks: 
     decay += "".join(f", times {factor:g} from {at} px on" for at, factor in sorted(o.lr_factor_at.items()))
     drift = f", drift {objective.drift:g}" if objective.drift else ""
     return [
-        *map(printable, source.notes),
+        *source.remarks(),
         f"{variant}, {preset} preset: {s.kimg:g} kimg of {source.name} ({len(source):,} images) to {s.resolution} px",
         f"objective: {objective.loss}, regularizer {objective.regularizer}{drift}",
         f"optimizer: {o.optimizer}, lr {o.lr_g:g} (G) {o.lr_d:g} (D){decay}, {o.n_critic} D steps for each G step, "

@@ -16,7 +16,7 @@ from fastgan.config.growth import stages_of
 from fastgan.config.images import source_arguments
 from fastgan.data.preparation.verification import spot_check
 from fastgan.data.prepared import PreparedSource
-from fastgan.errors import ArgumentError, printable
+from fastgan.errors import ArgumentError
 from fastgan.training import run_directory
 from fastgan.training.checkpoints.resume import accumulation_for
 from fastgan.training.distributed.process_group import ProcessGroup
@@ -110,13 +110,9 @@ def open_images(config: Config, world: ProcessGroup) -> data.Source:
     if source is None:
         assert fault is not None
         raise fault
-    if world.main and source.skipped:
-        for file, reason in source.skipped[:10]:
-            print(printable(f"skipped {file}: {reason}"), file=sys.stderr)
-        print(f"skipped {len(source.skipped)} files or folders; {len(source)} images remain", file=sys.stderr)
     if world.main:
-        for note in source.notes:
-            print(printable(note), file=sys.stderr)
+        for line in source.remarks():
+            print(line, file=sys.stderr)
     if config.networks.conditional and source.num_classes == 0:
         raise ArgumentError("--conditional", True, f"{config.data.data} has no labels: remove it")
     return source

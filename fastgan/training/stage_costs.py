@@ -45,7 +45,7 @@ def stage_costs(
         batch = batch_at(config.schedule, resolution)
         ranks = active_ranks(batch, world.size, config.schedule.accumulation) or world.size
         micro = max(batch // (ranks * config.schedule.accumulation), 1)
-        seconds, nbytes, fits = None, 0.0, True
+        seconds, nbytes, fits, scatter = None, 0.0, True, 0.0
         if before is not None:
             seconds = _SCALE * before[2] * micro / before[1]
         if resolution >= _LARGE or (seconds is not None and seconds > _SLOWEST):
@@ -58,13 +58,13 @@ def stage_costs(
         if measured:
             try:
                 timing = bench.time(resolution, micro, False)
-                seconds = n_critic * timing.d.seconds + timing.g.seconds
+                seconds, scatter = n_critic * timing.d.seconds + timing.g.seconds, bench.scatters[-1]
             except MemoryError:
                 measured = False
         if seconds is None:
             raise MemoryError(f"{micro} images of {resolution} px need {nbytes / 2**30:.1f} GiB")
         before = (resolution, micro, seconds)
-        costs[resolution] = StageCost(seconds / (n_critic * micro * ranks), nbytes / micro, measured)
+        costs[resolution] = StageCost(seconds / (n_critic * micro * ranks), nbytes / micro, measured, scatter)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return costs

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,12 +22,14 @@ from fastgan.training.observability.meters import Meters
 from fastgan.training.observability.stragglers import StragglerDetector
 from fastgan.training.stage import ActiveStage
 from fastgan.utils.buckets import pack
+from fastgan.utils.system import cpu_count
 from fastgan.utils.timers import Marks
 
 # Gradients are recorded in groups of this many bytes: far smaller than a bucket, and few.
 _GROUP_BYTES = 2**20
 _MAX_STEPS = 50
 _CLASSES = 10  # of conditional networks
+_MUCH = 0.25  # scatter that is reported
 
 
 def free_bytes(device: torch.device) -> float:
@@ -38,6 +40,33 @@ def free_bytes(device: torch.device) -> float:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError):
         return float("inf")
+
+
+def scatter_of(seconds: list[float]) -> float:
+    """Distance of the quartiles over the median: 0.1 where half of the times are within about 5% of it."""
+    if len(seconds) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def busy(scatters: Iterable[float], device: torch.device) -> str | None:
+    """One line where other programs have disturbed measurements, or take cores that a run wants; else None.
+
+    Args:
+        scatters: `scatter_of` the steps of each measurement.
+        device: where they ran.
+    """
+    scatter, cores = max(scatters, default=0.0), cpu_count()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    # The load of the last minute has some tenths of this process; from one whole core on it is of others.
+    crowded = device.type == "cpu" and load + torch.get_num_threads() > cores + 1
+    if scatter <= _MUCH and not crowded:
+        return None
+    return (
+        f"warning: this machine is busy, so times may be far off: measured steps scatter by {scatter:.0%}, the load is "
+        f"{load:.1f} on {cores} cores; plan again when less runs, or with fewer --threads"
+    )
 
 
 @contextlib.contextmanager
@@ -96,12 +125,16 @@ class Bench:
         device: where the steps run.
         channels: of the images.
         seconds: approximate duration of each measurement. One step before it is not counted; at least one is.
+
+    Attributes:
+        scatters: `scatter_of` the steps of each measurement so far.
     """
 
     def __init__(self, config: Config, device: torch.device, channels: int, seconds: float) -> None:
         self._config = replace(config, schedule={"accumulation": 1})
         self._world = ProcessGroup(0, 1, device, "torch", "measuring")
         self._channels, self.seconds = channels, seconds
+        self.scatters: list[float] = []
 
     def time(self, resolution: int, micro: int, fading: bool) -> Timing:
         """Median times of a step on `micro` images at `resolution`.
@@ -128,6 +161,7 @@ class Bench:
         spans: list[tuple[float, ...]] = []
         while not spans or (sum(d + g for d, g, *_ in spans) < self.seconds and len(spans) < _MAX_STEPS):
             spans.append(self._step(stage, batch))
+        self.scatters.append(scatter_of([d + g for d, g, *_ in spans]))
         d, g, lead_d, lead_g = (statistics.median(span) for span in zip(*spans, strict=True))
         gradients_d, gradients_g = self._gradients(stage, batch)
         return Timing(resolution, micro, fading, UpdateTime(d, gradients_d, lead_d), UpdateTime(g, gradients_g, lead_g))

@@ -15,6 +15,7 @@ from fastgan.config.growth import stage_at, stages_of
 from fastgan.data import Source
 from fastgan.generator import sample_images
 from fastgan.ops import qualification
+from fastgan.ops.qualification import wording
 from fastgan.planning.time_left import TimeLeft
 from fastgan.training import precision, torch_settings
 from fastgan.training.best import BestCheckpoint
@@ -203,7 +204,7 @@ class Trainer:
                 self.feed.pipeline.close()
                 self.stage.close()
             how = f"stopped by {signal.Signals(stopped).name}" if stopped else "done"
-            LOGGER.info("%s", qualification.summary(self.world.device))
+            LOGGER.info("%s", wording.of_process(self.world.device))
             LOGGER.info("%s at %g kimg", how, self.images / 1000)
             return stopped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from fastgan import checkpoint
 from fastgan.cli import main, train
+from fastgan.config.auto import StageCost
 from fastgan.training import auto
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +84,24 @@ def test_dry_run_has_times(photos: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert re.search(r"^auto: 16 px, [\d.e+]+ kimg in [\d.]+ (min|h|s): as requested$", text, re.M)
     assert re.search(r"^ +16 .* GiB +[\d.]+ (s|min|h)$", text, re.M)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("preset", "scatter", "said"), [("auto", 0.4, "steps scatter by 40%"), ("digits", 0.2, "")])
+def test_a_plan_that_other_programs_disturbed_says_so(
+    preset: str,
+    scatter: float,
+    said: str,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 9.0, 9.0))
+    measured = {8: StageCost(0.001, scatter=scatter), 4: StageCost(0.0001)}
+    monkeypatch.setattr(auto, "stage_costs", lambda *given: {r: measured[r] for r in given[-1]})
+    argv = ["--data", f"folder:{photos}", "--preset", preset, "--variant", "pggan", "--hours", "1", *SMALL]
+    assert train.main([*argv, "--resolution", "8", "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: this machine is busy")]
+    assert len(lines) == bool(said) and all(said in line for line in lines)
 
 
 @pytest.mark.slow

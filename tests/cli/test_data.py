@@ -217,6 +217,16 @@ def test_show(prepared: Path, tmp_path: Path, output: Out, monkeypatch: pytest.M
     np.testing.assert_array_equal(shown, area_average(source.read(first, 16), 8)[0])
 
 
+def test_show_names_the_first_files_that_are_no_images(tmp_path: Path, output: Out) -> None:
+    save(tmp_path / "photos" / "image.png", np.zeros((8, 8, 3), np.uint8))
+    for i in range(12):
+        (tmp_path / "photos" / f"note\n{i:02}.txt").write_text("no image")
+    assert main(["data", "show", str(tmp_path / "photos"), "--out", str(tmp_path / "x.png")]) == 0
+    told = [line for line in output()[1].splitlines() if line.startswith("skipped ")]
+    assert len(told) == 11 and told[9].startswith("skipped note\\x0a09.txt: ")
+    assert told[10] == "skipped 12 files or folders; 1 images remain"
+
+
 def test_show_draws_a_fair_sheet_of_any_data(tmp_path: Path, output: Out, monkeypatch: pytest.MonkeyPatch) -> None:
     """Classes in the order of folders would fill a sheet with the first one."""
     monkeypatch.chdir(tmp_path)

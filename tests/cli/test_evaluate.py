@@ -213,9 +213,7 @@ def test_invalid_arguments(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     refused(capsys, [name, "--data", "stacked-digits"], "--data 'stacked-digits': the run's images have 1 channel (")
     refused(capsys, [name, "--data", "imagenet"], "--data ", "'imagenet'")
     refused(capsys, [name, "--data", "synthetic", "--features", "digits", "--metrics", "modes"], "modes are known")
-    refused(
-        capsys, [str(tmp_path / "nothing")], "RUN must be a run with a checkpoint or an exported file, or a name of"
-    )
+    refused(capsys, [str(tmp_path / "nothing")], "RUN must be a run with a checkpoint or an exported file, or ")
     refused(capsys, [str(tmp_path)], "RUN must be a run directory, a checkpoint in one, or an exported file, got")
     if not torch.cuda.is_available():
         refused(capsys, [name, "--device", "cuda"], "--device must be cpu, got 'cuda'; torch sees no GPU here")

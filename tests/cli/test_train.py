@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from fastgan.config import Config
 from fastgan.config.files import write_yaml
 from fastgan.config.variants import VARIANTS
 from fastgan.data import open_source
+from fastgan.data.loading import dali
 from fastgan.errors import ArgumentError
 from fastgan.training import evaluator, run_directory
 from fastgan.training.distributed.torch_engine import TorchEngine
@@ -162,10 +164,16 @@ def test_files_that_are_no_images_are_named_and_counted(
 ) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG not really")
     out = tmp_path / "run"
-    assert train.main(["--variant", "dcgan", "--data", f"folder:{folder}", *TINY, "--out", str(out)]) == 0
-    error = capsys.readouterr().err
-    assert "skipped broken.png" in error and "skipped 1 file" in error and "12 images remain" in error
-    assert fastgan.load(out).sample(2).shape == (2, 3, 8, 8)
+    argv = ["--variant", "dcgan", "--data", f"folder:{folder}", *TINY, "--resolution", "16", "--out", str(out)]
+    assert train.main([*argv, "--dry-run"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
+    assert told[0].startswith("skipped broken.png: ") and told[1:] == ["skipped 1 file or folder; 12 images remain"]
+    assert train.main(argv) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")] == told
+    evaluated = ["evaluate", str(out), "--data", f"folder:{folder}", "--n", "4", "--metrics", "msssim"]
+    assert main.main(evaluated) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")] == told
+    assert fastgan.load(out).sample(2).shape == (2, 3, 16, 16)
 
 
 def test_unknown_key_and_schema_in_a_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -467,7 +475,7 @@ def test_what_a_run_leaves(run: Path) -> None:
     assert rows[-1]["images"] == 64 and {"loss_g", "loss_d", "images_per_second"} <= rows[-1].keys()
     assert list((run / "tensorboard").glob("events*"))
     with Image.open(sorted((run / "samples").glob("*.png"))[-1]) as grid:
-        assert grid.size == (16, 16)
+        assert grid.size == (2 * 64, 2 * 64)
     assert checkpoint.existing(run)
 
 
@@ -486,7 +494,7 @@ def test_sample_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     out = tmp_path / "grid.png"
     assert sample.main([str(run), "--n", "9", "--out", str(out)]) == 0
     with Image.open(out) as grid:
-        assert grid.size == (24, 24) and len(grid.getcolors() or []) > 1
+        assert grid.size == (3 * 64, 3 * 64) and len(grid.getcolors() or []) > 1
     assert sample.main([str(run), "--n", "16", "--interpolate", "--out", str(out)]) == 0
     for argv, word in (
         ([str(tmp_path)], "RUN"),
@@ -570,13 +578,32 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         "scaled_dot_product_attention",
     ):
         assert word in text
+    assert "  cpu: implementations: all by the shipped table (FASTGAN_QUALIFY=0)" in text.splitlines()
+
+
+def test_doctor_names_what_is_missing_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("gradio", "timm") else "1.0")
+    monkeypatch.setattr(doctor, "_torchvision_error", lambda: None)
+    monkeypatch.setattr(dali, "missing", lambda: "it is not installed")
+    assert doctor.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("missing")
+    assert [line for line in lines if re.search(r"\b(gradio|timm)\b", line)] == [
+        "  timm (evaluate: --features dinov2): pip install 'fastgan[eval]'",
+        "  gradio (explore): pip install 'fastgan[explore]'",
+    ]
+    assert [i > at for i, line in enumerate(lines) if "it is not installed" in line] == [True]
 
 
 def test_fastgan_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
     assert main.main(["trian"]) == 2
-    assert "trian" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("got 'trian'; did you mean train?\n")
+    with pytest.raises(SystemExit):
+        main.main(["sample"])
+    told = capsys.readouterr().err
+    assert "RUN" in told and "STR" not in told
     assert main.main(["train", "--variant", "x"]) == 2
 
 

@@ -153,11 +153,11 @@ def test_batches_of_rgba(tmp_path: Path) -> None:
 def test_a_sheet_of_rgba_is_a_transparent_png(tmp_path: Path) -> None:
     sticker(tmp_path / "in" / "a.png")
     pixels = open_source(str(tmp_path / "in"), 16, 4).read(0, 16)[None]
-    save_sheet(pixels, tmp_path / "sheet.png", size=32)
+    save_sheet(pixels, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as image:
-        assert image.mode == "RGBA" and image.size == (32, 32)
+        assert image.mode == "RGBA" and image.size == (64, 64)
         assert image.getpixel((0, 0)) == (0, 0, 0, 0)
-        assert image.getpixel((16, 16)) == RED
+        assert image.getpixel((32, 32)) == RED
         edge = np.asarray(image)[np.asarray(image)[..., 3] > 0]
         assert (edge[:, 0] == 255).all()  # divided by alpha, the edge is as red as the disc
 
@@ -168,13 +168,25 @@ def test_straight_alpha_of_what_a_generator_may_make() -> None:
     assert straight_alpha(pixels)[:, :, 0].T.tolist() == [[255, 255, 0, 100], [128, 0, 0, 100], [0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("side", "size", "shown"), [(4, None, 64), (16, None, 64), (28, None, 84), (64, None, 64), (8, 128, 128)]
+)
+def test_small_images_are_enlarged_by_whole_factors(tmp_path: Path, side: int, size: int | None, shown: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, side, side), np.uint8)
+    save_sheet(pixels, tmp_path / "sheet.png", size=size)
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size == (2 * shown, 2 * shown)
+        first = np.asarray(image)[:shown, :shown]
+    assert np.array_equal(first, pixels[0, 0].repeat(shown // side, 0).repeat(shown // side, 1))
+
+
 def test_sheet_with_labels(tmp_path: Path) -> None:
     pixels = np.zeros((3, 3, 8, 8), np.uint8)
     labels = ["a", "line\nfeed and much more text than fits", ""]
-    save_sheet(pixels, tmp_path / "a.png", size=48, columns=2, labels=labels)
+    save_sheet(pixels, tmp_path / "a.png", columns=2, labels=labels)
     with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (96, 2 * (48 + 14))
-        strip = np.asarray(image)[48:62]
-        assert (strip[:, :48] < 128).any() and (strip[:, 48:] < 128).any()
-        assert (np.asarray(image)[-14:, :48] == 255).all()
+        assert image.size == (128, 2 * (64 + 14))
+        strip = np.asarray(image)[64:78]
+        assert (strip[:, :64] < 128).any() and (strip[:, 64:] < 128).any()
+        assert (np.asarray(image)[-14:, :64] == 255).all()
     assert sheet(pixels, columns=2).shape == (16, 16, 3)

@@ -118,7 +118,7 @@ def test_opcheck() -> None:
 def test_the_default_follows_channels_and_layout() -> None:
     few, many, w = torch.zeros(2, 16, 8, 8), torch.zeros(2, 64, 8, 8), torch.zeros(32, 16, 3, 3)
     need(few, w)
-    if torch.ops.fastgan.cpu_instructions() != "avx512":
+    if not torch.ops.fastgan.cpu_instructions().startswith("avx512"):
         pytest.skip("the crossovers were measured with AVX-512")
     assert next(iter(ops.backends("conv2d", few, w))) == "cpp"
     assert next(iter(ops.backends("conv2d", many, torch.zeros(64, 64, 3, 3)))) == "lean"

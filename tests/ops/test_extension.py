@@ -109,9 +109,12 @@ def test_loaded_library_uses_the_instruction_set_of_torch() -> None:
 
 def test_instruction_set_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension.platform, "machine", lambda: "x86_64")
-    for capability, level in {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "baseline", "NO AVX": "baseline"}.items():
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda it=capability: it)
-        assert extension.level() == level
+    for flags, avx512 in ({"avx512f"}, "avx512"), ({"avx512f", "avx512_bf16"}, "avx512_bf16"):
+        monkeypatch.setattr("fastgan.utils.system.cpu_flags", lambda it=flags: frozenset(it))
+        levels = {"AVX512": avx512, "AVX2": "avx2", "DEFAULT": "baseline", "NO AVX": "baseline"}
+        for capability, level in levels.items():
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda it=capability: it)
+            assert extension.level() == level
     monkeypatch.setattr(extension.platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
     assert (extension.level(), extension.instructions()) == ("baseline", ["baseline"])
@@ -315,7 +318,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 @pytest.mark.parametrize("level", RUNNABLE)
 def test_worked_example(example: Callable[[str], Any], level: str) -> None:
     op = example(level)
-    assert op.vector_width() == {"baseline": 4, "avx2": 8, "avx512": 16}[level]
+    assert op.vector_width() == {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}[level]
     generator = torch.Generator().manual_seed(0)
     for (rows, columns), dtype in itertools.product(
         [(1, 1), (3, 63), (64, 1025), (0, 5), (5, 0)], [torch.float32, torch.bfloat16]

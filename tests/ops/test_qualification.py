@@ -20,12 +20,14 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from fastgan import ops
+from fastgan import models, ops
+from fastgan.generator import TrainedGenerator
 from fastgan.ops import attention_chunked, qualification
 from fastgan.ops.dispatch import backend
 from fastgan.ops.dispatch.backend import OPS, CallClass
 from fastgan.ops.qualification import measurement
 from fastgan.ops.qualification.cases import MEASURED_OPS
+from fastgan.ops.qualification.drawing import drawing
 from fastgan.ops.qualification.measurement import Measurement, measure
 
 ROOT = Path(ops.__file__).parents[2]
@@ -43,7 +45,7 @@ def test_first_call_of_a_class_measures_and_later_processes_read(calls: list[str
     ops.pixel_norm(torch.randn(2, 3, 5, 5))  # the same class
     assert calls == ["pixel_norm"]
     first, why = next(iter(ops.backends("pixel_norm", x).items()))
-    assert why.endswith("; chosen here by measurement")
+    assert why.endswith("; by measurement")
     found = entry(folder)
     assert found["order"][0] == first and found["shape"] == [2, 3, 4, 4]
     times = [it["device_us"] for it in found["forms"].values()]
@@ -319,6 +321,45 @@ def test_nothing_is_measured_inside(place: str, calls: list[str]) -> None:
     torch.testing.assert_close(y, ops.pixel_norm(x, backend="torch"))
 
 
+def test_drawing_measures_nothing_and_leaves_the_class_to_what_trains(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of a seed do not depend on what was measured: here that a form is the fastest which is not shipped."""
+    with_times(monkeypatch, cpp=100.0, native=100.0, lean=100.0, torch=1.0)
+    networks = {"model": "pggan", "resolution": 8, "channels": 3, "latent": 8, "num_classes": 0}
+    module = models.build_one(False, **networks, fmap_base=32, fmap_max=8).eval().requires_grad_(False)
+    generator = TrainedGenerator(module, {"networks": networks})
+    x = torch.randn(4, 8, 8, 8)
+    shipped = OPS["pixel_norm"].shipped(x)
+    before = generator.sample(4)
+    with drawing(CPU):
+        assert OPS["pixel_norm"].choose(None, x) == shipped != "torch"
+        with ops.use_backend("torch"):
+            assert OPS["pixel_norm"].choose(None, x) == "torch"
+    with ops.use_backend("torch"), drawing(CPU):
+        assert OPS["pixel_norm"].choose(None, x) == "torch"
+    assert calls == [] and qualification.pending() == 0
+    assert OPS["pixel_norm"].choose(None, x) == "torch" and set(calls) == {"pixel_norm"}
+    generator.module(torch.randn(4, 8), None)
+    assert len(set(calls)) > 1  # what trains measures the classes that were drawn before
+    assert torch.equal(generator.sample(4), before)
+    with drawing(CPU):
+        assert OPS["pixel_norm"].choose(None, x) == shipped
+        assert next(iter(ops.backends("pixel_norm", x).values())).endswith("by the shipped table")
+
+
+def test_what_was_wrong_here_is_not_drawn_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_times(monkeypatch)
+    x = torch.randn(2, 3, 4, 4)
+    shipped = OPS["pixel_norm"].shipped(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(measurement, "_compare", lambda *given: Measurement(wrong="so" if given[-1] == shipped else None))
+        ops.pixel_norm(x)
+    anew()
+    with drawing(CPU):
+        assert OPS["pixel_norm"].choose(None, x) != shipped
+
+
 def test_class_that_was_met_inside_keeps_the_shipped_choice_until_it_is_qualified(calls: list[str]) -> None:
     x = torch.randn(2, 3, 4, 4)
     make_fx(lambda x: ops.pixel_norm(x))(x)
@@ -327,7 +368,7 @@ def test_class_that_was_met_inside_keeps_the_shipped_choice_until_it_is_qualifie
     assert next(iter(ops.backends("pixel_norm", x).values())).endswith("by the shipped table")
     assert qualification.qualify_pending() == 1
     assert calls == ["pixel_norm"] and qualification.pending() == 0
-    assert next(iter(ops.backends("pixel_norm", x).values())).endswith("chosen here by measurement")
+    assert next(iter(ops.backends("pixel_norm", x).values())).endswith("by measurement")
 
 
 def test_trace_has_the_choice_that_is_in_force(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,12 @@ def test_a_wheel_with_kernels_works_where_it_is_installed(
     assert re.fullmatch(rf"fastgan-{re.escape(fastgan.__version__)}-py3-none-(?!any)\w+\.whl", wheel.name), wheel.name
     libraries = [name for name in files_of(wheel) if name.endswith(".so")]
     if platform.machine() == "x86_64":
-        assert sorted(Path(name).name.split("-")[1] for name in libraries) == ["avx2", "avx512", "baseline"]
+        assert sorted(Path(name).name.split("-")[1] for name in libraries) == [
+            "avx2",
+            "avx512",
+            "avx512_bf16",
+            "baseline",
+        ]
     python = install(wheel)
     output = run(python, "-c", WORKS, folder=tmp_path, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path / "cache"))
     version, library = output.split()[-2:]

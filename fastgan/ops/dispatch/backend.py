@@ -38,8 +38,8 @@ from fastgan.ops.dispatch.torch_private import (
 # kernels are not installed; a transform cannot enter autograd Functions without a rule for it. All get plain PyTorch.
 from fastgan.utils.torch_modes import in_transform as in_transform
 
-# In place of an implementation in `_requested`: those of recordings, see `recorded_forms`.
-_RECORDED = "recorded"
+# In place of an implementation in `_requested`: see `recorded_forms` and `by_shipped_table`.
+_RECORDED, _SHIPPED = "recorded", "shipped"
 
 PREFERENCE = ("triton", "cuda", "winograd", "cpp", "chunked", "fused", "native", "lean", "torch")
 
@@ -220,7 +220,8 @@ class Op:
         if requested is None:
             if _open and is_recorded():
                 return self.recorded(*inputs, **options)
-            decision = None if _decide is None or forward_mode else self.decision(inputs, options)
+            fixed = _decide is None or forward_mode or (_open and _requests().get("*") == _SHIPPED)
+            decision = None if fixed else self.decision(inputs, options)
             if decision is None:
                 return self.shipped(*inputs, **options)
             for name, it in decision.candidates:
@@ -339,8 +340,8 @@ class Op:
 
         It measures nothing.
         """
-        decision = None
-        if self.classify is not None and inputs and is_measurable(inputs[0]) and _decide and not _deterministic():
+        decision, open_to_measurement = None, _decide and not _deterministic() and _requests().get("*") != _SHIPPED
+        if open_to_measurement and self.classify is not None and inputs and is_measurable(inputs[0]):
             decision = self.decisions.get(self.classify(*inputs) or ())
         fixed = self.requested(None) is not None or is_recorded()
         if fixed or in_transform() or in_forward_mode():
@@ -349,7 +350,7 @@ class Op:
             chosen, by = self.shipped(*inputs), "by the shipped table"
         else:
             right = (name for name, it in decision.candidates if it.unsupported_reason(*inputs) is None)
-            chosen, by = next(right, "torch"), "chosen here by measurement"
+            chosen, by = next(right, "torch"), "by measurement"
         lines = {chosen: f"{self.implementations[chosen].note}; {by}"}
         for name, it in self.implementations.items():
             if name == chosen:
@@ -416,6 +417,16 @@ def recorded_forms() -> Iterator[None]:
     every process that has equal `forms_of_recordings`. What is requested by name inside the block has precedence.
     """
     with _request({"*": _RECORDED}):
+        yield
+
+
+@contextlib.contextmanager
+def by_shipped_table() -> Iterator[None]:
+    """Run ops in a `with` block by the shipped table, in this thread: nothing is measured, no measurement counts.
+
+    What is requested by name, around the block or inside it, has precedence.
+    """
+    with _request({"*": _SHIPPED, **_requested.get()}):
         yield
 
 

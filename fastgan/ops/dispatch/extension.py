@@ -32,13 +32,16 @@ from pathlib import Path
 
 LIBRARIES = {"cpu": ".cpp", "cuda": ".cu"}
 
-# ATen compiles its kernels with these flags and chooses among them when it runs; these libraries follow its choice.
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c")
+# ATen compiles its kernels with these flags and chooses among them when it runs; these libraries follow its choice. The
+# last is ours: with products of bfloat16, which ATen leaves to oneDNN.
 # A library is compiled as a whole for one instruction set: with several in one, the linker could keep the AVX-512 copy
 # of an inline function for all of them.
 INSTRUCTIONS: dict[str, list[str]] = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+    "avx512": [*_AVX512],
+    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
 }
 CUDA_ARCHITECTURES = (80, 90, 100)
 
@@ -303,12 +306,14 @@ def level() -> str:
     """The instruction set that torch uses here; the variable ATEN_CPU_CAPABILITY changes it."""
     import torch
 
-    capability = torch.backends.cpu.get_cpu_capability()
-    if len(instructions()) > 1:
-        for name in ("avx512", "avx2"):
-            if capability.lower().startswith(name):
-                return name
-    return "baseline"
+    from fastgan.utils.system import cpu_flags
+
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if len(instructions()) == 1 or not capability.startswith(("avx512", "avx2")):
+        return "baseline"
+    if capability.startswith("avx2"):
+        return "avx2"
+    return "avx512_bf16" if "avx512_bf16" in cpu_flags() else "avx512"
 
 
 def architectures() -> str:

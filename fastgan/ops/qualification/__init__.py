@@ -11,6 +11,7 @@ that is first met there gets what the cache has, else the shipped table's choice
 does not change, so that a run that is recorded can be repeated. `qualify_pending` measures what was put off.
 
     FASTGAN_QUALIFY=0      the shipped table, nothing is measured or read (tests run so)
+    drawing.drawing()      the same for code that draws images on a CPU
     torch.use_deterministic_algorithms(True)      the shipped table, while it is set
     record(), adopt()      what a training run stores, and how a resumed run gets the same again
     follow()      a process that works for another one decides as that does, and measures nothing
@@ -322,6 +323,13 @@ def _exclude_and_report(label: str, entry: Mapping[str, Any]) -> None:
         )
 
 
+def exclude_known(device: torch.device) -> None:
+    """Take what was found to be wrong on this machine from the shipped table, where that decides."""
+    if mode() in (None, _DETERMINISTIC):
+        with _lock:
+            _store(device)
+
+
 def known(device: torch.device) -> set[str]:
     """Labels of the classes that were measured on this machine, all their timings undisturbed."""
     return {label for label, entry in _store(device).classes.items() if "until" not in entry}
@@ -411,17 +419,6 @@ def record(device: torch.device) -> dict[str, Any]:
     return {"shipped": None, "machine": machine(device), "classes": classes}
 
 
-def summary(device: torch.device) -> str:
-    """One line: what ran in this process that the shipped table would not have chosen."""
-    off = mode()
-    if off is not None:
-        return f"implementations by the shipped table ({off})"
-    found = record(device)["classes"]
-    measured = [label for label, order in found.items() if order is not None]
-    rest = len(found) - len(measured)
-    return f"implementations: {len(measured)} classes of calls by measurement, {rest} by the shipped table"
-
-
 def conflict(records: Sequence[Mapping[str, Any]]) -> str | None:
     """One line about a class that ranks decide differently, as they may where hosts share no cache; else None.
 
@@ -450,8 +447,7 @@ def adopt(stored: Mapping[str, Any] | None, device: torch.device) -> str | None:
         One line about what differs; None where nothing does.
     """
     off = mode()
-    if off == _DETERMINISTIC:
-        _store(device)  # its rule is fixed, but for what was found to be wrong here
+    exclude_known(device)
     if not stored:
         return None
     here, there = machine(device), stored.get("machine", {})
@@ -487,8 +483,7 @@ def follow(stored: Mapping[str, Any], device: torch.device) -> None:
 
 def forms_of_recordings(device: torch.device) -> dict[str, list[str]]:
     """What decides, besides the call, which implementation runs under `backend.recorded_forms`: plain values, by op."""
-    if mode() in (None, _DETERMINISTIC):
-        _store(device)  # what was found to be wrong here
+    exclude_known(device)
     found = {}
     for op in OPS.values():
         names = [name for name in op.recordable() if op.implementations[name].device in (None, device.type)]

@@ -32,7 +32,7 @@ def save_grid(
     Args:
         images: [N, C, R, R] in [-1, 1].
         path: of the PNG.
-        size: enlarge each image to so many pixels by repetition, so that grids of a growing network are comparable.
+        size: an image is at least so large, px, so that grids of a growing network are comparable; see `save_sheet`.
         columns: of the grid; None: near-square.
         labels: a text below each image.
     """
