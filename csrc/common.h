@@ -1,9 +1,15 @@
-// Shared by the CPU and the CUDA library: indices of activations, and the memory layout of feature maps [N, C, ...].
+// Shared by the CPU and the CUDA library: their name, indices of activations, and the memory layout of feature maps
+// [N, C, ...].
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+
+#ifndef FASTGAN_LIBRARY
+#define FASTGAN_LIBRARY fastgan  // the functions are torch.ops.fastgan.*; tests have names of their own
+#endif
 
 namespace fastgan {
 

@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "features.h"
-#include "ops.h"
 
 namespace fastgan {
 
@@ -213,5 +212,8 @@ Tensor affine_grid_sample_backward(const Tensor& dy, const Tensor& theta, bool r
     return dx;
   });
 }
+
+FASTGAN_OP(affine_grid_sample_forward, "(Tensor x, Tensor theta, bool reflect) -> Tensor");
+FASTGAN_OP(affine_grid_sample_backward, "(Tensor dy, Tensor theta, bool reflect) -> Tensor");
 
 }  // namespace fastgan

@@ -4,7 +4,6 @@
 // A job is every `slices`-th panel of one head. Gradients of keys and values are summed over slices in a fixed order.
 // The number of slices depends on the shape alone, so results do not depend on the number of threads.
 #include "attention_panels.h"
-#include "ops.h"
 
 namespace fastgan {
 namespace {
@@ -316,5 +315,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_second_backward(
   });
   return {gq, gk, gv, gdo};
 }
+
+FASTGAN_OP(attention_forward,
+           "(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? mask=None) -> (Tensor, Tensor)");
+FASTGAN_OP(attention_backward,
+           "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, bool causal, Tensor? "
+           "mask=None)"
+           " -> (Tensor, Tensor, Tensor)");
+FASTGAN_OP(attention_second_backward,
+           "(Tensor? uq, Tensor? uk, Tensor? uv, Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float "
+           "scale, bool causal, Tensor? mask=None)"
+           " -> (Tensor, Tensor, Tensor, Tensor)");
 
 }  // namespace fastgan

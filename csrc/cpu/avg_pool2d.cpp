@@ -2,7 +2,6 @@
 // window. Limited by memory bandwidth; on contiguous planes ATen's forward takes 4 times as long, its nearest
 // upsampling 5 times.
 #include "features.h"
-#include "ops.h"
 
 namespace fastgan {
 
@@ -191,5 +190,8 @@ Tensor avg_pool2d_backward(const Tensor& dy, int64_t kernel_size, int64_t height
     return dx;
   });
 }
+
+FASTGAN_OP(avg_pool2d_forward, "(Tensor x, int kernel_size) -> Tensor");
+FASTGAN_OP(avg_pool2d_backward, "(Tensor dy, int kernel_size, int height, int width) -> Tensor");
 
 }  // namespace fastgan

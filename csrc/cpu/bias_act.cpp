@@ -1,7 +1,6 @@
 // bias_act on the CPU: act(x + bias) gain, forward and both backwards. The formulas are in fastgan/ops/bias_act.py.
 #include "act.h"
 #include "features.h"
-#include "ops.h"
 
 namespace fastgan {
 
@@ -171,5 +170,13 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_second_backward(const Tensor& u, con
     return {gdy, gx, gb.result(ref)};
   });
 }
+
+FASTGAN_OP(bias_act_forward, "(Tensor x, Tensor? bias, int act, float negative_slope, float gain) -> Tensor");
+FASTGAN_OP(bias_act_backward,
+           "(Tensor dy, Tensor? ref, Tensor? bias, int act, float negative_slope, float gain, bool want_bias)"
+           " -> (Tensor, Tensor)");
+FASTGAN_OP(bias_act_second_backward,
+           "(Tensor u, Tensor dy, Tensor ref, Tensor? bias, int act, float negative_slope, float gain, bool want_bias)"
+           " -> (Tensor, Tensor, Tensor)");
 
 }  // namespace fastgan

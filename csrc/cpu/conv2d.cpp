@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "features.h"
-#include "ops.h"
 #include "vector.h"
 
 namespace fastgan {
@@ -257,5 +256,8 @@ Tensor conv2d_input_gradient(const Tensor& gy, const Tensor& w, int64_t pad_h, i
   convolve(gy, packed_weight(w, true), start.data(), s, output<float>(gx));
   return gx;
 }
+
+FASTGAN_OP(conv2d_forward, "(Tensor x, Tensor w, Tensor? bias, int pad_h, int pad_w) -> Tensor");
+FASTGAN_OP(conv2d_input_gradient, "(Tensor gy, Tensor w, int pad_h, int pad_w) -> Tensor");
 
 }  // namespace fastgan

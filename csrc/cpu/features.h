@@ -8,7 +8,6 @@
 
 #include <torch/headeronly/core/MemoryFormat.h>
 
-#include "common.h"
 #include "op.h"
 
 namespace fastgan {

@@ -3,7 +3,6 @@
 #include <vector>
 
 #include "features.h"
-#include "ops.h"
 
 namespace fastgan {
 
@@ -130,5 +129,8 @@ Tensor finish_images(const Tensor& images, const std::optional<Tensor>& flips) {
   }
   return result;
 }
+
+FASTGAN_OP(gather_rows, "(Tensor addresses, Tensor starts, Tensor indices, int bytes) -> Tensor");
+FASTGAN_OP(finish_images, "(Tensor images, Tensor? flips) -> Tensor");
 
 }  // namespace fastgan

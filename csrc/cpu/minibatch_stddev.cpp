@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "features.h"
-#include "ops.h"
 
 namespace fastgan {
 
@@ -297,5 +296,11 @@ std::tuple<Tensor, Tensor> minibatch_stddev_second_backward(const Tensor& u, con
     return {gdy, gx};
   });
 }
+
+FASTGAN_OP(minibatch_stddev_forward, "(Tensor x, int group, int num_features, float eps) -> Tensor");
+FASTGAN_OP(minibatch_stddev_backward,
+           "(Tensor dy, Tensor x, int group, int num_features, float eps) -> (Tensor, Tensor)");
+FASTGAN_OP(minibatch_stddev_second_backward,
+           "(Tensor u, Tensor x, Tensor t, int group, int num_features, float eps) -> (Tensor, Tensor)");
 
 }  // namespace fastgan

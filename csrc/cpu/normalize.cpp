@@ -2,7 +2,7 @@
 // fastgan/ops/norms.py. A row is read five times and mostly from the cache; memory is swept once.
 #include <cmath>
 
-#include "ops.h"
+#include "op.h"
 
 namespace fastgan {
 
@@ -95,5 +95,7 @@ std::tuple<Tensor, Tensor> normalize_second_backward(const Tensor& u, const Tens
   });
   return {gg, gx};
 }
+
+FASTGAN_OP(normalize_second_backward, "(Tensor u, Tensor g, Tensor x, float eps) -> (Tensor, Tensor)");
 
 }  // namespace fastgan

@@ -14,6 +14,8 @@
 #include <tuple>
 #include <type_traits>
 
+#include "common.h"
+
 // The library is compiled once per instruction set, and Python loads the one that ATen uses (fastgan/ops/dispatch/extension.py).
 // An op is ordinary C++: loops under `#pragma omp simd`, and intrinsics behind these macros.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -24,6 +26,12 @@
 #elif defined(__AVX2__) && defined(__FMA__)
 #define FASTGAN_AVX2 1
 #endif
+
+// Registers a function of this namespace under its name: FASTGAN_OP(f, "(Tensor x, float eps) -> Tensor"). CUDA
+// implementations share the schema.
+#define FASTGAN_OP(function, schema)                                             \
+  STABLE_TORCH_LIBRARY_FRAGMENT(FASTGAN_LIBRARY, m) { m.def(#function schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(FASTGAN_LIBRARY, CPU, m) { m.impl(#function, TORCH_BOX(&function)); }
 
 namespace fastgan {
 

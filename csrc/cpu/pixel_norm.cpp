@@ -2,8 +2,6 @@
 // access.
 #include "pixel_norm.h"
 
-#include "ops.h"
-
 namespace fastgan {
 
 namespace {
@@ -23,5 +21,9 @@ std::tuple<Tensor, Tensor> pixel_norm_second_backward(const Tensor& u, const Ten
   auto [gdy, gx, gb] = norm_second_backward(u, dy, y, r, kIdentity, false);
   return {gdy, gx};
 }
+
+FASTGAN_OP(pixel_norm_forward, "(Tensor x, float eps) -> (Tensor, Tensor)");
+FASTGAN_OP(pixel_norm_backward, "(Tensor dy, Tensor y, Tensor r) -> Tensor");
+FASTGAN_OP(pixel_norm_second_backward, "(Tensor u, Tensor dy, Tensor y, Tensor r) -> (Tensor, Tensor)");
 
 }  // namespace fastgan

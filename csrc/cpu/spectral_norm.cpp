@@ -2,7 +2,7 @@
 // divided by its norm. The formulas are in fastgan/nn/spectral_norm.py.
 #include <cmath>
 
-#include "ops.h"
+#include "op.h"
 
 namespace fastgan {
 
@@ -151,5 +151,9 @@ Tensor spectral_norm_backward(const Tensor& g, const Tensor& w, const Tensor& u,
   });
   return result;
 }
+
+FASTGAN_OP(spectral_norm_forward,
+           "(Tensor[] w, Tensor[] u, Tensor[] v, int iterations, bool u_first, float eps) -> (Tensor, Tensor)");
+FASTGAN_OP(spectral_norm_backward, "(Tensor g, Tensor w, Tensor u, Tensor v, Tensor sigma) -> Tensor");
 
 }  // namespace fastgan

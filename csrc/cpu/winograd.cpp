@@ -18,7 +18,6 @@
 #include <vector>
 
 #include "features.h"
-#include "ops.h"
 #include "winograd_filters.h"
 #include "winograd_products.h"
 
@@ -402,5 +401,9 @@ Tensor winograd_weight_gradient(const Tensor& gy, const Tensor& x, int64_t paddi
     return scale < 0 ? weight_gradient<Down, T>(gy, x, padding) : weight_gradient<Up, T>(gy, x, padding);
   });
 }
+
+FASTGAN_OP(winograd_forward, "(Tensor x, Tensor w, Tensor? bias, int padding, int scale) -> Tensor");
+FASTGAN_OP(winograd_input_gradient, "(Tensor gy, Tensor w, int padding, int scale) -> Tensor");
+FASTGAN_OP(winograd_weight_gradient, "(Tensor gy, Tensor x, int padding, int scale) -> Tensor");
 
 }  // namespace fastgan

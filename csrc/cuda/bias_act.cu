@@ -1,6 +1,5 @@
 // bias_act, forward and both backwards. The formulas are in fastgan/ops/bias_act.py.
 #include "map.h"
-#include "ops.h"
 
 namespace fastgan {
 
@@ -143,5 +142,9 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_second_backward(const Tensor& u, con
   });
   return {gdy, gx, gb};
 }
+
+FASTGAN_CUDA_OP(bias_act_forward);
+FASTGAN_CUDA_OP(bias_act_backward);
+FASTGAN_CUDA_OP(bias_act_second_backward);
 
 }  // namespace fastgan

@@ -1,6 +1,5 @@
 // bias_act_pixel_norm, forward and both backwards: checks and launches. The kernels are in pixel_norm.h.
 #include "map.h"
-#include "ops.h"
 #include "pixel_norm.h"
 
 namespace fastgan {
@@ -117,5 +116,9 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_pixel_norm_second_backward(const Ten
   });
   return {gdy, gx, gb};
 }
+
+FASTGAN_CUDA_OP(bias_act_pixel_norm_forward);
+FASTGAN_CUDA_OP(bias_act_pixel_norm_backward);
+FASTGAN_CUDA_OP(bias_act_pixel_norm_second_backward);
 
 }  // namespace fastgan

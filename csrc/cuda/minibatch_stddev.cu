@@ -4,7 +4,6 @@
 // variances follow Welford, which stays accurate if samples are nearly equal. Each block sums its positions; a second
 // kernel sums the blocks in order and writes the map.
 #include "op.h"
-#include "ops.h"
 
 namespace fastgan {
 
@@ -362,5 +361,9 @@ std::tuple<Tensor, Tensor> minibatch_stddev_second_backward(const Tensor& u, con
   });
   return {gdy, gx};
 }
+
+FASTGAN_CUDA_OP(minibatch_stddev_forward);
+FASTGAN_CUDA_OP(minibatch_stddev_backward);
+FASTGAN_CUDA_OP(minibatch_stddev_second_backward);
 
 }  // namespace fastgan

@@ -23,10 +23,18 @@
 #include <dlfcn.h>
 #endif
 
+// Registers the CUDA implementation of a function, whose schema is in the file of its name in csrc/cpu.
+#ifndef FASTGAN_KEY  // the emulation is on the CPU
+#define FASTGAN_KEY CUDA
+#endif
+#define FASTGAN_CUDA_OP(function) \
+  STABLE_TORCH_LIBRARY_IMPL(FASTGAN_LIBRARY, FASTGAN_KEY, m) { m.impl(#function, TORCH_BOX(&function)); }
+
 namespace fastgan {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;

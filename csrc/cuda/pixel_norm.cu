@@ -1,5 +1,5 @@
 // pixel_norm is bias_act_pixel_norm without bias and activation: multiplying by 1 is free beside memory access.
-#include "ops.h"
+#include "pixel_norm.h"
 
 namespace fastgan {
 
@@ -16,5 +16,9 @@ std::tuple<Tensor, Tensor> pixel_norm_second_backward(const Tensor& u, const Ten
   const auto [gdy, gx, gb] = bias_act_pixel_norm_second_backward(u, dy, y, r, kLinear, 0.0, 1.0, false);
   return {gdy, gx};
 }
+
+FASTGAN_CUDA_OP(pixel_norm_forward);
+FASTGAN_CUDA_OP(pixel_norm_backward);
+FASTGAN_CUDA_OP(pixel_norm_second_backward);
 
 }  // namespace fastgan

@@ -336,4 +336,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+// Of bias_act_pixel_norm.cu, as pixel_norm.cu calls them.
+std::tuple<Tensor, Tensor> bias_act_pixel_norm_forward(const Tensor& x, const Maybe& bias, int64_t act,
+                                                       double negative_slope, double gain, double eps);
+std::tuple<Tensor, Tensor> bias_act_pixel_norm_backward(const Tensor& dy, const Tensor& y, const Tensor& r, int64_t act,
+                                                        double negative_slope, double gain, bool want_bias);
+std::tuple<Tensor, Tensor, Tensor> bias_act_pixel_norm_second_backward(const Tensor& u, const Tensor& dy,
+                                                                       const Tensor& y, const Tensor& r, int64_t act,
+                                                                       double negative_slope, double gain,
+                                                                       bool want_bias);
+
 }  // namespace fastgan

@@ -17,6 +17,7 @@ from fastgan.ops.arguments import accumulation_dtype, dense, require_floating
 from fastgan.ops.autograd import needs_gradient, non_leaf, tracked
 from fastgan.ops.dispatch.backend import Op, by_size
 from fastgan.ops.dispatch.kernel_registry import kernel_implementations
+from fastgan.ops.fallthrough import traced
 
 _CPP = kernel_implementations("affine_grid_sample")["cpp"]
 AFFINE_GRID_SAMPLE = Op("affine_grid_sample", {"cpp": _CPP}, classify=by_size)
@@ -46,6 +47,8 @@ def affine_grid_sample(
         TypeError: a dtype that is not floating-point.
         ValueError: shapes or devices that do not fit, an unknown padding mode, or a `theta` that requires a gradient.
     """
+    if not isinstance(x, Tensor) or not isinstance(theta, Tensor):
+        return traced(affine_grid_sample, x, theta, padding_mode, backend=backend)
     require_floating("x", x)
     require_floating("theta", theta)
     if x.ndim != 4:

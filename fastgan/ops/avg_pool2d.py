@@ -17,7 +17,7 @@ from fastgan.ops.dispatch import torch_functions as F
 from fastgan.ops.dispatch.backend import LEAN, NATIVE, Op, size_class
 from fastgan.ops.dispatch.kernel_registry import kernel_implementations
 from fastgan.ops.dispatch.torch_private import in_forward_mode, upsample_bilinear2d
-from fastgan.ops.fallthrough import fall_through, foreign
+from fastgan.ops.fallthrough import fall_through, foreign, traced
 from fastgan.ops.piecewise import Rule
 from fastgan.ops.pooling import adaptive_avg_pool2d, empty_like_input, layout_of
 
@@ -162,6 +162,8 @@ def interpolate_nearest(x: Tensor, scale_factor: int = 2) -> Tensor:
 
     PyTorch's own derivatives of it send nothing back in second order.
     """
+    if not isinstance(x, Tensor):
+        return traced(interpolate_nearest, x, scale_factor)
     return F.interpolate(x, scale_factor=scale_factor, mode="nearest")
 
 

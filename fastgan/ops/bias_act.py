@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import Parameter
 
 from fastgan.ops.arguments import (
     SMALL_NUMEL,
@@ -129,8 +130,9 @@ def bias_act(
             it would get no gradient).
         ValueError: shapes or devices that do not fit, or an unknown `act`.
     """
-    negative_slope, gain = require_number("negative_slope", negative_slope), require_number("gain", gain)
-    if act == "lrelu" and _is_small(x, bias) and OP.allows_fast_path(backend, x):
+    if negative_slope.__class__ is not float or gain.__class__ is not float:
+        negative_slope, gain = require_number("negative_slope", negative_slope), require_number("gain", gain)
+    if act == "lrelu" and _is_small(x, bias) and OP.allows_fast_path(backend, x, known=(x.shape, x.is_contiguous())):
         differentiated = x.requires_grad or (bias is not None and bias.requires_grad)
         small = _small if differentiated and torch.is_grad_enabled() else reference
         return small(x, bias, LRELU, negative_slope, gain)
@@ -180,7 +182,10 @@ def with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
         return x
     if bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    return x + (bias if x.ndim == 2 else bias.view(-1, *[1] * (x.ndim - 2)))
+    dims = x.ndim
+    if dims == 2:
+        return x + bias
+    return x + (bias.view(-1, 1, 1) if dims == 4 else bias.view(-1, *[1] * (dims - 2)))
 
 
 def reference(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain: float) -> Tensor:
@@ -205,13 +210,19 @@ with torch.inference_mode(False):  # an inference tensor could not be used in tr
 
 
 def _is_small(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether `_small` can run this call; False also for arguments that do not fit."""
-    if not is_plain_tensor(x) or x.dtype != torch.float32 or x.numel() > SMALL_NUMEL or not x.is_cpu or x.ndim < 2:
+    """Whether `_small` can run this call; False also for arguments that do not fit.
+
+    It runs in every eager call of lrelu; in the smallest ones each function that is called here adds measurable time.
+    """
+    if x.__class__ is not Tensor and x.__class__ is not Parameter:
+        return False
+    if x.dtype is not torch.float32 or x.numel() > SMALL_NUMEL or not x.is_cpu or x.ndim < 2:
         return False
     if bias is None:
         return True
-    fits = isinstance(bias, Tensor) and bias.dtype == torch.float32 and bias.is_cpu
-    return fits and bias.shape == x.shape[1:2]
+    if bias.__class__ is not Tensor and bias.__class__ is not Parameter and not isinstance(bias, Tensor):
+        return False
+    return bias.dtype is torch.float32 and bias.is_cpu and bias.ndim == 1 and bias.numel() == x.size(1)
 
 
 def _small(x: Tensor, bias: Tensor | None, act: int, negative_slope: float, gain: float) -> Tensor:

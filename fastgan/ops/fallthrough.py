@@ -50,6 +50,18 @@ def _reason(tensors: tuple[Any, ...]) -> str:
     return "arguments"
 
 
+def traced(function: Callable[..., Any], x: Any, /, *arguments: Any, **keywords: Any) -> Any:
+    """A call of `function` as one node of a symbolic trace (torch.fx): an argument is a proxy, not a tensor.
+
+    Raises:
+        TypeError: none is a proxy.
+    """
+    proxies = tuple(a for a in (x, *arguments) if hasattr(a, "__torch_function__") and not isinstance(a, Tensor))
+    if not proxies:
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    return handle_torch_function(function, proxies, x, *arguments, **keywords)
+
+
 def fall_through(
     op: Op | str,
     function: Callable[..., Any],
@@ -68,11 +80,9 @@ def fall_through(
     """
     name = op if isinstance(op, str) else op.name
     requested = backend if isinstance(op, str) else op.requested(backend)
-    if not all(x is None or isinstance(x, Tensor) for x in tensors):
-        relevant = tuple(x for x in tensors if hasattr(x, "__torch_function__") and not isinstance(x, Tensor))
-        if relevant:
-            given = {"backend": backend} if backend is not None else {}
-            return handle_torch_function(function, relevant, *tensors, *options, **keywords, **given)
+    if any(hasattr(x, "__torch_function__") and not isinstance(x, Tensor) for x in tensors):
+        given = {"backend": backend} if backend is not None else {}
+        return traced(function, *tensors, *options, **keywords, **given)
     reason = _reason(tensors)
     if requested not in (None, "torch") and not in_transform():
         raise ValueError(f"backend {requested!r}: it does not support {reason}; can run this call: torch")

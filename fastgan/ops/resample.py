@@ -17,6 +17,7 @@ from fastgan.ops.arguments import require_floating, require_number
 from fastgan.ops.conv import conv2d
 from fastgan.ops.dispatch import torch_functions as F
 from fastgan.ops.dispatch.backend import Op
+from fastgan.ops.fallthrough import traced
 from fastgan.ops.padding import pad
 
 Op("upfirdn2d")
@@ -27,8 +28,6 @@ Filter = Tensor | Sequence[float]
 
 def _require(x: Tensor, filter: Filter, up: int, down: int) -> Tensor:
     """The filter as a tensor [k] or [kH, kW] like x."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     require_floating("x", x)
     if x.ndim != 4:
         raise ValueError(f"x must be [N, C, H, W], got {x.ndim} dimensions")
@@ -89,6 +88,8 @@ def upfirdn2d(
         TypeError: `x` is not floating-point, or an argument has the wrong type.
         ValueError: `x` is not 4-dimensional, the filter is not one, or `up` or `down` is below 1.
     """
+    if not isinstance(x, Tensor):
+        return traced(upfirdn2d, x, filter, up, down, padding, flip_filter, gain)
     f = _require(x, filter, up, down)
     left, right, top, bottom = _sides(padding)
     gain = require_number("gain", gain)
@@ -122,6 +123,8 @@ def blur(x: Tensor, filter: Filter = (1.0, 2.0, 1.0), padding_mode: str = "refle
     Raises:
         TypeError, ValueError: as in `upfirdn2d`; or the filter has an even length or sum 0.
     """
+    if not isinstance(x, Tensor):
+        return traced(blur, x, filter, padding_mode, down)
     f = _require(x, filter, 1, down)
     if f.ndim != 1 or f.numel() % 2 == 0:
         raise ValueError(f"filter must be [k] with k odd, got shape {tuple(f.shape)}")

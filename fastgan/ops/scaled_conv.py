@@ -30,6 +30,7 @@ from fastgan.ops.conv_products import (
 from fastgan.ops.dispatch import torch_functions as F
 from fastgan.ops.dispatch.backend import Implementation, Op, in_transform, size_class
 from fastgan.ops.dispatch.torch_private import in_forward_mode, upsample_nearest2d
+from fastgan.ops.fallthrough import traced
 from fastgan.ops.scaled_conv_triton import scaled_conv, triton_implementation
 
 _SAME_SIZE = Dispatch(Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1), cpp_forward=True)
@@ -140,7 +141,7 @@ def _is_native(direction: str, x: Tensor, w: Tensor, bias: Tensor | None) -> boo
         last = bf16 and is_channels_last(x)
         if not _native_sizes(direction, x.shape, w.shape, None if bias is None else bias.shape, bf16, last):
             return False
-    except TypeError:  # symbolic sizes cannot be hashed
+    except (TypeError, RuntimeError):  # symbolic sizes cannot be hashed, and a proxy of torch.fx has no length
         return False
     if bias is not None and (bias.dtype is not dtype or not bias.is_cpu):
         return False
@@ -308,6 +309,8 @@ def upsample_conv2d(
     fast = act == "linear" and _is_one(gain) and UPSAMPLE_CONV2D.allows_fast_path(backend, x, w)
     if fast and _is_native("up", x, w, bias):
         return _native("up", x, w, bias)
+    if not isinstance(x, Tensor) or not isinstance(w, Tensor):
+        return traced(upsample_conv2d, x, w, bias, act, negative_slope, gain, backend=backend)
     _require_shapes(x, w)
     return _run(UPSAMPLE_CONV2D, backend, x, w, bias, act, negative_slope, gain)
 
@@ -338,6 +341,8 @@ def conv2d_downsample(
     fast = act == "linear" and _is_one(gain) and CONV2D_DOWNSAMPLE.allows_fast_path(backend, x, w)
     if fast and _is_native("down", x, w, bias):
         return _native("down", x, w, bias)
+    if not isinstance(x, Tensor) or not isinstance(w, Tensor):
+        return traced(conv2d_downsample, x, w, bias, act, negative_slope, gain, backend=backend)
     _require_shapes(x, w)
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"x must have an even height and width, got {tuple(x.shape[2:])}")

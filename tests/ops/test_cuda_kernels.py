@@ -41,19 +41,17 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     sources.mkdir()
     shutil.copy(CSRC / "common.h", folder)
     shutil.copy(Path(__file__).parent / "csrc" / "emulator.h", sources)
+    names = {"FASTGAN_EMULATED": "", "FASTGAN_LIBRARY": "fastgan_emulated", "FASTGAN_KEY": "CPU"}
+    head = "".join(f"#define {name} {value}\n" for name, value in names.items()) + '#pragma GCC optimize("O1")\n'
     for file in (CSRC / "cuda").iterdir():
-        text = file.read_text().replace("(fastgan, CUDA, m)", "(fastgan_emulated, CPU, m)")
-        text = text.replace(
-            "(fastgan, CompositeExplicitAutograd, m)", "(fastgan_emulated, CompositeExplicitAutograd, m)"
-        )
         name = f"{file.stem}.cpp" if file.suffix == ".cu" else file.name
-        (sources / name).write_text(f'#define FASTGAN_EMULATED\n#pragma GCC optimize("O1")\n{text}')
-    schemas = re.search(
-        r"STABLE_TORCH_LIBRARY\(fastgan, m\) \{.*?\n\}\n", (CSRC / "cpu" / "bindings.cpp").read_text(), re.S
-    )
-    assert schemas is not None
-    with open(sources / "bindings.cpp", "a") as file:
-        file.write(schemas.group().replace("(fastgan, m)", "(fastgan_emulated, m)"))
+        (sources / name).write_text(head + file.read_text())
+    texts = (file.read_text() for file in (CSRC / "cpu").glob("*.cpp"))
+    schemas = re.findall(r'FASTGAN_OP\((\w+),\s*((?:"[^"]*"\s*)+)\);', "".join(texts))
+    assert schemas
+    with open(sources / "library.cpp", "a") as file:
+        defined = "".join(f'm.def("{name}" {schema});\n' for name, schema in schemas)
+        file.write(f'STABLE_TORCH_LIBRARY(fastgan_emulated, m) {{\nm.def("cuda_refusal() -> str");\n{defined}}}\n')
     # In the cache, to share it between workers and runs.
     library = extension.cached_library("cpu", "baseline", folder, extension.cache_folder() / "tests")
     torch.ops.load_library(str(library))

@@ -63,7 +63,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "csrc"
     (folder / "cpu").mkdir(parents=True)
     exported = 'extern "C" __attribute__((visibility("default")))'
-    (folder / "cpu" / "bindings.cpp").write_text(f'#include "answer.h"\n{exported} int ask() {{ return answer(); }}\n')
+    (folder / "cpu" / "library.cpp").write_text(f'#include "answer.h"\n{exported} int ask() {{ return answer(); }}\n')
     (folder / "cpu" / "answer.h").write_text("int answer();\n")
     (folder / "cpu" / "answer.cpp").write_text('#include "answer.h"\nint answer() { return 42; }\n')
     monkeypatch.setattr(extension, "source_folder", lambda: folder)
@@ -303,6 +303,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         folder = tmp_path_factory.mktemp(level)
         (folder / "cpu").mkdir()
         shutil.copy(CSRC / "cpu" / "op.h", folder / "cpu")
+        shutil.copy(CSRC / "common.h", folder)
         text = (Path(__file__).parent / "csrc" / "scale_rows.cpp").read_text()
         (folder / "cpu" / "scale_rows.cpp").write_text(text.replace("fastgan_example", f"fastgan_example_{level}"))
         extension.compile_library("cpu", folder / "library.so", level, folder)

@@ -134,17 +134,38 @@ def test_torchs_function_may_be_replaced(name: str, monkeypatch: pytest.MonkeyPa
             REPLACED[name]()
 
 
-# The others ask for sizes or dtypes in Python.
-UNTRACED = ("upsample_conv2d", "conv2d_downsample", "interpolate_nearest", "upfirdn2d", "blur", "affine_grid_sample")
+# A map of its own for the batch: that of the table asks for sizes.
+TURN = torch.tensor([[[0.9, -0.3, 0.1], [0.2, 1.1, -0.1]]]).repeat(2, 1, 1)
+TRACED = {**op_calls.CALLS, "affine_grid_sample": lambda x: ops.affine_grid_sample(x, TURN)}
 
 
-@pytest.mark.parametrize("name", [name for name in op_calls.CALLS if name not in UNTRACED])
+@pytest.mark.parametrize("name", TRACED)
 def test_a_symbolic_trace_has_a_call_of_the_op(name: str) -> None:
-    traced = fx.symbolic_trace(op_calls.CALLS[name])
+    traced = fx.symbolic_trace(TRACED[name])
     called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
     assert called[-1] is getattr(ops, name.split()[0])
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(traced(x), op_calls.CALLS[name](x))
+    assert torch.equal(traced(x), TRACED[name](x))
+
+
+@pytest.mark.parametrize("op", [ops.upsample_conv2d, ops.conv2d_downsample])
+def test_a_symbolic_trace_keeps_the_arguments(op: Callable[..., Tensor]) -> None:
+    w = torch.randn(4, 3, 3, 3)
+    layer = nn.Conv2d(3, 4, 3)  # its parameters are proxies too
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return op(x, self.layer.weight, self.layer.bias, "silu", gain=0.5)
+
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(fx.symbolic_trace(Block())(x), Block()(x))
+    assert torch.equal(fx.symbolic_trace(lambda w: op(x, w))(w), op(x, w))
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        op([1.0], w, act="relu")
 
 
 @pytest.mark.parametrize("size", [8, 128])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastgan import ops
 from fastgan.nn import EqualizedConv2d, SelfAttention2d
+from fastgan.ops.dispatch.backend import OPS
 
 
 class Call(nn.Module):
@@ -59,7 +60,13 @@ CASES: dict[str, nn.Module] = {
     "relu": Call(ops.relu),
     "leaky_relu": Call(lambda x: ops.leaky_relu(x * 2, 0.2, inplace=True)),
     "hardtanh": Call(ops.hardtanh),
+    "relu6": Call(ops.relu6),
+    "threshold": Call(lambda x: ops.threshold(x, 0.1, 0.3)),
+    "abs": Call(ops.abs),
     "prelu": Call(ops.prelu, (8,)),
+    "layer_norm": Call(lambda x, w: ops.layer_norm(x, (16,), w), (16,)),
+    "group_norm": Call(lambda x, w: ops.group_norm(x, 4, w), (8,)),
+    "instance_norm": Call(ops.instance_norm),
     "pad": Call(lambda x: ops.pad(x, (1, 2, 1, 0), "reflect")),
     "max_pool2d": Call(lambda x: ops.max_pool2d(x, 3, 2, 1)),
     "adaptive_avg_pool2d": Call(lambda x: ops.adaptive_avg_pool2d(x, (3, 5))),
@@ -79,6 +86,11 @@ def _input(batch: int) -> Tensor:
 def _batch(name: str) -> Any:
     """Any batch; for minibatch_stddev several whole groups, since a program has one size of group."""
     return 4 * torch.export.Dim("n", min=2, max=64) if name == "minibatch_stddev" else torch.export.Dim("n", min=1)
+
+
+def test_every_op_is_a_case() -> None:
+    on_critics = {"gradient_penalty", "zero_centered_penalty", "wasserstein_divergence"}
+    assert set(OPS) - on_critics <= set(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)

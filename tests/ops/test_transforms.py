@@ -9,8 +9,10 @@ import pytest
 import torch
 from kernelcases import random
 from op_calls import CALLS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 from fastgan import ops
 from fastgan.ops.dispatch.backend import OPS
@@ -42,6 +44,31 @@ def _autocast(f: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.float().sum(), x)]
 
 
+def _checkpointed(f: Callable[[Tensor], Tensor], reentrant: bool) -> Tensor:
+    x = X.clone().requires_grad_()
+    checkpoint(f, x, use_reentrant=reentrant).square().sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def _checkpointed_penalty(f: Callable[[Tensor], Tensor]) -> Tensor:
+    def penalty(x: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
+        return g.square().sum()
+
+    x = X.clone().requires_grad_()
+    return torch.autograd.grad(checkpoint(penalty, x * 1.0, use_reentrant=False), x)[0]
+
+
+class _Scaled(nn.Module):
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.scale = f, nn.Parameter(torch.ones((), dtype=X.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x * self.scale)
+
+
 TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
     "grad of grad": lambda f: torch.func.grad(
         lambda x: torch.func.grad(lambda t: f(t).square().sum())(x).square().sum()
@@ -56,6 +83,11 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
     "forward over reverse": _hessian_product,
     "inference_mode": _inference,
     "autocast": _autocast,
+    "checkpoint": lambda f: _checkpointed(f, False),
+    "reentrant checkpoint": lambda f: _checkpointed(f, True),
+    "checkpoint of a penalty": _checkpointed_penalty,
+    "make_fx": lambda f: make_fx(f)(X)(X.cos()),
+    "functional_call": lambda f: torch.func.functional_call(_Scaled(f), {"scale": X[0, 0, 0, 0]}, (X,)),
 }
 
 

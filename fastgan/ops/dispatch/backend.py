@@ -160,6 +160,7 @@ def decide_with(decide: Decide | None) -> None:
     _decide = decide
     for op in OPS.values():
         op.decisions.clear()
+        op.native_calls.clear()
         op.wrong.clear()
 
 
@@ -176,6 +177,7 @@ class Op:
 
     Attributes:
         decisions: what was measured, by class; None where the shipped table decides.
+        native_calls: the `known` of calls that `allows_fast_path` found to be `native`, by the decisions of now.
         wrong: (device type, dtype, implementation) that gave wrong results on this machine.
     """
 
@@ -193,6 +195,7 @@ class Op:
         self.supports_forward_mode = supports_forward_mode
         self.classify, self.variant = classify, variant
         self.decisions: dict[tuple[object, ...], Decision | None] = {}
+        self.native_calls: set[object] = set()
         self.wrong: set[tuple[str, torch.dtype, str]] = set()
         self.implementations = {name: every[name] for name in PREFERENCE if name in every}
         self._by_device: dict[str | None, list[tuple[str, Implementation]]] = {}
@@ -293,20 +296,33 @@ class Op:
         self._by_device[device] = found
         return found
 
-    def allows_fast_path(self, backend: str | None, *inputs: Tensor | None, **options: object) -> bool:
+    def allows_fast_path(
+        self, backend: str | None, *inputs: Tensor | None, known: object = None, **options: object
+    ) -> bool:
         """Whether no implementation is requested and the call is eager, differentiated in reverse mode at most.
 
         The smallest inputs may then skip `choose`, which would take as long as their PyTorch ops, and run `native`,
         unless another one was measured to be faster. Where a checkpoint watches what is saved, they may not
         (`autograd.form_tag`).
+
+        Args:
+            backend: the caller's request, or None.
+            inputs: the tensors of the call.
+            known: what tells the class of a call and takes less time to make than that; or None.
+            options: other arguments of the call.
         """
         if backend is not None or in_transform() or in_forward_mode() or _requests() or saved_tensors_are_hooked():
             return False
+        if known is not None and known in self.native_calls:
+            return True
         if _decide is None or self.classify is None or _deterministic() or not is_measurable(inputs[0]):
             return True
         key = self.classify(*inputs, **options)
         decision = None if key is None else self.decisions.get(key, _UNKNOWN)
-        return decision is None or decision.candidates[0][0] == "native"
+        native = decision is None or decision.candidates[0][0] == "native"
+        if native and known is not None and len(self.native_calls) < 4096:
+            self.native_calls.add(known)
+        return native
 
     def requested(self, backend: str | None) -> str | None:
         """The implementation that is requested by name for a call with this `backend`, if any."""

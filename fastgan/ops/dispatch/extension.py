@@ -67,7 +67,7 @@ def source_folder() -> Path:
     """csrc/ of an installed package, or of the repository that this file is in."""
     here = Path(__file__).resolve()
     for folder in (here.parents[2] / "csrc", here.parents[3] / "csrc"):
-        if (folder / "cpu" / "bindings.cpp").is_file():
+        if (folder / "cpu" / "library.cpp").is_file():
             return folder
     raise BuildError(f"the sources are missing: no csrc/ in {here.parents[2]} or {here.parents[3]}")
 

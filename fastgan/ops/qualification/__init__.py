@@ -363,6 +363,7 @@ def qualify(
             _exclude_and_report(label, entry)
             store.add(label, entry)
         op.decisions[key] = _decision(op, entry["order"], entry["forms"], entry["why"])
+        op.native_calls.clear()
     _require_device(op, entry)
     return label, entry
 

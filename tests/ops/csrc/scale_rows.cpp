@@ -1,6 +1,5 @@
 // The worked example of csrc/README.md: y[r, :] = x[r, :] * scale[r], where scale is optional and 1 by default.
-#include <torch/csrc/stable/library.h>
-
+#define FASTGAN_LIBRARY fastgan_example
 #include "op.h"
 
 namespace example {
@@ -58,19 +57,14 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> scale_rows_backward(
 
 int64_t vector_width() { return kVector; }
 
+FASTGAN_OP(scale_rows_forward, "(Tensor x, Tensor? scale) -> Tensor");
+FASTGAN_OP(scale_rows_backward,
+           "(Tensor grad, Tensor x, Tensor? scale, bool need_x, bool need_scale) -> (Tensor?, Tensor?)");
+
 }  // namespace example
 
-STABLE_TORCH_LIBRARY(fastgan_example, m) {
-  m.def("scale_rows_forward(Tensor x, Tensor? scale) -> Tensor");
-  m.def("scale_rows_backward(Tensor grad, Tensor x, Tensor? scale, bool need_x, bool need_scale) -> (Tensor?, Tensor?)");
-  m.def("vector_width() -> int");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastgan_example, CPU, m) {
-  m.impl("scale_rows_forward", TORCH_BOX(&example::scale_rows_forward));
-  m.impl("scale_rows_backward", TORCH_BOX(&example::scale_rows_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastgan_example, CompositeExplicitAutograd, m) {
+// Without a tensor it cannot be dispatched by device.
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTGAN_LIBRARY, m) { m.def("vector_width() -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(FASTGAN_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("vector_width", TORCH_BOX(&example::vector_width));
 }
