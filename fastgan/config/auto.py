@@ -32,7 +32,7 @@ give clean digits, and about 2.5 times as many for twice the resolution. The pub
 many."""
 _WIDER = 4.0
 """Networks are widened where the time is enough for this many times the images of `NEEDED_KIMG`. With 3.6 times as many
-medium ones were behind narrow ones on Fashion-MNIST, which were shown 8 times as many in the same time: 33.3 and 29.5."""
+dcgan's medium ones were behind narrow ones on Fashion-MNIST, which were shown 8 times as many in the same time."""
 LONGEST_KIMG = 25_000.0
 """No run is longer than that of Karras et al. 2020."""
 _ENLARGED = 1.25  # pictures are enlarged by at most so much
