@@ -14,9 +14,12 @@ import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# A shell starts its background jobs with Ctrl-C ignored, and the commands that tests interrupt would inherit that.
+# A shell starts its background jobs with Ctrl-C ignored, and nohup ignores the end of a session: the commands that
+# tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The shipped table decides, in the processes that tests start too: what a test runs does not depend on times.
 os.environ["FASTGAN_QUALIFY"] = "0"

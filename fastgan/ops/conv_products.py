@@ -20,7 +20,7 @@ from fastgan.ops.arguments import dense, dense_like, is_channels_last
 from fastgan.ops.autograd import computes_in, needs_gradient, non_leaf
 from fastgan.ops.dispatch.backend import Implementation, size_class
 from fastgan.ops.dispatch.kernel_registry import kernel_implementations
-from fastgan.ops.dispatch.torch_private import in_forward_mode
+from fastgan.ops.dispatch.torch_private import in_forward_mode, multiplies_float16
 from fastgan.utils.system import cpu_flags
 
 
@@ -28,8 +28,8 @@ from fastgan.utils.system import cpu_flags
 def _multiplies_float16() -> bool:
     """Whether oneDNN has float16 products on this CPU; else PyTorch's own take 17 times as long as those of float32."""
     try:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    except (AttributeError, RuntimeError):  # a PyTorch without oneDNN or without the question
+        return bool(multiplies_float16())
+    except RuntimeError:  # a PyTorch without oneDNN
         return False
 
 

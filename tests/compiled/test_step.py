@@ -345,8 +345,17 @@ def test_a_wrong_program_is_never_used(monkeypatch):
     assert torch.equal(loss, critic(x).square().mean())
 
 
-def test_strides_that_address_nothing_do_not_change_the_result():
+def test_a_layout_has_the_strides_that_address_nothing():
     """Images of one channel are contiguous and channels_last at once, and a convolution looks at the strides."""
+    x = torch.randn(4, 1, 8, 8)
+    other = x.as_strided(x.shape, (64, 1, 8, 1))
+    assert program.layout(x) != program.layout(other)
+    again = program.placed(other, program.layout(x))
+    assert again.stride() == x.stride() and torch.equal(again, x)
+
+
+@pytest.mark.slow
+def test_strides_that_address_nothing_do_not_change_the_result():
     critic = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 1))
     critic.to(memory_format=torch.channels_last)
     step = fastgan.compile_step(lambda x: critic(x).square().mean(), critic.parameters())

@@ -126,3 +126,7 @@ def constant_when_compiled(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+# Whether oneDNN multiplies float16 on this CPU. torch tells nothing public of it. Missing: it does not.
+multiplies_float16: Callable[[], bool] = _private("ops.mkldnn._is_mkldnn_fp16_supported") or (lambda: False)

@@ -161,7 +161,7 @@ def test_an_interrupt_prints_how_to_continue(photos: Path, whole: dict[str, byte
     dst = tmp_path / "set"
     for _ in range(10):  # the signal may come too late, when nothing is left to interrupt
         with (tmp_path / "stderr").open("wb") as stderr:
-            process = subprocess.Popen(command(photos, dst, "--workers", "2"), stderr=stderr, start_new_session=True)
+            process = subprocess.Popen(command(photos, dst, "--workers", "1"), stderr=stderr, start_new_session=True)
             kill_when(dst, 1, process, signal.SIGINT)
         if process.returncode != 0:
             break
