@@ -47,7 +47,8 @@ Tensor norm(const Tensor& x, const Features& layout, const F& f, const Arrays<T,
         sum = total.finish(launch);
       }
     } else {
-      constexpr int TX = W == 1 ? 32 : 4, R = F::kIn == 1 ? 8 : 4;
+      // With three inputs of 8 a vector, four rows spill on sm_100.
+      constexpr int TX = W == 1 ? 32 : 4, R = F::kIn == 1 ? 8 : F::kIn == 3 && W == 8 ? 3 : 4;
       const int64_t per_plane = layout.l / W, vectors = layout.n * per_plane;
       STD_TORCH_CHECK(vectors < int64_t{1} << 31, "x must have fewer than 2^31 16-byte vectors per channel, got ",
                       vectors);

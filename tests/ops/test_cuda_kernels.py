@@ -287,8 +287,8 @@ def test_no_kernel_spills(tmp_path: Path, file: str, architecture: int) -> None:
     needs_nvcc()
     nvcc = extension._compiler("cuda")
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    headers = f"-I{extension._torch_folder() / 'include'}"
-    flags = [*extension._flags("cuda", str(architecture)), "-cubin", "-Xptxas=-v", target, headers]
+    headers = [f"-I{folder}" for folder in (CSRC, extension._torch_folder() / "include")]
+    flags = [*extension._flags("cuda", str(architecture)), "-cubin", "-Xptxas=-v", target, *headers]
     report = extension._run([*nvcc, *flags, str(CSRC / "cuda" / file), "-o", str(tmp_path / "cubin")])
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
