@@ -15,15 +15,6 @@ namespace fastgan {
 
 namespace {
 
-// Accumulators of a tile, output channels by vectors of pixels: as many as fit in registers.
-#if defined(FASTGAN_AVX512)
-inline constexpr int64_t kOutputs = 6;
-inline constexpr int64_t kVectors = 4;
-#else
-inline constexpr int64_t kOutputs = 4;
-inline constexpr int64_t kVectors = 2;
-#endif
-
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Convolution of [n, i, h, w] with [o, i, kh, kw]; ph and pw: rows and columns of zero padding on each side.
@@ -69,24 +60,24 @@ void to_line(const float* from, Strides s, int64_t h, int64_t w, int64_t top, in
   std::fill(to - pitch + w, line + size, 0.0f);
 }
 
-// Packs w [o, i, kh, kw] as [block of o][i][tap][kOutputs], padded with zeros. For the gradient of the input, `adjoint`
+// Packs w [o, i, kh, kw] as [block of o][i][tap][kTileRows], padded with zeros. For the gradient of the input, `adjoint`
 // swaps o and i and reverses the taps.
 std::vector<float> packed_weight(const Tensor& w, bool adjoint) {
   const int64_t first = w.size(0), second = w.size(1), kh = w.size(2), kw = w.size(3);
   const int64_t outputs = adjoint ? second : first, inputs = adjoint ? first : second, taps = kh * kw;
   const int64_t so = w.stride(adjoint ? 1 : 0), si = w.stride(adjoint ? 0 : 1), sy = w.stride(2), sx = w.stride(3);
-  const int64_t blocks = (outputs + kOutputs - 1) / kOutputs;
-  std::vector<float> packed(static_cast<size_t>(blocks * inputs * taps * kOutputs));
+  const int64_t blocks = (outputs + kTileRows - 1) / kTileRows;
+  std::vector<float> packed(static_cast<size_t>(blocks * inputs * taps * kTileRows));
   const float* from = data<float>(w);
-  parallel(blocks, inputs * taps * kOutputs * 4, [&](int64_t begin, int64_t end) {
+  parallel(blocks, inputs * taps * kTileRows * 4, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      float* to = packed.data() + block * inputs * taps * kOutputs;
+      float* to = packed.data() + block * inputs * taps * kTileRows;
       for (int64_t i = 0; i < inputs; ++i) {
-        for (int64_t tap = 0; tap < taps; ++tap, to += kOutputs) {
+        for (int64_t tap = 0; tap < taps; ++tap, to += kTileRows) {
           const int64_t at = adjoint ? taps - 1 - tap : tap;
           const float* one = from + i * si + (at / kw) * sy + (at % kw) * sx;
-          for (int64_t o = 0; o < kOutputs; ++o) {
-            const int64_t output = block * kOutputs + o;
+          for (int64_t o = 0; o < kTileRows; ++o) {
+            const int64_t output = block * kTileRows + o;
             to[o] = output < outputs ? one[output * so] : 0.0f;
           }
         }
@@ -109,7 +100,7 @@ void multiply_tile(const float* x, int64_t line, const float* w, int64_t inputs,
   const auto taps = static_cast<int64_t>(offsets.size());
   const int64_t* offset = offsets.data();
   for (int64_t i = 0; i < inputs; ++i, x += line) {
-    for (int64_t tap = 0; tap < taps; ++tap, w += kOutputs) {
+    for (int64_t tap = 0; tap < taps; ++tap, w += kTileRows) {
       const float* from = x + offset[tap];
       Vec pixels[V];
 #pragma GCC unroll 8
@@ -131,16 +122,16 @@ void multiply_tile(const float* x, int64_t line, const float* w, int64_t inputs,
 using Tile = void (*)(const float*, int64_t, const float*, int64_t, const std::vector<int64_t>&, const float*, float*,
                       int64_t);
 
-// The tile of `index` = (outputs - 1) * kVectors + vectors - 1.
+// The tile of `index` = (outputs - 1) * kTileVectors + vectors - 1.
 template <size_t... Index>
 Tile tile_of(int64_t index, std::index_sequence<Index...>) {
-  constexpr Tile tiles[] = {multiply_tile<static_cast<int64_t>(Index) / kVectors + 1,
-                                          static_cast<int64_t>(Index) % kVectors + 1>...};
+  constexpr Tile tiles[] = {multiply_tile<static_cast<int64_t>(Index) / kTileVectors + 1,
+                                          static_cast<int64_t>(Index) % kTileVectors + 1>...};
   return tiles[index];
 }
 
 Tile tile_of(int64_t outputs, int64_t vectors) {
-  return tile_of((outputs - 1) * kVectors + vectors - 1, std::make_index_sequence<kOutputs * kVectors>());
+  return tile_of((outputs - 1) * kTileVectors + vectors - 1, std::make_index_sequence<kTileRows * kTileVectors>());
 }
 
 std::vector<int64_t> tap_offsets(const Shape& s) {
@@ -172,12 +163,12 @@ void from_tile(const float* tile, int64_t stride, int64_t outputs, int64_t q, in
 // Computes the channel blocks [first, last) of one image from its input lines.
 void convolve_image(const float* lines, const float* w, const std::vector<int64_t>& offsets, const float* bias,
                     int64_t first, int64_t last, const Shape& s, float* y) {
-  alignas(64) float tile[kOutputs * kVectors * kVector];
+  alignas(64) float tile[kTileRows * kTileVectors * kVector];
   const Strides place = strides(s.last, s.o, s.oh(), s.ow());
-  for (int64_t q = 0; q < s.outputs(); q += kVectors * kVector) {
-    const int64_t vectors = std::min(kVectors, (s.outputs() - q + kVector - 1) / kVector);
+  for (int64_t q = 0; q < s.outputs(); q += kTileVectors * kVector) {
+    const int64_t vectors = std::min(kTileVectors, (s.outputs() - q + kVector - 1) / kVector);
     for (int64_t block = first; block < last; ++block) {
-      const int64_t o = block * kOutputs, outputs = std::min(kOutputs, s.o - o);
+      const int64_t o = block * kTileRows, outputs = std::min(kTileRows, s.o - o);
       tile_of(outputs, vectors)(lines + q, s.line(), w + o * s.i * s.taps(), s.i, offsets, bias + o, tile,
                                 vectors * kVector);
       from_tile(tile, vectors * kVector, outputs, q, std::min(vectors * kVector, s.outputs() - q), s,
@@ -190,7 +181,7 @@ void convolve_image(const float* lines, const float* w, const std::vector<int64_
 void convolve(const Tensor& input, const std::vector<float>& w, const float* bias, const Shape& s, float* y) {
   const float* x = data<float>(input);
   const std::vector<int64_t> offsets = tap_offsets(s);
-  const int64_t blocks = (s.o + kOutputs - 1) / kOutputs;
+  const int64_t blocks = (s.o + kTileRows - 1) / kTileRows;
   // With few images, each is also split by output channels; every part copies the lines for itself.
   const int64_t parts = std::min(blocks, (8 + s.n - 1) / s.n);
   const Strides from = strides(s.last, s.i, s.h, s.w);

@@ -14,6 +14,15 @@ namespace fastgan {
 
 typedef float Vec __attribute__((vector_size(kVector * 4)));
 
+// Accumulators of a product, rows by vectors: as many as fit in registers.
+#if defined(FASTGAN_AVX512)
+inline constexpr int64_t kTileRows = 6;
+inline constexpr int64_t kTileVectors = 4;
+#else
+inline constexpr int64_t kTileRows = 4;
+inline constexpr int64_t kTileVectors = 2;
+#endif
+
 FASTGAN_INLINE Vec read(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);

@@ -52,7 +52,7 @@ struct Shape {
   // Tiles of a block.
   int64_t block() const {
     const int64_t fit = kBlockWords / (points * (ip() / pack + op()));
-    return std::min(std::max<int64_t>(fit / kRows, 1) * kRows, round_up(tiles(), kRows));
+    return std::min(std::max<int64_t>(fit / kTileRows, 1) * kTileRows, round_up(tiles(), kTileRows));
   }
   int64_t blocks() const { return (tiles() + block() - 1) / block(); }
   // Words that hold the channels of x, and those of the transformed kernel at one point.
@@ -196,7 +196,7 @@ void transform_output_gradient(const T* gy, const Shape<Filter, T>& s, int64_t b
 // `adjoint` takes o for inputs and i for outputs, and turns the kernel.
 template <class Filter, class T>
 Tensor transformed_weight(const Tensor& w, bool adjoint, float factor, const Shape<Filter, T>& s) {
-  constexpr int64_t points = Filter::kPoints, panel = kColumns * kVector;
+  constexpr int64_t points = Filter::kPoints, panel = kTileVectors * kVector;
   const int64_t rows = w.size(0), columns = w.size(1), inputs = s.input_words();
   const int64_t so = w.stride(0), si = w.stride(1), sy = w.stride(2), sx = w.stride(3);
   const Tensor u = fresh_floats(w, {s.points * s.kernel_words()});

@@ -9,15 +9,6 @@
 
 namespace fastgan {
 
-// Accumulators of a product: rows by vectors of outputs, as many as fit in registers.
-#if defined(FASTGAN_AVX512)
-inline constexpr int64_t kRows = 6;
-inline constexpr int64_t kColumns = 4;
-#else
-inline constexpr int64_t kRows = 4;
-inline constexpr int64_t kColumns = 2;
-#endif
-
 // Values in a word.
 template <class T>
 inline constexpr int64_t kPack = 4 / sizeof(T);
@@ -145,24 +136,24 @@ using Product = void (*)(const float*, int64_t, int64_t, const float*, int64_t, 
 
 template <class T, bool Add, size_t... Index>
 Product product_of(int64_t index, std::index_sequence<Index...>) {
-  constexpr Product products[] = {product<T, static_cast<int64_t>(Index) / kColumns + 1,
-                                          static_cast<int64_t>(Index) % kColumns + 1, Add>...};
+  constexpr Product products[] = {product<T, static_cast<int64_t>(Index) / kTileVectors + 1,
+                                          static_cast<int64_t>(Index) % kTileVectors + 1, Add>...};
   return products[index];
 }
 
 // The matrix c [rows, columns] = or, with `add`, += a b over `count` words; columns is a multiple of kVector. With
-// `packed`, b is in panels of kColumns vectors, one after the other; else its rows are `columns` long.
+// `packed`, b is in panels of kTileVectors vectors, one after the other; else its rows are `columns` long.
 template <class T>
 void multiply(bool add, const float* a, int64_t row, int64_t next, const float* b, bool packed, int64_t rows,
               int64_t columns, int64_t count, float* c) {
-  constexpr int64_t panel = kColumns * kVector;
-  constexpr auto all = std::make_index_sequence<kRows * kColumns>();
+  constexpr int64_t panel = kTileVectors * kVector;
+  constexpr auto all = std::make_index_sequence<kTileRows * kTileVectors>();
   for (int64_t column = 0; column < columns; column += panel) {
     const int64_t vectors = std::min(panel, columns - column) / kVector;
     const float* from = packed ? b + column * count : b + column;
     const int64_t width = packed ? vectors * kVector : columns;
-    for (int64_t first = 0; first < rows; first += kRows) {
-      const int64_t index = (std::min(kRows, rows - first) - 1) * kColumns + vectors - 1;
+    for (int64_t first = 0; first < rows; first += kTileRows) {
+      const int64_t index = (std::min(kTileRows, rows - first) - 1) * kTileVectors + vectors - 1;
       const Product of_tile = add ? product_of<T, true>(index, all) : product_of<T, false>(index, all);
       of_tile(a + first * row, row, next, from, width, count, c + first * columns + column, columns);
     }

@@ -129,7 +129,17 @@ def _write(results: list[dict[str, Any]], out: str | None) -> None:
         targets = {file: [it] for file, it in files if file is not None}
     for file, content in targets.items():
         try:
-            write_atomic(file, (json.dumps(content, indent=1) + "\n").encode())
+            write_atomic(file, _lines(content).encode())
         except OSError as error:
             raise ArgumentError("--out", str(file), f"cannot be written ({error.strerror})") from None
         print(f"written to {file}")
+
+
+def _lines(content: list[dict[str, Any]]) -> str:
+    """JSON with a line for each class of calls, so that two tables can be compared line by line."""
+    parts = []
+    for found in content:
+        head = {name: value for name, value in found.items() if name != "classes"}
+        rows = ",\n".join(f"{json.dumps(label)}: {json.dumps(entry)}" for label, entry in found["classes"].items())
+        parts.append(f'{json.dumps(head)[:-1]}, "classes": {{\n{rows}\n}}}}')
+    return "[" + ",\n".join(parts) + "]\n"

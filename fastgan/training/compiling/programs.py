@@ -117,7 +117,7 @@ class StagePrograms:
 
     def inputs(self, images: Tensor, positions: Tensor, labels: Tensor | None) -> list[Tensor]:
         """The inputs of the programs of the discriminator."""
-        return _inputs(self.spec, images.contiguous(memory_format=memory_format(self.spec.config)), positions, labels)
+        return _inputs(self.spec, images, positions, labels)
 
 
 def _inputs(spec: ProgramSpec, images: Tensor, positions: Tensor, labels: Tensor | None) -> list[Tensor]:
